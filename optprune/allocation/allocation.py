@@ -47,15 +47,15 @@ class Allocation:
                 f"the allocation is for {counted(len(self.blocks), 'block')}, but the model has {len(shapes)}"
             )
         if not any(block.shape.kv_heads for block in self.blocks):
-            raise InputError("the allocation keeps no attention at all, so no token would see another: keep one")
+            raise InputError("the allocation keeps no attention: keep at least one")
         for index, (block, shape) in enumerate(zip(self.blocks, shapes, strict=True)):
             for name, kept in asdict(block.shape).items():
                 there = asdict(shape)[name]
                 if not 0 <= kept <= there or (name == "value_dim" and block.shape.kv_heads and not kept):
                     raise InputError(f"the allocation keeps {name} {shown(kept)} in block {index}, which has {there}")
                 if kept not in (0, there):
-                    what = f"the allocation keeps {name} {kept} in block {index}, which has {there}"
-                    decoder.architecture.check_kept(name, kept, what)
+                    request = f"the allocation keeps {name} {kept} in block {index}, which has {there}"
+                    decoder.architecture.check_kept(name, kept, request)
             if 0 < block.shape.kv_heads < shape.kv_heads and block.shape.value_dim < shape.value_dim:
                 raise InputError(
                     f"the allocation removes KV heads and value dimensions of block {index}: choose one of the two"

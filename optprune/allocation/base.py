@@ -52,7 +52,7 @@ class Allocator(ABC):
 
     @property
     def probes(self) -> bool:
-        """Whether changes of the model are tried, which needs float32: half precision is too coarse."""
+        """Whether the allocator tries changes of the model, which needs float32."""
         return False
 
     @abstractmethod

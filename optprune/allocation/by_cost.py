@@ -24,9 +24,9 @@ from optprune.report.phases import BUDGET
 from optprune.work import Work
 
 NOISE_FLOOR_NATS = 1e-5
-"""the smallest divergence, in nats a token, that float32 arithmetic tells from none"""
+"""the smallest divergence, in nats a token, above the rounding errors of float32"""
 UNLIKE_UNITS = (
-    "the budget was divided by squared errors without an output metric, which are not in one unit from layer to layer: "
+    "the budget was divided by squared errors without an output metric, which do not compare between layers: "
     "set metric to diagonal, or allocation.probe_tokens to 512"
 )
 """the note of a division without an output metric and without probes"""
@@ -68,7 +68,9 @@ class Costs(ABC):
         """Return the divergences of all changes that a probe has tried, with progress events."""
 
         def measured(done: int, total: int) -> None:
-            on_event(PhaseAdvanced(BUDGET, "measuring what changes do to predictions", "change", done, total, begins))
+            on_event(
+                PhaseAdvanced(BUDGET, "measuring the effect of changes on predictions", "change", done, total, begins)
+            )
 
         return probe.divergences(measured)
 
@@ -189,7 +191,7 @@ class ByCost(MeasuredBudget):
 
         def measured(done: int) -> None:
             within = {"ends": shares[-1], "within": shares[done] / shares[-1]}
-            on_event(PhaseAdvanced(BUDGET, "measuring what blocks would lose", "block", done, blocks, **within))
+            on_event(PhaseAdvanced(BUDGET, "measuring the costs of removal", "block", done, blocks, **within))
 
         measured(0)
         for index in range(blocks):

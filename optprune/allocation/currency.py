@@ -69,13 +69,13 @@ def operations(decoder: Decoder, shape: BlockShape, tokens: int) -> float:
     head and of its values.
     """
     heads = decoder.heads
-    seen = (tokens + 1) / 2
-    attention = shape.kv_heads * heads.group * seen * (heads.dim + shape.value_dim)
-    return 2 * (_met(decoder, shape) + attention)
+    visible = (tokens + 1) / 2
+    attention = shape.kv_heads * heads.group * visible * (heads.dim + shape.value_dim)
+    return 2 * (_weights_used(decoder, shape) + attention)
 
 
-def _met(decoder: Decoder, shape: BlockShape) -> float:
-    """Return the linear weights of a block that a token uses; it is routed to some of the experts, which are alike."""
+def _weights_used(decoder: Decoder, shape: BlockShape) -> float:
+    """Return the linear weights of a block that a token uses, with its own experts only."""
     weights = decoder.weights_of(shape)
     if not shape.experts:
         return weights

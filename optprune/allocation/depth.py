@@ -39,8 +39,8 @@ class Candidate:
 class Depth(Allocator):
     """Allocator that removes sub-blocks, the lowest score first, until the budget is met as closely as possible.
 
-    `perplexity` (2SSP) is that of the model without the sub-block. It is measured anew after every removal, which costs
-    about removals x candidates forward passes on `tokens` tokens. `influence` (ShortGPT) is the mean over tokens of
+    `perplexity` (2SSP) is that of the model without the sub-block. It is measured again after every removal, with about
+    removals x candidates forward passes on `tokens` tokens. `influence` (ShortGPT) is the mean over tokens of
     1 - cos(h, h') with h, h' the hidden states before and after the sub-block, from one pass over all batches. Both are
     reconstructions: 2SSP removes attention only, ShortGPT whole layers.
     """
@@ -67,8 +67,8 @@ class Depth(Allocator):
         # A round for each removal, in which every remaining candidate costs half a pass on average, and the head.
         rounds = self.sparsity * shapes.linear_weights() * len(candidates) / sum(each.weights for each in candidates)
         rounds = min(rounds, float(len(candidates)))
-        tried, seen = rounds * (len(candidates) - rounds / 2), min(tokens, self.tokens)
-        half, head = forward_work(shapes, seen, 0.5), head_work(shapes, seen)
+        tried, read = rounds * (len(candidates) - rounds / 2), min(tokens, self.tokens)
+        half, head = forward_work(shapes, read, 0.5), head_work(shapes, read)
         kept = 0 if shapes.store is not None else len(candidates) * states
         return Work(tried * (half.flops + head.flops), half.bytes + states + kept)
 
@@ -77,38 +77,38 @@ class Depth(Allocator):
         candidates = _candidates(decoder, self.parts)
         budget = self.sparsity * decoder.linear_weights()
 
-        def scored(gone: int) -> None:
-            on_event(PhaseAdvanced(BUDGET, "choosing sub-blocks to remove", "weight", gone, round(budget)))
+        def scored(weights: int) -> None:
+            on_event(PhaseAdvanced(BUDGET, "choosing sub-blocks to remove", "weight", weights, round(budget)))
 
         scored(0)
         influences = _influences(decoder, dense.batches, candidates) if self.score == "influence" else None
         windows = _windows(dense.batches, self.tokens)
         shapes = list(decoder.shapes())
         removed: list[tuple[Candidate, float]] = []
-        gone = 0
+        weights = 0
         while True:
             # A candidate may be removed if that brings the sum closer to the budget; the last attention stays.
             able = [
                 candidate
                 for candidate in candidates
-                if abs(gone + candidate.weights - budget) < abs(gone - budget)
+                if abs(weights + candidate.weights - budget) < abs(weights - budget)
                 and any(shape.kv_heads for shape in _without(shapes, candidate))
             ]
             if not able:
                 break
-            gone_before = [candidate for candidate, _ in removed]
-            scores = influences or _perplexities(dense, able, windows, gone_before)
+            before = [candidate for candidate, _ in removed]
+            scores = influences or _perplexities(dense, able, windows, before)
             chosen = min(able, key=lambda candidate: scores[candidate])
             removed.append((chosen, scores[chosen]))
             candidates.remove(chosen)
             shapes = _without(shapes, chosen)
-            gone += chosen.weights
-            scored(gone)
+            weights += chosen.weights
+            scored(weights)
         if not removed:
             least = min((candidate.weights for candidate in candidates), default=0)
             raise InputError(
                 f"a sparsity of {self.sparsity:g} is less than half of the smallest sub-block to remove "
-                f"({least} of {decoder.linear_weights()} weights): ask for more"
+                f"({least} of {decoder.linear_weights()} weights): raise it"
             )
         whole = everything(decoder)
         blocks = (replace(block, shape=shape) for block, shape in zip(whole.blocks, shapes, strict=True))

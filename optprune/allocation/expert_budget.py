@@ -11,7 +11,7 @@ from optprune.allocation.allocation import Allocation
 from optprune.allocation.base import DenseModel, Division, MeasuredBudget
 from optprune.allocation.by_cost import Costs, rate_of
 from optprune.allocation.knapsack import Curve, fill_budget, share_budget
-from optprune.allocation.uniform import gone_by_experts
+from optprune.allocation.uniform import removed_by_experts
 from optprune.calibration import Probe, Stream, advance, first_inputs
 from optprune.calibration.calls import EVERY, catching, expert_choice, expert_choice_bytes
 from optprune.calibration.divergence import probe_block_work, probe_end_work
@@ -27,7 +27,7 @@ from optprune.system.wording import counted
 from optprune.work import Work
 
 UNLIKE_MIXTURES = (
-    "the experts were divided by shares of what each mixture answers, which are not in one unit from block to block: "
+    "the experts were divided by errors relative to each mixture's output, which do not compare between blocks: "
     "set allocation.probe_tokens to 512"
 )
 """the note of a division without probes"""
@@ -70,15 +70,15 @@ class ExpertBudget(MeasuredBudget):
         return () if self.probes else (UNLIKE_MIXTURES,)
 
     def changes(self, targets: Sequence[Target]) -> int:
-        return 1  # experts are removed together, whatever the layers
+        return 1  # all experts of a block are removed together
 
     def check(self, decoder: Decoder) -> None:
-        gone, least = gone_by_experts(decoder, self.units.least(decoder)), self._fewest(decoder)
-        if self.sparsity > gone[least]:
+        removed, least = removed_by_experts(decoder, self.units.least(decoder)), self._fewest(decoder)
+        if self.sparsity > removed[least]:
             raise InputError(
                 f"a sparsity of {self.sparsity:g} is out of reach with units {self.units.name!r} and allocation.least "
-                f"{self.least:g}: with {counted(least, 'expert')} in every block {gone[least]:.1%} of the linear "
-                "weights are gone"
+                f"{self.least:g}: with {counted(least, 'expert')} in every block {removed[least]:.1%} of the linear "
+                "weights are removed"
             )
 
     def along(self, dense: DenseModel, stream: Stream | None, probe: Probe | None = None) -> Division:
@@ -89,7 +89,7 @@ class ExpertBudget(MeasuredBudget):
         blocks, ends, found = len(decoder.blocks), passing.flops / (passing.flops + end.flops), list[_Block]()
         fewest, aim = self._fewest(decoder), self._aim(decoder)
         for index in range(blocks):
-            on_event(PhaseAdvanced(BUDGET, "measuring what experts cost", "block", index, blocks, ends=ends))
+            on_event(PhaseAdvanced(BUDGET, "measuring the costs of experts", "block", index, blocks, ends=ends))
             with decoder.resident(index) as block:
                 more = decoder.shape(index).experts > fewest
                 with catching(block, [mixture.module] if more else [], stream, EVERY) as calls:
@@ -132,8 +132,8 @@ class ExpertBudget(MeasuredBudget):
 
     def _aim(self, decoder: Decoder) -> int:
         """Return the number of experts in every block that is closest to the budget, with at least one removed."""
-        gone = gone_by_experts(decoder, self._fewest(decoder))
-        return min(list(gone)[:-1], key=lambda count: abs(gone[count] - self.sparsity))
+        removed = removed_by_experts(decoder, self._fewest(decoder))
+        return min(list(removed)[:-1], key=lambda count: abs(removed[count] - self.sparsity))
 
     def work(self, shapes: Decoder, tokens: int) -> Work:
         passing, end = self._works(shapes, tokens)
@@ -153,7 +153,7 @@ def _curve(number: int, problem: ExpertChoice, costs: list[float], aim: int) -> 
     """Return the costs of a block by the number of experts kept, as shares of its squared output."""
     answered = problem.dense_energy()
     scale = 1 / answered if answered > 0 else 1.0
-    by_count = {problem.experts - gone: scale * cost for gone, cost in enumerate(costs, start=1)}
+    by_count = {problem.experts - removed: scale * cost for removed, cost in enumerate(costs, start=1)}
     return _Block(number, {problem.experts: 0.0, **by_count}, min(max(aim, problem.keep), problem.experts - 1))
 
 

@@ -22,7 +22,7 @@ def global_threshold(costs: Mapping[str, Tensor], keep: int, low: float = 0.0, h
     exactly, and no other counts within these limits keep a larger sum of costs. Ties go to the layer named first.
     """
     if not 0 <= low <= high <= 1:
-        raise InputError(f"layers must keep a share between {low:g} and {high:g}, which is no range within [0, 1]")
+        raise InputError(f"layers must keep a share between {low:g} and {high:g}, which is not a range within [0, 1]")
     if any(bool((~(cost >= 0)).any()) for cost in costs.values()):
         raise InputError("a cost is negative or NaN, so entries cannot be ranked: look for NaN in weights or moments")
     least = {name: math.ceil(low * cost.numel()) for name, cost in costs.items()}

@@ -97,8 +97,8 @@ def uniform(decoder: Decoder, sparsity: float, units: Units, width_multiple: int
         return everything(decoder)
     if units.compete:
         raise InputError(
-            f"of units {units.name!r} a block loses heads or value dimensions, by what they cost, which uniform shares "
-            "do not ask: set allocation to global, or units to all"
+            f"units {units.name!r} choose between heads and value dimensions by their costs, which uniform shares do "
+            "not measure: set allocation to global, or units to all"
         )
     units.check_multiple(shapes, width_multiple, alike=True)
     hold = _check_reach(decoder, sparsity, units)
@@ -115,7 +115,7 @@ def uniform(decoder: Decoder, sparsity: float, units: Units, width_multiple: int
         multiple = last.multiple(shapes[0], width_multiple, alike=True)
         raise InputError(
             f"a sparsity of {sparsity:g} rounds to nothing with a width multiple of {multiple}: a block has "
-            f"{last.field} {last.there(shapes[0])}; ask for more, or lower --width-multiple"
+            f"{last.field} {last.there(shapes[0])}; raise the sparsity, or lower --width-multiple"
         )
     return Allocation.of(decoder, map(BlockAllocation, kept))
 
@@ -123,24 +123,24 @@ def uniform(decoder: Decoder, sparsity: float, units: Units, width_multiple: int
 def _fewer_experts(decoder: Decoder, sparsity: float, units: Experts) -> Allocation:
     """Return the number of experts in every block that is closest to a sparsity over all linear weights."""
     least = units.least(decoder)
-    gone = gone_by_experts(decoder, least)
-    most = max(gone)
-    if sparsity > gone[least] + 0.5 * (gone[least] - gone.get(least + 1, 0.0)):
+    removed = removed_by_experts(decoder, least)
+    most = max(removed)
+    if sparsity > removed[least] + 0.5 * (removed[least] - removed.get(least + 1, 0.0)):
         raise InputError(
             f"a sparsity of {sparsity:g} is out of reach with units {units.name!r}: with {counted(least, 'expert')} a "
-            f"block, as many as the router chooses for a token, {gone[least]:.1%} of the decoder's linear weights are "
-            "gone"
+            f"block, as many as the router chooses for a token, {removed[least]:.1%} of the decoder's linear weights "
+            "are removed"
         )
-    count = min(gone, key=lambda kept: abs(gone[kept] - sparsity))
+    count = min(removed, key=lambda kept: abs(removed[kept] - sparsity))
     if count == most:
         raise InputError(
             f"a sparsity of {sparsity:g} rounds to nothing: one expert of {most} in each block is "
-            f"{gone[most - 1]:.1%} of the decoder's linear weights; ask for more"
+            f"{removed[most - 1]:.1%} of the decoder's linear weights; raise the sparsity"
         )
     return Allocation.of(decoder, map(BlockAllocation, _keeping(decoder, count)))
 
 
-def gone_by_experts(decoder: Decoder, least: int) -> dict[int, float]:
+def removed_by_experts(decoder: Decoder, least: int) -> dict[int, float]:
     """Return the share of the decoder's linear weights that is removed, by the number of experts kept."""
     most, total = max(shape.experts for shape in decoder.shapes()), decoder.linear_weights()
     counts = range(least, most + 1)
@@ -158,14 +158,14 @@ def _check_reach(decoder: Decoder, sparsity: float, units: Units) -> dict[Linked
     if sparsity * total >= sum(hold.values()):
         raise InputError(
             f"a sparsity of {sparsity:g} is out of reach with units {units.name!r}: they hold only "
-            f"{sum(hold.values()) / total:.1%} of the decoder's linear weights{_besides(decoder, units)}; ask for less"
-            + ("" if units.name == "all" else ", or use --units all")
+            f"{sum(hold.values()) / total:.1%} of the decoder's linear weights{_unpruned_expert(decoder, units)}; "
+            f"lower the sparsity{'' if units.name == 'all' else ', or use --units all'}"
         )
     return hold
 
 
-def _besides(decoder: Decoder, units: Units) -> str:
-    """Return in words which part of the MLPs is never pruned."""
+def _unpruned_expert(decoder: Decoder, units: Units) -> str:
+    """Return in words that the shared expert is never pruned, if there is one."""
     mixture = decoder.architecture.mixture
     stays = mixture is not None and mixture.shared and any(isinstance(kind, Mlp) for kind in units.kinds)
     return " (the expert that every token goes through stays as it is)" if stays else ""

@@ -69,7 +69,7 @@ class WeightCosts(Costs):
         self.every: dict[str, Tensor] = {}
         self.curves: dict[str, Curve] = {}
         self.tokens = 0
-        """the largest number of tokens that a layer has seen"""
+        """the largest number of tokens of a layer"""
         self.names: list[str] = []
         """the layers of the current block"""
         self.changes: list[Change] = []

@@ -72,7 +72,7 @@ class WidthBudget(CostBudget):
         if self.sparsity > most:
             raise InputError(
                 f"a sparsity of {self.sparsity:g} is out of reach with units {self.units.name!r} and allocation.least "
-                f"{self.least:g}: at most {most:.1%} of {unit} can go"
+                f"{self.least:g}: at most {most:.1%} of {unit} can be removed"
             )
 
     def changes(self, targets: Sequence[Target]) -> int:
@@ -241,8 +241,8 @@ class WidthCosts(Costs):
         order, losses, notes = self.statistics.removal(
             LinkedLeastSquares(stated.whitened(), link, link.units), multiple
         )
-        # Entry gone * slots - 1 is the loss after every slot has lost `gone` units.
-        after = {there - gone: loss for gone, loss in enumerate(losses[slots - 1 :: slots].tolist(), start=1)}
+        # Entry removed * slots - 1 is the loss after every slot has lost `removed` units.
+        after = {there - removed: loss for removed, loss in enumerate(losses[slots - 1 :: slots].tolist(), start=1)}
         found, tried = {count: loss for count, loss in after.items() if count % multiple == 0}, None
         between = [count for count in found if count]
         if self.probe is not None and between:
@@ -323,7 +323,7 @@ class WidthCosts(Costs):
         chosen = least_lost(choices, due)
         attention = [each for each in choices if each.part[1] == "attention"]
         if attention and not any(chosen[each.part].count for each in attention):
-            # Without any attention no token would see another: the most costly one stays.
+            # At least one attention must stay, so the most costly one does.
             dearest = max(attention, key=lambda each: each.kept[0].loss)
             left = [each.present() if each is dearest else each for each in choices]
             return self._divided(left, due, total, unit)

@@ -20,7 +20,7 @@ from optprune.problems import ExpertChoice
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 """the positional and the named arguments of a call"""
 MOST_PRODUCTS = 2**26
-"""the products of expert outputs that are held of a block: for 8 experts those of a million tokens, for 128 of 4096"""
+"""the largest number of products of expert outputs in memory: a million tokens with 8 experts, 4096 with 128"""
 
 
 @dataclass(frozen=True)

@@ -124,12 +124,12 @@ class DensePass:
         taps: Sequence[Sequence[str]],
         held_out: int = 0,
     ) -> None:
-        """`stream` returns the inputs of the first block, and `taps` are the layers of each block.
+        """Prepare a pass from `stream`, which returns the inputs of the first block, for the `taps` of each block.
 
         The last `held_out` batches have moments of their own.
         """
         self.decoder, self.known, self.taps, self.held_out = decoder, known, taps, held_out
-        whole = known is not None and all(known.knows(index, of) for index, of in enumerate(taps))
+        whole = known is not None and all(known.knows(index, own) for index, own in enumerate(taps))
         self.stream = None if whole else stream()
 
     def visit(self, block: int) -> Collected:
@@ -205,7 +205,7 @@ class Statistics(DenseStatistics):
 
     `optprune.collect` makes statistics of one model on one text, which refuse any other. Without a source, entries are
     keyed by content: the model's weights, the tokens, the seed, the layer's problem. So one object may serve copies of
-    a model, other texts and other models, and a changed model is measured anew. Entries stay until `forget`: in memory
+    a model, other texts and other models, and a changed model is measured again. Entries stay until `forget`: in memory
     on the device where they were measured, or in a folder.
     """
 
@@ -304,11 +304,11 @@ class _MomentsSerializer(Serializer[LayerMoments]):
 
     def dump(self, value: LayerMoments) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors, rest = {}, {"gram": value.gram_seconds, "forward": value.forward_seconds}
-        for name, of in (("fitted", value.moments), ("apart", value.held_out)):
-            if of is not None:
-                assert of.drift is None and of.proved is of.covariance
-                tensors |= {f"{name}.covariance": of.covariance, f"{name}.mean": of.mean}
-                rest[name] = of.tokens
+        for name, part in (("fitted", value.moments), ("apart", value.held_out)):
+            if part is not None:
+                assert part.drift is None and part.proved is part.covariance
+                tensors |= {f"{name}.covariance": part.covariance, f"{name}.mean": part.mean}
+                rest[name] = part.tokens
         return tensors, rest
 
     def load(self, tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> LayerMoments:

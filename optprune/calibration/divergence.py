@@ -24,7 +24,7 @@ class Variants:
     """
 
     def __init__(self, decoder: Decoder, batches: Sequence[Tensor]) -> None:
-        """The `batches` are token ids [batch, length], without padding."""
+        """Start a pass of token ids [batch, length] without padding."""
         self.decoder = decoder
         self.stream = first_inputs(decoder, batches)
         """the hidden states of the unchanged model"""
@@ -84,11 +84,11 @@ class Change:
 class Probe:
     """A pass through a dense model block by block, which tries changes of each block.
 
-    The model is passed once, whatever the number of changes, and all divergences are known at the end.
+    One pass of the model serves any number of changes; all divergences are known at its end.
     """
 
     def __init__(self, decoder: Decoder, batches: Sequence[Tensor]) -> None:
-        """The `batches` are token ids [batch, length], without padding."""
+        """Start a pass of token ids [batch, length] without padding."""
         self.decoder, self.variants = decoder, Variants(decoder, batches)
 
     def try_out(self, changes: Sequence[Change]) -> None:

@@ -100,7 +100,8 @@ def collect_metrics(
     """
     unknown = set(full) - set(decoder.architecture.layers)
     if unknown:
-        raise InputError(f"no linear layer of a block is called {sorted(unknown)}: {list(decoder.architecture.layers)}")
+        known = ", ".join(decoder.architecture.layers)
+        raise InputError(f"a block has no linear layers {sorted(unknown)}: name some of {known}")
     decoder = decoder.precise()
     groups = list(_groups(batches))
     if not groups:

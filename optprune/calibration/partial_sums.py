@@ -27,10 +27,10 @@ class PartialSums:
 
     def __post_init__(self) -> None:
         if self.count < 1:
-            raise InputError(f"there must be at least one partial sum, not {self.count}")
+            raise InputError(f"the number of partial sums cannot be {self.count}: give at least 1")
         if self.count % self.peers.size:
             raise InputError(
-                f"{counted(self.count, 'partial sum')} cannot be shared equally by {self.peers.size} processes: take "
+                f"{counted(self.count, 'partial sum')} cannot be shared equally by {self.peers.size} processes: use "
                 f"a multiple of {self.peers.size}, or a number of processes that divides {self.count}"
             )
 
@@ -47,15 +47,15 @@ class PartialSums:
     def share(self, total: int) -> "Share":
         """Return this process's share of `total` batches."""
         bounds = [part * total // self.count for part in range(self.count + 1)]
-        mine = bounds[self.numbers.start : self.numbers.stop + 1]
-        return Share(self, tuple(bound - mine[0] for bound in mine[:-1]), mine[0], total - mine[-1])
+        own = bounds[self.numbers.start : self.numbers.stop + 1]
+        return Share(self, tuple(bound - own[0] for bound in own[:-1]), own[0], total - own[-1])
 
     def check(self, batches: Sequence[Tensor]) -> None:
         """Raise InputError where a partial sum would have no batch."""
         if len(batches) < self.count:
             raise InputError(
-                f"{self.count} partial sums need as many calibration batches, and there are {len(batches)}: take fewer "
-                "partial sums, or give more samples"
+                f"{self.count} partial sums need at least as many calibration batches, and there are {len(batches)}: "
+                "use fewer partial sums, or more samples"
             )
 
 
@@ -107,7 +107,7 @@ class OrderedSum(Generic[Kind]):
     """The partial sums of this process, filled one after the other, and in the end the total of all processes."""
 
     def __init__(self, partial_sums: PartialSums, fresh: Callable[[], Kind]) -> None:
-        """`fresh` makes an empty partial sum."""
+        """Start without partial sums; `fresh` returns an empty one."""
         self._partial_sums, self._fresh = partial_sums, fresh
         self._parts: list[Kind] = []
         self._begun = 0

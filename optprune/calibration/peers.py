@@ -1,4 +1,4 @@
-"""Peers: the processes that share a run. Those of torchrun talk by torch.distributed."""
+"""Peers: the processes that share a run; those of torchrun communicate by torch.distributed."""
 
 import os
 from abc import ABC, abstractmethod
@@ -16,10 +16,10 @@ from optprune.system.environment import started_by_torchrun
 
 Value = TypeVar("Value")
 PATIENCE = timedelta(days=30)
-"""how long a process waits for another that is alive: solving a large layer takes long"""
+"""the longest time that a process waits for another, because solving a large layer takes long"""
 GONE = (
-    "another process of the run has ended, as its own message says, or the connection to it is lost: start the run "
-    "again with torchrun, and with --resume where it had begun"
+    "another process of the run has ended (see its own message) or the connection to it is lost: start the run again "
+    "with torchrun, and with --resume if it had begun"
 )
 
 
@@ -110,7 +110,7 @@ class TorchPeers(Peers):
 
 @contextmanager
 def joined(device: str = "auto") -> Iterator[Peers]:
-    """Make this process one of those that torchrun started, within the context; a single process where it started none.
+    """Make this process one of torchrun's within the context, or a single process if torchrun did not start it.
 
     `device` is auto, cpu or cuda. Each process takes the GPU of its local rank; InputError where there is no such GPU.
     """
@@ -119,11 +119,11 @@ def joined(device: str = "auto") -> Iterator[Peers]:
         return
     gpu = device != "cpu" and torch.cuda.is_available()
     if device not in ("auto", "cpu", "cuda"):
-        raise InputError(f"under torchrun each process has a GPU of its own: give the device cpu or cuda, not {device}")
+        raise InputError(f"under torchrun the device cannot be {device}: give cpu, or cuda for one GPU a process")
     if gpu:
         number, present = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if number >= present:
-            raise InputError(f"{number + 1} processes or more share {present} GPUs: start one a GPU with torchrun")
+            raise InputError(f"torchrun started more processes than the {present} GPUs: start one for each GPU")
         torch.cuda.set_device(number)
     distributed.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=PATIENCE)
     try:
@@ -133,13 +133,13 @@ def joined(device: str = "auto") -> Iterator[Peers]:
 
 
 def _bytes(tensor: Tensor) -> Tensor:
-    """Return a view of the same memory as bytes, which can be sent whatever the dtype."""
+    """Return a view of the same memory as bytes, which can be sent in any dtype."""
     return tensor.view(-1).view(torch.uint8)
 
 
 @contextmanager
 def _others_alive() -> Iterator[None]:
-    """Raise WorkerError where another process is gone."""
+    """Raise WorkerError where another process has ended."""
     try:
         yield
     except RuntimeError as error:

@@ -38,7 +38,7 @@ class Source:
     """A dense model and a text: all that decides the bytes of the statistics of one on the other."""
 
     facts: dict[str, Any]
-    """what decides the bytes, by its name"""
+    """the facts that decide the bytes, by name"""
 
     @classmethod
     def of(cls, decoder: Decoder, batches: Sequence[Tensor], partial_sums: PartialSums) -> "Source":
@@ -66,7 +66,7 @@ class Source:
             if now != before:
                 raise InputError(
                     f"the statistics were collected where {what} was {shown(before)}, and here it is {shown(now)}: "
-                    "collect them anew"
+                    "collect them again"
                 )
 
 
@@ -160,7 +160,7 @@ class FolderCache(StatisticsCache):
                     )
             return
         if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
-            raise InputError(f"{self.folder} holds something other than statistics: choose another folder")
+            raise InputError(f"{self.folder} is not a folder of statistics: choose another folder")
         self.folder.mkdir(parents=True, exist_ok=True)
         _write(about, json.dumps(plain, indent=2).encode())
 

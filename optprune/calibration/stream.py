@@ -18,7 +18,7 @@ from optprune.numerics.tensors import first_output
 from optprune.work import Work
 
 SLOW = 1.5
-"""how many times as long an operation takes in a pass of tokens as in a large matrix product: 1.45 on SmolLM2"""
+"""the time of an operation in a pass of tokens over that in a large matrix product, which is 1.45 on SmolLM2"""
 TOKENS_PER_BATCH = 2048
 """the tokens of a calibration batch, about (texts/windows.py)"""
 
@@ -81,7 +81,7 @@ def hold_out(batches: list[Tensor], share: float) -> tuple[list[Tensor], int]:
     apart = max(1, round(share * count))
     if apart >= count:
         raise InputError(
-            f"held_out {share:g} of {count} calibration sequences leaves none to calibrate on: give more samples"
+            f"held_out {share:g} of {count} calibration sequences leaves none for calibration: give more samples"
         )
     kept, held = list(batches), list[Tensor]()
     while apart:

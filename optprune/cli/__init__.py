@@ -1,4 +1,4 @@
-"""The command line, one command a file. What a command measures, --json FILE writes down.
+"""The command line, one command in each file. `--json FILE` writes the results of a command as JSON.
 
 Nothing here imports torch or transformers at the top, so that --help answers at once.
 """

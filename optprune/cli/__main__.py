@@ -1,4 +1,4 @@
-"""The program, as `python -m optprune.cli` runs it."""
+"""The entry point of `python -m optprune.cli`."""
 
 import sys
 

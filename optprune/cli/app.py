@@ -10,7 +10,7 @@ from optprune.cli.audit import audit_command
 from optprune.cli.benchmark_model import benchmark_model_command
 from optprune.cli.compare import compare_command
 from optprune.cli.demo import demo_command
-from optprune.cli.errors import reported, tell
+from optprune.cli.errors import report_error, report_errors
 from optprune.cli.evaluate import evaluate_command
 from optprune.cli.export import export_command
 from optprune.cli.heal import heal_command
@@ -29,8 +29,8 @@ app = typer.Typer(
 )
 
 
-def _say_version(asked: bool) -> None:
-    if asked:
+def _print_version(requested: bool) -> None:
+    if requested:
         import optprune
 
         typer.echo(f"optprune {optprune.__version__}")
@@ -40,7 +40,7 @@ def _say_version(asked: bool) -> None:
 @app.callback()
 def program(
     version: Annotated[
-        bool, typer.Option("--version", help="Say the version and stop.", callback=_say_version, is_eager=True)
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
     ] = False,
 ) -> None:
     """Prune language models: each layer an optimisation problem."""
@@ -60,19 +60,19 @@ COMMANDS = {
     "recipes": (recipes_command, "List the recipes, or print one as YAML."),
     "demo": (demo_command, "Prune, save and reload a small model on packaged data, in minutes."),
 }
-"""the commands by name, with the line that the list of commands has"""
+"""the commands by name, with their line in the list of commands"""
 for name, (command, line) in COMMANDS.items():
-    app.command(name, cls=Command, short_help=line)(reported(command))
+    app.command(name, cls=Command, short_help=line)(report_errors(command))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit status; errors are one sentence on stderr.
+    """Run a command and return its exit status; print an error as one sentence on stderr.
 
     With OPTPRUNE_DEBUG=1 in the environment, a traceback comes before the sentence.
     """
     restore = raise_on_signals()
     try:
-        # Without a command, the help is what one wants to see.
+        # Without a command, print the help.
         result = app(
             args=list(sys.argv[1:] if arguments is None else arguments) or ["--help"],
             prog_name="optprune",
@@ -80,6 +80,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return result if isinstance(result, int) else 0
     except (Exception, KeyboardInterrupt) as error:
-        return tell(error)
+        return report_error(error)
     finally:
         restore()

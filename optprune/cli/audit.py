@@ -1,4 +1,4 @@
-"""optprune audit: what a model's weights are, and whether that is as it should be."""
+"""optprune audit: measure stored weights and check expectations of them."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,33 +14,33 @@ if TYPE_CHECKING:
     from optprune.report import Audit, Fault
 
 NOT_AS_EXPECTED = 1
-"""the exit status where something is wrong, or not as expected"""
-MOST_TOLD = 20
-"""how many faults, and how many notes, are told; --json has them all"""
+"""the exit status when a fault was found"""
+MAX_PRINTED = 20
+"""the largest number of faults, and of notes, that are printed; --json has them all"""
 
 
-Against = Annotated[str | None, typer.Option("--against", metavar="MODEL", help="The model that it was made from.")]
+Against = Annotated[str | None, typer.Option("--against", metavar="MODEL", help="The model before pruning.")]
 Expect = Annotated[
     list[str] | None,
     typer.Option(
         "--expect",
-        metavar="WHAT",
-        help="N:M, rows, sparsity=0.5, sparsity=0.19..0.21, multiple=64 (of MLP widths) or dead=0 (units that "
-        "could go for free); may be repeated.",
+        metavar="EXPECTATION",
+        help="N:M, rows, sparsity=0.5, sparsity=0.19..0.21, multiple=64 (of MLP widths) or dead=0 (largest number of "
+        "units that do not affect the output); may be repeated.",
     ),
 ]
 Plot = Annotated[
     Path | None,
-    typer.Option("--plot", metavar="FILE", help="Draw there what each block keeps: .png, .pdf or .svg."),
+    typer.Option("--plot", metavar="FILE", help="Draw the kept share of each block to a .png, .pdf or .svg file."),
 ]
 
 
 def audit_command(
     model: Model, against: Against = None, expect: Expect = None, plot: Plot = None, json_file: JsonFile = None
 ) -> None:
-    """Measure a model from its stored weights, and hold them against its config, its report and what is expected.
+    """Measure a model from its stored weights, and check them against its config, its report and --expect.
 
-    The exit status is 0 where nothing is wrong, 1 where something is, and 2 where the model cannot be read.
+    The exit status is 0 when no fault is found, 1 when a fault is found, and 2 when the model cannot be read.
     """
     reporter = start()
     from optprune.report import audit
@@ -60,12 +60,12 @@ def audit_command(
     write_json(json_file, found.to_json(), already)
     if picture is not None:
         write_file(plot, picture, "plot", already)
-    _tell(found)
+    _print_audit(found)
     if not found.passed:
         raise typer.Exit(NOT_AS_EXPECTED)
 
 
-def _tell(found: "Audit") -> None:
+def _print_audit(found: "Audit") -> None:
     for layer in found.layers:
         held_here = ", ".join(layer.patterns) or ("rows" if layer.same_in_rows and layer.zeros else "")
         outputs, inputs = found.sizes.get(layer.name, (layer.outputs, layer.inputs))
@@ -84,39 +84,39 @@ def _tell(found: "Audit") -> None:
     )
     if found.original is None:
         echo(
-            "no report.json tells what these weights were before, so only zeros are counted, not what was cut off: "
-            "give the original by --against"
+            "without a report.json the original sizes are unknown, so only zeros are counted, not removed rows and "
+            "columns: name the original model by --against"
         )
     else:
         echo(
             f"{found.removed:.2%} of the {found.original_weights} linear weights of {found.original.model} are "
-            "removed: cut off, or zero"
+            "removed: deleted with their unit, or zero"
         )
-    _tell_some(
+    _print_some(
         "note",
         [
-            f"{counted(units.count, 'unit')} ({units.units}) of block {units.block} could go for free"
+            f"{counted(units.count, 'unit')} ({units.units}) of block {units.block} without effect on the output"
             for units in found.dead
         ],
     )
-    _tell_some("note", found.notes)
-    _tell_some("fault", _once(found.faults))
+    _print_some("note", found.notes)
+    _print_some("fault", _grouped(found.faults))
 
 
-def _once(faults: "Sequence[Fault]") -> list[str]:
-    """The sentences on faults; those of many layers by one expectation, or by the report, as the first and a count."""
+def _grouped(faults: "Sequence[Fault]") -> list[str]:
+    """Return the sentences on faults; a group of the same expectation or report as its first and a count."""
     groups: dict[tuple[str, str, int], list[str]] = {}
     for number, fault in enumerate(faults):
         alone = -1 if fault.kind in ("expected", "report") else number
         groups.setdefault((fault.kind, fault.where, alone), []).append(fault.sentence)
     return [
-        first if not more else f"{first}, and {counted(len(more), 'more such fault')}, which --json tells"
+        first if not more else f"{first}, and {counted(len(more), 'more such fault')} (listed by --json)"
         for first, *more in groups.values()
     ]
 
 
-def _tell_some(what: str, sentences: "list[str] | tuple[str, ...]") -> None:
-    for sentence in sentences[:MOST_TOLD]:
-        echo(f"{what}: {sentence}")
-    if len(sentences) > MOST_TOLD:
-        echo(f"{what}: and {len(sentences) - MOST_TOLD} more, which --json tells")
+def _print_some(label: str, sentences: "list[str] | tuple[str, ...]") -> None:
+    for sentence in sentences[:MAX_PRINTED]:
+        echo(f"{label}: {sentence}")
+    if len(sentences) > MAX_PRINTED:
+        echo(f"{label}: and {len(sentences) - MAX_PRINTED} more (listed by --json)")

@@ -1,4 +1,4 @@
-"""optprune benchmark-model: how fast and how large a model is, alone or against another."""
+"""optprune benchmark-model: measure the speed and the size of a model, alone or against another."""
 
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,17 +18,17 @@ def benchmark_model_command(
     model: Model,
     against: Annotated[
         str | None,
-        typer.Option("--against", metavar="MODEL", help="The model to compare with; the two take turns."),
+        typer.Option("--against", metavar="MODEL", help="The model to compare with; their runs alternate."),
     ] = None,
     prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", help="Tokens of a prompt.")] = 512,
-    new_tokens: Annotated[int, typer.Option("--new-tokens", help="Tokens to decode, with the cache, greedily.")] = 32,
-    batch: Annotated[int, typer.Option("--batch", help="Prompts at a time.")] = 1,
+    new_tokens: Annotated[int, typer.Option("--new-tokens", help="Tokens to decode greedily, with the cache.")] = 32,
+    batch: Annotated[int, typer.Option("--batch", help="Prompts in a batch.")] = 1,
     repeats: Annotated[int, typer.Option("--repeats", help="How often each model is timed.")] = 5,
     device: Device = "auto",
     dtype: Dtype = "auto",
     json_file: JsonFile = None,
 ) -> None:
-    """Measure prefill and decoding speed, peak memory and file size; medians and quartiles over the repeats."""
+    """Measure prefill and decoding speed, peak memory and file size; print medians and quartiles of the repeats."""
     reporter = start()
     from optprune.measure import SpeedWorkload, measure_speed
     from optprune.measure.speed import PEAK_MEMORY, device_name, file_bytes

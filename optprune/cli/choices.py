@@ -1,4 +1,4 @@
-"""The names that options take, without the imports that define them: a typing error is refused at once.
+"""The names that options take, without the imports that define them, so that a typing error is refused at once.
 
 The tables themselves stand beside the code (models, calibration, program, texts), which takes seconds to import;
 tests/cli/test_choices.py compares each of them with its copy here.
@@ -41,11 +41,11 @@ CHOICES: Mapping[str, Sequence[str]] = {
     "dtype": DTYPES,
     "save-dtype": DTYPES,
 }
-"""the names that an option takes, by the option"""
+"""the accepted names, by option"""
 
 
 def check_choices(recipe: str | None = None, **given: str | None) -> None:
-    """Raise InputError where a recipe or the value of an option in `CHOICES` is not known; None is not checked."""
+    """Raise InputError unless the recipe and the values of options in `CHOICES` are known; None is not checked."""
     if recipe is not None and recipe not in RECIPES and Path(recipe).suffix not in (".yaml", ".yml"):
         raise InputError(
             f"the recipe {shown(recipe)} is not known{suggestion(recipe, RECIPES)}: use one of {', '.join(RECIPES)}, "

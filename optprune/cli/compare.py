@@ -1,4 +1,4 @@
-"""optprune compare: several recipes and sparsities beside each other."""
+"""optprune compare: prune by several recipes at several sparsities and compare the results."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -28,14 +28,14 @@ from optprune.errors import InputError
 from optprune.system.wording import shown
 
 FAILED = 1
-"""the exit status where a cell has failed"""
+"""the exit status when a cell has failed"""
 
 Value = TypeVar("Value")
 
 
 def compare_command(
     model: Model,
-    recipes: Annotated[str, typer.Option("--recipes", metavar="A,B,...", help="Recipes' names, or .yaml files.")],
+    recipes: Annotated[str, typer.Option("--recipes", metavar="A,B,...", help="Names of recipes, or .yaml files.")],
     sparsities: Annotated[
         str, typer.Option("--sparsities", metavar="X,Y,...", help="Shares of the decoder's linear weights to remove.")
     ],
@@ -45,17 +45,19 @@ def compare_command(
         typer.Option(
             "--text",
             metavar="TEXT",
-            help="What to evaluate on, with no document of the calibration text; forms as of --calibration.",
+            help="The text to evaluate on, without documents of the calibration text; same forms as --calibration.",
         ),
     ],
     output: Annotated[
-        Path, typer.Option("--output", metavar="DIR", help="The folder of the comparison, which a second call goes on.")
+        Path, typer.Option("--output", metavar="DIR", help="The folder of the comparison; a second call continues it.")
     ],
-    seeds: Annotated[int, typer.Option("--seeds", help="How many draws of the calibration text, from seed 0.")] = 1,
+    seeds: Annotated[int, typer.Option("--seeds", help="Number of draws of the calibration text, from seed 0.")] = 1,
     samples: Samples = 128,
     seq_length: SeqLength = 2048,
     sequences: Sequences = "packed",
-    windows: Annotated[int | None, typer.Option("--windows", help="How many to evaluate on. [default: all]")] = None,
+    windows: Annotated[
+        int | None, typer.Option("--windows", help="Number of windows to evaluate on. [default: all]")
+    ] = None,
     propagation: Propagation = None,
     units: Units = None,
     pattern: Pattern = None,
@@ -65,16 +67,16 @@ def compare_command(
     dtype: Dtype = "auto",
     architecture: Architecture = None,
     keep_models: Annotated[
-        bool, typer.Option("--keep-models", help="Keep each pruned model, in DIR/models/, saved and checked.")
+        bool, typer.Option("--keep-models", help="Save each pruned model in DIR/models/ and check it.")
     ] = False,
     speed: Annotated[
-        bool, typer.Option("--speed", help="Measure prefill and decoding too, of models whole in memory.")
+        bool, typer.Option("--speed", help="Measure prefill and decoding speed too, with the whole model in memory.")
     ] = False,
     json_file: JsonFile = None,
 ) -> None:
-    """Prune by every recipe at every sparsity, in memory, and tell quality against size and time in one table.
+    """Prune by every recipe at every sparsity, in memory, and print quality, size and time in one table.
 
-    What cells have in common of the dense model is measured once. Each cell is kept once it is finished.
+    Measurements of the dense model are shared by all cells. Each finished cell is kept.
     """
     reporter = start()
     from optprune.comparison import compare
@@ -87,7 +89,7 @@ def compare_command(
     fields = {"propagation": propagation, "units": units, "units.weights": pattern, "strict": strict or None}
     if not 1 <= seeds <= MOST_DRAWS:
         raise InputError(f"--seeds cannot be {shown(seeds)}: give 1 to {MOST_DRAWS}")
-    # What the whole comparison takes shows once cells are finished, and is told behind each.
+    # The time of the whole comparison is estimated from finished cells and printed after each.
     with reporter.events({}, left="left of this step") as on_event:
         found = compare(
             model,
@@ -121,7 +123,7 @@ def compare_command(
 
 
 def _listed(text: str, option: str, read: Callable[[str], Value]) -> list[Value]:
-    """The values of a list with commas."""
+    """Return the values of a comma-separated list."""
     values: list[Any] = []
     for word in text.split(","):
         try:

@@ -1,4 +1,4 @@
-"""optprune demo: the whole story on packaged data."""
+"""optprune demo: prune, save, reload and evaluate a small model on packaged data."""
 
 from pathlib import Path
 from typing import Annotated
@@ -19,7 +19,7 @@ def demo_command(
     overwrite: Overwrite = False,
     json_file: JsonFile = None,
 ) -> None:
-    """Prune SmolLM2-135M by 20 percent on packaged articles: the whole story, in minutes."""
+    """Prune SmolLM2-135M by 20 percent on packaged articles, then save, reload and evaluate it, in minutes."""
     reporter = start()
     from optprune.cli.demo_run import FOLDER, run_demo
 

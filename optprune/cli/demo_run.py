@@ -1,4 +1,4 @@
-"""The whole story on packaged data: evaluate, prune, evaluate, save, reload with plain transformers, evaluate again."""
+"""The demo on packaged data: evaluate, prune, evaluate, save, reload with plain transformers, evaluate again."""
 
 import time
 from dataclasses import asdict, dataclass
@@ -34,7 +34,7 @@ RELOAD_TOLERANCE = 1e-4
 
 @dataclass(frozen=True)
 class Measured:
-    """What the demo's table says of one model."""
+    """The measurements of one model in the demo's table."""
 
     perplexity: float
     parameters: int
@@ -45,7 +45,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class DemoResult:
-    """The model before, after, and as reloaded from the folder."""
+    """The measurements of the model before, after, and as reloaded from the folder."""
 
     model: str
     recipe: str
@@ -61,11 +61,11 @@ class DemoResult:
     output: str
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as plain data."""
+        """Return the fields as plain data."""
         return asdict(self)
 
     def table(self) -> Table:
-        """The comparison, for a console."""
+        """Return the comparison as a table for a console."""
         name = DEMO_NAME if self.model == DEMO else self.model
         table = Table(
             title=f"{name}, {self.recipe} of MLP units at {self.sparsity_requested:.0%}", title_justify="left"
@@ -104,7 +104,7 @@ def run_demo(
     console: Console | None = None,
     reporter: Reporter | None = None,
 ) -> DemoResult:
-    """Prune the MLP units of a model by a recipe that gives every block the same, and show what that cost.
+    """Prune the MLP units of a model by a recipe that keeps the same in every block, and print quality, size and time.
 
     The folder is reloaded with plain transformers and must give the perplexity of the model in memory; a difference
     is an OptpruneError. The table goes to `console` (stdout), progress to `reporter` (stderr).
@@ -113,7 +113,7 @@ def run_demo(
     console, reporter = console or Console(), reporter or Reporter()
     chosen = load_recipe(recipe, {"sparsity": sparsity, "seed": seed, "units": "mlp"})
     if chosen.allocation.kind != "uniform":
-        raise InputError(f"the demo reloads with plain transformers: the recipe {recipe} gives blocks of other widths")
+        raise InputError(f"the demo needs a recipe with a uniform allocation, and {recipe} has another: choose another")
     check_output(output, overwrite)
     reporter.say("reading the texts and loading the model")
     texts = [read_documents(calibration), read_documents(evaluation)]
@@ -167,7 +167,7 @@ def run_demo(
 
 
 def _show(console: Console, result: DemoResult, tokens: int, evaluated: int) -> None:
-    """Print the table, and sentences about pruning, the reload check and the time."""
+    """Print the table, and sentences on pruning, the reload check and the time."""
     console.print(result.table())
     for line in (
         f"{result.sparsity_reached:.1%} of the decoder's linear weights removed in {duration(result.pruning_seconds)}, "
@@ -180,7 +180,7 @@ def _show(console: Console, result: DemoResult, tokens: int, evaluated: int) -> 
 
 
 def _expected(program: Program, held_out: int, device: torch.device) -> dict[str, float]:
-    """The seconds of all phases from here on, by name."""
+    """Return the expected seconds of all phases after loading, by name."""
     each = evaluation(program.decoder, held_out).flops / operations_per_second(device)
     found = dict.fromkeys(EVALUATIONS, each) | expected_seconds(program, 0, device, started=started())
     return {name: seconds for name, seconds in found.items() if name not in (TOKENISING, LOADING)}

@@ -1,4 +1,4 @@
-"""Telling errors: one sentence on stderr and an exit status; a traceback only on request."""
+"""Errors as one sentence on stderr and an exit status; a traceback only on request."""
 
 import functools
 import os
@@ -17,13 +17,13 @@ from optprune.system.wording import one_line
 INTERRUPTED = 130
 FAILED = 2
 LONGEST = 4000
-"""the most characters of a sentence: one that lists every solver's reason has half of that"""
+"""the most characters of a sentence; one that lists the reasons of all solvers is half as long"""
 
 P = ParamSpec("P")
 
 
-def reported(command: Callable[P, None]) -> Callable[P, None]:
-    """A command whose errors are told in one sentence, also when typer runs it without `main`."""
+def report_errors(command: Callable[P, None]) -> Callable[P, None]:
+    """Return the command, with its errors printed as one sentence, also when typer runs it without `main`."""
 
     @functools.wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
@@ -31,17 +31,17 @@ def reported(command: Callable[P, None]) -> Callable[P, None]:
         try:
             command(*args, **kwargs)
         except (Exception, KeyboardInterrupt) as error:
-            raise typer.Exit(tell(error)) from error
+            raise typer.Exit(report_error(error)) from error
 
     return run
 
 
-def tell(error: BaseException) -> int:
-    """Say in one sentence on stderr what went wrong; returns the exit status."""
+def report_error(error: BaseException) -> int:
+    """Print what went wrong as one sentence on stderr; return the exit status."""
     if isinstance(error, typer.Exit):
         return error.exit_code
     if isinstance(error, BrokenPipeError):
-        # The reader (head, less) has gone; Python must not complain again when it flushes at exit.
+        # The reader (head, less) has closed the pipe; Python would fail again when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     if os.environ.get("OPTPRUNE_DEBUG") == "1":
@@ -49,7 +49,7 @@ def tell(error: BaseException) -> int:
     if isinstance(error, KeyboardInterrupt | typer.Abort):
         echo(f"interrupted; {done_sentence()}", err=True)
         return INTERRUPTED
-    # Names of files, tensors and columns are in it, whoever gave them.
+    # The sentence may hold untrusted names of files, tensors and columns; echo makes them printable.
     echo(f"error: {_sentence(error)}", err=True)
     return FAILED
 
@@ -61,8 +61,8 @@ def _sentence(error: BaseException) -> str:
         text = f"{error.format_message()} (see optprune --help)"  # type: ignore[attr-defined]
     elif is_out_of_memory(error):
         text = (
-            "the memory is not enough: lower --samples, --seq-length, --batch or --prompt-tokens (what the command "
-            "has), or use --dtype bfloat16"
+            "the memory is not enough: lower --samples, --seq-length, --batch or --prompt-tokens (whichever the "
+            "command takes), or use --dtype bfloat16"
         )
     elif (full := no_room(error)) is not None:
         text = f"{full} ({done_sentence()}): make room and run again"

@@ -1,11 +1,11 @@
-"""optprune evaluate: what a model predicts on a text, by itself and beside the dense model."""
+"""optprune evaluate: measure a model on a text, alone or against the dense model."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from optprune.cli.beside import AskedTasks, Beside
+from optprune.cli.evaluation import ModelEvaluation, TaskRun
 from optprune.cli.options import Architecture, Device, Dtype, JsonFile, Model, SeqLength
 from optprune.cli.outputs import check_json, echo, start, write_json
 from optprune.errors import InputError, check_at_least
@@ -28,36 +28,42 @@ def evaluate_command(
         ),
     ] = None,
     seq_length: SeqLength = 2048,
-    windows: Annotated[int | None, typer.Option("--windows", help="How many windows. [default: all]")] = None,
+    windows: Annotated[int | None, typer.Option("--windows", help="Number of windows. [default: all]")] = None,
     against: Annotated[
         str | None,
         typer.Option("--against", metavar="DENSE", help="The model before pruning, to compare with."),
     ] = None,
     questions: Annotated[
         Path | None,
-        typer.Option("--questions", metavar="FILE.jsonl", help="Multiple choice: question, choices, answer in a line."),
+        typer.Option(
+            "--questions",
+            metavar="FILE.jsonl",
+            help="Multiple-choice questions: question, choices and answer in each line.",
+        ),
     ] = None,
     tasks: Annotated[
         str | None,
-        typer.Option("--tasks", metavar="NAMES", help="Tasks of lm-eval: names or .yaml files, commas between them."),
+        typer.Option("--tasks", metavar="NAMES", help="Tasks of lm-eval: names or .yaml files, separated by commas."),
     ] = None,
     include_path: Annotated[
-        Path | None, typer.Option("--include-path", metavar="DIR", help="A folder with tasks of your own.")
+        Path | None, typer.Option("--include-path", metavar="DIR", help="A folder with custom tasks.")
     ] = None,
-    limit: Annotated[int | None, typer.Option("--limit", help="Questions of a task, at most. [default: all]")] = None,
-    task_batch: Annotated[int, typer.Option("--task-batch", help="How many texts of a task are read at once.")] = 1,
+    limit: Annotated[
+        int | None, typer.Option("--limit", help="Largest number of questions of a task. [default: all]")
+    ] = None,
+    task_batch: Annotated[int, typer.Option("--task-batch", help="Number of texts of a task in a batch.")] = 1,
     generations: Annotated[
-        int, typer.Option("--generations", help="How many greedy continuations of the text to show.")
+        int, typer.Option("--generations", help="Number of greedy continuations of the text to print.")
     ] = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
     architecture: Architecture = None,
     json_file: JsonFile = None,
 ) -> None:
-    """Measure a model's perplexity: the text joined, tokenised once, cut into consecutive windows.
+    """Measure a model's perplexity on the text, joined, tokenised once and cut into consecutive windows.
 
-    Against the dense model also the divergence of the predictions in nats, and how often the first choice agrees. Of
-    questions and of lm-eval's tasks, how many are answered right; they need no text.
+    With --against, also measure the divergence of the predictions in nats and how often the first choice agrees. With
+    --questions or --tasks, measure the share of right answers; these need no text.
     """
     reporter = start()
     from optprune.measure import read_questions
@@ -71,25 +77,25 @@ def evaluate_command(
     if text is None and questions is None and tasks is None:
         raise InputError("there is nothing to measure the model on: give --text, --questions or --tasks")
     if text is None and generations:
-        raise InputError("--generations go on from a text: give one by --text")
-    asked = [] if questions is None else read_questions(questions)
-    named = _named(reporter, tasks, include_path)
+        raise InputError("--generations continues a text: give one by --text")
+    choices = [] if questions is None else read_questions(questions)
+    named = _named_tasks(reporter, tasks, include_path)
     places = {"device": device, "dtype": dtype, "architecture": architecture}
-    beside = Beside.loaded_for(reporter, model, against, text, seq_length, windows, **places)
-    run = None if named is None else AskedTasks(named, limit, task_batch)
-    result, lines = beside.measured(asked, generations, run)
+    evaluated = ModelEvaluation.loaded_for(reporter, model, against, text, seq_length, windows, **places)
+    run = None if named is None else TaskRun(named, limit, task_batch)
+    result, lines = evaluated.measured(choices, generations, run)
     already = f"the perplexity is {result['perplexity']:.4f}" if text is not None else lines[0]
     write_json(json_file, json_text(result), already)
     for line in lines:
         echo(line)
 
 
-def _named(reporter: "Reporter", tasks: str | None, include: Path | None) -> "Tasks | None":
-    """The tasks that were asked for; InputError where they are not there."""
+def _named_tasks(reporter: "Reporter", tasks: str | None, include: Path | None) -> "Tasks | None":
+    """Return the named tasks of lm-eval; InputError where one is not found."""
     from optprune.measure import Tasks
 
     if tasks is None and include is not None:
-        raise InputError("--include-path says where tasks lie: name some by --tasks")
+        raise InputError("--include-path is the folder of the tasks in --tasks: give --tasks too")
     if tasks is None:
         return None
     reporter.say(f"reading the tasks {tasks}")

@@ -1,4 +1,4 @@
-"""optprune export: a pruned folder in the format of another runtime."""
+"""optprune export: write a pruned folder in the format of another runtime."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -21,7 +21,7 @@ def export_command(
         Path, typer.Option("--output", metavar="PATH", help="The file to write for gguf, the folder for the others.")
     ],
     form: Annotated[
-        str, typer.Option("--format", help="gguf, for llama.cpp, onnx, or transformers, a folder as prune writes it.")
+        str, typer.Option("--format", help="gguf (for llama.cpp), onnx, or transformers (a folder as prune writes it).")
     ] = "gguf",
     kind: Annotated[
         str | None,
@@ -40,7 +40,7 @@ def export_command(
     if form not in FORMATS:
         raise InputError(f"the format {form!r} is unknown: give {', '.join(FORMATS)}")
     if cache and form != "onnx":
-        raise InputError(f"--cache is for --format onnx: the format {form} has no graph, so leave it out")
+        raise InputError(f"--cache applies to --format onnx only: leave it out for {form}")
     if form == "onnx" and kind not in (None, "f32"):
         raise InputError(f"ONNX is written in float32, not in {kind!r}: leave out --type")
     if form == "gguf":

@@ -1,4 +1,4 @@
-"""optprune heal: from a pruned folder and the dense model to a folder that is closer to it."""
+"""optprune heal: train a pruned folder towards the dense model and write a new folder."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -15,11 +15,13 @@ if TYPE_CHECKING:
     from optprune.healing import HealReport
 
 TOKENS = 200_000
-"""how many tokens are trained on at most, where nobody says"""
+"""the default largest number of training tokens"""
 
 
 def heal_command(
-    model: Annotated[str, typer.Argument(metavar="DIR", help="The pruned model: a folder, or what else is a model.")],
+    model: Annotated[
+        str, typer.Argument(metavar="DIR", help="The pruned model: a folder, or any other form of MODEL.")
+    ],
     teacher: Annotated[
         str,
         typer.Option("--teacher", metavar="MODEL", help="The dense model: a folder, a .gguf file, a hub name, 'demo'."),
@@ -35,35 +37,38 @@ def heal_command(
     ],
     output: Annotated[Path, typer.Option("--output", metavar="DIR", help="The folder to write.")],
     tokens: Annotated[
-        int | None, typer.Option("--tokens", help="How many to train on. [default: 200000, or what there is]")
+        int | None, typer.Option("--tokens", help="Number of training tokens. [default: 200000, or the whole text]")
     ] = None,
-    epochs: Annotated[int, typer.Option("--epochs", help="How often these are gone through.")] = 1,
+    epochs: Annotated[int, typer.Option("--epochs", help="Number of passes over these tokens.")] = 1,
     generated: Annotated[
-        int, typer.Option("--generated", help="Windows that the dense model writes itself, beside those of the text.")
+        int,
+        typer.Option(
+            "--generated", help="Number of training windows that the dense model generates, beside those of the text."
+        ),
     ] = 0,
     seq_length: Annotated[int, typer.Option("--seq-length", help="Tokens in a window.")] = 512,
     batch_size: Annotated[int, typer.Option("--batch-size", help="Windows in a step.")] = 4,
     learning_rate: Annotated[
-        float | None, typer.Option("--learning-rate", help="The highest of the run. [default: 2e-4]")
+        float | None, typer.Option("--learning-rate", help="Largest learning rate of the schedule. [default: 2e-4]")
     ] = None,
     held_out: Annotated[
-        int, typer.Option("--held-out", help="Windows, of documents apart, that decide what is kept.")
+        int, typer.Option("--held-out", help="Number of windows, of other documents, that choose the step to keep.")
     ] = 16,
     device: Device = "auto",
     dtype: Annotated[
         str,
-        typer.Option("--dtype", help="What is computed in: float32, bfloat16 or auto (bfloat16 on a GPU)."),
+        typer.Option("--dtype", help="dtype of the computation: float32, bfloat16 or auto (bfloat16 on a GPU)."),
     ] = "auto",
     gradient_checkpointing: Annotated[
-        bool, typer.Option("--gradient-checkpointing", help="Compute activations twice instead of keeping them.")
+        bool, typer.Option("--gradient-checkpointing", help="Recompute activations instead of storing them.")
     ] = False,
-    seed: Annotated[int, typer.Option("--seed", help="Of the draws.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the draws.")] = 0,
     resume: Resume = False,
     restart: Restart = False,
     overwrite: Overwrite = False,
     json_file: JsonFile = None,
 ) -> None:
-    """Train a pruned model for a while to predict what the dense one does; zeros and widths stay as they are."""
+    """Train a pruned model towards the predictions of the dense one; zeros and widths stay as they are."""
     reporter = start()
     from optprune.cli.healing_run import HEALING, HealingRun
     from optprune.healing import HealingSettings
@@ -88,7 +93,7 @@ def heal_command(
         device=device,
     )
     check_json(json_file, output=output, models=[model, teacher])
-    done = run.go(reporter, tokens, TOKENS, seq_length, batch_size, held_out)
+    done = run.run(reporter, tokens, TOKENS, seq_length, batch_size, held_out)
     if done is None:  # another process has it
         return
     write_json(json_file, json_text(done.section), f"the healed model is in {output}")
@@ -105,12 +110,12 @@ def _summarise(report: "HealReport", saved: "SavedModel") -> None:
     early = " (the divergence fell no further)" if report.stopped_early else ""
     echo(
         f"{report.steps} of {report.steps_planned} steps{early} on {report.tokens} tokens in "
-        f"{duration(report.seconds)}; what step {after.step} came to is kept"
+        f"{duration(report.seconds)}; the weights of step {after.step} are kept"
     )
     echo(
         f"on held-out windows: divergence {before.divergence:.4f} nats before, {after.divergence:.4f} after; "
         f"perplexity {before.perplexity:.2f} before, {after.perplexity:.2f} after, {report.dense_perplexity:.2f} dense"
     )
-    echo(f"{report.zeros} zeros are where they were")
+    echo(f"all {report.zeros} zeros of the pruned model are still zero")
     echo(f"{saved.folder}: {saved.bytes / 2**20:.1f} MiB of weights")
     echo(f"reload check passed: logits differ by at most {saved.logits_difference:.2g}")

@@ -1,4 +1,4 @@
-"""A run of `optprune heal`: from a folder, the dense model and a text to a checked folder, by one process or more."""
+"""A run of `optprune heal`: from a folder, the dense model and a text to a checked folder, by one or more processes."""
 
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from optprune.cli.outputs import started
-from optprune.cli.run_folder import Output, kept_in
+from optprune.cli.run_folder import Output, keep_or_delete
 from optprune.cli.tokens import check_alike, tokens_for
 
 if TYPE_CHECKING:
@@ -25,28 +25,28 @@ HEALING = "healing"
 
 @dataclass(frozen=True)
 class HealedOutput:
-    """A healed folder."""
+    """A healed folder with its report."""
 
     section: dict[str, Any]
-    """what its report says of healing"""
+    """the healing section of its report"""
     report: "HealReport | None"
-    """what healing did; None, as `saved`, where the output was there already"""
+    """the report of the training; None, as `saved`, where the output was finished before"""
     saved: "SavedModel | None"
 
 
 @dataclass(frozen=True)
 class HealingRun:
-    """What is read, where it is written, and how it is trained."""
+    """The inputs, the output and the settings of a healing run."""
 
     model: str
     teacher: str
     text: str
     output: Output
-    """the folder, whose report has the facts in its section `HEALING`"""
+    """the folder; its report holds the facts of the run in the section `HEALING`"""
     settings: "HealingSettings"
     device: str
 
-    def go(
+    def run(
         self,
         reporter: "Reporter",
         tokens: int | None,
@@ -55,7 +55,7 @@ class HealingRun:
         batch_size: int,
         held_out: int,
     ) -> "HealedOutput | None":
-        """Tokenise, load, train, save and check; None in all processes but the first."""
+        """Tokenise, load, train, save and check; return None in all processes but the first."""
         from optprune.calibration.peers import joined
         from optprune.export import check_own_files
         from optprune.healing import HealingFolder
@@ -66,7 +66,7 @@ class HealingRun:
         from optprune.report.phases import TOKENISING
         from optprune.texts import check_seq_length, read_documents, split_held_out
 
-        # What costs nothing is checked first.
+        # Checks that take no time come first.
         self.output.check()
         check_own_files(self.model)
         self.output.check_run(HealingFolder, {"the settings": asdict(self.settings)})
@@ -78,7 +78,7 @@ class HealingRun:
         characters = sum(len(document) for document in documents if isinstance(document, str))
         expected = expected_files(shapes[0], characters, started())
         with joined(self.device) as peers, reporter.events(expected) as on_event:
-            phases = PhaseRecorder(device_of(self.device), self._telling(reporter, on_event))
+            phases = PhaseRecorder(device_of(self.device), self._event_handler(reporter, on_event))
             with phases.step(TOKENISING, f"tokenising {self.text}"):
                 sizes = {"seq_length": seq_length, "batch_size": batch_size, "held_out": held_out}
                 drawn = {"tokens": tokens, "most": most, "seed": self.settings.seed}
@@ -96,7 +96,7 @@ class HealingRun:
             return self._healed(reporter, phases, parts, peers)
 
     def _expected(self, parts: "TrainingText", own: "Decoder", dense: "Decoder") -> dict[str, float]:
-        """The seconds that the training may take, now that its text is known."""
+        """Return the expected seconds of the training, once its text is known."""
         from optprune.healing.heal import work
         from optprune.models import device_of
         from optprune.program.time import operations_per_second
@@ -117,7 +117,7 @@ class HealingRun:
             folder: HealingFolder | None = None
             if first:
                 folder = contexts.enter_context(
-                    kept_in(self.output.run_folder(HealingFolder, reporter.say), reporter.say)
+                    keep_or_delete(self.output.run_folder(HealingFolder, reporter.say), reporter.say)
                 )
             student, dense = self._loaded(phases)
             if may_be_finished:
@@ -152,7 +152,7 @@ class HealingRun:
         return HealedOutput(report.to_dict(), report, saved)
 
     def _section(self) -> "HealedOutput":
-        """Return what the report of the output says of healing."""
+        """Return the healed folder with the healing section of its report."""
         from optprune.report.reading import REPORT
         from optprune.system.files import read_json
 
@@ -169,11 +169,11 @@ class HealingRun:
             by = draft_in(student.model.config)
             return student, load_model(self.teacher, dtype=self.settings.dtype, device=self.device, architecture=by)
 
-    def _telling(self, reporter: "Reporter", on_event: "Callable[[Event], None]") -> "Callable[[Event], None]":
-        """What hears the events, and tells of each measurement in a line."""
+    def _event_handler(self, reporter: "Reporter", on_event: "Callable[[Event], None]") -> "Callable[[Event], None]":
+        """Return an event handler that also prints a line for each measurement."""
         from optprune.report import DivergenceMeasured
 
-        def hear(event: "Event") -> None:
+        def handle(event: "Event") -> None:
             on_event(event)
             if isinstance(event, DivergenceMeasured):
                 best = ", the least so far" if event.best and event.step else ""
@@ -182,4 +182,4 @@ class HealingRun:
                     f"{event.perplexity:.2f} on held-out windows{best}"
                 )
 
-        return hear
+        return handle

@@ -1,4 +1,4 @@
-"""The help of a command: its options in two sections, the usual ones and the advanced ones."""
+"""The help of a command, with usual and advanced options in two sections."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,14 +6,14 @@ from typing import Any
 import typer.core
 
 ADVANCED = "Advanced options"
-"""the section of options that few runs need, as `rich_help_panel` of their declaration"""
+"""the section of rarely used options; an option declares it as its `rich_help_panel`"""
 
 
 class Command(typer.core.TyperCommand):
-    """A command whose help puts advanced options last."""
+    """A command whose help lists advanced options last."""
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
-        """Write the arguments and options in their sections."""
+        """Write the arguments and options by section."""
         shown: list[tuple[Any, tuple[str, str]]] = [
             (one, record) for one in self.get_params(ctx) if (record := one.get_help_record(ctx)) is not None
         ]

@@ -1,4 +1,4 @@
-"""The log of a command: its lines of progress with the time, in a file that is added to."""
+"""The log file of a command: its lines of progress with the time, appended."""
 
 import os
 from datetime import datetime
@@ -11,35 +11,34 @@ from optprune.system.files import real_path
 
 
 class LogFile:
-    """Takes lines: each is written at once, behind the time. What the file held before stays.
+    """A file to which lines are appended with the time, each at once.
 
-    So a run that goes on goes on in its log too.
-
-    Once a line cannot be written, that is told on stderr and no more are: a run does not fail for its log.
+    A resumed run therefore continues its log. When a line cannot be written, a warning goes to stderr and logging ends;
+    the run does not fail.
     """
 
     def __init__(self, file: Path | None) -> None:
         self.file = file
 
     def __call__(self, line: str) -> None:
-        """Write a line."""
+        """Append a line."""
         if self.file is None:
             return
         try:
             with self.file.open("a", encoding="utf-8", errors="backslashreplace") as stream:
                 stream.write(f"{datetime.now().astimezone().isoformat(timespec='seconds')} {line}\n")
         except OSError as error:
-            echo(f"the log {self.file} is not written any more ({error.strerror or error})", err=True)
+            echo(f"the log {self.file} cannot be written any more ({error.strerror or error})", err=True)
             self.file = None
 
     def check(self, output: Path, model: str) -> None:
-        """Raise InputError unless lines can be written, beside the output to come and the files of the model."""
+        """Raise InputError unless lines can be written, to a file outside the output and the files of the model."""
         if self.file is None:
             return
         check_file(self.file, "log", output=output, models=[model])
         place = real_path(self.file)
         for folder in (real_path(output), run_folder_of(output)):
             if place.is_relative_to(folder):
-                raise InputError(f"the log {self.file} lies in {folder}, which the run makes anew: name another place")
+                raise InputError(f"the log {self.file} lies in {folder}, which the run replaces: name another place")
         if place.exists() and not os.access(place, os.W_OK):
             raise InputError(f"the log {self.file} cannot be written: it is not writable")

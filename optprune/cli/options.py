@@ -14,15 +14,15 @@ SeqLength = Annotated[int, typer.Option("--seq-length", help="Tokens in a window
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
 Dtype = Annotated[str, typer.Option("--dtype", help="auto (as stored), float32, bfloat16 or float16.")]
 JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the results there as JSON.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output folder if it holds a model.")]
-Resume = Annotated[
-    bool, typer.Option("--resume", help="Go on with the unfinished run into this folder, if there is one.")
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace the output folder if it exists and holds a model.")
 ]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue the unfinished run of this output, if there is one.")]
 Restart = Annotated[
-    bool, typer.Option("--restart", help="Delete the unfinished run into this folder, if there is one, and begin anew.")
+    bool, typer.Option("--restart", help="Delete the unfinished run of this output, if there is one, and start again.")
 ]
 
-# The options of prune; plan takes most of them.
+# The options of prune, most of which plan takes too.
 
 Calibration = Annotated[
     str,
@@ -41,10 +41,10 @@ Sparsity = Annotated[
     ),
 ]
 Samples = Annotated[int, typer.Option("--samples", help="Number of calibration windows.")]
-Seed = Annotated[int | None, typer.Option("--seed", help="Seed of everything drawn. [default: the recipe's, or 0]")]
+Seed = Annotated[int | None, typer.Option("--seed", help="Seed of all random draws. [default: the recipe's, or 0]")]
 Units = Annotated[
     str | None,
-    typer.Option("--units", help=f"What is removed: {either(choices.UNITS)}. [default: the recipe's]"),
+    typer.Option("--units", help=f"Kind of units to remove: {either(choices.UNITS)}. [default: the recipe's]"),
 ]
 Pattern = Annotated[
     str | None,
@@ -62,16 +62,18 @@ Runs = Annotated[
     typer.Option(
         "--target",
         metavar="RUNTIME",
-        help=f"Make only what a runtime takes: {either(choices.RUNTIMES)}; transformers means without "
+        help=f"Write a model that this runtime loads: {either(choices.RUNTIMES)}; transformers means without "
         "trust_remote_code.",
     ),
 ]
-Strict = Annotated[bool, typer.Option("--strict", help="Make fallbacks, too few tokens and a missed budget errors.")]
+Strict = Annotated[
+    bool, typer.Option("--strict", help="Treat fallbacks, too few tokens and a missed budget as errors.")
+]
 Workers = Annotated[
     int | None,
     typer.Option(
         "--workers",
-        help="Workers side by side: on blocks under dense or intra, else on the layers of a block. [default: 1]",
+        help="Number of parallel workers: on blocks under dense or intra, else on the layers of a block. [default: 1]",
     ),
 ]
 Settings = Annotated[
@@ -81,13 +83,13 @@ Settings = Annotated[
     ),
 ]
 
-# Advanced ones.
+# The advanced options.
 
 Sequences = Annotated[
     str,
     typer.Option(
         "--sequences",
-        help="packed: windows lie anywhere in the joined documents; whole: each lies in one document, from its start.",
+        help="packed: windows from anywhere in the joined documents; whole: each window is the start of one document.",
         rich_help_panel=ADVANCED,
     ),
 ]
@@ -95,7 +97,7 @@ SaveDtype = Annotated[
     str,
     typer.Option(
         "--save-dtype",
-        help="dtype of the saved weights: auto (the dtype computed in), float32, bfloat16 or float16.",
+        help="dtype of the saved weights: auto (the dtype of the computation), float32, bfloat16 or float16.",
         rich_help_panel=ADVANCED,
     ),
 ]
@@ -121,7 +123,7 @@ WidthMultiple = Annotated[
     int | None,
     typer.Option(
         "--width-multiple",
-        help=f"Make MLP widths and value dimensions multiples of this. [default: {choices.MULTIPLES}]",
+        help=f"Round MLP widths and value dimensions to multiples of this. [default: {choices.MULTIPLES}]",
         rich_help_panel=ADVANCED,
     ),
 ]
@@ -147,7 +149,7 @@ Ray = Annotated[
     typer.Option(
         "--ray",
         metavar="ADDRESS",
-        help="Use workers of the Ray cluster there; 'local' starts one for the run.",
+        help="Use workers of the Ray cluster at this address; 'local' starts a cluster for the run.",
         rich_help_panel=ADVANCED,
     ),
 ]

@@ -1,4 +1,4 @@
-"""What a command says and writes: progress on stderr, lines on stdout, results as JSON."""
+"""The output of a command: progress on stderr, lines on stdout, results as JSON."""
 
 import contextlib
 import os
@@ -22,18 +22,18 @@ if TYPE_CHECKING:
 
 
 BEGAN = time.monotonic()
-"""when this process began, but for the start of Python itself"""
+"""the time at which this process began, apart from the start of Python itself"""
 
 
 def started() -> float:
-    """The seconds since this process began."""
+    """Return the seconds since this process began."""
     return time.monotonic() - BEGAN
 
 
 def start(log: Callable[[str], None] | None = None) -> "Reporter":
-    """Import and quieten what is heavy; the command's own progress goes to stderr, and its lines to a log as well.
+    """Import torch and transformers, silence their output, and return the reporter of progress on stderr and to a log.
 
-    Of processes that share a run the first one tells, and the others nothing.
+    Of processes that share a run only the first one prints.
     """
     from rich.console import Console
 
@@ -46,34 +46,34 @@ def start(log: Callable[[str], None] | None = None) -> "Reporter":
     from transformers.utils import logging
 
     logging.set_verbosity_error()
-    # It tells of every attempt to reach a hub that is out of reach; the error that follows says so once.
+    # It prints every failed attempt to reach the hub; the error that follows says so once.
     hub_logging.set_verbosity_error()
     logging.disable_progress_bar()
-    # This one bar is not made by transformers' own tqdm, which can be switched off.
+    # This bar does not use transformers' own tqdm, which can be switched off.
     modeling_gguf_pytorch_utils.tqdm = logging.tqdm  # type: ignore[attr-defined]
     return Reporter(Console(stderr=True, quiet=not is_first()), log=log if is_first() else None)
 
 
 def echo(text: str, *, err: bool = False) -> None:
-    """Print lines, without what a terminal would obey in them: files and models have their say in what is told."""
+    """Print lines without control characters, because names in files and models are untrusted."""
     for line in text.split("\n"):
         typer.echo(printable(line), err=err)
 
 
 def check_json(file: Path | None, *, output: Path | None = None, models: Sequence[str] = ()) -> None:
-    """Raise InputError when the JSON file could not be written at the end, or would replace one of a model's."""
+    """Raise InputError unless the JSON file can be written and is not one of a model's files."""
     check_file(file, "JSON file", output=output, models=models)
 
 
-def check_file(file: Path | None, what: str, *, output: Path | None = None, models: Sequence[str] = ()) -> None:
-    """Raise InputError when a file could not be written at the end, or would replace one of a model's.
+def check_file(file: Path | None, kind: str, *, output: Path | None = None, models: Sequence[str] = ()) -> None:
+    """Raise InputError unless a file can be written and is not one of a model's files.
 
-    `output` is the folder of the model to come, where it may be written; `models` are those that are read.
+    `output` is the folder of the model to write, in which the file may lie; `models` are those that are read.
     """
     if file is None:
         return
     if file.is_dir():
-        raise InputError(f"the {what} {file} is a folder: name a file")
+        raise InputError(f"the {kind} {file} is a folder: name a file")
     from optprune.export.place import MODEL_FILES
 
     place = real_path(file)
@@ -81,28 +81,28 @@ def check_file(file: Path | None, what: str, *, output: Path | None = None, mode
     read = [model for model in models if Path(os.path.realpath(model)) in (place, place.parent)]
     if (read and place.exists()) or ((read or within) and MODEL_FILES.fullmatch(place.name)):
         model = read[0] if read else output
-        raise InputError(f"the {what} {file} has a name that a file of the model in {model} may have: choose another")
+        raise InputError(f"the {kind} {file} has a name that a file of the model in {model} may have: choose another")
     if _is_special(file):
         if not os.access(file, os.W_OK):
-            raise InputError(f"the {what} {file} cannot be written: it is not writable")
+            raise InputError(f"the {kind} {file} cannot be written: it is not writable")
         return
     parent = place.parent
     named = parent if file.is_symlink() else file.parent
     if not parent.is_dir() and not within:
-        raise InputError(f"the {what} {file} cannot be written: there is no folder {named}")
+        raise InputError(f"the {kind} {file} cannot be written: there is no folder {named}")
     if parent.is_dir() and not os.access(parent, os.W_OK):
-        raise InputError(f"the {what} {file} cannot be written: the folder {named} is not writable")
+        raise InputError(f"the {kind} {file} cannot be written: the folder {named} is not writable")
 
 
 def write_json(file: Path | None, text: str, already: str) -> None:
-    """Write the JSON file whole or not at all; `already` says what is not lost when that fails or is interrupted."""
+    """Write the JSON file whole or not at all; `already` is as for `write_file`."""
     write_file(file, text.encode("utf-8"), "JSON file", already)
 
 
-def write_file(file: Path | None, data: bytes, what: str, already: str) -> None:
-    """Write a file whole or not at all; `already` says what is not lost when that fails or is interrupted.
+def write_file(file: Path | None, data: bytes, kind: str, already: str) -> None:
+    """Write a file whole or not at all; `already` names the results that survive a failure or an interrupt.
 
-    What is not a regular file (a device, a pipe) stays what it is and gets the bytes; a link stays a link.
+    A device or a pipe receives the bytes and is not replaced; a link stays a link.
     """
     record_done(already)
     if file is None:
@@ -114,17 +114,17 @@ def write_file(file: Path | None, data: bytes, what: str, already: str) -> None:
             stream.buffer.write(data)
             stream.flush()
         elif _is_special(file):
-            # Not held: opening a pipe waits for a reader, and one must be able to stop that.
+            # Interrupts are not held, because opening a pipe waits for a reader.
             with file.open("wb") as special:
                 special.write(data)
         else:
             _replace(real_path(file), data)
     except OSError as error:
-        raise OptpruneError(f"the {what} {file} cannot be written ({error.strerror}), but {already}") from error
+        raise OptpruneError(f"the {kind} {file} cannot be written ({error.strerror}), but {already}") from error
 
 
 def _replace(place: Path, data: bytes) -> None:
-    """Write a regular file beside its place and rename it."""
+    """Write a regular file under a temporary name beside its place and rename it."""
     draft = place.with_name(f".{place.name}.{secrets.token_hex(4)}")
     with interrupts_held():
         try:
@@ -140,9 +140,9 @@ def _is_special(file: Path) -> bool:
 
 
 def _standard_stream(file: Path) -> TextIO | None:
-    """The stream of ours that a file (such as /dev/stdout) is: opened a second time, it would be written over."""
+    """Return stdout or stderr if the file is one of them, which a second handle would overwrite."""
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError, AttributeError):  # it is not there, or is no file of the system
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # the stream is closed, or not a file
             if os.path.samestat(file.stat(), os.fstat(stream.fileno())):
                 return stream
     return None

@@ -1,4 +1,4 @@
-"""optprune plan: what a run of `prune` would take, before it is begun."""
+"""optprune plan: estimate the memory, the disk and the time of a run of `prune`."""
 
 import time
 from collections.abc import Sequence
@@ -49,16 +49,16 @@ if TYPE_CHECKING:
     from optprune.texts import Document
 
 CHARACTERS = 8
-"""the characters of a text that surely hold a token, on average"""
+"""an upper bound of the average number of characters in a token"""
 PIECE = 200_000
-"""the fewest characters that the speed of a tokenizer is measured on"""
+"""the least number of characters on which the speed of a tokenizer is measured"""
 
 
 def plan_command(
     model: Model,
     calibration: Annotated[
         str | None,
-        typer.Option("--calibration", metavar="TEXT", help="As of prune; without, tokens are drawn."),
+        typer.Option("--calibration", metavar="TEXT", help="As for prune; without it, random tokens are used."),
     ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", metavar="DIR", help="The folder that the run will write.")
@@ -87,11 +87,13 @@ def plan_command(
     settings: Settings = None,
     no_probe: Annotated[
         bool,
-        typer.Option("--no-probe", help="Tell no times: nothing is run, and the device need not be here."),
+        typer.Option(
+            "--no-probe", help="Print no times; nothing is run, and the device need not exist on this machine."
+        ),
     ] = False,
     json_file: JsonFile = None,
 ) -> None:
-    """Tell the memory, the disk and the time that prune would take by phase, without pruning.
+    """Print the memory, the disk and the time of a run of prune, by phase, without pruning.
 
     A folder with a config.json alone is enough: the block that is timed then has random weights.
     """
@@ -103,11 +105,11 @@ def plan_command(
     from optprune.pruning.measured_plan import timed
     from optprune.texts import check_sequences
 
-    # Whole documents take as much, except that tokenising them may end sooner.
+    # Whole documents take as much, except that tokenising may end earlier.
     check_sequences(sequences)
     chosen = options.chosen()
     if not chosen.sparsity and chosen.given is None:
-        raise InputError("a sparsity of 0 has nothing to plan: the model is read and written as it is")
+        raise InputError("a sparsity of 0 needs no plan, because the model is copied unchanged: give a larger one")
     workers_of(chosen.policy, workers, ray)
     check_json(json_file, models=[model])
     for name in (dtype, save_dtype):
@@ -128,7 +130,7 @@ def plan_command(
 
 
 def _measuring(resolved: Resolved, model: str, calibration: str | None, output: Path | None) -> "Measuring":
-    """Return the first tokens of each text, for the probe, and the time in which all of them are tokenised."""
+    """Return the first tokens of each text, for the probe, and the seconds that tokenising all of them takes."""
     from optprune.program.room import existing_folder
     from optprune.pruning.measured_plan import Measuring, probe_batches
     from optprune.texts import read_texts
@@ -145,7 +147,7 @@ def _measuring(resolved: Resolved, model: str, calibration: str | None, output: 
         began = time.perf_counter()
         return tokens_for(model, resolved.config, documents), time.perf_counter() - began
 
-    # The first use of a tokenizer takes longer, and each needs it loaded.
+    # The first call takes longer; the second measures the overhead of each call.
     (_, first), (_, again) = tokenised([""]), tokenised([""])
     parts, seconds = list["Tensor"](), reading + first
     for text in texts:
@@ -159,7 +161,7 @@ def _measuring(resolved: Resolved, model: str, calibration: str | None, output: 
 
 
 def _beginning(documents: "Sequence[Document]", characters: int) -> "list[Document]":
-    """The first documents, about so many characters of them; the last text is cut, and a conversation is not."""
+    """Return the first documents, about `characters` of them; the last text is cut, a conversation is not."""
     taken, some = list["Document"](), 0
     for document in documents:
         if some < characters:
@@ -169,7 +171,7 @@ def _beginning(documents: "Sequence[Document]", characters: int) -> "list[Docume
 
 
 def lines(planned: "Plan") -> Sequence[str]:
-    """The plan as lines: a phase each, then the peaks."""
+    """Return the plan as lines: one for each phase, then the peaks."""
     from optprune.report.progress import duration
 
     gpu = planned.device_bytes > 0
@@ -191,7 +193,7 @@ def lines(planned: "Plan") -> Sequence[str]:
 
 
 def program_lines(program: "Program") -> Sequence[str]:
-    """Return what the run does, as lines: the recipe, and the stages of the largest block."""
+    """Return the program as lines: the recipe, and the stages of the largest block."""
     example, recipe = program.example, program.request.recipe
     first = f"recipe {recipe.name}, policy {program.policy.name}, allocator {type(program.allocator).__name__}"
     stages = [", ".join(target.path for target in stage.targets) for stage in example.stages]

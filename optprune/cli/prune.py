@@ -1,4 +1,4 @@
-"""optprune prune: from a model and a text to a folder."""
+"""optprune prune: prune a model on a text and write a folder."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     from optprune.report import Report
 
 DESTROYED = 0.5
-"""the mean relative error of the layers above which the summary warns"""
+"""the mean relative error of the layers above which the summary prints a warning"""
 
 
 def prune_command(
@@ -91,7 +91,7 @@ def prune_command(
         bool,
         typer.Option(
             "--no-plan",
-            help="Begin even if the plan exceeds the memory or the disk.",
+            help="Start even if the plan exceeds the memory or the disk.",
             rich_help_panel=ADVANCED,
         ),
     ] = False,
@@ -101,7 +101,7 @@ def prune_command(
         typer.Option(
             "--log",
             metavar="FILE",
-            help="Append the lines of progress to a file, with the time.",
+            help="Append the lines of progress with their time to a file.",
             rich_help_panel=ADVANCED,
         ),
     ] = None,
@@ -117,7 +117,7 @@ def prune_command(
     from optprune.report.phases import TOKENISING
     from optprune.texts import check_sequences, read_texts
 
-    # Checks that take no time come first: the weights are loaded when no option can be wrong any more.
+    # Checks that take no time come first; the weights are loaded after the last check of options.
     chosen = options.chosen()
     whole = WholeRun(
         model=model,
@@ -140,7 +140,7 @@ def prune_command(
     texts = read_texts(calibration)
     resolved.report_notes(reporter.say)
     characters = sum(text.characters for text in texts)
-    # Joined first, so that each process has its own GPU for whatever follows.
+    # Processes join first, so that each has its own GPU from here on.
     with joined(device) as peers:
         if not no_plan:
             own = replace(program.request, samples=-(-samples // peers.size))
@@ -195,23 +195,23 @@ def _summarise(program: "Program", report: "Report", saved: "SavedModel") -> Non
     of_what = {"parameters": "", "flops": " of the operations", "time": " of the time"}[currency]
     echo(
         f"{report.sparsity_reached:.2%} of the decoder's linear weights removed "
-        f"({report.sparsity_requested:.2%}{of_what} asked)"
+        f"({report.sparsity_requested:.2%}{of_what} requested)"
     )
     for line in Allocation.from_dict(report.allocation).lines():
         echo(line)
     echo(
-        f"{duration(report.seconds)} on {report.tokens} tokens, of which the two calibration passes need "
+        f"{duration(report.seconds)} on {report.tokens} tokens, of which the two calibration passes take "
         f"{duration(report.floor_seconds)}"
     )
     if errors:
         when = " before recovery" if report.recovered else ""
         echo(f"mean relative error {sum(errors) / len(errors):.3g} over {counted(len(errors), 'layer')}{when}")
     if errors and sum(errors) / len(errors) > DESTROYED:
-        echo("warning: the model is probably destroyed by so large an error: remove less, or restore more")
+        echo("warning: the model is probably unusable with so large an error: lower the sparsity, or add recovery")
     if recipe.units.family is not None and report.sparsity_reached:
         echo(
-            "zeros by themselves make a folder neither smaller nor faster: that takes a runtime with a kernel for the "
-            f"pattern {recipe.units.family.name}"
+            "zeros alone make a folder neither smaller nor faster: use a runtime with a kernel for the pattern "
+            f"{recipe.units.family.name}"
         )
     for note in report.notes:
         echo(f"note: {note}")

@@ -1,4 +1,4 @@
-"""optprune recipes: the list, one as YAML, or what may be set."""
+"""optprune recipes: list the recipes, print one as YAML, or list the recipe fields."""
 
 import textwrap
 from typing import Annotated
@@ -8,26 +8,26 @@ import typer
 from optprune.cli.outputs import echo
 
 LINE = 110
-"""the characters of a line of the list"""
+"""the largest number of characters in a line of the list"""
 LEGEND = """\
-x      how many times as long as its two calibration passes a run took, on SmolLM2-135M with 8192 tokens; less with
-       more tokens, and - where it was not measured
+x      the time of a run over that of its two calibration passes, on SmolLM2-135M with 8192 tokens; smaller with more
+       tokens, and - where it was not measured
 stock  AutoModelForCausalLM.from_pretrained(DIR) loads the folder
-code   so does it with trust_remote_code=True, or optprune.load_model(DIR), which runs nothing from the folder; with
-       --units mlp fasp is stock, and so is depth with --set allocation.parts=layers"""
+code   the same call with trust_remote_code=True loads it, and so does optprune.load_model(DIR), which runs no code
+       from the folder; fasp with --units mlp is stock, and so is depth with --set allocation.parts=layers"""
 
 
 def recipes_command(
     name: Annotated[str | None, typer.Argument(metavar="NAME", help="The recipe to print as YAML.")] = None,
-    fields: Annotated[bool, typer.Option("--fields", help="Tell every field that a recipe has.")] = False,
+    fields: Annotated[bool, typer.Option("--fields", help="List every field of a recipe.")] = False,
 ) -> None:
-    """List the recipes by what they prune, print one as YAML, or tell the fields that --set and a file may set."""
+    """List the recipes by kind, print one as YAML, or list the fields that --set and a file may set."""
     from optprune.errors import InputError
     from optprune.recipe import load_recipe
     from optprune.recipe.reference import recipe_fields
 
     if name is not None and fields:
-        raise InputError("--fields tells what every recipe has: leave out the name of one")
+        raise InputError("--fields lists the fields of all recipes: leave out the name of a recipe")
     if fields:
         for field in recipe_fields():
             default = f" [default: {field.default}]" if field.default else ""

@@ -1,11 +1,11 @@
-"""optprune report: the page about a run again, with what was measured since."""
+"""optprune report: write the report page of a run again, with later measurements."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from optprune.cli.beside import Beside
+from optprune.cli.evaluation import ModelEvaluation
 from optprune.cli.options import Device, Dtype, SeqLength
 from optprune.cli.outputs import check_file, echo, start, write_file
 from optprune.errors import InputError, check_at_least
@@ -24,28 +24,31 @@ def report_command(
     ] = None,
     text: Annotated[
         str | None,
-        typer.Option("--text", metavar="TEXT", help="A held-out text, as optprune evaluate takes it: measures on it."),
+        typer.Option(
+            "--text", metavar="TEXT", help="A held-out text to measure on, in the forms of optprune evaluate."
+        ),
     ] = None,
     seq_length: SeqLength = 2048,
-    windows: Annotated[int | None, typer.Option("--windows", help="How many windows. [default: all]")] = None,
+    windows: Annotated[int | None, typer.Option("--windows", help="Number of windows. [default: all]")] = None,
     generations: Annotated[
-        int, typer.Option("--generations", help="How many greedy continuations of the text to show.")
+        int, typer.Option("--generations", help="Number of greedy continuations of the text to show.")
     ] = 10,
     evaluation: Annotated[
-        Path | None, typer.Option("--evaluation", metavar="FILE", help="What optprune evaluate --json wrote.")
+        Path | None, typer.Option("--evaluation", metavar="FILE", help="The file that optprune evaluate --json wrote.")
     ] = None,
     speed: Annotated[
-        Path | None, typer.Option("--speed", metavar="FILE", help="What optprune benchmark-model --json wrote.")
+        Path | None,
+        typer.Option("--speed", metavar="FILE", help="The file that optprune benchmark-model --json wrote."),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", metavar="FILE", help="The page. [default: DIR/report.html]")
+        Path | None, typer.Option("--output", metavar="FILE", help="The page to write. [default: DIR/report.html]")
     ] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> None:
-    """Make report.html of a pruned folder again from its report.json, with evaluation and speed where they are given.
+    """Write report.html of a pruned folder again from its report.json, with evaluation and speed if given.
 
-    It is one file that needs no other. With --text both models are in memory, as for optprune evaluate.
+    The page is one self-contained file. With --text both models are in memory, as for optprune evaluate.
     """
     reporter = start()
     from optprune.models import check_dtype, device_of
@@ -62,10 +65,10 @@ def report_command(
     speeds = None if speed is None else read_speed(speed)
     model, healing = summarise_model(folder, report), read_healing(folder)
     if text is not None:
-        beside = Beside.loaded_for(
+        evaluated = ModelEvaluation.loaded_for(
             reporter, str(folder), against, text, seq_length, windows, device=device, dtype=dtype
         )
-        measured = _evaluated(beside, generations)
+        measured = _evaluated(evaluated, generations)
     if not can_draw():
         reporter.say("matplotlib is not installed, so tables replace pictures (pip install 'optprune[plot]')")
     drawn = page(report, model=model, evaluation=measured, speed=speeds, healing=healing)
@@ -77,11 +80,11 @@ def _check_together(against: str | None, text: str | None, evaluation: Path | No
     if against is not None and text is None:
         raise InputError("--against compares predictions on a text: give one by --text")
     if evaluation is not None and text is not None:
-        raise InputError("--evaluation is what was measured before, and --text measures now: give one of them")
+        raise InputError("--evaluation reads a measurement and --text makes one: give one of them")
 
 
 def _place(folder: Path, output: Path | None, against: str | None) -> Path:
-    """Where the page goes: into the folder, or to a file that is none of a model's."""
+    """Return the path of the page: in the folder, or a file that is not one of a model's."""
     place = folder / PAGE if output is None else output
     own = real_path(place) == real_path(folder / PAGE)
     others = [] if against is None else [against]
@@ -89,13 +92,13 @@ def _place(folder: Path, output: Path | None, against: str | None) -> Path:
     return place
 
 
-def _evaluated(beside: "Beside", generations: int) -> "EvaluationReport":
-    """What is measured now, with the size of the dense model."""
+def _evaluated(evaluated: "ModelEvaluation", generations: int) -> "EvaluationReport":
+    """Return a new evaluation, with the size of the dense model."""
     from optprune.measure.speed import file_bytes
     from optprune.report import parse_evaluation
 
-    result, _ = beside.measured([], generations)
-    if beside.dense is not None:
-        result["dense_parameters"] = sum(parameter.numel() for parameter in beside.dense.model.parameters())
-        result["dense_bytes"] = file_bytes(beside.dense.source)
+    result, _ = evaluated.measured([], generations)
+    if evaluated.dense is not None:
+        result["dense_parameters"] = sum(parameter.numel() for parameter in evaluated.dense.model.parameters())
+        result["dense_bytes"] = file_bytes(evaluated.dense.source)
     return parse_evaluation(result, "the evaluation")

@@ -26,17 +26,17 @@ FIELDS = {
     "pattern": "units.weights",
     "width_multiple": "allocation.multiple",
 }
-"""the recipe fields that have an option of their own, beside --strict, by the argument of the command"""
+"""the recipe fields that have their own option, apart from --strict, by argument of the command"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """The options as they are spelled."""
+    """The options of a command, unresolved."""
 
     model: str
     recipe: str
     fields: Mapping[str, Any]
-    """recipe fields that have an option of their own; None where it is not given"""
+    """recipe fields that have their own option; None where it is not given"""
     settings: Sequence[str]
     """recipe fields as KEY=VALUE"""
     allocation: str | None
@@ -56,7 +56,7 @@ class Options:
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any]) -> "Options":
-        """Return the options among a command's arguments; InputError, without heavy imports, for a mistyped name."""
+        """Return the options among a command's arguments; InputError, without heavy imports, for an unknown name."""
         named = {name: arguments[name] for name in ("units", "propagation", "target", "states", "dtype", "save_dtype")}
         check_choices(arguments["recipe"], sequences=arguments["sequences"], **named)
         check_at_least("--samples", arguments["samples"], 1)
@@ -67,11 +67,11 @@ class Options:
 
     @property
     def allocation_file(self) -> str | None:
-        """The file that says what every block keeps."""
+        """The file of the allocation, if the option names one."""
         return self.allocation if self.allocation is not None and self.allocation.endswith(".json") else None
 
     def chosen(self) -> "Recipe":
-        """The recipe, with what is set of it."""
+        """Return the recipe with the user's settings."""
         from optprune.recipe import load_recipe
 
         self.runtime()
@@ -80,24 +80,24 @@ class Options:
         recipe = load_recipe(self.recipe, given)
         if self.allocation_file is not None and "sparsity" in given and recipe.only_share is None:
             raise InputError(
-                f"the sparsity is what the allocation file {self.allocation_file} comes to: leave out --sparsity"
+                f"the allocation file {self.allocation_file} already decides the sparsity: leave out --sparsity"
             )
         return recipe
 
     def _given(self) -> "GivenBlocks":
-        """What every block keeps, as the file says it."""
+        """Return the allocation in the file as a recipe group."""
         from optprune.recipe.groups import GivenBlocks
 
         return GivenBlocks.of(_read_allocation(str(self.allocation_file)))
 
     def runtime(self) -> "Runtime | None":
-        """The runtime that the model is for; InputError where it is not known."""
+        """Return the runtime of --target; InputError where it is unknown."""
         from optprune.program.runtimes import runtime_called
 
         return None if self.target is None else runtime_called(self.target)
 
     def resolve(self, recipe: "Recipe") -> "Resolved":
-        """Return the program of the run, against the model's shapes; InputError where they do not go together."""
+        """Return the program of the run for the model's shapes; InputError where they do not match."""
         from optprune.allocation import Given
         from optprune.export.shards import size_of
         from optprune.models import load_config, load_shapes
@@ -111,12 +111,14 @@ class Options:
         check_seq_length(config, self.seq_length)
         shapes, divided = load_shapes(self.model, config), recipe.given
         if divided is not None and self.allocation_file is not None:
-            with _named(self.allocation_file, "does not fit"):
+            with _named_file(self.allocation_file, "does not fit"):
                 Given(recipe.units, divided).check(shapes)
         runtime, notes = self.runtime(), tuple[str, ...]()
         if runtime is None and shapes.architecture.pruned is None:
             check_parts(shapes, recipe, divided)
-            runtime = runtime_called("transformers")  # a draft has no classes for blocks that differ
+            runtime = runtime_called(
+                "transformers"
+            )  # a drafted architecture has no classes for blocks of different widths
         if runtime is not None:
             recipe, notes = runtime.fitted(recipe, shapes, divided)
             if runtime.own_vocabulary:
@@ -137,7 +139,7 @@ class Options:
 
 @dataclass(frozen=True, eq=False)
 class Resolved:
-    """A program with what it was resolved from."""
+    """A program with the config, the runtime and the notes of its resolution."""
 
     program: "Program"
     config: "PretrainedConfig"
@@ -146,18 +148,18 @@ class Resolved:
     """changes of the recipe for the runtime"""
 
     def report_notes(self, say: Callable[[str], None]) -> None:
-        """Report what was changed of the recipe for the runtime."""
+        """Report the changes of the recipe for the runtime."""
         for sentence in self.notes:
             say(f"for the target {self.runtime.name if self.runtime else ''}: {sentence}")
 
     def check(self, folder: Path) -> None:
-        """Raise OptpruneError where the runtime does not take the folder that was written."""
+        """Raise OptpruneError unless the runtime takes the folder that was written."""
         if self.runtime is not None:
             self.runtime.check_folder(self.program.decoder, folder)
 
 
 def _check_exportable(model: str, config: "PretrainedConfig", shapes: "Decoder") -> None:
-    """Raise InputError where llama.cpp has no words for the model, or would not cut text as its tokenizer does."""
+    """Raise InputError unless llama.cpp supports the model and its tokenizer."""
     from optprune.export.gguf_families import family_of
     from optprune.export.gguf_vocabulary import Vocabulary
     from optprune.models import load_tokenizer, need_tokenizer
@@ -167,7 +169,7 @@ def _check_exportable(model: str, config: "PretrainedConfig", shapes: "Decoder")
 
 
 def overrides(options: Mapping[str, Any], settings: Sequence[str]) -> dict[str, Any]:
-    """The recipe fields that the user gave, by option or as --set key=value."""
+    """Return the recipe fields that the user gave, by option or as --set key=value."""
     fields = dict(options)
     for setting in settings:
         key, equals, text = setting.partition("=")
@@ -183,21 +185,21 @@ def overrides(options: Mapping[str, Any], settings: Sequence[str]) -> dict[str, 
 
 
 def _read_allocation(file: str) -> "Allocation":
-    """An allocation from its own file, or from the report of an earlier run."""
+    """Return the allocation in a file, which is an allocation or the report of an earlier run."""
     from optprune.allocation import Allocation
 
     try:
         text = Path(file).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"the allocation file {file} cannot be read: {error}") from error
-    with _named(file, "cannot be used"):
+    with _named_file(file, "cannot be used"):
         return Allocation.from_json(text)
 
 
 @contextmanager
-def _named(file: str | None, what: str) -> Iterator[None]:
-    """What is wrong with an allocation, with the name of its file."""
+def _named_file(file: str | None, problem: str) -> Iterator[None]:
+    """Add the name of the file to an InputError about its allocation."""
     try:
         yield
     except InputError as error:
-        raise InputError(f"the allocation file {file} {what}: {error}") from error
+        raise InputError(f"the allocation file {file} {problem}: {error}") from error

@@ -1,4 +1,4 @@
-"""The output of a command, and its run folder: what is done is in that until the output is whole."""
+"""The output of a command and its run folder, which holds finished work until the output is whole."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -15,48 +15,48 @@ from optprune.system.interrupts import NOTHING, done_sentence, record_done
 from optprune.system.wording import shown
 
 Folder = TypeVar("Folder", bound=RunFolder)
-FINISHED = "{} is finished, and this command made it: nothing is left to do"
+FINISHED = "{} was already finished by this command: nothing is left to do"
 OF_THE_MACHINE = ("the version", "the versions", "the machine")
-"""the facts that a command does not say: another machine may find its output finished"""
+"""the facts that do not come from the command, so that another machine may find its output finished"""
 
 
 def run_folder_of(output: Path) -> Path:
-    """Return the place of the run that writes an output."""
+    """Return the run folder of an output."""
     place = real_path(output)
     return place.with_name(f"{place.name}.run")
 
 
 @dataclass(frozen=True)
 class Output:
-    """The folder that a command writes, and what it may do with an output or a run that is there."""
+    """The output folder of a command, with the options on existing outputs and runs."""
 
     folder: Path
     overwrite: bool = False
-    """whether an output that is there may be replaced"""
+    """whether an existing output may be replaced"""
     resume: bool = False
-    """whether to go on with an unfinished run"""
+    """whether to continue an unfinished run"""
     restart: bool = False
     """whether to delete an unfinished run"""
     section: tuple[str, ...] = ()
-    """the names in report.json below which the facts of the run are"""
+    """the keys in report.json under which the facts of the run are stored"""
 
     def check(self) -> None:
-        """Raise InputError where the output could not be written, whatever the run."""
+        """Raise InputError unless the output can be written, whatever the run."""
         from optprune.export import check_output
 
         if self.resume and self.restart:
-            raise InputError("--resume goes on with an unfinished run and --restart deletes it: give one of them")
+            raise InputError("--resume continues an unfinished run and --restart deletes it: give one of them")
         check_output(self.folder, self.overwrite or self.may_be_finished)
 
     @property
     def may_be_finished(self) -> bool:
-        """Whether an output is there, which an earlier call of the same command may have finished."""
+        """Whether an output exists that an earlier call of the same command may have finished."""
         return self.resume and real_path(self.folder).is_dir()
 
     def check_run(self, kind: type[RunFolder], known: Mapping[str, Any]) -> None:
-        """Raise InputError where a run with these facts could not go on here; others may not be known yet.
+        """Raise InputError unless a run with these facts can continue here; other facts may not be known yet.
 
-        Of processes that share a run the first one looks: each would see the lock of another.
+        Of processes that share a run only the first one checks, because the others would see its lock.
         """
         if not is_first():
             return
@@ -65,16 +65,16 @@ class Output:
             self._is_of(known)
 
     def run_folder(self, kind: type[Folder], say: Callable[[str], None]) -> Folder:
-        """Return the folder of the run, once the drafts of runs that were killed are deleted."""
+        """Delete the drafts of killed runs and return the run folder."""
         from optprune.export.place import delete_left_behind
 
         delete_left_behind(real_path(self.folder), say)
         return kind(run_folder_of(self.folder), resume=self.resume, restart=self.restart)
 
     def is_finished(self, run: RunFolder, facts: Mapping[str, Any]) -> bool:
-        """Return whether the output is that of a run with these facts, so that nothing is left to do.
+        """Return whether the output was finished by a run with these facts.
 
-        Raises InputError where it is another's and may not be overwritten, or where the unfinished run is another's.
+        Raises InputError where the output or the unfinished run belongs to another command and may not be replaced.
         """
         if not self._is_of(facts):
             return False
@@ -88,15 +88,15 @@ class Output:
             if self.overwrite:
                 return False
             raise InputError(
-                f"{self.folder} exists, and does not say which command made it, so --resume leaves it as it is: choose "
-                "another output, or pass --overwrite"
+                f"{self.folder} exists without a record of the command that wrote it, so --resume cannot continue it: "
+                "choose another output, or pass --overwrite"
             )
         plain = json.loads(json.dumps({name: value for name, value in facts.items() if name not in OF_THE_MACHINE}))
         for what, old, new in differences({name: stored.get(name) for name in plain}, plain):
             if self.overwrite:
                 return False
             raise InputError(
-                f"{self.folder} is finished, and another command made it: {what} was {shown(old)} and is {shown(new)}; "
+                f"{self.folder} was finished by another command: {what} was {shown(old)} and is {shown(new)} now; "
                 "choose another output, or pass --overwrite"
             )
         return True
@@ -116,23 +116,23 @@ class Output:
 
 
 @contextmanager
-def kept_in(journal: Folder, say: Callable[[str], None]) -> Iterator[Folder]:
-    """Delete a run's folder when the output is whole, or when it holds nothing of worth; else keep it and say so.
+def keep_or_delete(journal: Folder, say: Callable[[str], None]) -> Iterator[Folder]:
+    """Delete a run folder when the output is whole or the folder holds nothing useful; else keep it and print that.
 
-    A run that could not go on stays as it was. One that began here and fails for what it was given would fail again,
-    and keeps nothing; one that was stopped, lost a worker or lacked room or memory keeps what is finished.
+    A resumed run that is refused stays as it was. A new run that fails because of its input would fail again and is
+    deleted. A run that was stopped, lost a worker or lacked disk or memory keeps its finished work.
     """
     try:
         yield journal
     except BaseException as error:
-        refused = isinstance(error, OptpruneError) and not _for_want(error)
+        refused = isinstance(error, OptpruneError) and not _lacks_resources(error)
         if journal.resumed and (refused or not journal.worth_keeping):
             journal.release()
             raise
         if not journal.worth_keeping or (refused and not journal.complete):
             _discard(journal, say)
             raise
-        kept = f"{journal.progress_text}, and kept in {journal.folder}: go on with --resume"
+        kept = f"{journal.progress_text}, and kept in {journal.folder}: continue with --resume"
         record_done(f"{done}; {kept}" if (done := done_sentence()) != NOTHING else kept)
         journal.release()
         if isinstance(error, OptpruneError):
@@ -146,10 +146,10 @@ def kept_in(journal: Folder, say: Callable[[str], None]) -> Iterator[Folder]:
 def _discard(journal: RunFolder, say: Callable[[str], None]) -> None:
     left = journal.discard()
     if left:
-        say(f"{journal.folder} stays, with what this {journal.noun} did not write: {', '.join(left)}")
+        say(f"{journal.folder} is not deleted, because it holds files of others: {', '.join(left)}")
 
 
-def _for_want(error: BaseException) -> bool:
-    """Return whether an error, or its cause, says that there is no room or no memory, or that a worker is gone."""
+def _lacks_resources(error: BaseException) -> bool:
+    """Return whether an error or its cause is a lack of disk or memory, or a lost worker."""
     causes = [cause for cause in (error, error.__cause__) if cause is not None]
     return isinstance(error, WorkerError) or no_room_behind(error) is not None or any(map(is_out_of_memory, causes))

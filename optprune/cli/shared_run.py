@@ -1,4 +1,4 @@
-"""A run of the command line among the processes that torchrun started: the first writes and speaks, the others help."""
+"""A run of the command line on the processes of torchrun; the first one writes and prints."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -28,22 +28,22 @@ def shared_run(
     calibration: str,
     window: "Tensor",
 ) -> "tuple[Report, SavedModel | None] | None":
-    """Do the run with so many partial sums, or as many as there are processes; None in all processes but the first."""
+    """Do the run with this many partial sums, by default one for each process; return None in all but the first."""
     from optprune.pruning import PartialSums
 
     shared = PartialSums(peers.size if partial_sums is None else partial_sums, peers)
-    batches = _one_for_each(batches, shared.count)
+    batches = _one_per_sum(batches, shared.count)
     shared.check(batches)
     if peers.rank:
-        _help(whole, program, batches, shared)
+        _take_part(whole, program, batches, shared)
         return None
     return whole.run(
         program, batches, reporter=reporter, phases=phases, calibration=calibration, window=window, partial_sums=shared
     )
 
 
-def _one_for_each(batches: "Sequence[Tensor]", partial_sums: int) -> "list[Tensor]":
-    """The batches, of fewer windows where there would not be one for each partial sum."""
+def _one_per_sum(batches: "Sequence[Tensor]", partial_sums: int) -> "list[Tensor]":
+    """Return the batches, split into smaller ones if there are fewer than partial sums."""
     import torch
 
     windows = [window for batch in batches for window in batch.split(1)]
@@ -52,8 +52,8 @@ def _one_for_each(batches: "Sequence[Tensor]", partial_sums: int) -> "list[Tenso
     return list(torch.cat(windows).split(len(windows) // partial_sums))
 
 
-def _help(whole: WholeRun, program: "Program", batches: "Sequence[Tensor]", partial_sums: "PartialSums") -> None:
-    """Take part in a run, of which nothing is kept here."""
+def _take_part(whole: WholeRun, program: "Program", batches: "Sequence[Tensor]", partial_sums: "PartialSums") -> None:
+    """Take part in a run without writing anything."""
     from optprune.models.store import NullSink
     from optprune.program import check_batches
     from optprune.pruning import run_program
@@ -61,6 +61,6 @@ def _help(whole: WholeRun, program: "Program", batches: "Sequence[Tensor]", part
     may_be_finished = whole.output.may_be_finished
     loaded = whole.opened(NullSink())
     if may_be_finished and partial_sums.peers.all_gather(None)[0]:
-        return  # the first process has found the output finished
+        return  # the first process found the output finished
     every = check_batches(loaded.model.config, batches)
     run_program(program, loaded.decoder(), every, workers=whole.workers, partial_sums=partial_sums)

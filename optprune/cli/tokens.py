@@ -1,4 +1,4 @@
-"""Tokenising for a model: what prune, evaluate and heal share."""
+"""Tokenising for a model, shared by prune, evaluate and heal."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,10 +17,7 @@ if TYPE_CHECKING:
 def tokens_for(
     model: str, config: "PretrainedConfig", documents: "Sequence[Document]", most: int | None = None
 ) -> "Tensor":
-    """The tokens of a text by the tokenizer of a model, which must have an embedding for each of them.
-
-    All of them, or `most`.
-    """
+    """Return the tokens of documents by a model's tokenizer, at most `most`; InputError for an unknown one."""
     from optprune.texts import check_vocabulary, tokenise
 
     with _tokenizer_of(model) as tokenizer:
@@ -38,7 +35,7 @@ def calibration_for(
     seed: int,
     sequences: str = "packed",
 ) -> "DrawnWindows":
-    """The windows that are drawn from texts by the tokenizer of a model; the other tokens are gone."""
+    """Return the calibration windows that are drawn from texts by a model's tokenizer."""
     from optprune.texts import check_vocabulary, draw_windows
 
     with _tokenizer_of(model) as tokenizer:
@@ -64,7 +61,7 @@ def check_alike(
     tokens: "Tensor",
     others: "Callable[[PretrainedConfig], Tensor]",
 ) -> None:
-    """Raise InputError when two models cannot be compared, since their vocabularies or tokenizers differ.
+    """Raise InputError unless two models can be compared, with the same vocabulary and tokenizer.
 
     `tokens` are those of a text by the first model's tokenizer; `others` gives those by the second's.
     """
@@ -80,6 +77,6 @@ def check_alike(
         same = torch.equal(others(other), tokens)
     if not same:
         raise InputError(
-            f"{model} and {against} do not have the same tokens, so that their predictions cannot be compared: "
-            "give the model that this one was made from"
+            f"{model} and {against} have different tokens, so their predictions cannot be compared: name the model "
+            "before pruning"
         )

@@ -1,11 +1,11 @@
-"""A run of the command line: from a model source to a checked folder, with a journal beside it."""
+"""A run of the command line from a model source to a checked folder, with a journal."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from optprune.cli.run_folder import Output, kept_in
+from optprune.cli.run_folder import Output, keep_or_delete
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class WholeRun:
-    """Where a run reads and where it writes."""
+    """The inputs, the output and the settings of a run."""
 
     model: str
     dtype: str
@@ -35,7 +35,7 @@ class WholeRun:
     """the draft of the model's architecture"""
 
     def check(self) -> None:
-        """Raise InputError where the options do not work, whatever the model and the text."""
+        """Raise InputError unless the options are valid, whatever the model and the text."""
         from optprune.export import check_own_files
         from optprune.export.shards import size_of
         from optprune.models import check_dtype, device_of
@@ -50,13 +50,13 @@ class WholeRun:
         check_states(self.states)
 
     def check_run(self, program: "Program") -> None:
-        """Raise InputError where the run could not go on in its folder, or the output is another command's."""
+        """Raise InputError unless the run can continue in its folder and the output is its own."""
         from optprune.pruning import Journal
 
         self.output.check_run(Journal, program.facts())
 
     def opened(self, sink: "BlockSink", scratch: Path | None = None) -> "LoadedModel":
-        """The model, whose blocks stay in its files."""
+        """Return the model, with the blocks left in its files."""
         from optprune.models import open_model
 
         places = {"dtype": self.dtype, "device": self.device, "architecture": self.architecture}
@@ -86,7 +86,7 @@ class WholeRun:
         from optprune.report.phases import LOADING
 
         partial_sums, may_be_finished = partial_sums or PartialSums(), self.output.may_be_finished
-        with kept_in(self.output.run_folder(Journal, reporter.say), reporter.say) as journal:
+        with keep_or_delete(self.output.run_folder(Journal, reporter.say), reporter.say) as journal:
             with phases.step(LOADING, f"loading {self.model}", ends=OPENED):
                 loaded = self.opened(journal.sink, journal.scratch)
             every = check_batches(loaded.model.config, batches)

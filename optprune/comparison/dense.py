@@ -2,7 +2,7 @@
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,7 +79,9 @@ class InMemory(DenseSource):
 
     def __post_init__(self) -> None:
         if self.loaded.store is not None:
-            raise InputError(f"the blocks of {self.loaded.source} are in its files: name the model instead")
+            raise InputError(
+                f"the blocks of {self.loaded.source} are not in memory: give the name of the model instead"
+            )
 
     @property
     def source(self) -> str:  # type: ignore[override]
@@ -119,16 +121,16 @@ class DensePredictions:
         self._batches = windows.split(max(1, TOKENS_AT_ONCE // windows.shape[1]))
         self._ends = self._last_states(decoder)
 
-    def beside(self, decoder: Decoder, on_window: Callable[[int, int], None] | None = None) -> Divergence:
+    def divergence_to(self, decoder: Decoder) -> Divergence:
         """Return the divergence of another model from the dense one; its blocks may be read one at a time.
 
         Raises NumericalError where it gives NaN.
         """
-        return self._compared(decoder, self._last_states(decoder), on_window)
+        return self._compared(decoder, self._last_states(decoder))
 
     def itself(self) -> Divergence:
         """Return the dense model's perplexity, with a divergence of 0 and an agreement of 1."""
-        return self._compared(self.decoder, self._ends, None)
+        return self._compared(self.decoder, self._ends)
 
     def _last_states(self, decoder: Decoder) -> States[Tensor]:
         """Return the outputs of the last block, by batch."""
@@ -140,11 +142,9 @@ class DensePredictions:
                     advance(block, stream)
         return stream.hidden
 
-    def _compared(
-        self, decoder: Decoder, ends: Sequence[Tensor], on_window: Callable[[int, int], None] | None
-    ) -> Divergence:
+    def _compared(self, decoder: Decoder, ends: Sequence[Tensor]) -> Divergence:
         dense = self.decoder
         with calibrating(decoder), calibrating(dense), decoder.head_in_dtype(), dense.head_in_dtype(), torch.no_grad():
             pairs = zip(ends, self._ends, strict=True)
             logits = ((decoder.logits(found), dense.logits(expected)) for found, expected in pairs)
-            return divergence_of(self.windows, logits, on_window)
+            return divergence_of(self.windows, logits)

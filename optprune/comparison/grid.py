@@ -24,7 +24,7 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """Return a name for files."""
+        """A name for files."""
         return f"{self.recipe}-{self.sparsity:g}-seed{self.seed}"
 
     def __str__(self) -> str:
@@ -54,20 +54,19 @@ class Grid:
         named = {_label(recipe): recipe for recipe in recipes}
         if len(named) < len(recipes) or not recipes:
             raise InputError(
-                f"the recipes {', '.join(map(_label, recipes)) or 'of a comparison are none'}: give at least one, and "
-                "each by a name of its own"
+                f"the recipes are {', '.join(map(_label, recipes)) or 'empty'}: give at least one, and each once"
             )
         for what, values in (("sparsities", sparsities), ("seeds", () if isinstance(seeds, int) else seeds)):
             if len(set(values)) < len(values):
-                raise InputError(f"the {what} {', '.join(map(str, values))} hold one twice: give each once")
+                raise InputError(f"the {what} {', '.join(map(str, values))} repeat a value: give each once")
         if isinstance(seeds, int) and seeds > MOST_DRAWS:
-            raise InputError(f"{seeds} draws are more than a comparison has: give {MOST_DRAWS} at most")
+            raise InputError(f"the number of seeds cannot be {seeds}: give at most {MOST_DRAWS}")
         drawn = tuple(range(seeds)) if isinstance(seeds, int) else tuple(seeds)
         if not sparsities or not drawn:
-            raise InputError("a comparison needs one sparsity and one seed at least")
+            raise InputError("a comparison needs at least one sparsity and one seed: give both")
         for key in settings or {}:
             if key in OF_A_CELL:
-                raise InputError(f"the recipe field {key!r} is what the cells differ in: give it as such")
+                raise InputError(f"the recipe field {key!r} differs between cells: give it as sparsities or seeds")
         grid = cls(named, tuple(sparsities), drawn, dict(settings or {}))
         for cell in grid.cells():
             grid.recipe(cell)
@@ -90,7 +89,7 @@ class Grid:
     def facts(self) -> dict[str, Any]:
         """Return the grid as plain data."""
         first = {name: self.recipe(Cell(name, self.sparsities[0], self.seeds[0])).to_dict() for name in self.recipes}
-        plain = {name: {key: value for key, value in of.items() if key not in OF_A_CELL} for name, of in first.items()}
+        plain = {name: {key: own[key] for key in own if key not in OF_A_CELL} for name, own in first.items()}
         return {"the recipes": plain, "the sparsities": list(self.sparsities), "the seeds": list(self.seeds)}
 
 

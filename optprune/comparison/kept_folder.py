@@ -39,12 +39,12 @@ class ComparisonFolder(ManifestFolder):
 
     @property
     def work(self) -> Path:
-        """Return the folder for temporary files."""
+        """The folder for temporary files."""
         return self.subfolder(WORK)
 
     @property
     def models(self) -> Path:
-        """Return the folder for saved models."""
+        """The folder for saved models."""
         return self.subfolder(MODELS)
 
     def close(self) -> None:

@@ -2,11 +2,11 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
-from io import BytesIO
 from statistics import mean, stdev
 from typing import Any
 
 from optprune.comparison.grid import Cell
+from optprune.report.drawings import picture_bytes, plot_settings
 from optprune.system.files import json_text
 
 DENSE = "dense"
@@ -109,7 +109,7 @@ class Comparison:
 
     @property
     def failures(self) -> tuple[str, ...]:
-        """Return a sentence for each cell without figures."""
+        """A sentence for each cell without figures."""
         return tuple(f"{result.cell}: {result.failure}" for result in self.results if result.figures is None)
 
     def rows(self) -> list[Row]:
@@ -118,9 +118,10 @@ class Comparison:
         for result in self.results:
             groups.setdefault((result.cell.recipe, result.cell.sparsity), []).append(result)
         rows = [Row(DENSE, None, (self.dense,))]
-        for (recipe, sparsity), of in groups.items():
-            figures = tuple(result.figures for result in of if result.figures is not None)
-            rows.append(Row(recipe, sparsity, figures, tuple(each.failure for each in of if each.figures is None)))
+        for (recipe, sparsity), results in groups.items():
+            figures = tuple(result.figures for result in results if result.figures is not None)
+            failures = tuple(result.failure for result in results if result.figures is None)
+            rows.append(Row(recipe, sparsity, figures, failures))
         return rows
 
     def markdown(self) -> str:
@@ -154,14 +155,14 @@ class Comparison:
     def _cells(self) -> list[list[str]]:
         rows = self.rows()
         shown = [figure for figure in COLUMNS if any(row.values(figure) for row in rows)]
-        table = [["recipe", "asked", "seeds", *(COLUMNS[figure][0] for figure in shown)]]
+        table = [["recipe", "requested", "seeds", *(COLUMNS[figure][0] for figure in shown)]]
         for row in rows:
-            asked = "" if row.sparsity is None else f"{row.sparsity:g}"
+            requested = "" if row.sparsity is None else f"{row.sparsity:g}"
             seeds = "" if row.sparsity is None else str(len(row.figures))
             cells = [_formatted(row, figure) for figure in shown]
             if not row.figures:
                 cells[0] = "failed"
-            table.append([row.recipe, asked, seeds, *cells])
+            table.append([row.recipe, requested, seeds, *cells])
         return table
 
     def _sentences(self) -> Iterator[str]:
@@ -170,7 +171,7 @@ class Comparison:
             yield (
                 f"calibrated on {options['the calibration text']}, {options['the samples']} windows of "
                 f"{options['the length of a window']} tokens; evaluated on {options['the evaluation text']}, "
-                f"{options['the windows evaluated']} windows; seconds are of pruning by itself"
+                f"{options['the windows evaluated']} windows; seconds are those of pruning alone"
             )
         yield from (f"failed: {sentence}" for sentence in self.failures)
 
@@ -184,15 +185,13 @@ def _formatted(row: Row, figure: str) -> str:
 
 
 def picture_of(comparison: Comparison) -> bytes:
-    """Plot each measure of quality against weights left, bytes and seconds of pruning; return an SVG file.
+    """Return an SVG picture of each measure of quality against weights left, bytes and seconds of pruning.
 
     There is a line for each recipe and a point for each sparsity: the mean over the seeds, with the standard deviation.
     """
-    import matplotlib
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure  # without pyplot there is no window and no global state
 
-    # A fixed salt gives the same bytes for the same figures. Without pyplot there is no window and no global state.
-    with matplotlib.rc_context({"svg.hashsalt": "optprune"}):
+    with plot_settings():
         figure = Figure(figsize=(12, 10), layout="constrained")
         grid: Any = figure.subplots(len(QUALITY), len(AGAINST), sharey="row", sharex="col")
         dense, *rows = comparison.rows()
@@ -202,8 +201,8 @@ def picture_of(comparison: Comparison) -> bytes:
         for across, against in enumerate(AGAINST):
             for down, quality in enumerate(QUALITY):
                 axes = grid[down][across]
-                for name, of in recipes.items():
-                    _draw(axes, name, [row for row in of if row.figures], against, quality)
+                for name, own in recipes.items():
+                    _draw(axes, name, [row for row in own if row.figures], against, quality)
                 level = dense.mean(quality)
                 axes.axhline(level, color="grey", linestyle=":", label="dense")
             grid[-1][across].set_xlabel(_heading(against))
@@ -211,9 +210,7 @@ def picture_of(comparison: Comparison) -> bytes:
             grid[down][0].set_ylabel(_heading(quality))
         grid[0][0].legend(fontsize=8)
         figure.suptitle(comparison.model)
-        picture = BytesIO()
-        figure.savefig(picture, format="svg", metadata={"Date": None})
-    return picture.getvalue()
+        return picture_bytes(figure, "svg")
 
 
 def _draw(axes: Any, name: str, rows: list[Row], against: str, quality: str) -> None:

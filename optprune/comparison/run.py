@@ -87,7 +87,7 @@ def compare(
     check_dtype(dtype)
     device_of(device)
     if keep_models and folder is None:
-        raise InputError("models are kept in the folder of the comparison: name one")
+        raise InputError("models are kept in the folder of the comparison: name a folder")
     check_sequences(sequences)
     if folder is not None:
         check_manifest_folder(real_path(Path(folder)), ComparisonFolder.noun)
@@ -178,6 +178,6 @@ def texts_apart(calibration: str, text: str) -> tuple[list[Text], list[Document]
         first = shown(min(common)[:60])
         raise InputError(
             f"the evaluation text {text} shares {len(common)} of its {len(held)} documents with the calibration text "
-            f"{calibration}, such as {first}: evaluate on a text that no model was fitted to"
+            f"{calibration}, such as {first}: evaluate on a text without them"
         )
     return fitted, held

@@ -35,8 +35,8 @@ SHARE = 0.25
 """share of the free memory that statistics may take; otherwise they are in the folder"""
 PER_ENTRY = 8
 """bytes of statistics for an entry of a Gram matrix: in float32, with the working memory of solvers"""
-DESTROYED = "the perplexity of the pruned model is not a finite number: remove less"
-NO_MEMORY = "the memory is not enough: take fewer samples or shorter windows"
+DESTROYED = "the perplexity of the pruned model is not finite: lower the sparsity"
+NO_MEMORY = "the memory is not enough: use fewer samples or shorter windows"
 
 
 @dataclass
@@ -108,7 +108,7 @@ class Session:
 
     @property
     def predictions(self) -> DensePredictions:
-        """Return the predictions of the dense model, computed once."""
+        """The predictions of the dense model, computed once."""
         if self._predictions is None:
             self.say("evaluating the dense model")
             self._predictions = DensePredictions(self.loaded.decoder(), self.windows, self.scratch())
@@ -145,7 +145,9 @@ class Session:
             if remaining:
                 left = about(self._times.left(remaining))
                 self.say(f"{len(cells) - len(remaining)} of {len(cells)} cells, {left} left in all")
-            record_done(f"{done} of {len(cells)} cells are done, and kept in {self.folder.folder}: run again to go on")
+            record_done(
+                f"{done} of {len(cells)} cells are done, and kept in {self.folder.folder}: run again to continue"
+            )
             gc.collect()  # hooks make a model refer to itself
             release()
         if place is not None:
@@ -186,7 +188,7 @@ class Session:
                 calibration=drawn.description,
                 on_event=self.on_event,
             )
-            found = self.predictions.beside(loaded.decoder())
+            found = self.predictions.divergence_to(loaded.decoder())
             weights = round((1 - report.sparsity_reached) * self.loaded.decoder().linear_weights())
             alone = report.seconds + statistics.seconds_saved - before
             figures = self._figures(loaded, found, report.sparsity_reached, weights, alone, report.notes)

@@ -17,7 +17,7 @@ from optprune.system.wording import counted, one_line
 
 PUBLIC_TEXT = ("hf:", "demo:")
 """prefixes of calibration texts that hold no path of the user's machine"""
-UNKNOWN = "not known: it is that of the base model"
+UNKNOWN = "unknown: see the base model"
 MARKUP = re.compile(r"[\\`*\[\]|]")
 """characters that Markdown interprets anywhere in a line"""
 
@@ -65,7 +65,7 @@ class ModelCard:
                 "",
                 *self._figures(),
                 "",
-                "Pruning does not measure the perplexity: `optprune evaluate` does, on a text of yours.",
+                "Pruning does not measure the perplexity: `optprune evaluate` does, on any text.",
                 "",
                 "## Use",
                 "",
@@ -114,9 +114,9 @@ class ModelCard:
         why = (
             "It has the stock classes of transformers."
             if stock
-            else "Its blocks are not those of the stock class, so transformers runs the modelling file in the folder "
-            "(about a hundred lines), which it does with `trust_remote_code=True` only; `optprune.load_model` needs no "
-            "such trust, nor does the tokenizer, though `AutoTokenizer` of transformers 5 would ask."
+            else "Its blocks differ from those of the stock class, so transformers needs `trust_remote_code=True` to "
+            "run the modelling file in the folder (about a hundred lines). `optprune.load_model` does not run it. The "
+            "tokenizer needs no code, although `AutoTokenizer` of transformers 5 would ask for it."
         )
         tokenizer = "AutoTokenizer" if stock else "PreTrainedTokenizerFast"
         return [
@@ -170,7 +170,7 @@ def is_public(calibration: str) -> bool:
 def healing_section(healing: Mapping[str, Any], teacher: str) -> str:
     """Return the section of a card about healing, from a report of `heal` as plain data."""
     before, after, written = healing["before"], healing["after"], healing.get("generated_windows", 0)
-    partly = f", {written:,} windows of which that one wrote itself;" if written else ""
+    partly = f", of which that model generated {written:,} windows;" if written else ""
     return (
         "## Healing\n\n"
         f"Trained after pruning by optprune to predict what {plain(teacher)} does, for {healing['steps']} steps on "

@@ -47,7 +47,7 @@ def logits_of(decoder: Decoder, ids: Tensor, on_block: OnBlock = lambda done, bl
             handle.remove()
     if not bool(torch.isfinite(logits).all()):
         dtype = str(model.dtype).removeprefix("torch.")
-        advice = "see that those of the original are finite, or remove less"
+        advice = "check that those of the original are finite, or lower the sparsity"
         if model.dtype == torch.float16:
             advice = "save in bfloat16 or float32, whose range is larger"
         raise InputError(f"the logits of the saved model hold NaN or infinity in {dtype}: {advice}")
@@ -107,14 +107,14 @@ def compare(
         ) from error
     if run.returncode < 0:
         raise OptpruneError(
-            f"the process that reloads it was killed by signal {-run.returncode}, probably for want of memory: free "
-            "what a block and the embeddings need"
+            f"the process that reloads it was killed by signal {-run.returncode}, probably for lack of memory: free "
+            "as much as a block and the embeddings take"
         )
     reason = (run.stderr.strip().splitlines() or ["no message"])[-1]
     if run.returncode == reload_check.CANNOT_IMPORT:
         raise OptpruneError(
-            f"the process that reloads it cannot import what it needs ({reason}): see that {sys.executable} can import "
-            "torch and transformers"
+            f"the process that reloads it cannot import its packages ({reason}): check that {sys.executable} can "
+            "import torch and transformers"
         )
     if run.returncode:
         raise OptpruneError(f"it cannot be reloaded in a fresh process: {reason}")
@@ -135,12 +135,12 @@ def run_alongside(
 
     `on_line` is called with each line of its output.
     """
-    ours, theirs = os.pipe()
+    reader, writer = os.pipe()
     lines: list[str] = []
     try:
         with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors:
             process = subprocess.Popen(
-                words, stdin=ours, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment
+                words, stdin=reader, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment
             )
             with process:
                 try:
@@ -154,5 +154,5 @@ def run_alongside(
             errors.seek(0)
             return subprocess.CompletedProcess(words, process.returncode, "".join(lines), errors.read())
     finally:
-        os.close(ours)
-        os.close(theirs)
+        os.close(reader)
+        os.close(writer)

@@ -43,22 +43,22 @@ class ModelSource:
 
     @property
     def device(self) -> torch.device:
-        """Return the device of the loaded model; the CPU for a folder."""
+        """The device of the loaded model; the CPU for a folder."""
         return torch.device("cpu") if self.loaded is None else self.loaded.model.device
 
     @cached_property
     def config(self) -> PretrainedConfig:
-        """Return the config of the model."""
+        """The config of the model."""
         return load_config(self.name) if self.loaded is None else self.loaded.model.config
 
     @cached_property
     def shapes(self) -> Decoder:
-        """Return the model without its weights, on the meta device, if it is not loaded."""
+        """The model without its weights, on the meta device, if it is not loaded."""
         return load_shapes(self.name, self.config) if self.loaded is None else self.loaded.decoder()
 
     @cached_property
     def tokenizer(self) -> Tokenizer | None:
-        """Return the tokenizer, or None where the model has none."""
+        """The tokenizer, or None where the model has none."""
         return load_tokenizer(self.name) if self.loaded is None else self.loaded.tokenizer
 
     def load(self, dtype: str = "auto") -> LoadedModel:
@@ -225,7 +225,7 @@ def _described(
     if unchecked is not None and checked:
         sentence += f"; the {noun} is in {unchecked}"
     elif unchecked is not None:
-        sentence = f"the {noun} is in {unchecked}, but it was not seen to load: {sentence}"
+        sentence = f"the {noun} is in {unchecked}, but its check failed: {sentence}"
     if scratch is not None and scratch.folder.exists():
         sentence += f"; {scratch.folder} could not be deleted: do that by hand"
     return error if sentence == str(error) else OptpruneError(sentence)

@@ -50,12 +50,12 @@ class Family:
 
     @property
     def name(self) -> str:
-        """Return its general.architecture."""
+        """Its general.architecture."""
         return MODEL_ARCH_NAMES[self.known_as]
 
     @property
     def named_as(self) -> MODEL_ARCH:
-        """Return the family that has the same names of tensors."""
+        """The family that has the same names of tensors."""
         return MODEL_ARCH.LLAMA if self.known_as == MODEL_ARCH.DECI else self.known_as
 
     def refusal(self, decoder: Decoder) -> str | None:
@@ -180,7 +180,7 @@ def family_of(decoder: Decoder) -> Family:
     model_type = decoder.architecture.model_type
     family = FAMILIES.get(model_type)
     if family is None:
-        raise InputError(f"models of the kind {model_type} are not exported to GGUF: {', '.join(FAMILIES)} are")
+        raise InputError(f"{model_type} models cannot be exported to GGUF: export one of {', '.join(FAMILIES)}")
     wrong = _refused_shapes(decoder, family) or family.refusal(decoder)
     if wrong is not None and model_type in LLAMA_CPP.uneven:
         family, wrong = UNEVEN, UNEVEN.refusal(decoder)

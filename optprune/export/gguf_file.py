@@ -55,7 +55,7 @@ class GgufFile(Exporter):
         if source.loaded is not None:
             return "a loaded model is not exported to GGUF: save it, and export the folder"
         if is_gguf(source.name):
-            return f"{source.name} is GGUF already, which llama.cpp reads as it is: give a model folder to export"
+            return f"{source.name} is already a GGUF file: give a model folder to export"
         try:
             family_of(source.shapes)
             rotary_of(source.config)
@@ -184,14 +184,12 @@ class _Content:
         """Return sentences that the user of the file should read."""
         found, shapes, config = [], self.decoder.shapes(), self.decoder.model.config
         if any(shape.kv_heads and shape.value_dim != self.decoder.heads.dim for shape in shapes):
-            found.append(
-                "value dimensions that were removed are filled up with zeros: the file is not smaller for them"
-            )
+            found.append("removed value dimensions are filled with zeros, so they do not make the file smaller")
         odd = sorted({shape.mlp_width for shape in shapes if shape.mlp_width % BLOCK_OF_Q8})
         if self.kind == "q8_0" and odd:
             found.append(
-                f"rows of {', '.join(map(str, odd))} numbers are no multiple of {BLOCK_OF_Q8} and stay float16: prune "
-                f"with --width-multiple {BLOCK_OF_Q8}"
+                f"rows of {', '.join(map(str, odd))} numbers are not multiples of {BLOCK_OF_Q8} and stay float16: "
+                f"prune with --width-multiple {BLOCK_OF_Q8}"
             )
         if has_windows(config) and not self.family.windows:
             found.append(
@@ -218,7 +216,7 @@ def rotary_of(config: Any) -> dict[str, Any]:
     for kind in rope_types(config):
         if kind not in LLAMA_CPP.rotary:
             raise InputError(
-                f"rotary embeddings scaled by {kind} are not exported to GGUF: {', '.join(LLAMA_CPP.rotary)} are"
+                f"rotary embeddings scaled by {kind} cannot be exported to GGUF, only {', '.join(LLAMA_CPP.rotary)}"
             )
     rotary: dict[str, Any] = dict(getattr(config, "rope_parameters", None) or {})
     return dict(rotary.get("full_attention", rotary))

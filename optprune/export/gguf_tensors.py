@@ -74,7 +74,7 @@ class Tensors:
         named = with_model_names(self.decoder.model, self.checkpoint).tensors
         missing = sorted(known.keys() - named.keys())
         if missing:
-            raise InputError(f"{missing[0]} is not among the weights of {self.checkpoint.source}: fetch them again")
+            raise InputError(f"the weights of {self.checkpoint.source} lack {missing[0]}: fetch them again")
         for name, weight in known.items():
             if named[name].shape != tuple(weight.shape):
                 raise InputError(
@@ -159,7 +159,7 @@ class Tensors:
     def _name(self, name: str) -> str:
         known = self.names.get_name(name, try_suffixes=(".weight", ".bias"))
         if known is None:
-            raise InputError(f"llama.cpp has no place for the tensor {name} of {self.checkpoint.source}")
+            raise InputError(f"llama.cpp does not support the tensor {name} of {self.checkpoint.source}")
         return known
 
     def _kind(self, name: str, shape: tuple[int, ...]) -> GGMLQuantizationType:

@@ -50,7 +50,7 @@ class Vocabulary:
         data: Mapping[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())  # type: ignore[attr-defined]
         model = data["model"]
         if model["type"] != "BPE":
-            raise InputError(f"the tokenizer is of the kind {model['type']}, and only BPE is exported to GGUF")
+            raise InputError(f"a {model['type']} tokenizer cannot be exported to GGUF, only a BPE one")
         added = {token["id"]: token for token in data["added_tokens"]}
         names = {index: text for text, index in model["vocab"].items()}
         pieces = bool(model.get("byte_fallback"))

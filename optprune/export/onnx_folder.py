@@ -66,27 +66,27 @@ class OnnxFolder(Exporter):
 
     def check_output(self, output: Path, overwrite: bool) -> None:
         if output.suffix == ".onnx":
-            raise InputError(f"ONNX is written as a folder with {FILE} in it: name one in place of {output}")
+            raise InputError(f"ONNX is written as a folder with {FILE} in it: name a folder instead of {output}")
         super().check_output(output, overwrite)
 
     def unsupported(self, source: ModelSource) -> str | None:
         absent = [name for name in PACKAGES if find_spec(name) is None]
         if absent:
             return (
-                f"to export ONNX takes the package {absent[0]}, which is not installed: run "
+                f"the export to ONNX needs the package {absent[0]}, which is not installed: run "
                 "pip install 'optprune[onnx]'"
             )
         family, runtime = architecture_of(source.config).model_type, RUNTIMES["onnx"]
         if family not in runtime.families:
             return (
-                f"a {family} model runs other experts for other tokens, which a graph cannot: it is not exported to "
-                "ONNX"
+                f"a {family} model cannot be exported to ONNX, because each token runs its own experts, which a graph "
+                "cannot do"
             )
         for kind in rope_types(source.config):
             if kind not in runtime.rotary:
                 return (
-                    f"rotary embeddings scaled by {kind} change with the length of a text, which a graph cannot: the "
-                    f"scalings {', '.join(runtime.rotary)} are exported to ONNX"
+                    f"rotary embeddings scaled by {kind} cannot be exported to ONNX, because they depend on the length "
+                    f"of the text; only the scalings {', '.join(runtime.rotary)} can"
                 )
         if source.loaded is not None:
             model, store = source.loaded.model, source.loaded.store
@@ -109,7 +109,7 @@ class OnnxFolder(Exporter):
         difference = difference_of(draft.path / FILE, draft.expected, self.cache)
         if not difference <= TOLERANCE:
             raise OptpruneError(
-                f"nothing was written, since the logits of ONNX Runtime differ by {difference:.3g} from those of "
+                f"nothing was written, because the logits of ONNX Runtime differ by {difference:.3g} from those of "
                 f"transformers (at most {TOLERANCE:g} is rounding): please report this"
             )
         return difference
@@ -155,7 +155,7 @@ def program_of(model: PreTrainedModel, cache: bool) -> torch.onnx.ONNXProgram:
         axes["past"] = [({0: "batch", 2: "before"},) * 2 for _ in shapes]
         outputs += cache_names("present", len(shapes))
     names = [*list(inputs)[:3], *(cache_names(CACHED, len(shapes)) if cache else ())]
-    with _quietly(), torch.no_grad():
+    with _silenced(), torch.no_grad():
         try:
             program = torch.onnx.export(
                 _Graph(model).eval(),
@@ -210,7 +210,7 @@ def _bytes_of(model: PreTrainedModel) -> int:
 
 
 @contextlib.contextmanager
-def _quietly() -> Iterator[None]:
+def _silenced() -> Iterator[None]:
     """Silence the exporter's messages about missing packages and its own deprecations for the context."""
     logger = logging.getLogger("torch.onnx")
     before = logger.level
@@ -235,7 +235,7 @@ def difference_of(file: Path, model: PreTrainedModel, cache: bool) -> float:
 
 
 def without_telemetry() -> None:
-    """Switch the telemetry of ONNX Runtime off: call this before anything imports onnxruntime."""
+    """Disable the telemetry of ONNX Runtime; this has an effect only before onnxruntime is imported."""
     os.environ[TELEMETRY] = "1"
 
 

@@ -43,7 +43,8 @@ def check_output(folder: str | Path, overwrite: bool, files: Collection[str] = (
     if place.exists():
         if Path.cwd().is_relative_to(place):
             raise InputError(
-                f"the output folder {folder} is the current folder or holds it, so it cannot be replaced: name another"
+                f"the output folder {folder} is the current folder or a parent of it, so it cannot be replaced: "
+                "name another"
             )
         if not place.is_dir():
             raise InputError(f"the output folder {folder} is a file: choose another name")
@@ -54,7 +55,7 @@ def check_output(folder: str | Path, overwrite: bool, files: Collection[str] = (
         if not overwrite:
             raise InputError(f"the output folder {folder} exists already: choose another, or pass --overwrite")
         if not (place / "config.json").is_file() and any(place.iterdir()):
-            raise InputError(f"the folder {folder} holds something other than a model, so it is not overwritten")
+            raise InputError(f"the folder {folder} is not a model, so it is not overwritten: choose another")
         _check_all_known(folder, place, files)
         if not os.access(place, os.W_OK):
             raise InputError(f"the output folder {folder} cannot be replaced: it is not writable")
@@ -88,8 +89,8 @@ def _check_all_known(folder: Path, place: Path, files: Collection[str]) -> None:
         known = path.name in files or MODEL_FILES.fullmatch(path.name) or GRAPH_FILES.fullmatch(path.name)
         if not (known and is_own_file(path)) and path.name != "__pycache__":
             raise InputError(
-                f"the folder {folder} holds {shown(path.name)}, which no saved model has, so it is not overwritten: "
-                "move that away, or choose another folder"
+                f"the folder {folder} holds {shown(path.name)}, which is not a file of a model, so it is not "
+                "overwritten: move that file away, or choose another folder"
             )
 
 
@@ -131,7 +132,7 @@ def _is_empty_scratch(folder: Path) -> bool:
 def delete_left_behind(place: Path, say: Callable[[str], None] = lambda sentence: None) -> None:
     """Delete the scratch folders of an output whose processes were killed, and say so."""
     for folder in left_behind(place):
-        say(f"deleting {folder}, which a run that was killed has left behind")
+        say(f"deleting {folder}, which a killed run left behind")
         discard(folder)
 
 
@@ -206,7 +207,7 @@ def put_in_place(draft: Path, place: Path, overwrite: bool) -> None:
 
 def _name_anew(draft: Path, file: Path) -> None:
     """Rename a draft to a name that no file has. Raises InputError where a file has it."""
-    there = InputError(f"{file} is there since another command wrote it meanwhile: pass --overwrite to replace it")
+    there = InputError(f"another command wrote {file} meanwhile: pass --overwrite to replace it")
     try:
         os.link(draft, file, follow_symlinks=False)  # unlike a rename, this replaces nothing
     except FileExistsError:

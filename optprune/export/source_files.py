@@ -101,7 +101,7 @@ class Origin:
 
     @property
     def is_repository_name(self) -> bool:
-        """Return whether the name is valid for a repository of a hub."""
+        """Whether the name is valid for a repository of a hub."""
         return PUBLIC_NAME.fullmatch(self.name) is not None
 
 

@@ -51,8 +51,8 @@ def generated_windows(
             )
             own[number] = found.tolist()
     every = dict[int, list[list[int]]]()
-    for theirs in peers.all_gather(own):
-        every |= theirs
+    for part in peers.all_gather(own):
+        every |= part
     return torch.tensor([window for number in range(len(parts)) for window in every[number]])
 
 
@@ -78,7 +78,7 @@ def _pieces(batches: Sequence[Tensor], count: int, length: int, generator: torch
 
 @contextmanager
 def _sampling(model: PreTrainedModel) -> Iterator[None]:
-    """Set plain sampling at temperature 1 for the context, whatever the model's own generation config is."""
+    """Set plain sampling at temperature 1 for the context, in place of the model's own generation config."""
     own = model.generation_config
     eos = own.eos_token_id if own is not None else None
     model.generation_config = GenerationConfig(

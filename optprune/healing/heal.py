@@ -18,7 +18,7 @@ from optprune.healing.distillation import Reader
 from optprune.healing.generated import generated_windows, mixed
 from optprune.healing.run_folder import HealingFolder, Progress
 from optprune.healing.settings import HealingSettings
-from optprune.healing.training import Clock, HeldOut, Training, Windows, checkpointing, trainable
+from optprune.healing.training import Clock, HeldOut, Training, Windows, gradient_checkpointing, trainable
 from optprune.healing.zeros import masks
 from optprune.measure.evaluate import check_windows, evaluating
 from optprune.models import Decoder
@@ -67,12 +67,12 @@ class HealReport:
 
     @property
     def generated_windows(self) -> int:
-        """Return the number of windows that the dense model generated."""
+        """The number of windows that the dense model generated."""
         return self.settings["generated"]
 
     @property
     def stopped_early(self) -> bool:
-        """Return whether the training ended before the text did, since the divergence no longer fell."""
+        """Whether the training ended before the text did, since the divergence no longer fell."""
         return self.steps < self.steps_planned
 
     def to_dict(self) -> dict[str, Any]:
@@ -125,7 +125,7 @@ def heal(
             trainable(model),
             evaluating(teacher),
             parameters_in(torch.float32, model),
-            checkpointing(model, settings.gradient_checkpointing),
+            gradient_checkpointing(model, settings.gradient_checkpointing),
             torch.random.fork_rng(devices),
         ):
             contexts.enter_context(context)
@@ -141,7 +141,7 @@ def heal(
         text = in_epochs(text, settings.epochs, settings.seed)
         training = Training(student, dense, masks(model), settings, peers)
         run = _Run(training, text, Windows.of(dense, held_out, peers), folder, on_event, generation)
-        run.go()
+        run.run()
         return replace(run.end(held_out.numel(), stored), run_facts=facts)
 
 
@@ -216,7 +216,7 @@ class _Run:
     best: dict[str, Tensor] = field(default_factory=dict)
     """the weights with the smallest divergence, in the first process"""
 
-    def go(self) -> None:
+    def run(self) -> None:
         """Train until the steps or the patience are used up, and load the best weights into the model."""
         progress = self._resumed()
         self.clock, self.done = Clock(progress.seconds if progress else 0.0), progress.step if progress else 0
@@ -262,7 +262,7 @@ class _Run:
 
     @property
     def least(self) -> HeldOut:
-        """Return the first measurement with the smallest divergence."""
+        """The first measurement with the smallest divergence."""
         return min(self.measured, key=lambda found: found.divergence)
 
     def _without_gain(self) -> int:
@@ -308,8 +308,8 @@ def _check(model: PreTrainedModel, teacher: PreTrainedModel, batches: Sequence[T
     own, other = model.config.get_text_config().vocab_size, teacher.config.get_text_config().vocab_size
     if own != other:
         raise InputError(
-            f"the model has a vocabulary of {own} tokens and its teacher one of {other}: give the dense model that the "
-            "pruned one was made from"
+            f"the model has a vocabulary of {own} tokens and its teacher one of {other}: give the model before pruning "
+            "as the teacher"
         )
     if not len(batches):
         raise InputError("there are no batches to train on: give token ids [windows, length]")
@@ -321,7 +321,7 @@ def _check(model: PreTrainedModel, teacher: PreTrainedModel, batches: Sequence[T
     for batch in batches:
         trained |= set(map(tuple, batch.tolist()))
     if any(tuple(window) in trained for window in held_out.tolist()):
-        raise InputError("a held-out window is among those that are trained on: hold out windows of other documents")
+        raise InputError("a held-out window is also a training window: hold out windows of other documents")
 
 
 def healing_facts(

@@ -50,8 +50,8 @@ class HealingSettings:
         if not self.clip > 0:
             raise InputError(f"gradients cannot be clipped to a norm of {self.clip}: it is more than 0")
         if self.dtype not in ("float32", "bfloat16"):
-            known = f"{self.dtype!r} has not the range or digits" if self.dtype in DTYPES else f"not {self.dtype!r}"
-            raise InputError(f"healing computes in float32 or bfloat16: {known}")
+            problem = "has too small a range" if self.dtype in DTYPES else "is unknown"
+            raise InputError(f"the dtype {self.dtype!r} {problem} for healing: use float32 or bfloat16")
         if self.every is not None and self.every < 1:
             raise InputError(f"the held-out windows cannot be measured after every {self.every} steps: give 1 or more")
         if not 1 <= self.epochs <= MOST_EPOCHS:

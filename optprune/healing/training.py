@@ -48,8 +48,8 @@ class Windows:
     @torch.no_grad()
     def of(cls, teacher: Reader, windows: Tensor, peers: Peers) -> "Windows":
         """Return this process's part of the windows [n, length]."""
-        mine = _at_once(windows[peers.rank :: peers.size])
-        return cls(mine, [teacher.hidden(ids) for ids in mine], windows.shape[0] * (windows.shape[1] - 1))
+        own = _at_once(windows[peers.rank :: peers.size])
+        return cls(own, [teacher.hidden(ids) for ids in own], windows.shape[0] * (windows.shape[1] - 1))
 
 
 class Training:
@@ -154,7 +154,7 @@ class Training:
 
 
 @contextmanager
-def checkpointing(model: nn.Module, wanted: bool) -> Iterator[None]:
+def gradient_checkpointing(model: nn.Module, wanted: bool) -> Iterator[None]:
     """Enable gradient checkpointing for the context."""
     if not wanted:
         yield
@@ -191,7 +191,7 @@ class Clock:
 
     @property
     def seconds(self) -> float:
-        """Return the seconds of the whole run."""
+        """The seconds of the whole run."""
         return self.before + time.perf_counter() - self._began
 
 

@@ -31,12 +31,12 @@ class Masks:
 
     @property
     def zeros(self) -> int:
-        """Return the number of zeros."""
+        """The number of zeros."""
         return sum(mask.numel() - int(mask.sum()) for mask in self.kept.values())
 
     @property
     def shares(self) -> dict[str, float]:
-        """Return the share of zeros in each matrix, by its name."""
+        """The share of zeros in each matrix, by its name."""
         return {name: 1 - int(mask.sum()) / mask.numel() for name, mask in self.kept.items()}
 
     def apply(self, model: PreTrainedModel | None = None) -> None:
@@ -63,11 +63,11 @@ class Masks:
         if filled:
             name, count = next(iter(filled.items()))
             others = (
-                f", and so have {counted(len(filled) - 1, 'other matrix', 'other matrices')}" if len(filled) > 1 else ""
+                f", and so do {counted(len(filled) - 1, 'other matrix', 'other matrices')}" if len(filled) > 1 else ""
             )
             raise InputError(
-                f"{name} has {counted(count, 'zero')} filled{others}: train with optprune.keep_zeros, and merge an "
-                "adapter by Masks.merge, or put the zeros back by Masks.apply"
+                f"{name} has {counted(count, 'nonzero weight')} where its mask is zero{others}: train with "
+                "optprune.keep_zeros, merge an adapter by Masks.merge, or restore the zeros by Masks.apply"
             )
 
     def merge(self, adapted: Any) -> PreTrainedModel:
@@ -93,10 +93,9 @@ class Masks:
         own = dict(model.named_parameters())
         for name, mask in self.kept.items():
             if name not in own or own[name].shape != mask.shape:
-                found = f"is {list(own[name].shape)}" if name in own else "is not there"
+                found = f"is {list(own[name].shape)}" if name in own else "is missing"
                 raise InputError(
-                    f"{name} {found}, and its mask is {list(mask.shape)}: give the model that the masks are of, "
-                    "without adapters around it"
+                    f"{name} {found}, but its mask is {list(mask.shape)}: give the model of the masks, without adapters"
                 )
         return {name: own[name] for name in self.kept}
 
@@ -108,9 +107,7 @@ def masks(model: PreTrainedModel) -> Masks:
     is quantised or has adapters.
     """
     if not isinstance(model, PreTrainedModel):
-        raise InputError(
-            f"masks are made of a transformers model, not of a {type(model).__name__}: make them before adding adapters"
-        )
+        raise InputError(f"a {type(model).__name__} is not a transformers model: make the masks before adding adapters")
     decoder, weights = Decoder(model), {}
     for block in range(len(decoder.blocks)):
         for path in decoder.paths(block):
@@ -137,8 +134,8 @@ def keep_zeros(optimizer: Optimizer, masks: Masks) -> RemovableHandle:
     ]
     if masks.weights and not held:
         raise InputError(
-            "the optimizer holds none of the weights that have zeros: give it the parameters of the model that the "
-            "masks are of, or, for an adapter, leave this out and merge by Masks.merge"
+            "the optimizer holds none of the masked weights: give it the parameters of the masks' model, or, for an "
+            "adapter, leave out keep_zeros and merge by Masks.merge"
         )
 
     def clear(*_: Any) -> None:

@@ -86,8 +86,8 @@ def divergence_from(
     own, other = model.config.get_text_config().vocab_size, dense.config.get_text_config().vocab_size
     if own != other:
         raise InputError(
-            f"the two models have vocabularies of {own} and {other} tokens, so that their predictions cannot be "
-            "compared: name the model that this one was made from"
+            f"the two models have vocabularies of {own} and {other} tokens, so their predictions cannot be compared: "
+            "name the model before pruning"
         )
     with ExitStack() as contexts:
         for one in (model, dense):

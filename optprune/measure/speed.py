@@ -205,7 +205,9 @@ def _check_alike(models: Mapping[str, PreTrainedModel]) -> None:
     ):
         if len(set(found.values())) > 1:
             listed = ", ".join(f"{value} of {name}" for name, value in found.items())
-            raise InputError(f"the models have different {what} ({listed}), so speeds do not compare: choose one")
+            raise InputError(
+                f"the models have different {what} ({listed}), so their speeds cannot be compared: choose one"
+            )
 
 
 def _run(model: PreTrainedModel, ids: Tensor, new_tokens: int) -> tuple[float, float]:

@@ -34,11 +34,11 @@ class Tasks:
         installed, a task is unknown, or its questions cannot be read.
         """
         if find_spec("lm_eval") is None:
-            raise InputError(
-                "tasks are run by the package lm-eval, which is not installed: run pip install 'optprune[eval]'"
-            )
+            raise InputError("tasks need the package lm-eval, which is not installed: run pip install 'optprune[eval]'")
         if not names or not all(name.strip() for name in names):
-            raise InputError(f"the tasks {shown(','.join(names))} name none: give names such as hellaswag,arc_easy")
+            raise InputError(
+                f"the tasks {shown(','.join(names))} hold an empty name: give names such as hellaswag,arc_easy"
+            )
         if include is not None and not include.is_dir():
             raise InputError(f"there is no folder of tasks {include}: give one that holds .yaml files")
         # The environment of the checks is without this extra, which would downgrade a package.
@@ -54,7 +54,7 @@ class Tasks:
                 raise InputError(f"there is no task file {name}: check the path")
             if not name.endswith(".yaml") and name not in manager.all_tasks:
                 raise InputError(
-                    f"lm-eval has no task {shown(name)}: lm-eval ls tasks lists its own, and a .yaml file may be given"
+                    f"lm-eval has no task {shown(name)}: run lm-eval ls tasks for its names, or give a .yaml file"
                 )
             try:
                 manager.load([name])
@@ -62,8 +62,8 @@ class Tasks:
                 if is_out_of_memory(error):
                     raise
                 raise InputError(
-                    f"the task {name} cannot be read: {one_line(error)}; where there is no hub, give the .yaml file of "
-                    "a task whose questions are local"
+                    f"the task {name} cannot be read: {one_line(error)}; without access to the hub, give the .yaml "
+                    "file of a task with local questions"
                 ) from error
         return cls(given, manager)
 

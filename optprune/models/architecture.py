@@ -107,7 +107,7 @@ class Mixture:
     shared_width: str = ""
     """the config field that holds its width"""
     multiple: int = 8
-    """experts' widths are multiples of this: kernels that multiply all experts of a block read 16 bytes at a time"""
+    """the number of which an expert's width must be a multiple, because kernels read 16 bytes at a time"""
     normalised: Callable[[PretrainedConfig], bool] = lambda config: bool(config.norm_topk_prob)
     """whether the weights of the chosen experts are scaled to add up to one"""
     stored: Mapping[str, str] = field(default_factory=dict)
@@ -166,13 +166,13 @@ class Architecture:
     recoverable: tuple[tuple[str, tuple[str, ...]], ...]
     """sub-modules, with the layers in which their output is affine, one at a time, in the order of the forward pass"""
     stock: Classes | None
-    """None where it is described by a draft, which names no classes"""
+    """the classes of transformers; None for a draft, which names no classes"""
     pruned: Classes | None
-    """the classes whose blocks may differ in shape, where there are any"""
+    """the classes whose blocks may differ in shape, if there are any"""
     ends_with_norm: Callable[[PretrainedConfig], bool] = lambda config: False
     """whether a norm follows the last addition in a block, so that the block's output is that norm's"""
     joined: str = ""
-    """how queries, keys and values lie in one layer that makes all of them: see `rows_of_heads`"""
+    """the order of queries, keys and values in one layer that makes all of them: see `rows_of_heads`"""
     rows_of_unit: int = 1
     """the rows of each MLP producer that a unit has; they are as far apart as there are units"""
     by_block: tuple[str, ...] = ("layer_types",)
@@ -180,7 +180,7 @@ class Architecture:
     indivisible: Mapping[str, str] = field(default_factory=dict)
     """the counts of a block's shape that can only stay whole or become zero, each with the reason"""
     off: tuple[str, ...] = ()
-    """the config fields that must be off: with them a model computes something else"""
+    """the config fields that must be off, because they change the computation"""
     transposed: tuple[str, ...] = ()
     """the linear layers whose weight a file holds as [in, out], as transformers' Conv1D does"""
     fixed: Mapping[str, Any] = field(default_factory=dict)
@@ -196,7 +196,7 @@ class Architecture:
     logits_cap: str = ""
     """the config field c, where the final logits are c tanh(x / c)"""
     mixture: Mixture | None = None
-    """the experts in place of one MLP, where there are any"""
+    """the experts in place of one MLP, if there are any"""
 
     def for_config(self, config: PretrainedConfig) -> "Architecture":
         """Return the same with the linear layers of as many experts as a config says."""
@@ -235,7 +235,7 @@ class Architecture:
 
     @cached_property
     def mlps(self) -> Mapping[str, tuple[str, ...]]:
-        """The layers whose columns are MLP units (one, or one of every expert), with those whose rows are the units."""
+        """The layers whose columns are MLP units, each with the layers whose rows are the units."""
         if self.mixture is None:
             return {self.mlp_consumer: self.mlp_producers}
         return self.mixture.mlps(self.layers)
@@ -273,10 +273,10 @@ class Architecture:
         return logits if cap is None else (logits / cap).tanh() * cap
 
     def check_divisible(self, count: str, request: str) -> None:
-        """Raise InputError where a count of a block's shape cannot be lowered; `request` says in words who asks."""
+        """Raise InputError where a count of a block's shape cannot be lowered; `request` describes the request."""
         if count in self.indivisible:
             raise InputError(
-                f"{request}, but a {self.model_type} model keeps all or none of them: {self.indivisible[count]}"
+                f"{request}, but a {self.model_type} model must keep all or none of them: {self.indivisible[count]}"
             )
 
     def check_kept(self, count: str, kept: int, request: str) -> None:
@@ -285,8 +285,8 @@ class Architecture:
         multiple = 1 if self.mixture is None else self.mixture.multiple
         if count == "mlp_width" and kept % multiple:
             raise InputError(
-                f"{request}, but experts' widths are multiples of {multiple}: transformers' kernels for all experts of "
-                f"a block run no others (--width-multiple {multiple})"
+                f"{request}, but the width of an expert must be a multiple of {multiple} for transformers' kernels: "
+                f"set --width-multiple {multiple}"
             )
 
     def stage_of(self, path: str) -> int:
@@ -294,7 +294,7 @@ class Architecture:
         return next(index for index, stage in enumerate(self.stages) if path in stage)
 
     def layer_sizes(self, config: PretrainedConfig, heads: Heads, shape: BlockShape) -> dict[str, tuple[int, int]]:
-        """Return the outputs and inputs of every linear layer in a block of a shape, zeros for layers that are gone."""
+        """Return the outputs and inputs of every linear layer in a block of a shape, zeros for removed layers."""
         hidden = int(config.hidden_size)
         outputs = dict.fromkeys(self.mlp_producers, shape.mlp_width * self.rows_of_unit)
         rows = ((self.query, heads.group * heads.dim), (self.key, heads.dim), (self.value, shape.value_dim))

@@ -55,8 +55,8 @@ class StoredTensor:
         with self.file.open("rb") as file:
             if self.version not in (None, _version(file)):
                 raise InputError(
-                    f"{self.file.name} has been written to since its header was read, so that its weights may be "
-                    "of two models: begin again, and do not write to it during the run"
+                    f"{self.file.name} changed after its header was read, so its weights may be of two models: start "
+                    "again, and do not write to it during the run"
                 )
             file.seek(self.begin)
             if file.readinto(data.numpy().data) != self.bytes:
@@ -136,7 +136,7 @@ def stored_tensors(file: Path, source: str) -> dict[str, StoredTensor]:
         size, first = version[1], stream.read(8)
         length = int.from_bytes(first, "little")
         if len(first) < 8 or length > min(size - 8, LONGEST_HEADER):
-            raise InputError(f"{what} is no whole safetensors file: {FETCH}")
+            raise InputError(f"{what} is not a whole safetensors file: {FETCH}")
         text = stream.read(length)
     try:
         header = json.loads(text)
@@ -149,16 +149,14 @@ def stored_tensors(file: Path, source: str) -> dict[str, StoredTensor]:
     end = 8 + length
     for name, tensor in sorted(found.items(), key=lambda item: (item[1].begin, item[1].bytes)):
         if tensor.begin + tensor.bytes > size:
-            raise InputError(f"{what} is cut short, {name} is not whole in it: {FETCH}")
+            raise InputError(f"{what} is cut short in the tensor {name}: {FETCH}")
         if tensor.begin != end:
             raise InputError(
-                f"the header of {what} is damaged, {name} does not begin where the one before ends: {FETCH}"
+                f"the header of {what} is damaged, {name} does not begin where the tensor before it ends: {FETCH}"
             )
         end += tensor.bytes
     if end != size:
-        raise InputError(
-            f"{what} has {size - end} bytes behind its last tensor, so it is not as it was written: {FETCH}"
-        )
+        raise InputError(f"{what} has {size - end} bytes after its last tensor, so it was changed: {FETCH}")
     return found
 
 
@@ -191,7 +189,7 @@ def _version(stream: BinaryIO) -> tuple[int, int, int]:
 def _stored(file: Path, what: str, entry: Any, data: int, version: tuple[int, int, int]) -> StoredTensor:
     if entry["dtype"] not in FLOATS:
         raise InputError(
-            f"{what} holds tensors of {entry['dtype']}, and pruning needs plain weights: load the unquantised original"
+            f"{what} holds tensors of {entry['dtype']}, but pruning needs plain weights: load the unquantised original"
         )
     begin, end = map(int, entry["data_offsets"])
     shape = tuple(map(int, entry["shape"]))
@@ -209,8 +207,8 @@ def check_weights_named(config: PretrainedConfig, source: str) -> None:
     named = getattr(config, "transformers_weights", None)
     if named is not None:
         raise InputError(
-            f"the config of {source} names its weights itself (transformers_weights {shown(named)}), and only "
-            f"{SAFE_WEIGHTS_NAME} or its shards are read: rename the file, and take the field out of config.json"
+            f"the config of {source} names its weights (transformers_weights {shown(named)}), but only "
+            f"{SAFE_WEIGHTS_NAME} or its shards are read: rename the file, and remove the field from config.json"
         )
 
 
@@ -258,8 +256,8 @@ def _shards(source: str, where: str) -> list[str]:
     for name in shards.values():
         if not _is_own(name):
             raise InputError(
-                f"{what} names {shown(name)} for weights, which is not a name such as model-00001-of-00002{ENDING}: "
-                "pickle is not read, nor is what lies outside the folder; fetch the weights again as safetensors"
+                f"{what} names {shown(name)} for weights, but only safetensors in the folder itself are read, such as "
+                f"model-00001-of-00002{ENDING}: fetch the weights again as safetensors"
             )
     return sorted(set(shards.values()))
 

@@ -93,7 +93,7 @@ class Decoder:
     def resident(self, index: int, *, keep: bool = False) -> Iterator[nn.Module]:
         """Hold a block in memory within the context; without a store every block is in memory anyway.
 
-        With `keep` the changes made to it last; without, a block from a store is read anew the next time.
+        With `keep` the changes made to it last; without, a block from a store is read again the next time.
         """
         block = self.blocks[index]
         present = nullcontext() if self.store is None else self.store.resident(block, keep)
@@ -211,7 +211,7 @@ class Decoder:
         return 0 if mixture is None else int(getattr(self.model.config, mixture.chosen))
 
     def layer_sizes(self, shape: BlockShape) -> dict[str, tuple[int, int]]:
-        """Return the outputs and inputs of every linear layer in a block of a shape, zeros for layers that are gone."""
+        """Return the outputs and inputs of every linear layer in a block of a shape, zeros for removed layers."""
         return self.architecture.layer_sizes(self.model.config, self.heads, shape)
 
     def _has(self, block: int, path: str) -> bool:
@@ -316,7 +316,7 @@ class Decoder:
         self._drop_empty_blocks()
         architecture, config, shapes = self.architecture, self.model.config, self.shapes()
         if not any(shape.kv_heads for shape in shapes):
-            raise InputError("no block has attention left, so no token would see another: remove less")
+            raise InputError("no block has attention left: lower the sparsity")
         setattr(config, architecture.mlp_width, max(shape.mlp_width for shape in shapes) or 1)
         self._record_experts(shapes)
         stock = self._stock_can_hold(shapes)
@@ -333,9 +333,9 @@ class Decoder:
         classes, config = self.architecture.pruned, self.model.config
         if classes is None:
             family = self.architecture.model_type
-            raise InputError(f"blocks of a {family} model are alike under a draft: prune evenly")
+            raise InputError(f"the blocks of a drafted {family} model must have one shape: use a uniform allocation")
         config.__class__, self.model.__class__ = classes.config, classes.model
-        vars(config).pop("auto_map", None)  # classes of another owner; saving names ours
+        vars(config).pop("auto_map", None)  # the classes of another library; saving names those of optprune
         setattr(config, SHAPES_FIELD, [shape.counts() for shape in shapes])
         self.model.number_caches()  # type: ignore[operator]  # the pruned classes have it
 

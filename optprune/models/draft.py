@@ -74,17 +74,17 @@ class Draft:
     def from_dict(cls, data: Any, where: str) -> "Draft":
         """Return a draft from plain data; InputError that names a wrong field. `where` names the data's origin."""
         if not isinstance(data, dict):
-            raise InputError(f"{where} holds no fields and values: write a draft by optprune inspect")
+            raise InputError(f"{where} does not hold fields and values: write a draft by optprune inspect")
         known = {each.name for each in fields(cls)}
         odd = [str(name) for name in data if name not in known]
         if odd:
-            raise InputError(f"{where} has a field {shown(odd[0])} that no description has: take it out")
+            raise InputError(f"{where} has an unknown field {shown(odd[0])}: remove it")
         try:
             return TypeAdapter(cls).validate_python(data)
         except ValidationError as error:
             first = error.errors()[0]
             name = ".".join(map(str, first["loc"]))
-            raise InputError(f"{where} has {name} wrong ({one_line(first['msg'])}): correct it") from error
+            raise InputError(f"{where} has an invalid {name} ({one_line(first['msg'])}): correct it") from error
 
     @classmethod
     def read(cls, file: str | Path) -> "Draft":
@@ -97,11 +97,11 @@ class Draft:
         return cls.from_dict(read_yaml(text, where), where)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return it as plain data that JSON can hold."""
+        """Return the draft as plain data that JSON can hold."""
         return json.loads(json.dumps(asdict(self)))
 
     def to_yaml(self) -> str:
-        """Return it as YAML, in the order of its fields."""
+        """Return the draft as YAML, in the order of its fields."""
         return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, width=100)
 
     def architecture(self) -> Architecture:
@@ -111,7 +111,7 @@ class Draft:
             others = f" (and {more} more)" if more else ""
             raise InputError(
                 f"the draft of {self.model_type} does not understand {first.module} ({first.kind}){others}: "
-                f"{first.why}; such a model needs a description by hand"
+                f"{first.why}; write the description of this model by hand"
             )
         return _architecture(json.dumps(self.to_dict(), sort_keys=True))
 
@@ -150,7 +150,7 @@ def _architecture(text: str) -> Architecture:
 
 
 def heads_from_fields(names: Mapping[str, str], config: PretrainedConfig) -> Heads:
-    """Return the head layout from config fields of these names; without one for KV heads there is one a query head."""
+    """Return the head layout from config fields of these names; without KV heads, each query head has its own."""
     query = getattr(config, names["query"])
     dim = getattr(config, names.get("dim", ""), None) or config.hidden_size // query
     return Heads(query, getattr(config, names.get("kv", ""), None) or query, dim)

@@ -142,7 +142,7 @@ OLMO2 = replace(
     model_type="olmo2",
     attention_parts=("self_attn", "post_attention_layernorm"),
     mlp_parts=("mlp", "post_feedforward_layernorm"),
-    indivisible={"kv_heads": "one norm goes over the queries of all heads, so that without a head the rest are others"},
+    indivisible={"kv_heads": "one norm goes over the queries of all heads, so removing a head changes the others"},
     **classes("Olmo2", modeling_olmo2, modeling_pruned_olmo2),
 )
 # Phi-3 and 4: one layer for queries, keys and values, and one for both halves of the gated MLP.

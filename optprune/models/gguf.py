@@ -49,11 +49,11 @@ class PlainReader(GGUFReader):
 def _plain_readers() -> Iterator[None]:
     """Let transformers, which looks up gguf's reader for each file, use `PlainReader` within the context."""
     with _SUBSTITUTION:
-        theirs, gguf.GGUFReader = gguf.GGUFReader, PlainReader
+        original, gguf.GGUFReader = gguf.GGUFReader, PlainReader
         try:
             yield
         finally:
-            gguf.GGUFReader = theirs
+            gguf.GGUFReader = original
 
 
 def gguf_config(folder: str, gguf_file: str) -> PretrainedConfig:

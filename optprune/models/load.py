@@ -159,7 +159,7 @@ def traceable_config(source: str | Path) -> PretrainedConfig:
     source = str(source)
     where, options = locate(source)
     if options:
-        raise InputError(f"{source} is a GGUF file, whose architecture is known or not: give a model folder to trace")
+        raise InputError(f"{source} is a GGUF file, which cannot be traced: give a model folder")
     with reading("config", source, where, options):
         return AutoConfig.from_pretrained(where, **NO_CODE)
 
@@ -176,11 +176,11 @@ def _config(source: str, where: str, options: dict[str, Any], described: Describ
         if not options:
             fields: Any = PretrainedConfig.get_config_dict(where)[0]
             if draft is None:
-                # Asked before AutoConfig is, for which an architecture it does not know is code to run.
+                # Checked before AutoConfig, which would run the code of an architecture that it does not know.
                 architecture_named(*(fields.get("model_type"), fields) if isinstance(fields, dict) else (None,))
             if isinstance(fields, dict) and "text_config" in fields:
                 raise InputError(
-                    f"the config of {source} has a text_config, as models that read images have: give one of text alone"
+                    f"the config of {source} has a text_config, so the model is not of text alone: give a text model"
                 )
         config = gguf_config(where, **options) if options else AutoConfig.from_pretrained(where, **NO_CODE)
         if draft is not None:
@@ -188,7 +188,7 @@ def _config(source: str, where: str, options: dict[str, Any], described: Describ
         architecture = architecture_of(config)
         check_config(config, architecture, source)
         if options and architecture.mixture is not None:
-            raise InputError(f"{source} holds experts, which are not read from GGUF: load the folder it was made of")
+            raise InputError(f"{source} holds experts, which are not read from GGUF: load the original model folder")
     if draft is not None:
         check_laws(draft, config)
     check_weights_named(config, source)
@@ -196,7 +196,7 @@ def _config(source: str, where: str, options: dict[str, Any], described: Describ
     if quantised is not None and not options:
         method = quantised.get("quant_method") if isinstance(quantised, dict) else type(quantised).__name__
         raise InputError(
-            f"the checkpoint {source} is quantised ({method or 'by an unnamed method'}), and pruning needs plain "
+            f"the checkpoint {source} is quantised ({method or 'by an unnamed method'}), but pruning needs plain "
             "weights: load the unquantised original"
         )
     return config
@@ -208,7 +208,7 @@ def _weights(
     cls: Any = AutoModelForCausalLM
     with reading("weights", source, where, options):
         if options:
-            # from_pretrained would parse the file once more, and ask every module for its names: that takes seconds.
+            # from_pretrained would parse the file again and list the names of every module, which takes seconds.
             shapes = skeleton(config, torch.float32)
             state = {name: part.read() for name, part in gguf_tensors(source, shapes).items()}
             cls, folder, given = type(shapes), None, {"config": copy.deepcopy(config), "state_dict": state}
@@ -222,7 +222,7 @@ def _weights(
             model, report = cls.from_pretrained(folder, dtype=dtype, output_loading_info=True, **given)
         except OSError as error:
             if "use_safetensors" in str(error):
-                raise InputError(f"the weights of {source} are not there as safetensors; {CONVERT}") from error
+                raise InputError(f"{source} has no weights as safetensors; {CONVERT}") from error
             raise
     absent = [*sorted(report["missing_keys"]), *sorted(map(str, report["mismatched_keys"]))]
     check_whole(source, config.model_type, absent, report["unexpected_keys"])

@@ -41,7 +41,7 @@ class SeparateExperts(nn.ModuleDict):
             gate, up = both.chunk(2)
             self[str(number)] = Expert({GATE: gate, UP: up, DOWN: down}, fused.requires_grad)
         stock._parameters.update({FUSED: None, LAST: None})
-        self._stock: list[Any] = [stock]  # in a list, so that it is no sub-module
+        self._stock: list[Any] = [stock]  # in a list, so that it is not a sub-module
         self.train(stock.training)
 
     @property

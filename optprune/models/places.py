@@ -66,7 +66,7 @@ class InFile(Place):
     """An unnamed file that disappears with this process, however that ends; it does not count as its memory."""
 
     def __init__(self, folder: Path) -> None:
-        """The file is created in a `folder` when the first tensor is kept."""
+        """Create the file in a `folder` when the first tensor is kept."""
         self._folder, self._end = folder, 0
         self._file: _File | None = None
         self._free: dict[int, list[int]] = {}
@@ -135,7 +135,7 @@ class States(Sequence[Value], Generic[Value]):
     """
 
     def __init__(self, place: Place, values: Iterable[Value] = (), besides: Collection[int] = ()) -> None:
-        """`besides` holds the `id`s of tensors that stay in memory anyway and are not put into the place."""
+        """Keep the values, except tensors whose `id` is in `besides`, which stay in memory anyway."""
         self.place, self._besides = place, besides
         self._kept: list[Callable[[], Value]] = []
         self.shapes: list[torch.Size] = []
@@ -177,7 +177,7 @@ class States(Sequence[Value], Generic[Value]):
         return len(self._kept)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Another process holds them in memory.
+        # A copy in another process is in memory.
         return type(self), (OnDevice(), list(self))
 
     @property

@@ -93,16 +93,16 @@ def not_understood(config: PretrainedConfig | dict[str, Any] | None) -> str:
     """
     try:
         path, layers = _matrices_of(config)
-    except Exception:  # a config that nobody knows may fail in any way, and then its modules cannot be named
+    except Exception:  # an unknown config may fail in any way, and then its modules cannot be named
         return ""
     nearest = max(ARCHITECTURES.values(), key=lambda one: len(layers.keys() & set(one.layers)))
     left = [f"{layer} ({kind})" for layer, kind in layers.items() if layer not in nearest.layers]
     absent = [layer for layer in nearest.layers if layer not in layers]
     if not left and not absent:
-        return f"; the linear layers of {path} are where {nearest.model_type} has them, so that the entry may be short"
-    found = [f"does not account for {_listed(left)}"] if left else []
-    found += [f"asks for {_listed(absent)}"] if absent else []
-    return f"; of {path} the nearest, {nearest.model_type}, {' and '.join(found)}"
+        return f"; the linear layers of {path} are those of {nearest.model_type}, so the entry may be short"
+    found = [f"lacks {_listed(left)}"] if left else []
+    found += [f"needs {_listed(absent)}"] if absent else []
+    return f"; the nearest architecture to {path}, {nearest.model_type}, {' and '.join(found)}"
 
 
 def _matrices_of(config: PretrainedConfig | dict[str, Any] | None) -> tuple[str, dict[str, str]]:
@@ -135,7 +135,7 @@ def _listed(names: Iterable[str]) -> str:
 
 
 def check_config(config: PretrainedConfig, architecture: Architecture, source: str) -> None:
-    """Raise InputError where a config's numbers do not make a model: the libraries would fail late, and anywhere."""
+    """Raise InputError unless the numbers of a config make a model, because the libraries would fail late."""
 
     def refuse(name: str, value: Any, wanted: str) -> None:
         raise InputError(
@@ -149,7 +149,7 @@ def check_config(config: PretrainedConfig, architecture: Architecture, source: s
             refuse(name, value, f"a whole number from 1 to {most}")
     for name, value in REQUIRED.items():
         if getattr(config, name, value) is not value:
-            refuse(name, getattr(config, name), f"{value}, as it is here")
+            refuse(name, getattr(config, name), f"{value}")
     listed = getattr(config, "auto_map", None)
     if listed is not None and not isinstance(listed, dict):
         refuse("auto_map", listed, "an object with the names of classes")
@@ -174,6 +174,6 @@ def _check_understood(config: PretrainedConfig, architecture: Architecture, sour
     wrong += [name for name, wanted in architecture.fixed.items() if getattr(config, name, wanted) != wanted]
     for name in wrong:
         raise InputError(
-            f"the config of {source} has {name} {shown(getattr(config, name))}, with which the "
-            f"computation of a {architecture.model_type} model is not known: give one without it"
+            f"the config of {source} has {name} {shown(getattr(config, name))}, which is not supported for a "
+            f"{architecture.model_type} model: give a model without it"
         )

@@ -128,11 +128,11 @@ def check_whole(source: str, model_type: str, absent: Collection[str], unknown: 
     """Raise InputError where tensors of a checkpoint are missing or misshapen, or have no place in the model."""
     if unknown:
         raise InputError(
-            f"the weights of {source} hold {counted(len(unknown), 'tensor')} that a {model_type} model has no place "
-            f"for, the first is {min(unknown)}; merge adapters into the weights before pruning"
+            f"the weights of {source} hold {counted(len(unknown), 'tensor')} that a {model_type} model does not have, "
+            f"such as {min(unknown)}: merge adapters into the weights before pruning"
         )
     if absent:
         raise InputError(
             f"the weights of {source} are incomplete: {counted(len(absent), 'tensor is', 'tensors are')} missing or "
-            f"misshapen, the first is {next(iter(absent))}; copy the folder again"
+            f"misshapen, such as {next(iter(absent))}: copy the folder again"
         )

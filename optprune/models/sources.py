@@ -20,17 +20,17 @@ HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 FORMS = "a model folder, a .gguf file, a hub name (OWNER/NAME) or 'demo'"
 """the kinds of sources, in words"""
 CONVERT = (
-    "that is pickle (pytorch_model.bin), which can run code when it is read: where you trust it, convert it with "
+    "pickle files (pytorch_model.bin) can run code when they are read: if you trust this one, convert it with "
     "transformers' AutoModelForCausalLM.from_pretrained(OLD).save_pretrained(NEW), which writes safetensors"
 )
 ADVICE = {
     "config": "correct config.json, or fetch it again",
-    "tokenizer": "fetch its files again, or save it anew with transformers",
-    "weights": "see that they are whole and belong to config.json, or fetch both again",
+    "tokenizer": "fetch its files again, or save it again with transformers",
+    "weights": "check that they are whole and belong to config.json, or fetch both again",
 }
-GGUF_ADVICE = "see that the file is whole, and that its architecture is one that optprune prunes"
+GGUF_ADVICE = "check that the file is whole, and that optprune prunes its architecture"
 PANIC = "PanicException"
-"""the class of a panic of a library in Rust, which is no Exception of Python's"""
+"""the class of a panic in a Rust library, which is not an Exception"""
 
 
 def demo_model_file() -> Path:
@@ -49,9 +49,9 @@ def locate(source: str) -> tuple[str, dict[str, Any]]:
         if not (path / "config.json").is_file():
             raise InputError(f"the folder {source} has no config.json: give a folder written by save_pretrained")
         if any(path.glob("pytorch_model*.bin")) and not any(path.glob("*.safetensors")):
-            raise InputError(f"the folder {source} holds weights in a format that is not loaded; {CONVERT}")
+            raise InputError(f"the folder {source} holds weights as pickle, which is not loaded; {CONVERT}")
         return str(path), {}
-    # A name is not looked up in the hub where there is a folder it could have been in.
+    # A name is not looked up in the hub if it could be a path in an existing folder.
     here = path.exists() or (len(path.parts) > 1 and path.parent.is_dir())
     if here or not HUB_NAME.fullmatch(source) or source.startswith("."):
         raise InputError(f"there is no model folder {source!r}: give {FORMS}")

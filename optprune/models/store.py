@@ -45,7 +45,7 @@ class ShardSink(BlockSink):
     """A folder with one safetensors file for each block, which is whole or absent."""
 
     def __init__(self, folder: Path, keep: Keep | None = None) -> None:
-        """`keep` writes a file of the folder by its name, completely or not at all."""
+        """Use a folder; `keep` writes a file in it by its name, completely or not at all."""
         self.folder, self._keep = folder, keep
         self.done = set[str]()
         """the blocks that are written; files of other blocks are ignored"""
@@ -98,7 +98,7 @@ class BlockStore:
         sink: BlockSink | None = None,
         scratch: Path | None = None,
     ) -> None:
-        """`blocks` are keyed by their names in the checkpoint.
+        """Read `blocks`, keyed by their names in the checkpoint.
 
         Without a `sink` pruned blocks go into this store's temporary folder, which is made in `scratch` or in the
         system's temporary folder.

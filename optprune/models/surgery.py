@@ -62,7 +62,7 @@ def parameters_in(dtype: torch.dtype | None, *modules: nn.Module) -> Iterator[No
     """Convert the parameters of modules to a dtype within the context, and round them to their own dtype after it.
 
     Parameters that have the dtype already, as within another such context, stay as they are; None converts nothing. In
-    a wider dtype numbers that nobody changes come back bit for bit.
+    a wider dtype unchanged numbers come back bit for bit.
     """
     own = [
         {name: each.dtype for name, each in module.named_parameters() if dtype not in (None, each.dtype)}
@@ -113,7 +113,7 @@ def as_linear(layer: nn.Module) -> None:
 
 
 def check_linear(layer: nn.Module, path: str, transposed: bool) -> None:
-    """Raise InputError where a layer is no plain linear one; a `transposed` one is made linear first."""
+    """Raise InputError unless a layer is a plain linear one; a `transposed` one is made linear first."""
     if transposed:
         as_linear(layer)
     if type(layer) is not (TransposedLinear if transposed else nn.Linear):

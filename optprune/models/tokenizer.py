@@ -44,7 +44,7 @@ def load_tokenizer(source: str | Path) -> Tokenizer | None:
         except ValueError as error:
             if "trust_remote_code" in str(error):
                 raise InputError(
-                    f"the tokenizer of {source} is code that comes with it, which is not run: save it as tokenizer.json"
+                    f"the tokenizer of {source} is code in its folder, which is not run: save it as tokenizer.json"
                 ) from error
             raise
 
@@ -59,7 +59,7 @@ def using_tokenizer(source: str) -> Iterator[None]:
 def need_tokenizer(tokenizer: Tokenizer | None, source: str) -> Tokenizer:
     """Return the tokenizer of a model source; InputError where it has none."""
     if tokenizer is None:
-        raise InputError(f"the model {source} has no tokenizer, which is needed to read text: save one in its folder")
+        raise InputError(f"the model {source} has no tokenizer to read text: save one in its folder")
     return tokenizer
 
 
@@ -92,8 +92,8 @@ def _check(parts: list[Any], source: str) -> None:
         found = growth(rules)
         if found > MOST_GROWTH:
             raise InputError(
-                f"the tokenizer of {source} has rules by which a text can become {found:,.0f} times as long, and "
-                f"{MOST_GROWTH} is the most here: fetch its files again, or save it without these rules"
+                f"the tokenizer of {source} has rules that can make a text {found:,.0f} times as long (the limit is "
+                f"{MOST_GROWTH}): fetch its files again, or save it without these rules"
             )
 
 

@@ -74,7 +74,7 @@ class Units(ABC):
     @property
     @abstractmethod
     def kinds(self) -> "tuple[LinkedUnits, ...]":
-        """The kinds of units that are removed; the last one fills up a budget. Empty where no layer is narrowed."""
+        """The kinds of units that are removed, empty if no layer is narrowed; the last one fills up a budget."""
 
     @abstractmethod
     def work(self, outputs: int, inputs: int) -> Work:
@@ -109,9 +109,7 @@ class Units(ABC):
     def check(self, decoder: Decoder, block: int, wanted: BlockAllocation) -> None:
         """Raise InputError where an allocation asks something of a block that these units cannot do."""
         if wanted.shares:
-            raise InputError(
-                f"the allocation thins out layers of block {block}: that needs a recipe with units weights"
-            )
+            raise InputError(f"the allocation removes single weights in block {block}: use a recipe with units weights")
 
     def check_multiple(self, shapes: Sequence[BlockShape], multiple: int | None, *, alike: bool) -> None:
         """Raise InputError where a multiple is requested and no count of these units would be one."""
@@ -122,7 +120,7 @@ class Units(ABC):
         counts = sorted({kind.there(shape) for kind in self.kinds for shape in shapes})
         there = " to ".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
         raise InputError(
-            f"a width multiple of {multiple} does nothing with units {self.name!r}, of which a block has {there}: "
+            f"a width multiple of {multiple} has no effect on units {self.name!r}, of which a block has {there}: "
             "leave out --width-multiple, or give a smaller one"
         )
 
@@ -165,8 +163,8 @@ class LinkedUnits(Units):
 
     def layers(self, decoder: Decoder, block: int) -> tuple[LinkedLayers, ...]:
         """Return the links of all of these layers that a block has."""
-        there = self.consumers(decoder.architecture)
-        return tuple(self.linked(decoder, block, path) for path in decoder.paths(block) if path in there)
+        consumers = self.consumers(decoder.architecture)
+        return tuple(self.linked(decoder, block, path) for path in decoder.paths(block) if path in consumers)
 
     def there(self, shape: BlockShape) -> int:
         """Return the number of units that a shape has in every slot."""
@@ -181,7 +179,7 @@ class LinkedUnits(Units):
         return replace(shape, **{self.field: count}) if count else shape.without(self.part)
 
     def multiple(self, shape: BlockShape, asked: int | None, alike: bool = False) -> int:
-        """Return the number whose multiples a count must be, unless all units stay.
+        """Return the number of which a count must be a multiple, unless all units stay.
 
         `asked` is the recipe's `width_multiple`; `alike` says that every block loses the same share.
         """
@@ -347,7 +345,9 @@ class Weights(Units):
         if wanted.shape.parts and wanted.shape != decoder.shape(block):
             raise InputError(f"the allocation narrows block {block}, but the recipe's units are single weights")
         if not all(map(self.family.admits, wanted.shares.values())):
-            raise InputError(f"with the pattern {self.family.name} a layer of block {block} keeps that share, or 1")
+            raise InputError(
+                f"a layer of block {block} keeps another share than the pattern {self.family.name}: use its share, or 1"
+            )
 
     def whole_metric(self, architecture: Architecture) -> tuple[str, ...]:
         return architecture.layers

@@ -1,4 +1,4 @@
-"""Pruning: block by block, collect moments, state each layer's problem, solve it, write the answer back."""
+"""Pruning block by block: collect moments, state each layer's problem, solve it and write the answer back."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""One block's work as a value: a `BlockTask` goes in, a `BlockResult` comes out, wherever it is run."""
+"""The work on one block as a value: `BlockTask` is the input and `BlockResult` the output, wherever it is run."""
 
 import copy
 import json
@@ -35,22 +35,22 @@ from optprune.system.wording import shown
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class BlockTask:
-    """Everything that decides how one block is pruned, beside the block itself."""
+    """Everything that decides how one block is pruned, apart from the block itself."""
 
     block: BlockProgram
     method: Method
     path: Path
-    """hidden states that enter the block; they are used up, and replaced by those that enter the next block"""
+    """hidden states that enter the block; they are overwritten by those that enter the next block"""
     metrics: Mapping[str, OutputMetric]
-    """the output metrics by the full name of the block's layers; empty where all outputs count alike"""
+    """the output metrics by the full name of the block's layers; empty where all outputs have weight 1"""
     held_out: int = 0
-    """number of batches, the last ones, that are held out"""
+    """number of batches at the end that are held out"""
     onwards: bool = True
     """whether a later block needs the outputs of this one"""
     detached: bool = False
     """whether the parent process computes the next block's inputs itself: then the path ends with this block"""
     known: BlockMoments | None = None
-    """moments of the dense block, where it gets the inputs of the dense model; for this process only"""
+    """moments of the dense block, if its inputs are those of the dense model; for this process only"""
 
     @property
     def index(self) -> int:
@@ -60,7 +60,7 @@ class BlockTask:
 
 @dataclass(frozen=True)
 class BlockRecord:
-    """What there is to say of a block that is done, as plain data."""
+    """The report of a finished block, as plain data."""
 
     index: int
     shape: BlockShape
@@ -69,26 +69,26 @@ class BlockRecord:
     zeros: int
     """weights of the solved layers that are zero"""
     due: int
-    """weights of the solved layers that the budget makes zero, but for rounding"""
+    """weights of the solved layers that the budget makes zero, apart from rounding"""
     floor_seconds: float
-    """the seconds of what no run of such a policy can spare: two passes of the block, and its inputs' Gram products"""
+    """the least seconds of any run with this policy: two passes of the block and the Gram products of its inputs"""
 
 
 @dataclass(frozen=True, eq=False)
 class BlockResult:
-    """What became of a block."""
+    """The record, the weights and the outgoing path of a pruned block."""
 
     record: BlockRecord
     weights: dict[str, Tensor]
-    """the block's parameters by their names inside it, as they are stored: copies only if need be"""
+    """the block's parameters by their names inside it, in stored form, copied only if necessary"""
     path: Path
-    """what enters the next block, or what entered this one where no later block needs it"""
+    """the inputs of the next block, or those of this one if no later block needs them"""
 
 
 def prune_block(
     decoder: Decoder, task: BlockTask, on_event: Callable[[Event], None], executor: LayerExecutor | None = None
 ) -> BlockResult:
-    """Calibrate, solve and write one block of a model, which is changed in place, and move its path past it."""
+    """Calibrate, solve and write one block of a model in place, and move its path past it."""
     began, index, blocks = time.perf_counter(), task.index, len(decoder.blocks)
     on_event(BlockStarted(index, blocks, layers=_shares(decoder, task)))
     with decoder.resident(index, keep=True):
@@ -103,20 +103,20 @@ def prune_block(
 
 
 def block_problem(decoder: Decoder, task: BlockTask, path: str) -> Problem:
-    """Return the problem of the layer with a path in a block, once the stages before it are solved and written."""
+    """Return the problem of a layer in a block, after solving and writing the stages before it."""
     with decoder.resident(task.index, keep=True):
         return _BlockRun(decoder, task, lambda event: None, SerialExecutor()).problem(path)
 
 
 def _shares(decoder: Decoder, task: BlockTask) -> tuple[float, ...]:
-    """The share of each layer in the solves, in the order of the forward pass, if solvers go by products."""
+    """Return the share of each layer in the time of the solves, in forward order, by the products of its sizes."""
     sizes = [decoder.layer(task.index, target.path).weight.shape for target in task.block.targets]
     work = [outputs * inputs * (outputs + inputs) for outputs, inputs in sizes]
     return tuple(each / sum(work) for each in work)
 
 
 class _BlockRun:
-    """The state inside a block while it is pruned."""
+    """The state of a block while it is pruned."""
 
     def __init__(
         self, decoder: Decoder, task: BlockTask, on_event: Callable[[Event], None], executor: LayerExecutor
@@ -128,14 +128,14 @@ class _BlockRun:
         self.floor_seconds = 0.0
 
     def result(self) -> BlockResult:
-        """What became of the block."""
+        """Return the result of the block."""
         index, decoder = self.task.index, self.decoder
         done = tuple(self.layers), tuple(self.recovered), self.zeros, self.due, self.floor_seconds
         record = BlockRecord(index, decoder.shape(index), *done)
         return BlockResult(record, decoder.weights(index), self.task.path)
 
     def visit(self) -> None:
-        """Go through the block stage by stage, and move the path on to the next block."""
+        """Prune the block stage by stage, and move the path on to the next block."""
         matching = self.task.method.matching if self.task.block.changes else None
         with self.entered(whole=matching is not None) as visit:
             self.begin()
@@ -146,7 +146,7 @@ class _BlockRun:
         self.floor_seconds += visit.floor_seconds
 
     def problem(self, path: str) -> Problem:
-        """Return the problem of a layer, once the stages before its own are solved."""
+        """Return the problem of a layer, after solving the stages before its own."""
         visit = self.entered(whole=False)
         self.begin()
         for stage in self.task.block.stages:
@@ -157,7 +157,7 @@ class _BlockRun:
         raise AssertionError(f"no stage of block {self.task.index} solves {path}")
 
     def entered(self, whole: bool) -> Visit:
-        """Return the visit of the block; `whole` is whether its own inputs and outputs are needed."""
+        """Return the visit of the block; `whole` says whether the block's own inputs and outputs are needed."""
         task = self.task
         return task.path.visit(
             self.decoder.blocks[task.index],
@@ -187,17 +187,17 @@ class _BlockRun:
         for place in stage.recovered:
             self.recover(place, visit.calls(place))
 
-    def wanted(self, of: Recovery | Matching | None) -> Wanted:
-        """Return which batches have their calls kept: the first with so many tokens, and those that are held out."""
-        return Wanted(math.inf if of is None or of.tokens is None else of.tokens, self.task.held_out)
+    def wanted(self, step: Recovery | Matching | None) -> Wanted:
+        """Return which batches have their calls kept: the first ones up to the step's tokens, and the held-out ones."""
+        return Wanted(math.inf if step is None or step.tokens is None else step.tokens, self.task.held_out)
 
     def remove_parts(self) -> None:
-        """Remove sub-blocks whole."""
+        """Remove whole sub-blocks."""
         for part in self.task.block.removed:
             self.decoder.remove(self.task.index, part)
 
     def choose_experts(self) -> None:
-        """Remove whole experts, by what reaches them."""
+        """Remove whole experts, chosen by the inputs of the mixture."""
         decoder, task = self.decoder, self.task
         mixture = decoder.architecture.mixture
         assert mixture is not None
@@ -208,12 +208,12 @@ class _BlockRun:
         self.on_event(LayerSolved(report))
 
     def layer_task(self, target: Target) -> LayerTask:
-        """Return one layer with everything that decides its problem."""
+        """Return the task of one layer."""
         task = self.task
         return LayerTask(self.decoder, task.index, target, task.block.wanted, task.method, task.metrics)
 
     def take(self, layer: LayerTask, solved: SolvedLayer) -> None:
-        """Write what became of one layer."""
+        """Write the answer of one layer and record it."""
         pruned = write_layer(layer, solved)
         self.layers.append(pruned.report)
         self.zeros += pruned.zeros
@@ -243,9 +243,9 @@ class _BlockRun:
         self.recovered.append(part)
 
     def match(self, matching: Matching, calls: Calls) -> None:
-        """Match the block as a whole, once its layers are pruned.
+        """Match the outputs of the whole block, once its layers are pruned.
 
-        What leaves it has the metric of the layer that it adds last, unless a norm follows.
+        The outputs have the metric of the layer that is added last, unless a norm follows.
         """
         from optprune.pruning.refinement import match_block
 
@@ -269,13 +269,13 @@ class _BlockRun:
 
 
 FEW = 32
-"""fewer tokens than these say little of an expert"""
+"""the number of tokens below which the statistics of an expert are unreliable"""
 
 
 def remove_experts(decoder: Decoder, index: int, keep: int, method: Method, fit: Calls, apart: Calls) -> LayerReport:
-    """Choose `keep` experts of a block by what it is called with, delete the others, and say how well that went.
+    """Choose `keep` experts of a block by its calls, delete the others, and return the report.
 
-    The tokens are the first of those to `fit`, as many as `expert_choice` takes; those `apart` only measure the choice.
+    The choice uses the first tokens of `fit`, as many as `expert_choice` takes; the tokens of `apart` only measure it.
     """
     began, solver, mixture = time.perf_counter(), method.expert_solver, decoder.architecture.mixture
     assert mixture is not None
@@ -287,7 +287,7 @@ def remove_experts(decoder: Decoder, index: int, keep: int, method: Method, fit:
     every = torch.ones_like(found.kept)
     reached = (problem.weights(every) > 0).sum(0)
     few = [f"{expert} ({int(count)})" for expert, count in enumerate(reached) if count < FEW]
-    notes = (f"few calibration tokens reach some experts: {', '.join(few[:4])}",) if few else ()
+    notes = (f"some experts get fewer than {FEW} calibration tokens: {', '.join(few[:4])}",) if few else ()
     if method.strict and notes:
         raise StrictError(f"{name}: {notes[0]} (strict mode makes this an error)")
     decoder.keep_experts(index, found.kept)
@@ -317,23 +317,23 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True)
 class WorkerContext:
-    """What a worker needs once: the model without its blocks' weights, and how it is to compute."""
+    """The model without its blocks' weights and the settings of the computation, sent once to each worker."""
 
     config: bytes
-    """the config of the model, as one of our processes executor it to another"""
+    """the config of the model, pickled"""
     dtype: torch.dtype
     precise: bool
-    """whether it is computed in float32 where that is half precision"""
+    """whether to compute in float32 where the dtype is of half precision"""
     device: str
-    """cpu, or cuda: the GPU that the worker has been given"""
+    """cpu, or cuda for the worker's own GPU"""
     threads: int
-    """the threads of each worker, as many as a run without workers has: an eigh of two threads rounds otherwise"""
+    """the threads of each worker, as many as in a run without workers, because the number changes rounding"""
     facts: str
-    """what else decides how sums are rounded"""
+    """versions and machine, which decide how sums are rounded"""
 
     @classmethod
     def of(cls, decoder: Decoder) -> "WorkerContext":
-        """The context for a model's blocks."""
+        """Return the context for a model's blocks."""
         model = decoder.model
         facts = json.dumps({"the version": versions(), "the machine": machine(model.device)})
         threads = torch.get_num_threads()
@@ -343,7 +343,7 @@ class WorkerContext:
 
 @dataclass(frozen=True, eq=False)
 class BlockJob:
-    """All that decides what becomes of one block."""
+    """Everything that decides the result of one block."""
 
     task: BlockTask
     shape: BlockShape
@@ -352,12 +352,12 @@ class BlockJob:
 
     @classmethod
     def of(cls, decoder: Decoder, task: BlockTask) -> "BlockJob":
-        """To prune a block, which is in memory, as it is now; what the task holds is copied to the host."""
+        """Return the job of pruning a block that is in memory, with copies of its tensors on the host."""
         index = task.index
         return cls(task, decoder.shape(index), decoder.weights(index)).on(HOST)
 
     def on(self, device: torch.device) -> "BlockJob":
-        """The same with its tensors on another device."""
+        """Return the job with its tensors on another device."""
         task, path = self.task, self.task.path
         actual = _entering(path.actual, device)
         dense = actual if path.dense is path.actual else _entering(path.dense, device)
@@ -368,27 +368,27 @@ class BlockJob:
 
 @dataclass(frozen=True, eq=False)
 class BlockOutcome:
-    """What became of a block, on the host."""
+    """The result of a block, on the host."""
 
     record: BlockRecord
     weights: dict[str, Tensor]
     events: tuple[Event, ...]
-    """what was told on the way"""
+    """the events of the block, except its start"""
 
 
 def run_job(context: WorkerContext, job: BlockJob) -> BlockOutcome | OptpruneError:
-    """What a worker does: the outcome, or the error of ours that stopped it."""
+    """Prune a job's block in a worker; return the outcome, or the OptpruneError that stopped it."""
     try:
         decoder, device, index = _decoder(context), torch.device(context.device), job.task.index
         job, events = job.on(device), list[Event]()
         dense = decoder.blocks[index]
-        decoder.blocks[index] = copy.deepcopy(dense)  # which has no weights, so that this is a description only
+        decoder.blocks[index] = copy.deepcopy(dense)  # a description without weights
         try:
             decoder.put(index, job.shape, job.weights)
             with calibrating(decoder):
                 result = prune_block(decoder, job.task, events.append)
-            told = tuple(event for event in events if not isinstance(event, BlockStarted))
-            return BlockOutcome(result.record, moved(result.weights, HOST), told)
+            later = tuple(event for event in events if not isinstance(event, BlockStarted))
+            return BlockOutcome(result.record, moved(result.weights, HOST), later)
         finally:
             decoder.blocks[index] = dense
             release()
@@ -398,20 +398,20 @@ def run_job(context: WorkerContext, job: BlockJob) -> BlockOutcome | OptpruneErr
 
 @lru_cache(maxsize=1)
 def _decoder(context: WorkerContext) -> Decoder:
-    """The skeleton that a worker fills one block of at a time; InputError where it would round otherwise."""
+    """Return the skeleton that a worker fills one block of at a time; InputError where it would round differently."""
     torch.set_num_threads(context.threads)
     here = {"the version": versions(), "the machine": machine(torch.device(context.device))}
-    for what, asked, found in differences(json.loads(context.facts), json.loads(json.dumps(here))):
+    for what, expected, found in differences(json.loads(context.facts), json.loads(json.dumps(here))):
         raise InputError(
-            f"a worker would not give the bytes of this run: {what} is {shown(asked)} here and {shown(found)} there; "
-            "have the same software and the same kind of machine for all workers and for the command itself"
+            f"a worker would round differently: {what} is {shown(expected)} here and {shown(found)} there; use the "
+            "same software and the same kind of machine for all workers and for the command"
         )
     decoder = Decoder(skeleton(pickle.loads(context.config), context.dtype).eval())
     return decoder.precise() if context.precise else decoder
 
 
 def _entering(stream: Stream, device: torch.device) -> Stream:
-    """What enters the current block, with no other block's arguments: batches of one shape go on sharing theirs."""
+    """Return the inputs of the current block on a device; batches of one shape still share their arguments."""
     arguments = {id(one): one for one in stream.arguments}
     there = {key: moved(one, device) for key, one in arguments.items()}
     hidden = States(OnDevice(), (moved(batch, device) for batch in stream.hidden))
@@ -419,7 +419,7 @@ def _entering(stream: Stream, device: torch.device) -> Stream:
 
 
 def moved(value: Value, device: torch.device) -> Value:
-    """The tensors of a nested value on another device, each with memory of its own: a view would travel whole."""
+    """Return a nested value with its tensors on another device, each with memory of its own (views pickle whole)."""
     found: Any = value
     if isinstance(value, Tensor):
         found = value.detach().to(device)

@@ -1,4 +1,4 @@
-"""Collecting: what several runs need of the dense model, measured once."""
+"""Collecting the statistics of the dense model that several runs share."""
 
 import json
 from collections.abc import Callable, Iterable, Sequence
@@ -39,20 +39,20 @@ def collect(
     states: str = "auto",
     on_event: Callable[[Event], None] = lambda event: None,
 ) -> Statistics:
-    """Measure once what runs on this model and these batches of token ids [batch, length] have in common.
+    """Measure once the statistics that runs on this model and these batches of token ids [batch, length] share.
 
-    `prune(model, batches, recipe, statistics=...)` of a copy of the model then gives the weights that it gives without,
-    bit for bit, and sooner. Of `recipes` these are the output metric, the costs that a budget is divided by, and the
-    moments of the layers' inputs: of all blocks where they are independent by the policy (dense, of intra the first
-    stage) or a budget is divided, and else of the first. Without recipes they are the moments of all layers of all
-    blocks. What a run needs beside them it measures and adds. Statistics know the model, its dtype, the tokens, the
-    partial_sums, the versions and the machine that they are from, and refuse any other by an InputError that names what
-    differs. They are in memory, 4 in^2 bytes for each different input of a layer, and as much again for what solvers
-    keep with it; or in a `folder`, whose files are there whole or not at all, and which a later call goes on with.
+    `prune(model, batches, recipe, statistics=...)` on a copy of the model then gives the same weights bit for bit, in
+    less time. With `recipes`, the statistics are the output metric, the costs by which a budget is divided, and the
+    moments of the layers' inputs: for all blocks if the policy makes them independent (dense; the first stage of intra)
+    or a budget is divided, otherwise for the first block. Without recipes they are the moments of all layers of all
+    blocks. A run measures and adds whatever else it needs. Statistics record the model, its dtype, the tokens, the
+    partial sums, the versions and the machine; used with any other they raise an InputError that names the difference.
+    They are kept in memory, with 4 in^2 bytes for each distinct input of a layer and as much again for solvers, or in a
+    `folder`, whose files are written whole or not at all, and which a later call continues.
     """
     decoder, partial_sums = Decoder(model, store), partial_sums or PartialSums()
     if partial_sums.peers.size > 1:
-        raise InputError("statistics are collected by one process: collect them before the run is shared")
+        raise InputError("statistics are collected in one process: collect them before starting torchrun")
     every = check_batches(model.config, batches)
     decoder.states = place_for(states, decoder, every, None)
     statistics = Statistics(Source.of(decoder, every, partial_sums), folder)
@@ -74,7 +74,7 @@ def collect(
 
 
 def _of_any_sparsity(programs: Sequence[Program]) -> list[Program]:
-    """Return one of all programs whose recipes differ only in their sparsity, which no cost depends on."""
+    """Return one of all programs whose recipes differ only in sparsity, which no cost depends on."""
     fields = [program.request.recipe.to_dict() | {"sparsity": 0} for program in programs]
     return list({json.dumps(key): program for key, program in zip(fields, programs, strict=True)}.values())
 
@@ -91,7 +91,7 @@ class _WantedMoments:
 
 
 class _Needs:
-    """What recipes need of the dense model."""
+    """The statistics of the dense model that recipes need."""
 
     def __init__(
         self, decoder: Decoder, every: list[Tensor], statistics: Statistics, partial_sums: PartialSums
@@ -100,7 +100,7 @@ class _Needs:
         self._wanted: dict[tuple[object, ...], _WantedMoments] = {}
 
     def access(self, program: Program) -> Decoder:
-        """Return the model in the dtype that a run of a program computes in."""
+        """Return the model in the dtype in which a run of a program computes."""
         return self.decoder.precise() if program.precise else self.decoder
 
     def add(self, program: Program) -> None:
@@ -113,14 +113,14 @@ class _Needs:
             self._want(decoder, fitted, 0, taps)
         if program.method.recovery is not None and not policy.dense_target:
             return  # the pass that collects them also calls the sub-modules
-        first = {index: of for index, of in taps.items() if index == 0 or policy.independent}
+        first = {index: own for index, own in taps.items() if index == 0 or policy.independent}
         if policy.sequential:
             stage = decoder.architecture.stage_of
-            first = {index: [tap for tap in of if stage(tap) == min(map(stage, of))] for index, of in first.items()}
+            first = {index: [tap for tap in own if stage(tap) == min(map(stage, own))] for index, own in first.items()}
         self._want(decoder, fitted, held_out, first)
 
     def add_everything(self) -> None:
-        """The moments of all layers of all blocks."""
+        """Add the moments of all layers of all blocks."""
         blocks, decoder = range(len(self.decoder.blocks)), self.decoder
         taps = {index: [target.tap for target in UNITS["weights"].candidates(decoder, index)] for index in blocks}
         self._want(decoder, self.every, 0, taps)
@@ -129,27 +129,27 @@ class _Needs:
         known = self.statistics.known(decoder, batches, held_out, self.partial_sums)
         assert known is not None
         wanted = self._wanted.setdefault(known.scope, _WantedMoments(decoder, batches, held_out, known))
-        for index, of in taps.items():
-            wanted.taps.setdefault(index, set()).update(of)
+        for index, own in taps.items():
+            wanted.taps.setdefault(index, set()).update(own)
 
     def measure(self, on_event: Callable[[Event], None]) -> None:
-        """Measure all moments that are wanted and not known: once through the blocks for each way to hold out."""
+        """Measure all wanted moments that are not known, in one pass through the blocks for each number held out."""
         for number, wanted in enumerate(self._wanted.values()):
             decoder, order = wanted.decoder, wanted.decoder.architecture.layers.index
             taps = [sorted(wanted.taps[index], key=order) for index in sorted(wanted.taps) if wanted.taps[index]]
             entering = partial(first_inputs, decoder, wanted.batches, self.partial_sums)
-            way = DensePass(decoder, entering, wanted.known, taps, wanted.held_out)
-            if way.stream is None:
+            dense_pass = DensePass(decoder, entering, wanted.known, taps, wanted.held_out)
+            if dense_pass.stream is None:
                 continue
-            what = f"measuring the dense model's moments, {number + 1} of {len(self._wanted)}"
+            label = f"measuring the dense model's moments, {number + 1} of {len(self._wanted)}"
             for index in range(len(taps)):
-                on_event(PhaseAdvanced(BUDGET, what, "block", index, len(taps)))
+                on_event(PhaseAdvanced(BUDGET, label, "block", index, len(taps)))
                 with decoder.resident(index):
-                    way.visit(index)
+                    dense_pass.visit(index)
                 release()
 
     def measure_costs(self, program: Program, on_event: Callable[[Event], None]) -> None:
-        """Measure the costs that a program divides its budget by, except for its probes."""
+        """Measure the costs by which a program divides its budget, without probes."""
         allocator = program.allocator
         if not isinstance(allocator, ByCost):
             return

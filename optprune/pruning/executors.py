@@ -1,7 +1,7 @@
-"""LayerExecutor: who solves the layers of a stage, one after the other or several at a time.
+"""Executors of the layers of a stage, one after the other or several at a time.
 
-The layers of a stage are solved from the same statistics and none needs another's answer, so that it makes no
-difference to any of them where and when it is solved; the answers are written in the order of the forward pass.
+The layers of a stage are solved from the same statistics and none needs another's answer, so they can be solved
+anywhere and in any order; the answers are written in the order of the forward pass.
 """
 
 from abc import ABC, abstractmethod
@@ -19,20 +19,20 @@ from optprune.moments import InputMoments
 from optprune.pruning.layer import LayerTask, SolvedLayer, solve_layer
 
 Take = Callable[[LayerTask, SolvedLayer], None]
-"""what is done with an answer"""
+"""a function that receives a layer and its answer"""
 
 
 class LayerExecutor(ABC):
-    """Who solves the layers of a stage."""
+    """A way to solve the layers of a stage."""
 
     @abstractmethod
     def solve(self, tasks: Sequence[LayerTask], collected: Collected, take: Take) -> None:
-        """Have all layers solved from what was collected of their inputs; `take` gets the answers in their order."""
+        """Solve all layers from the collected moments of their inputs, and call `take` with each answer in order."""
 
 
 @dataclass(frozen=True)
 class SerialExecutor(LayerExecutor):
-    """Each layer is solved when the answer before it was taken, so that one answer is there at a time."""
+    """One layer after the other, so that only one answer is in memory at a time."""
 
     def solve(self, tasks: Sequence[LayerTask], collected: Collected, take: Take) -> None:
         for task in tasks:
@@ -42,10 +42,10 @@ class SerialExecutor(LayerExecutor):
 
 @dataclass(frozen=True)
 class DeviceExecutor(LayerExecutor):
-    """A thread for each device solves layers, those with most inputs first, which take longest.
+    """One thread for each device, which solves layers with the most inputs first, because they take longest.
 
-    A device named twice has two threads. On each device there are the moments that its layers need, and one layer's
-    solve at a time.
+    A device that is named twice has two threads. Each thread holds the moments that its layers need and solves one
+    layer at a time.
     """
 
     devices: tuple[torch.device, ...]
@@ -57,14 +57,14 @@ class DeviceExecutor(LayerExecutor):
             take(task, answer)
 
     def answers(self, tasks: Sequence[LayerTask], collected: Collected) -> list[SolvedLayer | OptpruneError]:
-        """What came of each layer, on the device of the model."""
+        """Return the answer or the error of each layer, on the device of the model."""
         if not tasks:
             return []
         waiting = deque(sorted(range(len(tasks)), key=lambda number: -tasks[number].layer.in_features))
         answers: dict[int, SolvedLayer | OptpruneError] = {}
         home, threads = tasks[0].layer.weight.device, torch.get_num_threads()
         if home.type == "cuda":
-            # Torch loads its linear algebra at the first call, which two threads must not make together.
+            # Torch loads its linear algebra at the first call, which is not thread-safe.
             torch.linalg.eigh(torch.ones(1, 1, device=home))
             torch.cuda.synchronize(home)
 
@@ -83,19 +83,19 @@ class DeviceExecutor(LayerExecutor):
                     except OptpruneError as error:
                         answers[number] = error
 
-        devices = self.devices[: len(tasks)]  # more threads than layers would have nothing to do
+        devices = self.devices[: len(tasks)]  # no more threads than layers
         with ThreadPoolExecutor(len(devices)) as pool:
             try:
                 for done in [pool.submit(work, device) for device in devices]:
                     done.result()
             except BaseException:
-                waiting.clear()  # so that the other threads come to an end
+                waiting.clear()  # ends the other threads
                 raise
         return [answers[number] for number in range(len(tasks))]
 
 
 def _next(waiting: deque[int]) -> int | None:
-    """The next number of a queue that threads share, None where it is empty."""
+    """Return the next number of a queue that threads share, or None if it is empty."""
     try:
         return waiting.popleft()
     except IndexError:
@@ -104,7 +104,7 @@ def _next(waiting: deque[int]) -> int | None:
 
 @contextmanager
 def _stream_of(device: torch.device) -> Iterator[None]:
-    """A device's own queue of work, which is done when the context ends; a CPU has none."""
+    """Run the context on a stream of the device, which is synchronised at the end; do nothing on a CPU."""
     if device.type != "cuda":
         yield
         return

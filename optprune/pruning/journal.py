@@ -1,11 +1,10 @@
-"""The journal: what a run has finished, on the disk, and what decided it, so that it can go on later.
+"""The journal: the finished work of a run on the disk, and the facts that decided it, so that the run can be resumed.
 
-A run folder holds `run.json`, the manifest with the facts that decide the bytes; the output metric of each block; what
-the units or weights of each layer cost; `division.json`, what every block keeps; and for each finished block a
-safetensors file of its weights and a JSON file of its record. Every file is there whole or not at all, and counts as
-absent where its bytes are not those that were written: then it is measured again. A run that goes on passes the
-finished blocks by, with one forward pass, and does the rest: its weights are those of a run that was never stopped,
-bit for bit.
+A run folder holds `run.json`, the manifest with the facts that decide the bytes; the output metric of each block; the
+costs of the units or weights of each layer; `division.json`, the division of the budget; and for each finished block a
+safetensors file of its weights and a JSON file of its record. Every file is written whole or not at all. A file whose
+bytes have changed counts as absent, and its content is measured again. A resumed run passes the finished blocks with
+one forward pass and prunes the rest; its weights are those of an uninterrupted run, bit for bit.
 """
 
 import hashlib
@@ -41,10 +40,10 @@ from optprune.system.wording import counted
 
 DIVISION = "division.json"
 BLOCKS = "the blocks"
-"""the fact that says how many blocks the model has"""
+"""the key of the number of blocks among the facts"""
 RECIPE = "the recipe"
 PIECE = 1 << 24
-"""how many bytes of a file are in memory while it is hashed"""
+"""the number of bytes of a file that are hashed at a time"""
 PREFIX, REST = "cost-", "rest"
 INDEX = "metrics.json"
 
@@ -56,16 +55,16 @@ class MetricFiles:
         self._folder = folder
 
     @property
-    def there(self) -> bool:
+    def measured(self) -> bool:
         """Whether the metrics were measured."""
         return self._folder.lists(INDEX)
 
     def file(self, block: int) -> Path:
-        """Return the path of a block's file, there or not: it is no part of the model, so its name ends otherwise."""
+        """Return the path of a block's file, whether or not it exists; its ending is not that of a model's file."""
         return self._folder.folder / _name(block)
 
     def keep(self, decoder: Decoder, metrics: Metrics) -> Metrics:
-        """Write metrics that were measured, block by block; they are read from there from now on."""
+        """Write measured metrics block by block, and return metrics that read these files."""
         layers: dict[str, dict[str, Any]] = {}
         for block in range(len(decoder.blocks)):
             names = [name for path in decoder.paths(block) if (name := decoder.name(block, path)) in metrics]
@@ -73,15 +72,15 @@ class MetricFiles:
             parts = {f"{name}/{part}": value for name in names for part, value in sums[name].parts().items()}
             self._folder.keep(_name(block), partial(write_tensors, tensors=parts))
             del parts
-            for name, of in sums.items():
-                layers[name] = {"block": block, "width": of.width, "tokens": of.tokens, "full": of.full}
+            for name, own in sums.items():
+                layers[name] = {"block": block, "width": own.width, "tokens": own.tokens, "full": own.full}
         self._folder.write(INDEX, layers)
         return self._metrics(layers, decoder.model.device)
 
     def read(self, decoder: Decoder, finished: Collection[int]) -> Metrics | None:
-        """Return the metrics that an earlier run has measured.
+        """Return the metrics that an earlier run measured.
 
-        None where it has not, or where a file of a block that is not `finished` is not as it was written.
+        None if there are none, or if the file of a block that is not `finished` has changed.
         """
         needed = [block for block in range(len(decoder.blocks)) if block not in finished]
         if not self._folder.holds(INDEX) or not all(self._folder.holds(_name(block)) for block in needed):
@@ -92,7 +91,7 @@ class MetricFiles:
             raise self._folder.damaged(INDEX) from error
 
     def drop(self, block: int) -> None:
-        """Delete the file of a block that is finished."""
+        """Delete the file of a finished block."""
         self._folder.forget([_name(block)])
 
     def _metrics(self, layers: Mapping[str, Mapping[str, Any]], device: torch.device) -> Metrics:
@@ -104,18 +103,18 @@ class MetricFiles:
 
             return MetricSums.elsewhere(int(width), int(tokens), fetch, full=bool(full))
 
-        return Metrics({name: sums(name, **of) for name, of in layers.items()})
+        return Metrics({name: sums(name, **own) for name, own in layers.items()})
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What was measured: tensors by name, and plain data."""
+    """A measurement as tensors by name and plain data."""
 
     tensors: dict[str, Tensor]
     rest: Any = None
 
 
-class KeptCosts:
+class CostFiles:
     """The files of costs in a run folder, each named after the problem whose costs it holds."""
 
     def __init__(self, folder: RunFolder) -> None:
@@ -127,7 +126,7 @@ class KeptCosts:
         return [name for name in self._folder.files if name.startswith(PREFIX)]
 
     def once(self, key: Key, measure: Callable[[], Measured], device: torch.device | None = None) -> Measured:
-        """Return what was measured under a key: from its file, with tensors on a device, or by `measure`."""
+        """Return the measurement under a key, from its file with tensors on a device, or else from `measure`."""
         name = f"{PREFIX}{hashlib.sha256(repr(key).encode()).hexdigest()[:32]}"
         if self._folder.holds(name):
             return self._read(name, str(device or "cpu"))
@@ -151,9 +150,9 @@ class KeptCosts:
 
 
 class JournalledStatistics(DenseStatistics):
-    """What dividing a budget asks of dense statistics, with the costs of removal kept in a run folder."""
+    """Dense statistics for dividing a budget, with the costs of removal kept in a run folder."""
 
-    def __init__(self, inner: DenseStatistics, costs: KeptCosts) -> None:
+    def __init__(self, inner: DenseStatistics, costs: CostFiles) -> None:
         self._inner, self._costs = inner, costs
 
     def known(
@@ -192,25 +191,25 @@ class JournalledStatistics(DenseStatistics):
 
 
 class Journal(RunFolder):
-    """The run folder of pruning. `prune` begins it, and writes what is finished."""
+    """The run folder of pruning. `prune` begins it and writes finished work to it."""
 
     stays = (CONVERTED,)
     written = ("block-[0-9][0-9][0-9][0-9][0-9].json", "*.safetensors", "*.sums", "metrics.json", "cost-*", DIVISION)
 
     @cached_property
     def sink(self) -> ShardSink:
-        """Where the weights of finished blocks are, one file each: `open_model` takes it for the pruned blocks."""
+        """The sink of the finished blocks' weights, one file each; `open_model` takes it for pruned blocks."""
         return ShardSink(self.folder, keep=self.keep)
 
     @property
     def metrics(self) -> MetricFiles:
-        """The output metrics of the dense model, for the blocks that are not finished."""
+        """The files of the dense model's output metrics, for the blocks that are not finished."""
         return MetricFiles(self)
 
     @property
-    def costs(self) -> KeptCosts:
-        """What the units or the weights of each layer cost, until the budget is divided."""
-        return KeptCosts(self)
+    def costs(self) -> CostFiles:
+        """The files of the costs of units or weights, which are kept until the budget is divided."""
+        return CostFiles(self)
 
     def keeping_costs(self, statistics: DenseStatistics) -> DenseStatistics:
         """Return statistics that keep the costs of removal in this folder."""
@@ -218,7 +217,7 @@ class Journal(RunFolder):
 
     @property
     def worth_keeping(self) -> bool:
-        # A division that nothing was measured for is made again in no time.
+        # A division without measurements is repeated in no time.
         kind = self.facts.get(RECIPE, {}).get("allocation", {}).get("kind")
         quick = {DIVISION} if kind in ("uniform", "given") else set()
         return bool(set(self.files) - quick) or self.has_scratch
@@ -232,7 +231,7 @@ class Journal(RunFolder):
         listed = [index for index in range(self._blocks) if self.lists(_record(index))]
         done = f"{len(listed)} of {counted(self._blocks, 'block is', 'blocks are')} done"
         parts = []
-        if self.metrics.there:
+        if self.metrics.measured:
             parts.append("the output metric is measured")
         if self.lists(DIVISION):
             parts.append("the budget is divided")
@@ -249,7 +248,7 @@ class Journal(RunFolder):
         return [self.folder / str(self._block(index)["weights"]) for index in self.finished()]
 
     def division(self) -> Division | None:
-        """Return what every block keeps; None where the run has not come to that."""
+        """Return the division of the budget, or None if the run has not divided it."""
         if not self.holds(DIVISION):
             return None
         data = self.read(DIVISION)
@@ -261,7 +260,7 @@ class Journal(RunFolder):
             raise self.damaged(DIVISION) from error
 
     def divided(self, division: Division) -> None:
-        """Keep what every block keeps; what led to it is needed no longer."""
+        """Keep the division of the budget, and delete the costs that led to it."""
         data = {
             "allocation": division.allocation.to_dict(),
             "removed": [asdict(part) for part in division.removed],
@@ -272,7 +271,7 @@ class Journal(RunFolder):
         self.costs.drop()
 
     def finished(self) -> list[int]:
-        """Return the numbers of the blocks that are finished: whose record and weights are as they were written."""
+        """Return the numbers of the finished blocks, whose record and weights are unchanged."""
         return [index for index in range(self._blocks) if self._is_finished(index)]
 
     def _is_finished(self, index: int) -> bool:
@@ -292,7 +291,7 @@ class Journal(RunFolder):
         return {}
 
     def record(self, index: int) -> BlockRecord:
-        """Return what there is to say of a finished block."""
+        """Return the record of a finished block."""
         try:
             return TypeAdapter(BlockRecord).validate_python(self._block(index)["record"])
         except ValidationError as error:
@@ -308,7 +307,7 @@ class Journal(RunFolder):
         return {own: weight.to(device) for own, weight in found.items()}
 
     def finish(self, decoder: Decoder, result: BlockResult) -> None:
-        """Keep a finished block: its weights, unless the decoder's store has put them there, then its record."""
+        """Keep the weights of a finished block, unless the decoder's store wrote them, then its record."""
         index = result.record.index
         name = decoder.block_name(index)
         if decoder.store is None:
@@ -318,10 +317,9 @@ class Journal(RunFolder):
         self.metrics.drop(index)
 
     def repaired(self) -> tuple[str, ...]:
-        """Return notes on the files that were damaged, whose content is measured again."""
+        """Return notes on damaged files, whose content is measured again."""
         return tuple(
-            f"{name} in the run folder was not as it was written, so its content was measured again"
-            for name in self.damaged_files
+            f"{name} in the run folder was damaged, so its content was measured again" for name in self.damaged_files
         )
 
 
@@ -330,9 +328,9 @@ def _record(index: int) -> str:
 
 
 def digest_of_model(decoder: Decoder, on_bytes: Callable[[int, int], None] = lambda done, total: None) -> str:
-    """A SHA-256 hex digest of a model's weights: of the bytes of its files, where its blocks stay there.
+    """Return a SHA-256 hex digest of a model's weights, or of its files where blocks are read from them.
 
-    `on_bytes` hears how many bytes are read, and of how many.
+    `on_bytes` receives the number of bytes read and the total.
     """
     if decoder.store is None:
         weights = list(decoder.model.state_dict().items())

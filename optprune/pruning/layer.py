@@ -1,4 +1,4 @@
-"""One layer: its problem stated, solved, the answer checked, written into the model, and put into words."""
+"""One layer: its problem stated and solved, and the answer checked, written into the model and reported."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -31,7 +31,7 @@ class LayerTask:
     block: int
     target: Target
     wanted: BlockAllocation
-    """what its block keeps"""
+    """the allocation of its block"""
     method: Method
     metrics: Mapping[str, OutputMetric]
     """the output metrics by the full name of the block's layers"""
@@ -48,46 +48,46 @@ class LayerTask:
 
     @property
     def units(self) -> LinkedLayers | None:
-        """How its units link it with other layers, where units are pruned."""
+        """The links of its units with other layers, if units are pruned."""
         kind, path = self.target.kind, self.target.path
         return None if kind is None else kind.linked(self.decoder, self.block, path)
 
     @property
     def reordered(self) -> LinkedLayers | None:
-        """How its inputs link it with the layers that make them, where single weights go and inputs may be permuted."""
+        """The links of its inputs with the layers that make them, if the inputs of its weights may permute."""
         if not self.method.permuted or self.target.kind is not None:
             return None
         return reorderable(self.decoder, self.block, self.target.path, self.target.family.multiple)
 
     def context(self, moments: InputMoments) -> LayerContext:
-        """What an objective is given, with the moments of the layer's inputs and on their device."""
+        """Return the context of the objective, with the moments of the layer's inputs and on their device."""
         layer, method, units = self.layer, self.method, self.units
         fit_bias = method.fit_bias and layer.bias is not None
         metric = self.metrics.get(self.name)
         loss = LayerLoss.of(layer.weight, moments, method.damping, fit_bias=fit_bias, metric=metric)
-        asked = layer.out_features, layer.in_features, self.wanted
+        sizes = layer.out_features, layer.in_features, self.wanted
         link = None if units is None else units.link.to(moments.mean.device)
-        return LayerContext(self.name, self.block, loss, self.target.keep(*asked), link, self.target.pattern(*asked))
+        return LayerContext(self.name, self.block, loss, self.target.keep(*sizes), link, self.target.pattern(*sizes))
 
 
 @dataclass(frozen=True, eq=False)
 class SolvedLayer:
-    """A layer's answer, before it is in the model."""
+    """A layer's answer, before it is written into the model."""
 
     weight: Float[Tensor, "out in"]
     """the answer, in the layer's dtype"""
     bias: Float[Tensor, " out"] | None
-    """None where it stays"""
+    """the new bias; None if it is unchanged"""
     reads: Bool[Tensor, " in"]
     """the inputs that the answer may need"""
     keep: int
-    """how many units or weights the budget leaves"""
+    """number of units or weights that the budget leaves"""
     report: LayerReport
     basis: Rotation | Permutation | None = None
-    """what the inputs are turned by, where the answer is for other ones than the layer has"""
+    """the rotation or permutation of the inputs that the answer is for, if it is not for the layer's own"""
 
     def to(self, device: torch.device) -> "SolvedLayer":
-        """The same on another device."""
+        """Return the answer on another device."""
         bias = None if self.bias is None else self.bias.to(device)
         basis = None if self.basis is None else self.basis.to(device)
         weight, reads = self.weight.to(device), self.reads.to(device)
@@ -96,19 +96,19 @@ class SolvedLayer:
 
 @dataclass(frozen=True, eq=False)
 class PrunedLayer:
-    """What became of a layer."""
+    """The report of a layer whose answer is written."""
 
     report: LayerReport
     zeros: int
-    """how many of its weights are zero"""
+    """number of its weights that are zero"""
     due: int
-    """how many the budget makes zero, but for rounding, where single weights go"""
+    """number of its weights that the budget makes zero, apart from rounding, where single weights are pruned"""
 
 
 def solve_layer(task: LayerTask, moments: InputMoments, held_out: InputMoments | None) -> SolvedLayer:
-    """Solve a layer from the moments of its inputs, and of those of the tokens kept apart; the model stays as it is.
+    """Return a layer's answer from the moments of its inputs and those on held-out tokens; the model is unchanged.
 
-    All is done on the device of the moments, and the answer is there. NumericalError where it is not finite or breaks
+    The work and the answer are on the device of the moments. NumericalError where the answer is not finite or violates
     its pattern.
     """
     began, layer = time.perf_counter(), task.layer
@@ -119,7 +119,7 @@ def solve_layer(task: LayerTask, moments: InputMoments, held_out: InputMoments |
     if layer.bias is not None and answer.problem.loss.fit_bias:
         change = answer.problem.loss.bias_change(value.to(context.loss.weight))
         bias = task.decoder.rounded(layer.bias.detach().to(change.device) + change)
-    # What an input with a weight makes stays whatever the problem says of it: the outputs do not change here.
+    # Inputs with a nonzero weight stay whatever the problem says, because the outputs must not change here.
     reads = (value != 0).any(0)
     if task.target.kind is not None:
         reads = answer.problem.inputs(answer.solution.value) | reads
@@ -127,18 +127,18 @@ def solve_layer(task: LayerTask, moments: InputMoments, held_out: InputMoments |
 
 
 def write_layer(task: LayerTask, solved: SolvedLayer) -> PrunedLayer:
-    """Write a layer's answer into the model, and delete the units that it does not need from their block.
+    """Write a layer's answer into the model, and delete the units that it does not read from their block.
 
-    StrictError where a strict recipe has a note.
+    StrictError where the recipe is strict and the report has a note.
     """
     layer, units, report = task.layer, task.units, solved.report
     write(layer, solved.weight, solved.bias)
     linked = units or task.reordered
     if linked is not None and solved.basis is not None:
-        _turn(task, linked, solved.basis)
+        _apply_basis(task, linked, solved.basis)
     due = 0
     if units is None:
-        # A pattern that is not the recipe's may round the count of every row.
+        # A custom pattern may round the count of every row.
         due = solved.weight.numel() - solved.keep - layer.out_features // 2
     else:
         choice = units.link.units_reading(solved.reads)
@@ -151,18 +151,18 @@ def write_layer(task: LayerTask, solved: SolvedLayer) -> PrunedLayer:
 
 
 def _check_alike(task: LayerTask, kept: int) -> None:
-    """Raise InputError where the answer of an objective of one's own leaves an expert wider or narrower than others."""
+    """Raise InputError where a custom objective makes the experts of a block differ in width."""
     kind, shape = task.target.kind, task.wanted.shape
     if kind is None or kept == kind.total(shape) or len(kind.consumers(task.decoder.architecture)) == 1:
         return
     raise InputError(
-        f"{task.name}: the objective leaves {counted(kept, 'unit')}, and every expert keeps as many as the budget "
-        f"says, {kind.total(shape)}: state problems that keep so many"
+        f"{task.name}: the objective keeps {counted(kept, 'unit')}, but every expert must keep {kind.total(shape)}: "
+        "state problems that keep this number"
     )
 
 
-def _turn(task: LayerTask, units: LinkedLayers, basis: Rotation | Permutation) -> None:
-    """Have the layers before a layer make its inputs turned: their rows are the units, slot by slot where they mix."""
+def _apply_basis(task: LayerTask, units: LinkedLayers, basis: Rotation | Permutation) -> None:
+    """Rotate or permute the rows of the layers that make a layer's inputs, slot by slot where units have slots."""
     rounded = task.decoder.rounded
     for path, rows in zip(units.producers, units.link.rows, strict=True):
         layer, own = task.decoder.layer(task.block, path), rows.reshape(-1)
@@ -173,18 +173,18 @@ def _turn(task: LayerTask, units: LinkedLayers, basis: Rotation | Permutation) -
 
 @dataclass(frozen=True, eq=False)
 class _Answer:
-    """A layer's solution, of the problem that it is of after a refit."""
+    """A layer's solution with its problem, which a refit replaces too."""
 
     problem: Problem
     solution: Solution
     held_out: InputMoments | None
     held_out_error: float | None
-    """the layer's error on held-out tokens, where a refit measured it"""
+    """the layer's error on held-out tokens, if a refit measured it"""
     dead: int
-    """how many inputs were zero on every token, as inputs are in the model: rotated ones would be zero to rounding"""
+    """number of the model's own inputs that were zero on every token (rotated ones are zero only up to rounding)"""
 
     def error_apart(self, written: Tensor) -> float | None:
-        """E|V x* - W x|^2 / E|W x|^2 on the tokens kept apart, where there are any."""
+        """Return E|V x* - W x|^2 / E|W x|^2 on the held-out tokens, if there are any."""
         if self.held_out is None or self.held_out_error is not None:
             return self.held_out_error
         return HeldOut.of(self.problem.loss, self.held_out).relative_error(written)
@@ -193,7 +193,7 @@ class _Answer:
 def _best_answer(
     task: LayerTask, context: LayerContext, held_out: InputMoments | None
 ) -> tuple[_Answer, Rotation | Permutation | None]:
-    """The layer's solution, and what its inputs are turned by: of directions only where those lose less."""
+    """Return the layer's solution and the basis of its inputs, which is rotated only if that loses less."""
     if task.reordered is not None and isinstance(context.pattern, NM):
         return _in_order(task, context, held_out, task.reordered, context.pattern)
     plain, kind, link = _answer(task, context, held_out), task.target.kind, context.link
@@ -203,14 +203,14 @@ def _best_answer(
     rotation = best_basis(loss, link, context.keep // link.slot_count)
     apart = None if held_out is None else rotation.moments(held_out)
     rotated = _answer(task, replace(context, loss=rotation.loss(loss)), apart)
-    # Both by the loss as it was stated: a refit may have chosen another ridge.
+    # Both are compared by the stated loss, because a refit may have chosen another ridge.
     if loss.value(rotation.back(rotated.solution.value)) < loss.value(plain.solution.value):
         return replace(rotated, dead=plain.dead), rotation
     return plain, None
 
 
 def stated_problem(task: LayerTask, moments: InputMoments) -> Problem:
-    """Return the problem of a layer, from the moments of its inputs, as `solve_layer` hands it to the solver."""
+    """Return the problem of a layer from the moments of its inputs, as `solve_layer` gives it to the solver."""
     context = task.context(moments)
     if task.reordered is not None and isinstance(context.pattern, NM):
         order = best_permutation(context.loss, task.reordered.link.to(context.loss.weight.device), context.pattern)
@@ -221,7 +221,7 @@ def stated_problem(task: LayerTask, moments: InputMoments) -> Problem:
 def _in_order(
     task: LayerTask, context: LayerContext, held_out: InputMoments | None, units: LinkedLayers, pattern: NM
 ) -> tuple[_Answer, Permutation]:
-    """The layer's solution with its inputs in the order that suits the pattern, and that order."""
+    """Return the layer's solution with its inputs in the best order for the pattern, and that order."""
     loss = context.loss
     order = best_permutation(loss, units.link.to(loss.weight.device), pattern)
     apart = None if held_out is None else order.moments(held_out)
@@ -246,17 +246,17 @@ def _dead(problem: Problem) -> int:
 
 
 def _check(solution: Solution, name: str) -> None:
-    """Raise NumericalError where an answer is not finite or breaks the pattern."""
+    """Raise NumericalError unless an answer is finite and keeps the pattern."""
     if solution.status is Status.NONFINITE or not bool(torch.isfinite(solution.value).all()):
         raise NumericalError(f"{name}: {Status.NONFINITE.value}")
     if solution.violation > 0:
-        raise NumericalError(f"{name}: the solver's answer breaks the pattern by {solution.violation:g}")
+        raise NumericalError(f"{name}: the solver's answer violates the pattern by {solution.violation:g}")
 
 
 def _report(task: LayerTask, answer: _Answer, value: Tensor, began: float) -> LayerReport:
-    """What there is to say of a layer: `value` is the weight to be written, `began` a perf_counter.
+    """Return the report of a layer; `value` is the weight to write and `began` a perf_counter.
 
-    Of a layer whose units go, the number kept is known once they are gone.
+    If units are removed, `write_layer` corrects the number kept.
     """
     problem, solution, solver = answer.problem, answer.solution, task.method.solver
     loss = problem.loss
@@ -294,7 +294,7 @@ def _notes(loss: LayerLoss, solution: Solution, dead: int) -> tuple[str, ...]:
 
 
 def summary(layers: Sequence[LayerReport]) -> tuple[str, ...]:
-    """One sentence for each kind of note, with the number of layers it concerns."""
+    """Return one sentence for each kind of note, with the number of layers that have it."""
     alike: dict[str, list[str]] = {}
     for layer in layers:
         for note in layer.notes:

@@ -1,8 +1,7 @@
-"""The plan of a run with its times: memory from shapes alone, and seconds from a short probe of one block.
+"""The plan of a run with its times: memory from shapes, and seconds from a short probe of one block.
 
-The probe runs the program's own code on one block and a few batches. What it takes, divided by the work that is
-declared for that block (program/time.py), gives the seconds per operation, which the work of the whole run is
-multiplied by.
+The probe runs the program's own code on one block and a few batches. Its time over the declared work of that block
+(program/time.py) is the time of an operation, which is multiplied by the work of the whole run.
 """
 
 import copy
@@ -48,21 +47,21 @@ from optprune.system.wording import amount
 from optprune.work import Work
 
 TOKENS_OVER_WIDTH = 1.25
-"""the tokens of a probe over the widest layer's inputs: with fewer, its Gram matrix would not be like that of a run"""
+"""the tokens of a probe over the inputs of the widest layer, so that its Gram matrix has full rank as in a run"""
 
 
 @dataclass(frozen=True)
 class Measuring:
-    """The text and the place that the times of a plan are measured with."""
+    """The text and the place with which the times of a plan are measured."""
 
     tokens: Tensor | None = None
     """the first tokens of the calibration text, in one row; without them, random tokens are used"""
     tokenising: float = 0.0
-    """the seconds in which the whole text is tokenised"""
+    """the seconds that tokenising the whole text takes"""
     starting: float | None = None
-    """the seconds in which the command starts; None measures those of another process"""
+    """the seconds that the command takes to start; None measures a fresh process"""
     place: Path | None = None
-    """the folder on whose disk the output will be; None uses that of temporary files"""
+    """a folder on the disk of the output; None uses the folder of temporary files"""
 
 
 def plan(
@@ -79,9 +78,9 @@ def plan(
 ) -> Plan:
     """Return the memory and the time that the command `prune` takes for a model source and a recipe.
 
-    Memory is computed from shapes, so that a folder with config.json is enough. Times come from a probe of one block,
-    whose weights are read, or drawn where there are none. Without `measuring` there are no times, and the device need
-    not be there. InputError where the model cannot be pruned so, or where the probe needs far more memory than is free.
+    Memory is computed from shapes, so that a folder with config.json is enough. Times come from a probe of one block
+    with its own weights, or with random ones if the folder has none. With `measuring=None` there are no times, and the
+    device need not exist. InputError where the model cannot be pruned so, or the probe needs far too much memory.
     """
     source = str(source)
     shapes = load_shapes(source, load_config(source))
@@ -113,14 +112,14 @@ def timed(program: Program, source: str, measuring: Measuring) -> Plan:
 
 
 def probe_batches(program: Program) -> int:
-    """Return how many batches, the first ones, a probe takes."""
+    """Return the number of batches, from the first, that a probe uses."""
     widest = max(program.taps(program.example.targets).values(), default=program.hidden)
     sequences = -(-TOKENS_OVER_WIDTH * widest // program.batch_tokens)
     return min(program.batches, max(2, int(sequences)))
 
 
 def _check_probe_fits(program: Program, batches: int, base: int) -> None:
-    """Raise InputError where one block and a few batches take far more memory than is free, from shapes alone."""
+    """Raise InputError where one block and a few batches take far more memory than is free, by shapes."""
     free, request = free_memory(), program.request
     samples = min(request.samples, batches * (program.batch_tokens // program.length))
     small = replace(program, request=replace(request, samples=samples, workers=1))
@@ -128,13 +127,13 @@ def _check_probe_fits(program: Program, batches: int, base: int) -> None:
     needed = next(phase.host_bytes for phase in phases if phase.name == "pruning") - base
     if free is not None and needed > MARGIN * free:
         raise InputError(
-            f"measuring one block takes {amount(needed)} of memory, and {amount(free)} are free: --no-probe tells the "
-            "memory of the run without its times"
+            f"measuring one block takes {amount(needed)} of memory, and {amount(free)} are free: use --no-probe to "
+            "plan the memory without times"
         )
 
 
 def _opened(program: Program, source: str) -> tuple[Decoder, float]:
-    """The model, or one block of random weights in its shape where there is only a config, and the seconds it took."""
+    """Return the model, or one random block of its shape if there is only a config, and the seconds of opening it."""
     request = program.request
     dtype = {known: name for name, known in DTYPES.items()}.get(request.dtype, "auto")
     began = time.perf_counter()
@@ -147,7 +146,7 @@ def _opened(program: Program, source: str) -> tuple[Decoder, float]:
 
 
 def _batches(program: Program, tokens: Tensor | None, count: int) -> list[Tensor]:
-    """Batches of the size that the run has."""
+    """Return batches of the size of the run's."""
     rows = program.batch_tokens // program.length
     needed = min(count * rows, program.request.samples)
     if tokens is None or len(tokens) < needed * program.length:
@@ -157,10 +156,10 @@ def _batches(program: Program, tokens: Tensor | None, count: int) -> list[Tensor
 
 
 class BlockProbe:
-    """The block of a model that stands for the rest, with what enters it from the first calibration tokens."""
+    """The block of a model that stands for all, with its inputs from the first calibration tokens."""
 
     def __init__(self, program: Program, decoder: Decoder, batches: Sequence[Tensor], index: int) -> None:
-        """The block with a number, of a model with its weights, which stay as they are.
+        """Copy the block with a number, and compute its inputs; the model is unchanged.
 
         `batches` are some of the calibration's.
         """
@@ -177,11 +176,11 @@ class BlockProbe:
             self.read = time.perf_counter() - began
             self.block = copy.deepcopy(block)
         self.hidden = stream.hidden
-        """what enters the block, by batch"""
+        """the inputs of the block, by batch"""
 
     @full_precision()
     def rates(self) -> Rates:
-        """Return the seconds per operation of each kind of work, each timed once after the libraries' first use."""
+        """Return the seconds per operation of each kind of work, each timed once after a warm-up."""
         program, index = self.program, self.index
         with calibrating(self.decoder):
             tokens, few = self.tokens, max(1, len(self.batches) // 2)
@@ -194,9 +193,9 @@ class BlockProbe:
             metrics, metric, metric_head = self.metric()
             full = self.prune(program.method, metrics, len(self.batches))
             refinement = full.recovery + max(0.0, full.passes - whole.passes) if full.recovery else 0.0
-            # The probe refines on all of its tokens, where the run refines on those that it is asked to.
-            asked = [one for one in (program.method.recovery, program.method.matching) if one is not None]
-            fitted = max(map(program.fitted_tokens, asked), default=tokens)
+            # The probe refines on all of its tokens, the run on those of the settings.
+            steps = [one for one in (program.method.recovery, program.method.matching) if one is not None]
+            fitted = max(map(program.fitted_tokens, steps), default=tokens)
             return Rates(
                 passes=_rate(passes, block_passes(program, index)),
                 head=_rate(
@@ -211,7 +210,7 @@ class BlockProbe:
             )
 
     def prune(self, method: Method, metrics: Metrics, count: int) -> "Times":
-        """Return the times of pruning the block on so many batches."""
+        """Return the times of pruning the block on the first `count` batches."""
         decoder, ids = self.alone(), self.batches[:count]
         fitted, held_out = hold_out(ids, self.program.held_out)
         stream = self.entering(fitted)
@@ -226,7 +225,7 @@ class BlockProbe:
         return Times(total - solves - recovery, solves, recovery)
 
     def entering(self, batches: Sequence[Tensor]) -> Stream:
-        """What enters the block from these batches, which are some of the probe's, cut anew."""
+        """Return the inputs of the block from these batches, which are some of the probe's, split again."""
         sizes = [len(batch) for batch in batches]
         hidden = torch.cat(list(self.hidden))[: sum(sizes)].split(sizes)
         return Stream(
@@ -235,7 +234,7 @@ class BlockProbe:
         )
 
     def alone(self) -> Decoder:
-        """A model of the block alone: a copy of it, with the embeddings and the head of the whole model."""
+        """Return a model of a copy of the block alone, with the embeddings and the head of the whole model."""
         decoder, model = self.decoder, self.decoder.model
         inside = {id(weight) for weight in decoder.blocks.parameters()}
         shared: dict[int, object] = {id(weight): weight for weight in model.parameters() if id(weight) not in inside}
@@ -251,11 +250,11 @@ class BlockProbe:
         return alone.precise() if self.program.computed_itemsize > self.program.itemsize else alone
 
     def metric(self) -> tuple[Metrics, float, float]:
-        """The block's output metrics, the seconds of a token for them in the block, and in the head."""
-        asked = self.program.metric
-        if asked is None:
+        """Return the block's output metrics, and the seconds of a token for them in the block and in the head."""
+        setting = self.program.metric
+        if setting is None:
             return Metrics({}), 0.0, 0.0
-        one, widest = self.alone(), asked.width or math.inf
+        one, widest = self.alone(), setting.width or math.inf
         full = self.program.whole_metric
         used = first_tokens(self.batches, 4 * TOKENS_AT_ONCE)
         small = [used[0][:1]]
@@ -272,11 +271,11 @@ class BlockProbe:
         head_gradient(one, hidden, sampled(0), next_tokens(used[0].to(self.device)))
         head = (clock(self.device) - began) / used[0].numel()
         each = seconds / sum(batch.numel() for batch in used)
-        # A pass back is no faster than one forward, whatever the clock says of two that differ little.
-        return metrics.damped(asked.damping), max(self.forward(), each - head), min(head, each)
+        # A backward pass is at least as slow as a forward pass, whatever the noise of the difference.
+        return metrics.damped(setting.damping), max(self.forward(), each - head), min(head, each)
 
     def budget(self, metrics: Metrics) -> float:
-        """Return the seconds per operation in which the allocator measures the costs of the block."""
+        """Return the seconds per operation that the allocator takes to measure the costs of the block."""
         allocator = self.program.allocator
         if not isinstance(allocator, MeasuredBudget):
             return _rate(self.forward(), block_pass(self.program.decoder, self.index))
@@ -288,16 +287,16 @@ class BlockProbe:
 
     @property
     def tokens(self) -> int:
-        """The tokens of the probe."""
+        """The number of tokens of the probe."""
         return sum(batch.numel() for batch in self.batches)
 
     def forward(self) -> float:
-        """The seconds of a token through the block."""
+        """Return the seconds of a token through the block."""
         one, stream = self.alone(), self.entering(self.batches)
         return _timed(self.device, lambda: advance(one.blocks[0], stream)) / self.tokens
 
     def head(self) -> float:
-        """The seconds of a token through the head."""
+        """Return the seconds of a token through the head."""
         hidden = self.hidden[0].flatten(0, -2)[:128]
         self.decoder.logits(hidden)
         return _timed(self.device, lambda: self.decoder.logits(hidden).log_softmax(-1)) / len(hidden)
@@ -313,12 +312,12 @@ class Times:
 
 
 def _rate(seconds: float, work: Work) -> float:
-    """The seconds of an operation; nothing where no work is declared."""
+    """Return the seconds of an operation; 0 where no work is declared."""
     return seconds / work.flops if work.flops else 0.0
 
 
 def _cheap(program: Program) -> Method:
-    """A method with the same passes, whose solves take next to nothing."""
+    """Return a method with the same passes, whose solves take almost no time."""
     solver = FaspMetric() if program.units.kinds else Magnitude()
     objective = OBJECTIVES[program.units.objective]
     return replace(program.method, solver=solver, objective=objective, dampings=(), recovery=None, matching=None)

@@ -1,4 +1,4 @@
-"""One layer of a model: its loss, and the problem that a recipe states there, just as `prune` would meet them."""
+"""One layer of a model: its loss, and the problem that a recipe states at it, the same as in `prune`."""
 
 import copy
 from collections.abc import Iterable
@@ -19,7 +19,7 @@ from optprune.program import Request, check_batches, resolve
 from optprune.pruning.block import block_problem
 from optprune.pruning.run import begin
 from optprune.pruning.workers import Serial
-from optprune.recipe import Recipe, make_recipe
+from optprune.recipe import Recipe
 from optprune.report import PhaseRecorder
 from optprune.system.wording import counted, shown
 
@@ -36,30 +36,30 @@ def layer_loss(
     fit_bias: bool = True,
     metric: OutputMetric | None = None,
 ) -> LayerLoss:
-    """The loss of one linear layer of a decoder block, such as model.layers.3.mlp.down_proj, by its full name.
+    """Return the loss of one linear layer of a decoder block, by its full name such as model.layers.3.mlp.down_proj.
 
-    `model` may be pruned already as far as that layer, and `dense` is then what it was before: the layer's weight W and
-    its dense inputs x come from there, and the `policy` says which inputs x* the layer gets. Without `dense` nothing is
-    pruned yet, so that x* = x under every policy. `batches` are those of `prune`, and so are `damping` and `fit_bias`;
-    a `metric` weighs the outputs. The models are left as they are, and no block behind the layer's is run.
+    `model` may be pruned up to that layer, and `dense` is then the model before pruning: it gives the layer's weight W
+    and its dense inputs x, and the `policy` decides which inputs x* the layer gets. Without `dense` nothing is pruned
+    yet, so that x* = x under every policy. `batches`, `damping` and `fit_bias` are as in `prune`; a `metric` weighs the
+    outputs. The models are unchanged, and no block after the layer's is run.
     """
     now = Decoder(model)
     before = now if dense is None else Decoder(dense)
     block, path = place_of(before, name)
     _check_same(now, before, block, path)
-    policy = make_recipe({"propagation": policy}).policy
+    policy = Recipe({"propagation": policy}).policy
     batches = check_batches(before.model.config, batches)
     tap, original = before.architecture.taps[path], before.blocks[block]
-    # All layers of a block that is solved at once see it as it was, but for what is removed whole: that goes first.
+    # All layers of a block that is solved in one stage get the dense block's inputs, without its removed sub-blocks.
     left = now.shape(block).parts
-    gone = () if policy.sequential else tuple(part for part in before.shape(block).parts if part not in left)
-    whole = copy.deepcopy(original) if gone else original
+    removed = () if policy.sequential else tuple(part for part in before.shape(block).parts if part not in left)
+    whole = copy.deepcopy(original) if removed else original
     with calibrating(now), calibrating(before):
-        way = policy.start(first_inputs(before, batches))
+        inputs = policy.start(first_inputs(before, batches))
         for index in range(block):
-            _visit(way, now.blocks[index], before.blocks[index]).close()
-        with before.without((block, part) for part in gone):
-            visit = _visit(way, now.blocks[block] if policy.sequential else original, whole)
+            _visit(inputs, now.blocks[index], before.blocks[index]).close()
+        with before.without((block, part) for part in removed):
+            visit = _visit(inputs, now.blocks[block] if policy.sequential else original, whole)
             moments = visit.collect([tap]).moments[tap]
     layer = before.layer(block, path)
     return LayerLoss.of(layer.weight, moments, damping, fit_bias=fit_bias and layer.bias is not None, metric=metric)
@@ -75,11 +75,11 @@ def layer_problem(
     allocation: Allocation | None = None,
     statistics: DenseStatistics | None = None,
 ) -> Problem:
-    """The problem that a recipe states at a layer, by the layer's full name: what `prune` would hand to its solver.
+    """Return the problem that a recipe states at a layer, by the layer's full name, as `prune` gives it to a solver.
 
     It has the budget, the metric and the damping of the recipe, and the link of the units or the pattern of the single
-    weights. Where the recipe's policy lets pruned blocks give the inputs, the blocks before the layer's are pruned
-    first, in a copy; no block behind it is solved, and the model is left as it is. The rest is as in `prune`.
+    weights. If the recipe's policy takes inputs from pruned blocks, the blocks before the layer's are pruned first, in
+    a copy; no later block is solved, and the model is unchanged. The rest is as in `prune`.
     """
     block, path = place_of(Decoder(model), name)
     every = check_batches(model.config, batches)
@@ -106,7 +106,7 @@ def layer_problem(
 
 
 def place_of(decoder: Decoder, name: str) -> tuple[int, str]:
-    """The block of a linear layer and its path there; InputError where the model has none of that full name."""
+    """Return the block of a linear layer and its path there; InputError unless the model has a layer of that name."""
     places = {
         decoder.name(index, path): (index, path)
         for index in range(len(decoder.blocks))
@@ -115,24 +115,24 @@ def place_of(decoder: Decoder, name: str) -> tuple[int, str]:
     if isinstance(name, str) and name in places:
         return places[name]
     modules = dict(decoder.model.named_modules())
-    what = (
+    problem = (
         f"is a {type(modules[name]).__name__}"
         if isinstance(name, str) and modules.get(name) is not None
         else "is not in the model"
     )
     nearest = get_close_matches(str(name), places, n=3, cutoff=0.0)
     raise InputError(
-        f"{shown(name)} {what}, not a linear layer of a decoder block: the nearest of those are {', '.join(nearest)}"
+        f"{shown(name)} {problem}, not a linear layer of a decoder block: the nearest names are {', '.join(nearest)}"
     )
 
 
 def _visit(path: Path, block: nn.Module, original: nn.Module) -> Visit:
-    """A visit of a block that nothing will be done to: what it was counts where that is something else."""
+    """Return a visit of a block that is not pruned, with the original block if its weights differ."""
     return path.visit(block, original=block if _same(block, original) else original)
 
 
 def _same(one: nn.Module, other: nn.Module) -> bool:
-    """Whether two blocks hold the same numbers."""
+    """Return whether two blocks hold the same numbers."""
     left, right = one.state_dict(), other.state_dict()
     return one is other or (
         left.keys() == right.keys() and all(torch.equal(value, right[name]) for name, value in left.items())
@@ -140,15 +140,15 @@ def _same(one: nn.Module, other: nn.Module) -> bool:
 
 
 def _check_same(now: Decoder, before: Decoder, block: int, path: str) -> None:
-    """Raise InputError where one model is not what became of the other, or a layer's inputs are no longer there."""
+    """Raise InputError unless one model is a pruned version of the other that still has the layer's inputs."""
     if now.architecture.model_types != before.architecture.model_types or len(now.blocks) != len(before.blocks):
         kinds = [
             f"{decoder.architecture.model_type} of {counted(len(decoder.blocks), 'block')}" for decoder in (now, before)
         ]
-        raise InputError(f"the model is a {kinds[0]} and `dense` a {kinds[1]}: give the one that it was made from")
+        raise InputError(f"the model is a {kinds[0]} and `dense` a {kinds[1]}: give the same model before pruning")
     name, wanted = before.name(block, path), before.layer(block, path).in_features
     if path not in now.paths(block):
-        raise InputError(f"the model has no {name} any more: give it as it was before that was removed")
+        raise InputError(f"{name} was removed from the model: give the model as it was before that")
     found = now.layer(block, path).in_features
     if found != wanted:
         raise InputError(
@@ -158,7 +158,7 @@ def _check_same(now: Decoder, before: Decoder, block: int, path: str) -> None:
 
 
 def _with_own_blocks(model: PreTrainedModel, blocks: range) -> PreTrainedModel:
-    """A copy of a model that shares its tensors but for those in some blocks."""
+    """Return a copy of a model that shares all tensors except those of some blocks."""
     decoder = Decoder(model)
     own = {id(tensor) for index in blocks for tensor in _tensors(decoder.blocks[index])}
     return copy.deepcopy(model, {id(tensor): tensor for tensor in _tensors(model) if id(tensor) not in own})

@@ -1,4 +1,4 @@
-"""Pruning a model: block by block, collect moments, state each layer's problem, solve it, write the answer back."""
+"""Pruning a model block by block: collect moments, state each layer's problem, solve it, write the answer back."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -29,11 +29,11 @@ from optprune.system.names import renamed_argument
 if TYPE_CHECKING:
     from optprune.pruning.journal import Journal
 
-MISSED = (
-    "the budget is not met: {:.2%} of the decoder's linear weights are gone, not {:.2%}, since answers keep more than "
-    "they may: an objective of your own finds the number in context.keep"
+BUDGET_MISSED = (
+    "the budget is not met: {:.2%} of the decoder's linear weights are removed, not {:.2%}, because answers keep more "
+    "than the budget: keep the number in context.keep in a custom objective"
 )
-"""the note of a run whose problems do not hold the budget"""
+"""the note of a run whose problems exceed the budget"""
 
 
 @renamed_argument("lanes", "partial_sums")
@@ -55,24 +55,23 @@ def prune(
     partial_sums: PartialSums | None = None,
     states: str = "auto",
 ) -> Report:
-    """Prune a transformers model in place, by a recipe, on batches of token ids [batch, length].
+    """Prune a transformers model in place, by a recipe, on batches of token ids [batch, length]; return the report.
 
     All tokens count, so batches must hold no padding; one tensor [batch, length] is one batch. Raises an OptpruneError
-    that says why when the model, the recipe or the batches do not fit; the model in memory may then be half pruned.
+    when the model, the recipe or the batches do not match; the model in memory may then be partly pruned.
 
-    - `allocation` says what every block keeps, in place of the recipe's sparsity; the report's recipe contains it.
-    - `statistics` are those of the dense model, from `collect`, which several runs share; without them this run
-      measures its own.
+    - `allocation` replaces the recipe's sparsity; the report's recipe contains it.
+    - `statistics` of the dense model come from `collect` and are shared by several runs; without them this run measures
+      its own.
     - `source` and `calibration` name the model and the text in the report.
-    - `store` comes with a model from `open_model`: its blocks are in memory one at a time, and afterwards the store
-      holds the pruned ones.
-    - `journal` keeps every finished block on the disk, so that a stopped run can be continued.
-    - `workers` prune blocks side by side, where the policy makes blocks independent (dense, intra), or share the layers
-      of a block; the weights are those of a run without.
+    - `store` comes with a model from `open_model`: blocks are in memory one at a time, and pruned ones go to the store.
+    - `journal` keeps every finished block on the disk, so that a stopped run can be resumed.
+    - `workers` prune blocks in parallel if the policy makes them independent (dense, intra), or share the layers of a
+      block; the weights do not depend on them.
     - `partial_sums` adds sums over batches in parts, which processes may share: each process calls this with the same
       arguments, except for the journal, which only the first one has.
     - `states` is where hidden states are kept between two blocks: device, host, disk (an unnamed file, in the journal's
-      folder where there is one), or auto, the first of these that has room.
+      folder if there is one), or auto, the first of these with enough room.
     - `on_event` receives the events of the run, and `progress` shows them on stderr with the time left.
     """
     began, decoder = time.perf_counter(), Decoder(model, store)
@@ -119,16 +118,16 @@ def run_program(
     workers: Workers | None = None,
     partial_sums: PartialSums | None = None,
 ) -> Report:
-    """Prune a model in place, as a program says that was resolved for its shapes, and return the report.
+    """Prune a model in place by a program that was resolved for its shapes, and return the report.
 
-    `batches` are checked ones; the rest is as in `prune`. The report counts the seconds from `began`, a perf_counter.
+    `batches` must be checked; the rest is as in `prune`. The report counts the seconds from `began`, a perf_counter.
     """
     began, workers, partial_sums = began or time.perf_counter(), workers or Serial(), partial_sums or PartialSums()
     model, recipe = decoder.model, program.request.recipe
     _check_workers(decoder, program, workers, partial_sums)
     weights_before, shapes = decoder.linear_weights(), decoder.shapes()
     parameters_before = sum(parameter.numel() for parameter in model.parameters())
-    with followed(progress, on_event, program, model.device) as listener:
+    with event_display(progress, on_event, program, model.device) as listener:
         phases = PhaseRecorder(model.device, listener)
         run = begin(
             program,
@@ -151,7 +150,7 @@ def run_program(
     most = sum(decoder.weights_of(block.shape) for block in divided.blocks) - sum(record.due for record in records)
     reached = 1 - kept / weights_before
     if kept > most:
-        notes += warn_or_raise(program.method.strict, (MISSED.format(reached, divided.sparsity),))
+        notes += warn_or_raise(program.method.strict, (BUDGET_MISSED.format(reached, divided.sparsity),))
     blocks, left = tuple(map(BlockChange, shapes, decoder.shapes())), divided.with_shapes(decoder, weights_before)
     decoder.record_shapes()
     return Report(
@@ -178,13 +177,13 @@ def run_program(
 
 
 def workers_of(policy: Propagation, count: int | None = None, ray: str | None = None) -> Workers:
-    """Return the workers that a command asks for: `count` of them here, or those of a Ray cluster at an address.
+    """Return the workers of the options: `count` of them here, or those of a Ray cluster at an address.
 
-    Here they are processes with a block each or, where blocks depend on each other, threads with a layer each.
-    InputError where the blocks of the policy cannot be pruned so.
+    Here they are processes with a block each or, if blocks depend on each other, threads with a layer each. InputError
+    where the blocks of the policy cannot be pruned this way.
     """
     if started_by_torchrun() and (count is not None or ray is not None):
-        raise InputError("the processes that torchrun started are the workers: leave --workers and --ray out")
+        raise InputError("the processes of torchrun are already the workers: leave out --workers and --ray")
     several = Processes if policy.independent else Layers
     here = Serial() if count is None or count == 1 else several(count)
     if ray is None:
@@ -198,8 +197,10 @@ def workers_of(policy: Propagation, count: int | None = None, ray: str | None = 
 
 
 @contextmanager
-def followed(progress: bool, listener: Listener | None, program: Program, device: torch.device) -> Iterator[Listener]:
-    """Yield what receives the events of a run: the listener, if any, and with `progress` a display of them too."""
+def event_display(
+    progress: bool, listener: Listener | None, program: Program, device: torch.device
+) -> Iterator[Listener]:
+    """Yield the receiver of the events of a run: the listener, if any, and with `progress` a display too."""
     listener = listener or (lambda event: None)
     if not progress:
         yield listener
@@ -219,9 +220,9 @@ def followed(progress: bool, listener: Listener | None, program: Program, device
 
 
 def _check_workers(decoder: Decoder, program: Program, workers: Workers, partial_sums: PartialSums) -> None:
-    """Raise InputError where the weights are not there, or there are workers that do not go with the run."""
+    """Raise InputError unless the weights are in memory or a store and the workers match the run."""
     if decoder.store is None and any(weight.is_meta for weight in decoder.model.parameters()):
-        raise InputError("the model's weights are not in memory: hand over the store that came with it from open_model")
+        raise InputError("the model's weights are not in memory: pass the store that open_model returned with it")
     workers.check(program.policy)
     if partial_sums.peers.size > 1 and workers.several:
-        raise InputError("the processes that share the partial sums are the workers: leave other workers out")
+        raise InputError("the processes that share the partial sums are already the workers: leave out `workers`")

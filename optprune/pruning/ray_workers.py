@@ -24,20 +24,20 @@ from optprune.system.environment import KERNELS
 
 LOCAL = "local"
 RETRIES = 3
-"""how often Ray repeats a task whose worker died"""
+"""the number of times that Ray repeats a task whose worker died"""
 
 
 @dataclass(frozen=True)
 class RayWorkers(ParallelWorkers):
-    """Tasks on the Ray cluster at an address; "local" starts one here, closed to others, and ends it with the run.
+    """Tasks on the Ray cluster at an address; "local" starts a private cluster here and ends it with the run.
 
-    A task takes as many CPUs as this process has threads, and one GPU where the model is on one. optprune is installed
-    on every machine of the cluster, in the same versions.
+    A task takes as many CPUs as this process has threads, and one GPU if the model is on one. Every machine of the
+    cluster needs the same versions of optprune and its dependencies.
     """
 
     address: str = LOCAL
     count: int | None = None
-    """how many workers; None: as many as the cluster has CPUs or GPUs for"""
+    """number of workers; None for as many as the cluster has CPUs or GPUs for"""
 
     def __post_init__(self) -> None:
         if self.count is not None:
@@ -50,12 +50,12 @@ class RayWorkers(ParallelWorkers):
     @contextmanager
     def pool(self, context: WorkerContext) -> Iterator[WorkerPool]:
         ray = _ray()
-        mine = not ray.is_initialized()
-        with for_this_machine() if mine and self.address == LOCAL else nullcontext():
-            if mine:
+        owned = not ray.is_initialized()
+        with for_this_machine() if owned and self.address == LOCAL else nullcontext():
+            if owned:
                 self._connect(ray, context)
             try:
-                if mine and self.address == LOCAL:
+                if owned and self.address == LOCAL:
                     check_closed(ray)
                 there = self._room(ray, context)
                 cluster = _Cluster(ray, context, there if self.count is None else min(self.count, there))
@@ -64,7 +64,7 @@ class RayWorkers(ParallelWorkers):
                 finally:
                     cluster.stop()
             finally:
-                if mine:
+                if owned:
                     ray.shutdown()
 
     def _connect(self, ray: Any, context: WorkerContext) -> None:
@@ -82,18 +82,18 @@ class RayWorkers(ParallelWorkers):
             raise InputError(f"there is no Ray cluster at {self.address!r}: {first}") from error
 
     def _room(self, ray: Any, context: WorkerContext) -> int:
-        """How many tasks the cluster has room for at a time; InputError where it has none, and a task would wait."""
-        gpu, found = context.device == "cuda", 0
+        """Return the number of tasks that the cluster can run at a time; InputError where it is 0."""
+        gpu, tasks = context.device == "cuda", 0
         for node in ray.nodes():
             there = node["Resources"] if node["Alive"] else {}
-            tasks = int(there.get("CPU", 0)) // context.threads
-            found += min(tasks, int(there.get("GPU", 0))) if gpu else tasks
-        if not found:
+            own = int(there.get("CPU", 0)) // context.threads
+            tasks += min(own, int(there.get("GPU", 0))) if gpu else own
+        if not tasks:
             raise InputError(
-                f"no machine of the Ray cluster at {self.address!r} has {context.threads} CPUs{' and a GPU' * gpu} for "
-                "a worker, as this process has: set OMP_NUM_THREADS lower, or add such a machine"
+                f"a worker needs {context.threads} CPUs{' and a GPU' * gpu} and no machine of the Ray cluster at "
+                f"{self.address!r} has them: lower OMP_NUM_THREADS, or add such a machine"
             )
-        return found
+        return tasks
 
 
 def _ray() -> Any:
@@ -126,32 +126,32 @@ class _Cluster(WorkerPool[Any]):
             raise error.cause from error
         except self._ray.exceptions.RayError as error:
             raise WorkerError(
-                f"a Ray worker ended in the middle of its work, and {RETRIES} others after it, perhaps since the "
-                "memory is not enough: use fewer workers, or machines with more"
+                f"a Ray worker died during its task, and {RETRIES} others after it, probably for lack of memory: use "
+                "fewer workers, or machines with more memory"
             ) from error
 
     def stop(self) -> None:
-        """Give up what is still under way."""
+        """Cancel the tasks that are still running."""
         for handle in self._under_way:
             self._ray.cancel(handle, force=True)
 
 
 REACHABLE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
-"""the variable by which Ray takes an address for this machine that others reach, or the loopback where it is 0"""
+"""the variable that makes Ray listen on the loopback address only, where it is 0"""
 MODE, TOKEN, TOKEN_FILE = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
-"""the variables that say whether Ray asks for a token, which one, and which file it is in"""
+"""the variables for the mode of authentication, the token and the file of the token"""
 
 
 @contextmanager
 def for_this_machine() -> Iterator[None]:
-    """Have `ray.init` start a cluster that is closed to others, for as long as the context lasts.
+    """Make `ray.init` start a cluster that is closed to others, for the duration of the context.
 
-    Ray's own token would be in a file that all users of the machine can read. This one is in the environment of its
-    processes, which only their owner sees.
+    Ray would write its own token to a file that all users of the machine can read. This token is in the environment of
+    its processes, which only their owner can read.
     """
     before = {name: os.environ.get(name) for name in (REACHABLE, MODE, TOKEN, TOKEN_FILE)}
     constants: Any = importlib.import_module("ray._private.ray_constants")
-    reachable = getattr(constants, "ENABLE_RAY_CLUSTER", None)  # what Ray read when it was imported
+    reachable = getattr(constants, "ENABLE_RAY_CLUSTER", None)  # the value that Ray read at its import
     os.environ |= {REACHABLE: "0", MODE: "token", TOKEN: secrets.token_hex(32)}
     os.environ.pop(TOKEN_FILE, None)
     constants.ENABLE_RAY_CLUSTER = False
@@ -168,18 +168,18 @@ def for_this_machine() -> Iterator[None]:
 
 
 def check_closed(ray: Any) -> None:
-    """Raise OptpruneError where the cluster is on an address that others could reach."""
+    """Raise OptpruneError where the cluster listens on an address that others could reach."""
     for node in ray.nodes():
         address = str(node["NodeManagerAddress"])
         if not ip_address(address).is_loopback:
             raise OptpruneError(
                 f"this version of Ray ({ray.__version__}) would listen on {address}, which other machines may reach: "
-                "install the version that optprune[ray] asks for"
+                "install the version that optprune[ray] requires"
             )
 
 
 def _read_again() -> None:
-    """Have Ray read the variables once more, which it keeps from its import or its first cluster."""
+    """Make Ray read the variables again, which it caches at its import or its first cluster."""
     with suppress(ImportError, AttributeError):
         raylet = importlib.import_module("ray._raylet")
         raylet.Config.initialize("")

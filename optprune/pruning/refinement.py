@@ -1,8 +1,8 @@
-"""Recovery: once the masks are chosen, the kept weights of a sub-module are refitted against its dense output.
+"""Refinement of a block after its layers are solved: recovery of its sub-modules, and matching of the whole block.
 
-The output of an attention or a gated MLP is affine in some of its layers, taken one at a time: in the up and the down
-projection, in the values and the output projection. So each is a linear least squares problem over the calibration
-tokens, though not one over a Gram matrix, and the layers take turns. Tokens that no step sees decide where to stop.
+The output of an attention or a gated MLP is affine in each of some layers: the up and the down projection, the values
+and the output projection. So each of these layers is a linear least squares problem over the calibration tokens, though
+not one of a Gram matrix, and recovery refits them in turn. Held-out tokens decide when to stop.
 """
 
 import time
@@ -28,14 +28,14 @@ from optprune.report import RecoveredPart
 from optprune.solvers import Descent, match
 
 PATIENCE = 2
-"""a turn ends after so many steps that made the error on the tokens kept apart no smaller"""
+"""a turn ends after this many steps without a smaller error on held-out tokens"""
 TRACE_TOKENS = 2048
-"""about so many tokens, whole batches from the first, estimate the mean diagonal of a Hessian that takes passes"""
+"""the approximate number of tokens, in whole batches, that estimate the mean diagonal of a Hessian"""
 
 
 @dataclass(frozen=True)
 class ModuleLoss:
-    """The squared change of a sub-module's output on the batches fitted and on those kept apart."""
+    """The squared change of a sub-module's output on the fitted batches and on the held-out ones."""
 
     module: nn.Module
     fit: Calls
@@ -43,21 +43,21 @@ class ModuleLoss:
     metric: OutputMetric | None
 
     def error(self, calls: Calls) -> float:
-        """The mean over tokens of the squared change of the output, in the metric."""
+        """Return the mean over tokens of the squared change of the output, in the metric."""
         sums = self.numbers(calls)
         for part, args, kwargs, target in calls.each():
             sums.at(part).add(self.energy(first_output(self.module(*args, **kwargs)) - target))
         return float(sums.total().tensors[0]) / calls.tokens
 
     def signal(self, calls: Calls) -> float:
-        """The mean over tokens of the squared targets themselves, in the metric."""
+        """Return the mean over tokens of the squared targets, in the metric."""
         sums = self.numbers(calls)
         for number, target in enumerate(calls.targets):
             sums.at(calls.part(number)).add(self.energy(target))
         return float(sums.total().tensors[0]) / calls.tokens
 
     def numbers(self, calls: Calls, *shapes: tuple[int, ...]) -> OrderedSum[TensorSums]:
-        """Sums over calls, of numbers in float64, and of tensors of these shapes in the dtype of the module."""
+        """Return empty sums over calls: a number in float64, and tensors of these shapes in the dtype of the module."""
         like = next(self.module.parameters())
 
         def fresh() -> TensorSums:
@@ -67,12 +67,12 @@ class ModuleLoss:
         return OrderedSum(calls.share.partial_sums, fresh)
 
     def energy(self, change: Float[Tensor, "... out"]) -> Tensor:
-        """The sum over tokens of e^T S e."""
+        """Return the sum over tokens of e^T S e."""
         columns = change.flatten(0, -2).T
         return (columns * self.weigh(columns)).sum()
 
     def rooted(self, signs: Float[Tensor, "... out"]) -> Float[Tensor, "... out"]:
-        """S^(1/2) z for every z."""
+        """Return S^(1/2) z for every z."""
         if self.metric is None:
             return signs
         return (
@@ -80,12 +80,12 @@ class ModuleLoss:
         )
 
     def weigh(self, change: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
-        """S V."""
+        """Return S V."""
         return change if self.metric is None else self.metric.apply(change)
 
 
-class Inside:
-    """Half the error as a quadratic of the weight of a layer inside the module: every product takes a pass."""
+class InnerLayer:
+    """Half the error as a quadratic of the weight of a layer inside the module; each product takes a pass."""
 
     def __init__(self, loss: ModuleLoss, layers: Sequence[str]) -> None:
         self.loss, self.layers = loss, layers
@@ -105,10 +105,10 @@ class Inside:
         self.fit_error = float(error) / loss.fit.tokens
         self.gradient: Float[Tensor, "out in"] = total / loss.fit.tokens
         self.gram: Float[Tensor, "in in"] = moments.total().moments(total.dtype).gram
-        """the Gram matrix of the layer's inputs"""
+        """Gram matrix of the layer's inputs"""
 
     def product(self, direction: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
-        """H d: without biases the output is linear in the weight, so d takes its place."""
+        """Return H d: without biases the output is linear in the weight, so d takes its place."""
         loss, sums = self.loss, self.loss.numbers(self.loss.fit, tuple(direction.shape))
         with _without_biases(loss.module, self.layers), torch.enable_grad():
             for part, args, kwargs, _ in loss.fit.each():
@@ -118,7 +118,7 @@ class Inside:
         return sums.total().tensors[1] / loss.fit.tokens
 
     def trace(self, signs: Float[Tensor, "out in"]) -> float:
-        """<s, H s> over the first tokens, which for random signs s estimates the trace of H where s is not zero."""
+        """Return <s, H s> over the first tokens, an estimate of the trace of H where random signs s are not zero."""
         loss, calls = self.loss, self.loss.fit.first(TRACE_TOKENS)
         sums = loss.numbers(calls)
         with _without_biases(loss.module, self.layers), _weight(self.layer, signs):
@@ -127,7 +127,7 @@ class Inside:
         return float(sums.total().tensors[0]) / calls.tokens
 
     def outputs(self) -> Float[Tensor, "out out"]:
-        """E[b b^T] over the first tokens, b the effect of the layer's output on the module's in the metric's root.
+        """Return E[b b^T] over the first tokens, b the effect of the layer's output on S^(1/2) times the module's.
 
         With it H is near outputs (x) gram (K-FAC; Martens and Grosse, 2015): the effect is drawn with random signs.
         """
@@ -154,14 +154,13 @@ class Inside:
         return sums.total().tensors[1] / calls.tokens
 
     def held_out(self, weight: Float[Tensor, "out in"]) -> float:
-        """The error on the batches kept apart with another weight, which the layer then has."""
+        """Write another weight into the layer, and return the error on the held-out batches."""
         write(self.layer, weight)
         return self.loss.error(self.loss.apart)
 
 
-class AtOutput:
-    """Half the error as a quadratic of the weight of the layer that gives the output: one pass finds the moments of its
-    inputs, which say all."""
+class OutputLayer:
+    """Half the error as a quadratic of the weight of the module's last layer, from the moments of its inputs."""
 
     def __init__(self, loss: ModuleLoss, layer: nn.Linear, held_out: float) -> None:
         self.loss, self.start, self.error = loss, layer.weight.detach().clone(), held_out
@@ -169,16 +168,16 @@ class AtOutput:
         self.apart = self._moments(layer, loss.apart)
 
     def _moments(self, layer: nn.Linear, calls: Calls) -> tuple[Float[Tensor, "out in"], Float[Tensor, "in in"], float]:
-        """S E[e x^T], which is the gradient, E[x x^T] and E[e^T S e], for the inputs x and the errors e."""
+        """Return the gradient S E[e x^T], E[x x^T] and E[e^T S e] for the inputs x and the errors e."""
         moments, sums = _moments_of(layer, calls), self.loss.numbers(calls, tuple(layer.weight.shape))
         inputs: list[Tensor] = []
         handle = layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0].flatten(0, -2)))
         try:
             for part, args, kwargs, target in calls.each():
                 change = first_output(self.loss.module(*args, **kwargs)) - target
-                seen = inputs.pop()
-                moments.at(part).add(seen)
-                sums.at(part).add(self.loss.energy(change), change.flatten(0, -2).T @ seen)
+                read = inputs.pop()
+                moments.at(part).add(read)
+                sums.at(part).add(self.loss.energy(change), change.flatten(0, -2).T @ read)
         finally:
             handle.remove()
         error, total = sums.total().tensors
@@ -186,20 +185,20 @@ class AtOutput:
         return gradient, moments.total().moments(total.dtype).gram, float(error) / calls.tokens
 
     def product(self, direction: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
-        """H d = S d E[x x^T]."""
+        """Return H d = S d E[x x^T]."""
         return self.loss.weigh(direction) @ self.gram
 
     def trace(self, signs: Float[Tensor, "out in"]) -> float:
-        """<s, H s>, which for random signs s estimates the trace of H where s is not zero."""
+        """Return <s, H s>, an estimate of the trace of H where random signs s are not zero."""
         return float((signs * self.product(signs)).sum())
 
     def outputs(self) -> Float[Tensor, "out out"] | None:
-        """S, None where outputs count alike: H is outputs (x) gram."""
+        """Return S, or None for the identity; H is outputs (x) gram."""
         metric = self.loss.metric
         return None if metric is None else metric.matrix.to(self.start)
 
     def held_out(self, weight: Float[Tensor, "out in"]) -> float:
-        """The error on the batches kept apart with another weight."""
+        """Return the error on the held-out batches with another weight."""
         gradient, gram, _ = self.apart
         change = weight - self.start
         return self.error + float((change * (2 * gradient + self.loss.weigh(change) @ gram)).sum())
@@ -218,24 +217,24 @@ def recover(
     dtype: torch.dtype | None = None,
     name: str = "",
 ) -> RecoveredPart:
-    """Refit the nonzero weights of the layers of a sub-module in place, each in turn, so that it answers the targets.
+    """Refit the nonzero weights of the layers of a sub-module in place, each in turn, to match its dense outputs.
 
-    Its output must be affine in each layer alone; `layers` are in the order of the forward pass, down to the one that
-    gives the output. A turn minimises half the mean squared change of the output (in the metric, where there is one)
-    plus a ridge towards the weights at its beginning, `damping` times the mean diagonal of the Hessian, by at most
-    `steps` steps of conjugate gradients. The preconditioner is the Kronecker product of the Gram matrix of the layer's
-    inputs and that of its outputs' effects on the answer, both damped (K-FAC). Of all iterates the one with the least
-    error on the batches kept apart is written: that error never rises, and neither does the one on the batches fitted.
-    Where weights will be stored in a `dtype` of fewer digits than the module has, iterates are tried as rounded to it:
-    the error on the batches fitted may then rise by what that costs.
-    A step costs a forward and a backward pass of the module, but in the turn of the last layer nothing: the moments of
-    its inputs, from one pass, say all.
+    The module's output must be affine in each layer alone; `layers` are in the order of the forward pass, and the last
+    one gives the output. A turn minimises half the mean squared change of the output (in the metric, if any) plus a
+    ridge towards the weights at its beginning, `damping` times the mean diagonal of the Hessian, by at most `steps`
+    steps of conjugate gradients. The preconditioner is the Kronecker product of the Gram matrix of the layer's inputs
+    and that of its outputs' effects on the module's output, both damped (K-FAC). The iterate with the least error on
+    the held-out batches is written: that error never rises, and neither does the error on the fitted batches. If
+    weights will be stored in a `dtype` of lower precision than the module's, iterates are rounded to it before they are
+    compared, and the error on the fitted batches may rise by the rounding.
+    A step costs a forward and a backward pass of the module; in the turn of the last layer it costs no pass, because
+    one pass collects the moments of its inputs.
     """
     began = time.perf_counter()
     loss = ModuleLoss(module, fit, apart, metric)
     turn = _Turn(loss, steps, damping, dtype)
     held_out = held_out_before = loss.error(apart)
-    # On the batches fitted, before and after every turn, which learns them on its way.
+    # The errors on the fitted batches, before and after every turn, which computes them anyway.
     errors, kept = list[float](), 0
     for _ in range(rounds):
         moved = 0
@@ -254,51 +253,51 @@ def recover(
     return RecoveredPart(
         name=name,
         layers=tuple(layers),
-        error_before=_share(before, signal),
-        error_after=_share(after, signal),
-        held_out_before=_share(held_out_before, held_out_signal),
-        held_out_after=_share(held_out, held_out_signal),
+        error_before=_relative(before, signal),
+        error_after=_relative(after, signal),
+        held_out_before=_relative(held_out_before, held_out_signal),
+        held_out_after=_relative(held_out, held_out_signal),
         steps=kept,
         seconds=time.perf_counter() - began,
     )
 
 
-def _share(error: float, signal: float) -> float:
-    """The error as a share of the signal; of none, 1 stands for any error, as in a layer's relative error."""
+def _relative(error: float, signal: float) -> float:
+    """Return the error as a share of the signal; without a signal, 1 for any error and 0 for none."""
     return error / signal if signal > 0 else float(error > 0)
 
 
 @dataclass(frozen=True)
-class _Taken:
-    """What a turn did: the steps kept, and the mean squared change of the output."""
+class _TurnResult:
+    """The number of steps kept in a turn, and the mean squared change of the output."""
 
     steps: int
     before: float
-    """the change on the batches fitted, with the weight that the turn began with"""
+    """the change on the fitted batches, with the weight at the beginning of the turn"""
     after: float
     held_out: float
-    """the change on the batches kept apart, with the weight kept"""
+    """the change on the held-out batches, with the weight that is kept"""
 
 
 @dataclass(frozen=True)
 class _Turn:
-    """What one layer's least squares problem is made of."""
+    """The settings of one layer's least squares problem."""
 
     loss: ModuleLoss
     steps: int
     damping: float
     dtype: torch.dtype | None = None
-    """what iterates are rounded to, where that is not the module's own"""
+    """the dtype to which iterates are rounded, if it is not the module's"""
 
-    def take(self, layers: Sequence[str], held_out: float) -> _Taken | None:
-        """Refit the first of the layers; None where it has no weight to refit."""
+    def take(self, layers: Sequence[str], held_out: float) -> _TurnResult | None:
+        """Refit the first of the layers; return None where it has no nonzero weight."""
         layer: nn.Linear = self.loss.module.get_submodule(layers[0])  # type: ignore[assignment]
         start = layer.weight.detach().clone()
         mask = start != 0
         if not bool(mask.any()):
             return None
-        problem = Inside(self.loss, layers) if len(layers) > 1 else AtOutput(self.loss, layer, held_out)
-        # Any vector of signs is an estimate of the trace: Hutchinson (1989).
+        problem = InnerLayer(self.loss, layers) if len(layers) > 1 else OutputLayer(self.loss, layer, held_out)
+        # Any vector of signs gives an estimate of the trace: Hutchinson (1989).
         signs = torch.randint(0, 2, start.shape, generator=torch.Generator().manual_seed(0)).to(start) * 2 - 1
         ridge = self.damping * problem.trace(torch.where(mask, signs, 0.0)) / int(mask.sum())
         precondition = _preconditioner(problem.gram, problem.outputs(), self.damping)
@@ -327,22 +326,22 @@ class _Turn:
             fresh = float((residual * preconditioned).sum())
             direction, energy = preconditioned + fresh / energy * direction, fresh
         write(layer, best)
-        return _Taken(best_step, problem.fit_error, after, held_out)
+        return _TurnResult(best_step, problem.fit_error, after, held_out)
 
 
 def _preconditioner(
     gram: Float[Tensor, "in in"], outputs: Float[Tensor, "out out"] | None, damping: float
 ) -> Callable[[Tensor], Tensor]:
-    """(outputs (x) gram)^-1 with both factors damped; no outputs stand for the identity, whose inverse is a number."""
+    """Return the product with (outputs (x) gram)^-1, both factors damped; None for outputs is the identity."""
     left, right = (None if outputs is None else _damped_inverse(outputs, damping)), _damped_inverse(gram, damping)
     alike = _damped_inverse(torch.ones(1, 1).to(gram), damping)
     return lambda residual: (alike * residual if left is None else left @ residual) @ right
 
 
 def _damped_inverse(factor: Float[Tensor, "n n"], damping: float) -> Float[Tensor, "n n"]:
-    """(A + sqrt(damping) mean(diag A) I)^-1, with some damping in any case, for a factor of a Kronecker product.
+    """Return (A + sqrt(damping) mean(diag A) I)^-1, with a least damping, for a factor of a Kronecker product.
 
-    Both factors damped so, their product is damped by about `damping` times its mean diagonal.
+    With both factors damped so, their product is damped by about `damping` times its mean diagonal.
     """
     mean = factor.diagonal().mean()
     if not mean > 0:
@@ -352,13 +351,13 @@ def _damped_inverse(factor: Float[Tensor, "n n"], damping: float) -> Float[Tenso
 
 
 def _moments_of(layer: nn.Linear, calls: Calls) -> OrderedSum[MomentSums]:
-    """The sums of the moments of a layer's inputs over calls."""
+    """Return empty sums of the moments of a layer's inputs over calls."""
     return OrderedSum(calls.share.partial_sums, partial(MomentSums, layer.in_features, layer.weight.device))
 
 
 @contextmanager
 def _weight(layer: nn.Linear, weight: Tensor) -> Iterator[Tensor]:
-    """The layer with another tensor in its weight's place."""
+    """Put another tensor in the place of the layer's weight, for the duration of the context."""
     kept = layer._parameters["weight"]
     layer._parameters["weight"] = weight  # type: ignore[assignment]  # not a leaf of the model
     try:
@@ -369,7 +368,7 @@ def _weight(layer: nn.Linear, weight: Tensor) -> Iterator[Tensor]:
 
 @contextmanager
 def _without_biases(module: nn.Module, layers: Sequence[str]) -> Iterator[None]:
-    """The sub-module without the biases of these layers."""
+    """Remove the biases of these layers for the duration of the context."""
     found = [module.get_submodule(path) for path in layers]
     kept = [(layer, layer._parameters["bias"]) for layer in found]
     try:
@@ -383,13 +382,13 @@ def _without_biases(module: nn.Module, layers: Sequence[str]) -> Iterator[None]:
 
 @final
 class Sequences(Examples):
-    """The sequences of a block's calls, one an example. A draw has a few of every part."""
+    """The sequences of a block's calls, each an example; a draw has a few of every part."""
 
     def __init__(self, calls: Calls, at_once: int) -> None:
-        """A draw has `at_once` sequences of each part, as long as there are any."""
+        """Make draws of `at_once` sequences of each part, as long as it has any left."""
         self.calls, self.partial_sums = calls, calls.share.partial_sums
         self._places: list[list[tuple[int, int]]] = [[] for _ in range(self.partial_sums.own)]
-        """the call and the place in it of every sequence, by this process's partial sums"""
+        """the call of every sequence and its place in the call, by this process's partial sums"""
         for number, shape in enumerate(calls.targets.shapes):
             self._places[calls.part(number)] += [(number, place) for place in range(shape[0])]
         counts = [len(places) for places in self._places]
@@ -400,7 +399,7 @@ class Sequences(Examples):
         sums = OrderedSum(self.partial_sums, lambda: TensorSums(*zeros()))
         for part, places in enumerate(self._places):
             for number, place in places if draw is None else self._drawn(places, draw):
-                # The first before there is room for sums, none while the next is made: that needs room inside a block.
+                # Computed before the sums exist, and freed before the next: the pass through a block needs the room.
                 found = terms(self._example(number, place))
                 sums.at(part).add(*found)
                 del found
@@ -418,7 +417,7 @@ class Sequences(Examples):
 
 
 def _rows(value: Any, size: int, rows: slice) -> Any:
-    """Rows of a batch of a size in all that nested values hold of it; what all its sequences share stays whole."""
+    """Return the same rows of a batch of this size in a nested value; values that all sequences share stay whole."""
     if isinstance(value, Tensor):
         # Positions [length] are shared, whatever their number.
         return value[rows] if value.ndim > 1 and value.shape[0] == size else value
@@ -441,11 +440,11 @@ def match_block(
     dtype: torch.dtype | None = None,
     name: str = "",
 ) -> RecoveredPart:
-    """Move the parameters of a block in place, zeros of its matrices kept, so that it answers the targets.
+    """Move the parameters of a block in place to match its dense outputs; zeros of its matrices stay zero.
 
-    A draw of the solver has `at_once` sequences of each part. The state with the least error on the calls kept apart
-    stays, rounded to a `dtype` where weights will be stored in one of fewer digits than the block has: that error
-    never rises. InputError where the block itself has too few.
+    A draw of the solver has `at_once` sequences of each part. The state with the least error on the held-out calls is
+    kept, rounded to a `dtype` if weights will be stored in lower precision than the block's; that error never rises.
+    InputError where the precision of the block itself is too low.
     """
     began = time.perf_counter()
     problem = BlockMatching.of(block, Sequences(fit, at_once), metric, pull)

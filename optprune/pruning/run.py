@@ -1,4 +1,4 @@
-"""A run: what all its blocks share, and where it stands between two of them."""
+"""A run: the state that all its blocks share, and its position between two of them."""
 
 import math
 import tempfile
@@ -45,36 +45,36 @@ if TYPE_CHECKING:
 
 Listener = Callable[[Event], None]
 MakeExecutor = Callable[[torch.device], LayerExecutor]
-"""returns the executor of a run's layers, for the device of the model"""
+"""a function from the device of the model to the executor of a run's layers"""
 MOST_NAMED = 8
-"""the most layers that a note names: a model with experts has many"""
+"""the largest number of layers that a note names, because a model with experts has many"""
 OPENED = 0.5
 """the approximate share of the loading that is done when a model is open and its weights are still to be read"""
 STATES = ("auto", "device", "host", "disk")
-"""what a user may say"""
+"""the places where hidden states can be kept, by name"""
 COPIES = 4
-"""how often hidden states may be there: those that enter a block, those that leave it, and the calls of a sub-module
-with their answers"""
+"""the number of copies of hidden states in memory: inputs and outputs of a block, calls of a sub-module and their
+outputs"""
 SHARE = 0.5
-"""the share of the free memory that they may have: the rest is for a block and the solve of a layer"""
+"""the largest share of the free memory for hidden states; the rest is for a block and the solve of a layer"""
 
 
 class CachedMoments:
-    """The moments of blocks that get the inputs of the dense model: of all independent blocks, else of the first."""
+    """The moments of blocks that get the dense model's inputs: all blocks if independent, else the first."""
 
     def __init__(self, decoder: Decoder, program: Program, known: KnownMoments | None) -> None:
-        """Use what is known, which is None where the path does not begin with the dense model's inputs."""
+        """Use known moments, or None if the path does not begin with the dense model's inputs."""
         self._decoder, self._policy, self._known = decoder, program.policy, known
         self._moves_weights_later = program.method.moves_weights_later
 
     def block(self, index: int) -> BlockMoments | None:
-        """Return the moments of a block, as far as they are known."""
+        """Return the known moments of a block, or None."""
         if self._known is None or (index > 0 and not self._policy.independent):
             return None
         return self._known.of(index)
 
     def cover(self, blocks: Sequence[BlockProgram]) -> bool:
-        """Return whether a run needs no pass at all: only known moments of the dense model decide its blocks."""
+        """Return whether known moments of the dense model decide all blocks, so that the run needs no pass."""
         policy, known = self._policy, self._known
         if known is None or self._moves_weights_later:
             return False
@@ -90,7 +90,7 @@ class CachedMoments:
 
 @dataclass(eq=False, kw_only=True)
 class Run:
-    """A run between two blocks: what enters the next one, and the records of those that are done."""
+    """A run between two blocks, with the inputs of the next one and the records of the finished ones."""
 
     decoder: Decoder
     program: Program
@@ -102,35 +102,35 @@ class Run:
     cached: CachedMoments
     """moments of the dense model that need not be measured"""
     metrics: Metrics
-    """output metrics by the layer's full name, for the blocks to come; empty where all outputs count alike"""
+    """output metrics by the layer's full name, for the blocks to come; empty where all outputs have weight 1"""
     held_out: int
-    """number of batches, the last ones, that are held out"""
+    """number of batches at the end that are held out"""
     tokens: int
     """tokens of the batches that are fitted"""
     notes: tuple[str, ...]
-    """notes on what was found before the first block"""
+    """notes from before the first block"""
     journal: "JournalProtocol | None"
     facts: dict[str, Any]
-    """everything that decides the bytes of the run, where there is a journal"""
+    """everything that decides the bytes of the run, if there is a journal"""
     finished: set[int]
-    """blocks that an earlier run has finished, by the journal"""
+    """blocks that an earlier run finished, by the journal"""
     executor: LayerExecutor
     on_event: Listener
     records: list[BlockRecord] = field(default_factory=list)
     passed: int = 0
     """number of finished blocks that this run has passed"""
     dense_pass_seconds: dict[int, float] = field(default_factory=dict)
-    """seconds of the pass through a dense block that a worker prunes meanwhile"""
+    """seconds of the pass through a dense block while a worker prunes it"""
 
     @cached_property
     def last(self) -> int:
-        """The last block with something to solve: no hidden states are needed after it."""
+        """The number of the last block with something to solve, after which no hidden states are needed."""
         return max((block.index for block in self.blocks if block.solves), default=-1)
 
     def prune_block(self, index: int) -> None:
-        """Prune the next block, or load it where an earlier run has finished it."""
+        """Prune the next block, or load it if an earlier run finished it."""
         if index in self.finished:
-            self.metrics_of(index)  # freed with the block's
+            self.metrics_of(index)  # frees them
             self.records.append(self._load_finished(index))
         else:
             result = prune_block(self.decoder, self.task(index), self.on_event, self.executor)
@@ -143,7 +143,7 @@ class Run:
 
     def task(self, index: int) -> BlockTask:
         """Return everything that decides how the next block is pruned."""
-        # With all that enters any block known, no hidden states have to go on.
+        # If the moments of all blocks are known, no hidden states are needed.
         return BlockTask(
             block=self.blocks[index],
             method=self.program.method,
@@ -157,13 +157,13 @@ class Run:
 
     @cached_property
     def needs_no_pass(self) -> bool:
-        """Whether all moments are cached; asked before the first block."""
+        """Whether all moments are cached; used before the first block."""
         return not self.finished and self.cached.cover(self.blocks)
 
     def jobs(self) -> Iterator[BlockJob]:
-        """Yield the blocks that are left, for workers, while the path moves on through the dense model.
+        """Yield the remaining blocks for workers, while the path moves on through the dense model.
 
-        Blocks that an earlier run has finished are passed when their turn comes.
+        Blocks that an earlier run finished are passed in their turn.
         """
         decoder = self.decoder
         for index in range(len(decoder.blocks)):
@@ -173,7 +173,7 @@ class Run:
                 continue
             with decoder.resident(index) as block:
                 onwards = index < self.last
-                # The worker's path ends with the block: the next block's begins where this run's own path gets.
+                # The worker's path ends with the block; the next block starts from this run's own path.
                 task = BlockTask(
                     block=self.blocks[index],
                     method=self.program.method,
@@ -195,7 +195,7 @@ class Run:
             release()
 
     def take(self, outcome: BlockOutcome) -> None:
-        """Put the weights of a worker's block into the model; blocks come in any order."""
+        """Write the weights of a worker's block into the model; blocks come in any order."""
         record, decoder = outcome.record, self.decoder
         passes = 2 * self.dense_pass_seconds.pop(record.index, 0.0)
         record = replace(record, floor_seconds=record.floor_seconds + passes)
@@ -210,7 +210,7 @@ class Run:
             self.on_event(replace(event, **done))
 
     def metrics_of(self, index: int) -> Metrics:
-        """Return the metrics of a block's layers, which the run then no longer holds."""
+        """Return the metrics of a block's layers, and release them from the run."""
         decoder = self.decoder
         return self.metrics.pop_layers([decoder.name(index, layer) for layer in decoder.architecture.layers])
 
@@ -251,9 +251,9 @@ def begin(
     journal: "Journal | None" = None,
     partial_sums: PartialSums | None = None,
 ) -> Run:
-    """Return a run before its first block: the budget is divided, and no weight is changed.
+    """Return a run before its first block, with the budget divided and no weight changed.
 
-    The recorder gets the phases until then; the first reads all weights, where a journal must know them.
+    The recorder gets the phases up to here; the first one reads all weights if there is a journal.
     """
     statistics, partial_sums = statistics or DenseStatistics(), partial_sums or PartialSums()
     if program.precise:
@@ -288,7 +288,7 @@ def begin(
         path = program.policy.start(entering)
     known = statistics.known(decoder, fitted, held_out, partial_sums)
     finished = set[int]() if shared is None else set(shared.finished())
-    repaired = () if shared is None else shared.repaired()  # what looking at them has found
+    repaired = () if shared is None else shared.repaired()  # known once `finished` has read the files
     return Run(
         decoder=decoder,
         program=program,
@@ -309,7 +309,7 @@ def begin(
 
 
 def _division(allocator: Allocator, dense: DenseModel, journal: "JournalProtocol | None") -> Division:
-    """The division of an earlier run, or a new one."""
+    """Return the division of an earlier run, or a new one."""
     earlier = None if journal is None else journal.division()
     if earlier is not None:
         return earlier
@@ -334,7 +334,7 @@ def undamped_metrics(
     on_event: Callable[[Event], None],
     partial_sums: PartialSums,
 ) -> Metrics:
-    """Return the output metrics of a program that has some, without damping."""
+    """Return the output metrics of a program that uses them, without damping."""
     assert program.metric is not None
     widest, used = program.metric.width or math.inf, first_tokens(batches, program.metric.tokens)
 
@@ -353,16 +353,16 @@ def measured_metrics(
     journal: "JournalProtocol | None",
     partial_sums: PartialSums,
 ) -> tuple[Metrics, tuple[str, ...]]:
-    """Return the damped output metrics, and notes where they are less than the recipe asks for.
+    """Return the damped output metrics, with notes where they are less than the recipe asks for.
 
-    A run that continues has those that were measured before it was stopped.
+    A resumed run uses the metrics that were measured before it was stopped.
     """
-    asked = program.metric
-    if asked is None:
+    setting = program.metric
+    if setting is None:
         return Metrics({}), ()
     metrics = None
     if journal is not None:
-        # What divides the budget needs the metric of every block, those of finished blocks too.
+        # Dividing the budget needs the metrics of all blocks, finished ones included.
         finished = journal.finished() if journal.division() is not None else []
         metrics = journal.metrics.read(decoder, finished)
     if metrics is None:
@@ -374,18 +374,18 @@ def measured_metrics(
     if cut:
         named = ", ".join(cut[:MOST_NAMED]) + (f" and {len(cut) - MOST_NAMED} more" if len(cut) > MOST_NAMED else "")
         notes.append(
-            f"of {named} with over {asked.width or math.inf} outputs (metric.width) only the diagonal of the metric is "
-            "used"
+            f"only the diagonal of the metric is used for {named}, which have more than {setting.width or math.inf} "
+            "outputs (metric.width)"
         )
     reached, blocks = set(metrics), range(len(decoder.blocks))
     every = [decoder.name(index, path) for index in blocks for path in decoder.paths(index)]
     missed = [name for name in every if name not in reached]
     if missed:
         notes.append(
-            f"no token of the output metric reached {counted(len(missed), 'layer')}, as {missed[0]}: outputs count "
-            "alike"
+            f"no token of the output metric reached {counted(len(missed), 'layer')}, such as {missed[0]}: all their "
+            "outputs have weight 1"
         )
-    return metrics.damped(asked.damping), tuple(notes)
+    return metrics.damped(setting.damping), tuple(notes)
 
 
 def facts(
@@ -395,7 +395,7 @@ def facts(
     partial_sums: PartialSums,
     on_event: Callable[[Event], None],
 ) -> dict[str, Any]:
-    """Return everything that decides the bytes of a run. All weights are read for it; events report how many."""
+    """Return everything that decides the bytes of a run, with a hash of all weights; events report their reading."""
 
     from optprune.pruning.journal import digest_of_model
 
@@ -416,17 +416,17 @@ def facts(
 
 
 def check_states(states: str) -> None:
-    """Raise InputError where nobody knows such a place."""
+    """Raise InputError unless the name is that of a place for hidden states."""
     if states not in STATES:
         raise InputError(f"hidden states cannot be kept on {states!r}: choose {', '.join(STATES[:-1])} or {STATES[-1]}")
 
 
 def place_for(states: str, decoder: Decoder, batches: Sequence[Tensor], folder: FilePath | None) -> Place:
-    """Where the hidden states of token ids [batch, length] are kept; `folder` is for a file of them.
+    """Return the place of the hidden states of token ids [batch, length]; `folder` is for a file of them.
 
-    "auto" is the device where four copies of them fit in half of its free memory, else the host's memory by the same
-    measure, else a file. Without a `folder` that is where the model's store puts things aside, or the system's folder
-    of temporary files. What is chosen changes no bit of a result.
+    "auto" is the device if four copies of them fit in half of its free memory, else the host's memory by the same rule,
+    else a file. Without a `folder` the file is in the scratch folder of the model's store, or in the system's folder of
+    temporary files. The place does not change results.
     """
     check_states(states)
     if states == "auto":
@@ -441,7 +441,7 @@ def place_for(states: str, decoder: Decoder, batches: Sequence[Tensor], folder: 
 
 
 def _by_size(decoder: Decoder, tokens: int) -> str:
-    """The first place with room enough; where the system tells nothing, there is."""
+    """Return the first place with enough room; unknown free memory counts as enough."""
     model = decoder.model
     size = COPIES * tokens * model.config.hidden_size * (decoder.computes_in or model.dtype).itemsize
     for name, device in (("device", model.device.type), ("host", "cpu")):

@@ -1,7 +1,7 @@
-"""Together: a run that the processes of torchrun share. Each goes over its share of the batches; all hold the model.
+"""A run that the processes of torchrun share: each passes its share of the batches, and all hold the model.
 
-The layers of a stage are shared among them too: each is solved by one process, and all write the same bytes. The first
-process alone has the journal; what it finds there the others are told.
+The layers of a stage are shared among them too: each is solved by one process, and all write the same bytes. Only the
+first process has the journal; it sends what it reads there to the others.
 """
 
 import json
@@ -30,8 +30,8 @@ from optprune.system.wording import shown
 Value = TypeVar("Value")
 
 
-def agreed(peers: Peers, make: Callable[[], Value]) -> Value:
-    """What the first process makes, for all of them; an OptpruneError that it meets is raised in all."""
+def from_first(peers: Peers, make: Callable[[], Value]) -> Value:
+    """Return in all processes what the first one makes; an OptpruneError of the first is raised in all."""
     made: Value | OptpruneError | None = None
     if peers.rank == 0:
         try:
@@ -50,16 +50,16 @@ def check_alike(peers: Peers, facts: Mapping[str, Any]) -> None:
     for number, other in enumerate(found):
         for what, first, own in differences(found[0], other):
             raise InputError(
-                f"the processes of the run are not alike: {what} is {shown(first)} in the first and {shown(own)} in "
-                f"number {number}; give all the same command, model and kind of machine"
+                f"the processes of the run differ: {what} is {shown(first)} in the first and {shown(own)} in number "
+                f"{number}; use the same command, model and kind of machine for all"
             )
 
 
 @dataclass(frozen=True)
 class ProcessExecutor(LayerExecutor):
-    """Each process solves its share of the layers, one after the other, and tells the others the answers.
+    """Processes that each solve a share of the layers, one after the other, and send the answers to the others.
 
-    The layers with most inputs, which take longest, are dealt out first.
+    The layers with the most inputs, which take longest, are assigned first.
     """
 
     peers: Peers
@@ -77,33 +77,33 @@ class ProcessExecutor(LayerExecutor):
             except OptpruneError as error:
                 errors[number] = error
         failed = {number: error for found in peers.all_gather(errors) for number, error in found.items()}
-        told = peers.all_gather({number: _Told.of(solved) for number, solved in own.items()})
+        headers = peers.all_gather({number: _SolvedHeader.of(solved) for number, solved in own.items()})
         for number, task in enumerate(tasks):
             if number in failed:
                 raise failed[number]
             source = owner[number]
-            answer = own.pop(number, None) or told[source][number].empty(task)
+            answer = own.pop(number, None) or headers[source][number].empty(task)
             take(task, _spread(peers, answer, source))
 
 
 @dataclass(frozen=True)
-class _Told:
+class _SolvedHeader:
     """A solved layer without its large tensors."""
 
     bias: torch.dtype | None
-    """the dtype of the new bias, where there is one"""
+    """the dtype of the new bias, if any"""
     keep: int
     report: Any
     basis: Rotation | Permutation | None
-    """what the inputs are turned by: small, and on the CPU"""
+    """the basis of the inputs, which is small and on the CPU"""
 
     @classmethod
-    def of(cls, solved: SolvedLayer) -> "_Told":
+    def of(cls, solved: SolvedLayer) -> "_SolvedHeader":
         basis = None if solved.basis is None else solved.basis.to(torch.device("cpu"))
         return cls(None if solved.bias is None else solved.bias.dtype, solved.keep, solved.report, basis)
 
     def empty(self, task: LayerTask) -> SolvedLayer:
-        """The solved layer, whose tensors are still to be filled."""
+        """Return the solved layer with uninitialised tensors."""
         weight = torch.empty(task.layer.weight.shape, dtype=task.layer.weight.dtype, device=task.layer.weight.device)
         reads = torch.empty(weight.shape[1], dtype=torch.bool, device=weight.device)
         bias = None if self.bias is None else torch.empty(weight.shape[0], dtype=self.bias, device=weight.device)
@@ -112,25 +112,25 @@ class _Told:
 
 
 def _spread(peers: Peers, solved: SolvedLayer, source: int) -> SolvedLayer:
-    """A layer as the process that solved it has it."""
+    """Return a layer with the tensors of the process that solved it."""
     bias = None if solved.bias is None else solved.bias.contiguous()
     whole = replace(solved, weight=solved.weight.contiguous(), bias=bias, reads=solved.reads.contiguous())
     peers.broadcast([part for part in (whole.weight, whole.bias, whole.reads) if part is not None], source)
     return whole
 
 
-class MetricsKept(Protocol):
-    """What a run asks of the place of its output metrics."""
+class MetricStore(Protocol):
+    """The interface of a run to the place of its output metrics."""
 
     def read(self, decoder: Decoder, finished: Collection[int]) -> Metrics | None: ...
     def keep(self, decoder: Decoder, metrics: Metrics) -> Metrics: ...
 
 
 class JournalProtocol(Protocol):
-    """What a run asks of its journal."""
+    """The interface of a run to its journal."""
 
     @property
-    def metrics(self) -> MetricsKept: ...
+    def metrics(self) -> MetricStore: ...
     def begin(self, facts: Mapping[str, Any]) -> None: ...
     def keeping_costs(self, statistics: DenseStatistics) -> DenseStatistics: ...
     def repaired(self) -> tuple[str, ...]: ...
@@ -143,7 +143,7 @@ class JournalProtocol(Protocol):
 
 
 @dataclass(frozen=True)
-class _Kept:
+class _SumsHeader:
     """A layer's sums without their tensors."""
 
     width: int
@@ -155,13 +155,13 @@ class _Kept:
 
 @dataclass(frozen=True)
 class SharedMetrics:
-    """The metrics in the first process's run folder, if it has one, as all processes of a run have them."""
+    """The metrics in the first process's run folder, if it has one, for all processes of a run."""
 
     files: MetricFiles | None
     peers: Peers
 
     def read(self, decoder: Decoder, finished: Collection[int]) -> Metrics | None:
-        """Those that an earlier run has measured: the others get them from the first, and put them aside."""
+        """Return the metrics that an earlier run measured, sent by the first process and put aside by the others."""
         own: list[Metrics] = []
 
         def names() -> list[str] | None:
@@ -169,72 +169,72 @@ class SharedMetrics:
             own.extend([] if found is None else [found])
             return None if found is None else list(found)
 
-        told = agreed(self.peers, names)
-        if told is None:
+        measured = from_first(self.peers, names)
+        if measured is None:
             return None
-        # The files of finished blocks are gone, and nobody asks for what was in them.
-        gone = {decoder.name(block, path) for block in finished for path in decoder.paths(block)}
+        # The files of finished blocks are deleted, and their metrics are not needed.
+        deleted = {decoder.name(block, path) for block in finished for path in decoder.paths(block)}
         first = own[0] if own else None
-        return Metrics({name: self._of_all(decoder, name, first, name not in gone) for name in told})
+        return Metrics({name: self._sent(decoder, name, first, name not in deleted) for name in measured})
 
     def keep(self, decoder: Decoder, metrics: Metrics) -> Metrics:
-        """Have metrics that all have measured on the disk, where there is a folder."""
+        """Write metrics that all processes have measured to the folder, if there is one."""
         return metrics if self.files is None else self.files.keep(decoder, metrics)
 
-    def _of_all(self, decoder: Decoder, name: str, first: Metrics | None, there: bool) -> MetricSums:
-        """A layer's sums in every process, with their tensors where those are still there."""
+    def _sent(self, decoder: Decoder, name: str, first: Metrics | None, exists: bool) -> MetricSums:
+        """Return a layer's sums in every process, with their tensors if they still exist."""
         sums = None if first is None else first.sums(name)
-        parts = sums.parts() if sums is not None and there else {}
+        parts = sums.parts() if sums is not None and exists else {}
 
-        def described() -> _Kept | None:
+        def described() -> _SumsHeader | None:
             forms = {part: (value.shape, value.dtype) for part, value in parts.items()}
-            return None if sums is None else _Kept(sums.width, sums.tokens, sums.full, forms)
+            return None if sums is None else _SumsHeader(sums.width, sums.tokens, sums.full, forms)
 
-        told = agreed(self.peers, described)
-        assert told is not None, "the first process has the sums"
+        header = from_first(self.peers, described)
+        assert header is not None, "the first process has the sums"
         if sums is None:
             device = decoder.model.device
-            forms = told.forms.items()
+            forms = header.forms.items()
             parts = {part: torch.empty(shape, dtype=dtype, device=device) for part, (shape, dtype) in forms}
         self.peers.broadcast(list(parts.values()), 0)
         if sums is not None:
             return sums
-        return MetricSums.elsewhere(told.width, told.tokens, decoder.offload.keep_all(parts), full=told.full)
+        return MetricSums.elsewhere(header.width, header.tokens, decoder.offload.keep_all(parts), full=header.full)
 
 
 class SharedJournal:
-    """The journal of the first process, if it has one, as all processes of a run see it."""
+    """The journal of the first process, if it has one, for all processes of a run."""
 
     def __init__(self, journal: Journal | None, peers: Peers) -> None:
         if journal is not None and peers.rank:
-            raise InputError("the first process alone has a journal: give the others of the run none")
+            raise InputError("only the first process of a run has a journal: pass none to the others")
         self._journal, self._peers = journal, peers
 
     @property
-    def metrics(self) -> MetricsKept:
+    def metrics(self) -> MetricStore:
         return SharedMetrics(None if self._journal is None else self._journal.metrics, self._peers)
 
     def begin(self, facts: Mapping[str, Any]) -> None:
         check_alike(self._peers, facts)
-        self._agreed(lambda journal: journal.begin(facts), None)
+        self._from_first(lambda journal: journal.begin(facts), None)
 
     def keeping_costs(self, statistics: DenseStatistics) -> DenseStatistics:
         return statistics if self._journal is None else self._journal.keeping_costs(statistics)
 
     def repaired(self) -> tuple[str, ...]:
-        return self._agreed(lambda journal: journal.repaired(), ())
+        return self._from_first(lambda journal: journal.repaired(), ())
 
     def division(self) -> Division | None:
-        return self._agreed(lambda journal: journal.division(), None)
+        return self._from_first(lambda journal: journal.division(), None)
 
     def divided(self, division: Division) -> None:
-        self._agreed(lambda journal: journal.divided(division), None)
+        self._from_first(lambda journal: journal.divided(division), None)
 
     def finished(self) -> list[int]:
-        return self._agreed(lambda journal: journal.finished(), [])
+        return self._from_first(lambda journal: journal.finished(), [])
 
     def record(self, index: int) -> BlockRecord:
-        found = self._agreed(lambda journal: journal.record(index), None)
+        found = self._from_first(lambda journal: journal.record(index), None)
         assert found is not None, "the journal holds the block"
         return found
 
@@ -245,8 +245,8 @@ class SharedJournal:
             read.update(journal.weights(decoder, index))
             return {name: (part.shape, part.dtype) for name, part in read.items()}
 
-        told, device = self._agreed(forms, {}), decoder.model.device
-        parts = read or {name: torch.empty(shape, dtype=dtype, device=device) for name, (shape, dtype) in told.items()}
+        sent, device = self._from_first(forms, {}), decoder.model.device
+        parts = read or {name: torch.empty(shape, dtype=dtype, device=device) for name, (shape, dtype) in sent.items()}
         self._peers.broadcast(list(parts.values()), 0)
         return parts
 
@@ -254,6 +254,6 @@ class SharedJournal:
         if self._journal is not None:
             self._journal.finish(decoder, result)
 
-    def _agreed(self, ask: Callable[[Journal], Value], otherwise: Value) -> Value:
+    def _from_first(self, ask: Callable[[Journal], Value], otherwise: Value) -> Value:
         journal = self._journal
-        return agreed(self._peers, lambda: otherwise if journal is None else ask(journal))
+        return from_first(self._peers, lambda: otherwise if journal is None else ask(journal))

@@ -1,9 +1,9 @@
-"""Workers: they prune the blocks of a run, one after the other here, or several side by side.
+"""Workers, which prune the blocks of a run one after the other in this process, or several in parallel.
 
-One after the other, the layers of a block may still be shared among several devices. Side by side needs a policy under
-which blocks are independent. The run then passes through the dense model and gives out jobs, each with the hidden
-states that enter a block; a worker fills that block of a skeleton and prunes it. The outcomes, in any order, are put
-into the model or its journal: weights and report are those of a run without workers.
+With one block after the other, the layers of a block may still be shared among several devices. Parallel blocks need a
+policy under which blocks are independent. The run then passes through the dense model and sends jobs, each with the
+hidden states that enter a block; a worker fills that block of a skeleton and prunes it. The outcomes, in any order, are
+written to the model or its journal. Weights and report do not depend on the workers.
 """
 
 import multiprocessing
@@ -32,11 +32,11 @@ from optprune.pruning.run import Run
 from optprune.system.wording import shown
 
 MOST = 1000
-"""the most workers: no model has so many blocks, and no block so many layers"""
+"""the largest number of workers; no model has as many blocks, and no block as many layers"""
 Handle = TypeVar("Handle")
 DIED = (
-    "a worker process ended in the middle of its work, perhaps since the memory is not enough for so many: use fewer "
-    "workers, and in a script have all that runs under if __name__ == '__main__'"
+    "a worker process died during its task, probably for lack of memory: use fewer workers, and in a script put the "
+    "call under if __name__ == '__main__'"
 )
 
 
@@ -44,18 +44,18 @@ class Workers(ABC):
     """A way to prune the blocks of a run."""
 
     several: ClassVar[bool] = True
-    """whether several threads, processes or machines work"""
+    """whether there are several threads, processes or machines"""
 
     @abstractmethod
     def prune(self, run: Run) -> None:
         """Prune all blocks of a run that has begun."""
 
     def check(self, policy: Propagation) -> None:
-        """Raise InputError where the blocks of a policy cannot be pruned so."""
+        """Raise InputError where blocks under a policy cannot be pruned this way."""
         return
 
     def executor(self, device: torch.device) -> LayerExecutor:
-        """Return what solves the layers of a stage, for a model on a device."""
+        """Return the executor of the layers of a stage, for a model on a device."""
         return SerialExecutor()
 
 
@@ -89,14 +89,14 @@ class Serial(Workers):
 
 
 class ParallelWorkers(Workers):
-    """Several blocks at a time, each by one of several workers."""
+    """Several blocks at a time, each in one of several workers."""
 
     def check(self, policy: Propagation) -> None:
         if not policy.independent:
             free = " or ".join(name for name, one in POLICIES.items() if one.independent)
             raise InputError(
-                f"under the policy {policy.name} every block depends on those before it, so that workers have no "
-                f"blocks to share: choose the propagation {free}, or --workers without --ray, which share the layers"
+                f"under the policy {policy.name} every block depends on those before it, so workers cannot prune "
+                f"blocks in parallel: choose the propagation {free}, or --workers without --ray to share layers"
             )
 
     def prune(self, run: Run) -> None:
@@ -113,16 +113,17 @@ class ParallelWorkers(Workers):
 class Layers(Serial):
     """One block after the other, in this process, with several layers of a block solved at a time.
 
-    For policies that follow the pruned model, whose blocks cannot be shared. With single weights all layers of a block
-    are solved together under `pruned`, and those that read the same input under `cross` and `local`; units have two.
+    For policies that follow the pruned model, whose blocks cannot be pruned in parallel. With single weights all layers
+    of a block are solved together under `pruned`, and those that read the same input under `cross` and `local`; with
+    units there are two layers.
     """
 
     several = True
 
     count: int
-    """layers that are solved at a time, each in a thread with as many threads of torch as this one"""
+    """number of layers that are solved at a time, each in a thread with as many threads of torch as this one"""
     devices: tuple[str, ...] = ()
-    """the devices, such as cuda:0; by default the model's, and where that is a GPU those after it too"""
+    """the devices, such as cuda:0; by default the model's and, if that is a GPU, the following ones"""
 
     def __post_init__(self) -> None:
         check_count(self.count)
@@ -133,11 +134,11 @@ class Layers(Serial):
         return DeviceExecutor(self.over(device))
 
     def over(self, home: torch.device) -> tuple[torch.device, ...]:
-        """Return the devices for a model on a device; InputError for those of another kind, which round otherwise."""
+        """Return the devices for a model on a device; InputError for other kinds of device, which round differently."""
         named = tuple(torch.device(name) for name in self.devices)
         if any(device.type != home.type for device in named):
             raise InputError(
-                f"the layers of a model on {home} are solved on devices of that kind, not on {', '.join(self.devices)}"
+                f"layers of a model on {home} cannot be solved on {', '.join(self.devices)}: name devices of that kind"
             )
         if named or home.type != "cuda":
             return named or (home,) * self.count
@@ -147,9 +148,9 @@ class Layers(Serial):
 
 @dataclass(frozen=True)
 class Processes(ParallelWorkers):
-    """Processes that are spawned for a run, shared out among the GPUs where there are several.
+    """Processes that are spawned for a run, distributed over the GPUs if there are several.
 
-    A script that uses them keeps what it runs under `if __name__ == "__main__":`, as ever where processes are spawned.
+    A script that uses them needs `if __name__ == "__main__":`, as always with spawned processes.
     """
 
     count: int
@@ -165,16 +166,16 @@ class Processes(ParallelWorkers):
             numbers.put(number)
         lifeline, held = spawn.Pipe(duplex=False)
         with ExitStack() as last:
-            # Workers go when nobody holds the other end: this process has died, or has no more use for them.
+            # Workers exit when the other end is closed: this process has died, or has stopped them.
             last.callback(lifeline.close)
-            pool = ProcessPoolExecutor(self.count, spawn, _begin, (numbers, lifeline, context.device))
+            pool = ProcessPoolExecutor(self.count, spawn, _start_worker, (numbers, lifeline, context.device))
             last.callback(pool.shutdown, cancel_futures=True)
             last.callback(held.close)
-            yield _Pool(self.count, pool, context)
+            yield _ProcessPool(self.count, pool, context)
 
 
 def outcomes(pool: WorkerPool[Handle], jobs: Iterator[BlockJob]) -> Iterator[BlockOutcome]:
-    """Yield outcomes as they come. Only as many jobs are made as workers soon need. A worker's error is raised."""
+    """Yield outcomes as they come, with only as many jobs made as workers soon need; raise a worker's error."""
     from optprune.program.memory import AHEAD
 
     under_way = [pool.send(job) for job in islice(jobs, AHEAD * pool.count)]
@@ -190,40 +191,40 @@ def outcomes(pool: WorkerPool[Handle], jobs: Iterator[BlockJob]) -> Iterator[Blo
 
 
 def check_count(count: int) -> None:
-    """Raise InputError unless there is at least one worker, and at most as many as a run can use."""
+    """Raise InputError unless the number of workers is between 1 and the most that a run can use."""
     if count < 1:
-        raise InputError(f"there must be a worker at least, not {count}")
+        raise InputError(f"the number of workers cannot be {count}: give at least 1")
     if count > MOST:
-        raise InputError(f"there can be {MOST} workers at most, not {shown(count)}: give as many as there are cores")
+        raise InputError(f"the number of workers cannot be {shown(count)}: give at most {MOST}, such as one a core")
 
 
-def _begin(numbers: "SimpleQueue[int]", lifeline: Connection, device: str) -> None:
-    """What a worker does first."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets it too, and ends its workers
-    threading.Thread(target=_end_with, args=(lifeline,), daemon=True).start()
+def _start_worker(numbers: "SimpleQueue[int]", lifeline: Connection, device: str) -> None:
+    """Prepare a worker process: ignore Ctrl-C, exit with the parent and take a GPU."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent receives it too and stops its workers
+    threading.Thread(target=_exit_with_parent, args=(lifeline,), daemon=True).start()
     if device == "cuda":
         torch.cuda.set_device(numbers.get() % torch.cuda.device_count())
 
 
-def _end_with(lifeline: Connection) -> None:
+def _exit_with_parent(lifeline: Connection) -> None:
     try:
         lifeline.recv_bytes()
     except (EOFError, OSError):
         os._exit(1)
 
 
-class _Pool(WorkerPool["Future[bytes]"]):
+class _ProcessPool(WorkerPool["Future[bytes]"]):
     def __init__(self, count: int, pool: ProcessPoolExecutor, context: WorkerContext) -> None:
         self.count, self._pool, self._context = count, pool, context
 
     def send(self, job: BlockJob) -> "Future[bytes]":
-        # Pickled here: multiprocessing would have tensors travel in /dev/shm, which is small in a container.
+        # Pickled here, because multiprocessing would put tensors into /dev/shm, which is small in a container.
         try:
             packed = pickle.dumps(job)
         except (pickle.PicklingError, AttributeError, TypeError) as error:
             raise InputError(
-                f"the recipe cannot be handed to another process ({error}): define what is your own in it at the top "
-                "level of a module, or leave the workers out"
+                f"the recipe cannot be sent to another process ({error}): define its custom objects at the top level "
+                "of a module, or leave out the workers"
             ) from error
         try:
             return self._pool.submit(_run, self._context, packed)

@@ -121,7 +121,7 @@ class Recipe(Displayed, BaseModel):
         try:
             super().__init__(**fields)
         except RecursionError as error:
-            raise InputError("the recipe is nested too deeply to be read: write it flatter") from error
+            raise InputError("the recipe is nested too deeply: use fewer levels") from error
         except ValidationError as error:
             first = error.errors()[0]
             if first["loc"]:
@@ -143,15 +143,15 @@ class Recipe(Displayed, BaseModel):
         experts = isinstance(self.units, Experts)
         if self.solver is not None and isinstance(self.solver, ExpertSolver) != experts:
             raise ValueError(
-                f"{self.solver.label} does not solve the problems of units {self.units.name}: experts are chosen by "
-                "expert_elimination, reap or expert_frequency, which solve no other problems"
+                f"{self.solver.label} does not solve the problems of units {self.units.name}: use expert_elimination, "
+                "reap or expert_frequency for experts, and other solvers for other units"
             )
         if experts and self.objective is not None:
-            raise ValueError("whole experts have an objective of their own: leave the objective out")
+            raise ValueError("units experts have a fixed objective: leave the objective out")
         if self.permuted and not isinstance(self.units.family, InGroups):
             pattern = "no pattern" if self.units.family is None else f"the pattern {self.units.family.name}"
             raise ValueError(
-                f"permuted orders inputs for groups of N:M, and units {self.units.name} have {pattern}: set "
+                f"permuted needs an N:M pattern, but units {self.units.name} have {pattern}: set "
                 "units.weights to an N:M pattern such as 2:4, or leave permuted out"
             )
         refitted, solver = self.refit is not None and len(self.refit.dampings) > 0, self.layer_solver
@@ -285,11 +285,6 @@ def recipe_names() -> list[str]:
     return sorted(file.name.removesuffix(".yaml") for file in SHIPPED.iterdir() if file.name.endswith(".yaml"))
 
 
-def make_recipe(fields: Mapping[str, Any]) -> Recipe:
-    """Return a recipe from plain data; InputError, in one sentence, for the first field that is wrong."""
-    return Recipe(fields)
-
-
 def load_recipe(name_or_path: str, overrides: Mapping[str, Any] | None = None) -> Recipe:
     """Return a recipe by its name or from a YAML file, with some fields replaced."""
     names = recipe_names()
@@ -354,7 +349,9 @@ def by_cost(recipe: Recipe) -> ByCost:
     """Return the allocator that divides one budget over the whole model."""
     group = recipe.allocation
     if not isinstance(group, GlobalBudget):
-        raise InputError(f"the recipe divides no budget: its allocation is {group.kind}, not global")
+        raise InputError(
+            f"the recipe has no global budget: its allocation is {group.kind}, so set allocation to global"
+        )
     if recipe.units.family is not None:
         budget = WeightBudget(recipe.units.family, recipe.sparsity, group.least, group.most)
     else:

@@ -73,12 +73,12 @@ def _group(path: str, parent: FieldInfo) -> Iterator[RecipeField]:
             yield from _group(inner, info)
         elif name != choice.switch or not choice.kinds:
             every = len(owners) == len(choice.models)
-            of = "" if every else f"of {either([owner.model_fields[choice.switch].default for owner in owners])}: "
-            yield _field(inner, info, "" if info.is_required() else _in_words(info.default), of)
+            prefix = "" if every else f"of {either([owner.model_fields[choice.switch].default for owner in owners])}: "
+            yield _field(inner, info, "" if info.is_required() else _in_words(info.default), prefix)
 
 
-def _field(path: str, info: FieldInfo, default: str, of: str = "") -> RecipeField:
-    return RecipeField(path, NAMED.get(path) or _kind(info), default, of + _meaning(info))
+def _field(path: str, info: FieldInfo, default: str, prefix: str = "") -> RecipeField:
+    return RecipeField(path, NAMED.get(path) or _kind(info), default, prefix + _meaning(info))
 
 
 def _meaning(info: FieldInfo) -> str:
@@ -150,7 +150,7 @@ KINDS = (
 
 
 def loads_stock(recipe: Recipe) -> bool:
-    """Return whether stock transformers loads a model pruned by a recipe, whatever the model, without code of ours."""
+    """Return whether stock transformers loads every model pruned by a recipe, without code of optprune."""
     if recipe.units.family is not None:
         return True
     if isinstance(recipe.allocation, DepthSearch):

@@ -83,7 +83,7 @@ class Settings:
             fresh = cls()
             for name, value in ((str(key), value) for key, value in layer.items()):
                 if name in RENAMED:
-                    raise InputError(f"the recipe field {name!r} is spelled {RENAMED[name]}")
+                    raise InputError(f"the recipe field {name!r} was renamed: write {RENAMED[name]}")
                 fresh.add(name, Given(value, name, number))
             found.given |= fresh.given
         return found
@@ -154,13 +154,13 @@ class Settings:
             if family == ANYWHERE or age > 0:
                 return units
             raise InputError(
-                f"the pattern {family.name} is one of single weights, but units are {(units or UNITS['mlp']).name}: "
+                f"the pattern {family.name} is for single weights, but units are {(units or UNITS['mlp']).name}: "
                 "choose a recipe with units weights, such as sparsegpt"
             )
         if units.family in (ANYWHERE, family) or age < 0:
             return Weights(family)
         if age == 0:
-            raise InputError(f"the pattern {family.name} is not {units.family.name}, that of the units: give one")
+            raise InputError(f"the pattern {family.name} differs from {units.family.name}, that of the units: give one")
         return units
 
     def _check_sparsity(self) -> None:
@@ -175,16 +175,16 @@ class Settings:
         choice = GROUPS[path]
         switch = self.given.get(f"{path}.{choice.switch}", Given(choice.default, path, -1))
         model = switch.read(choice.of)
-        made: dict[str, Any] = {choice.switch: switch.value}
+        values: dict[str, Any] = {choice.switch: switch.value}
         for key in [key for key in self.given if key.startswith(f"{path}.")]:
             name = key.removeprefix(f"{path}.").partition(".")[0]
             if model is None or name not in model.model_fields:
                 self._check_unused(path, key, switch)
             else:
                 inner = f"{path}.{name}"
-                made[name] = self._group(inner) if inner in GROUPS else self.given[key].value
+                values[name] = self._group(inner) if inner in GROUPS else self.given[key].value
         try:
-            return None if model is None else model.model_validate(made)
+            return None if model is None else model.model_validate(values)
         except ValidationError as error:
             raise self.refused(error, path) from error
 
@@ -203,7 +203,7 @@ class Settings:
             return
         kinds = [kind for kind, model in GROUPS[off].kinds.items() if name in model.model_fields]
         raise InputError(
-            f"the recipe field {one_line(given.spelling)!r} does nothing without {off}.{GROUPS[off].switch}"
+            f"the recipe field {one_line(given.spelling)!r} has no effect without {off}.{GROUPS[off].switch}"
             f"{' ' if kinds else ''}{' or '.join(kinds)}: set that too, or leave it out"
         )
 

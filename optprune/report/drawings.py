@@ -36,7 +36,7 @@ COLOURS = {
 PAGE_SETTINGS = {
     "svg.fonttype": "none",  # text stays text, in the page's font
     "svg.image_inline": True,
-    "text.parse_math": False,  # a name is no formula
+    "text.parse_math": False,  # a name is not a formula
     "font.size": 9,
     "text.color": COLOURS["ink"],
     "axes.edgecolor": COLOURS["line"],
@@ -220,11 +220,11 @@ def _steps(name: str, title: str, kept: Sequence[BlockValues], *, shares_of: boo
     figure, panels = _figure([0.5 if shares_of else 1.0] * len(kept), above=0.25)
     for axes, each in zip(panels, kept, strict=True):
         edges = [index - 0.5 for index in range(len(each.after) + 1)]
-        gone = [index for index, (was, now) in enumerate(zip(each.before, each.after, strict=True)) if was and not now]
+        empty = [index for index, (was, now) in enumerate(zip(each.before, each.after, strict=True)) if was and not now]
         axes.stairs(each.after, edges, fill=True, color=COLOURS["first"], alpha=0.85, linewidth=0)
         axes.stairs(each.before, edges, color=COLOURS["muted"], linewidth=0.9, linestyle=(0, (2, 1.5)))
         most = max(*each.before, *each.after, 1e-9)
-        axes.plot(gone, [most * 0.12] * len(gone), "x", color=COLOURS["second"], markeredgewidth=1.4, markersize=5)
+        axes.plot(empty, [most * 0.12] * len(empty), "x", color=COLOURS["second"], markeredgewidth=1.4, markersize=5)
         axes.set_title(printable(each.name), pad=3)
         axes.set_ylim(0, most * 1.08)
         axes.set_xlim(edges[0], edges[-1])
@@ -374,12 +374,12 @@ def plot_kept(found: Audit, kind: str) -> bytes:
                 upper.plot(range(len(before)), before, ":", color=f"C{colour}", label=f"{what} before")
         for path, kept in found.shares.items():
             lower.plot(range(len(kept)), kept, ".-", label=path)
-        gone = (
+        removed = (
             f"{found.zeros / (found.weights or 1):.1%} zeros"
             if found.removed is None
             else f"{found.removed:.1%} removed"
         )
-        upper.set(ylabel="units", title=f"{Path(found.model).name}: {gone}", ylim=(0, None))
+        upper.set(ylabel="units", title=f"{Path(found.model).name}: {removed}", ylim=(0, None))
         of_what = "over the most in a block" if original is None else "of the original's"
         lower.set(xlabel="block", ylabel=f"weights kept {of_what}", ylim=(0, 1.05))
         lower.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -114,7 +114,7 @@ def _texts(
     return {
         "title": f"{name}, pruned by {recipe}",
         "lead": f"{report.sparsity_reached:.2%} of the linear weights of its decoder blocks are removed "
-        f"({report.sparsity_requested:.2%} asked), by optprune {report.versions.get('optprune', '')}".strip()
+        f"({report.sparsity_requested:.2%} requested), by optprune {report.versions.get('optprune', '')}".strip()
         + ".",
         "summary": " ".join(
             f"{one_line(text).rstrip('.')}." for key in ("summary", "source") if (text := report.recipe.get(key))
@@ -184,13 +184,13 @@ def _kept(report: Report) -> str:
     sentences = []
     for each in changed:
         pairs = {(was, now) for was, now in zip(each.before, each.after, strict=True) if now}
-        gone = sum(bool(was) and not now for was, now in zip(each.before, each.after, strict=True))
+        empty = sum(bool(was) and not now for was, now in zip(each.before, each.after, strict=True))
         least, most = (pick((now for _, now in pairs), default=0) for pick in (min, max))
-        if len(pairs) == 1 and not gone:
+        if len(pairs) == 1 and not empty:
             ((was, now),) = pairs
             sentences.append(f"{now:,.0f} of {was:,.0f} {each.name} in every block")
         else:
-            tail = f", none in {counted(gone, 'block')}" if gone else ""
+            tail = f", none in {counted(empty, 'block')}" if empty else ""
             sentences.append(f"{least:,.0f} to {most:,.0f} {each.name} (of {max(each.before):,.0f}){tail}")
     pattern = pattern_of(report)
     if pattern is not None:

@@ -34,13 +34,13 @@ def phases_table(report: Report) -> Table:
             phase.name,
             time_of(phase.seconds),
             f"{phase.seconds / whole:.1%}" if whole else "",
-            _size(phase.host_bytes),
-            *([_size(phase.device_bytes)] if device else []),
+            _mib(phase.host_bytes),
+            *([_mib(phase.device_bytes)] if device else []),
         )
         for phase in report.phases
     ]
     peaks = [
-        _size(max((size for size in sizes if size is not None), default=None))
+        _mib(max((size for size in sizes if size is not None), default=None))
         for sizes in zip(*((phase.host_bytes, phase.device_bytes) for phase in report.phases), strict=True)
     ]
     rows.append(("all", time_of(whole), "100.0%", *peaks[: 1 + device]))
@@ -127,7 +127,7 @@ def along_table(evaluation: EvaluationReport) -> Table:
         )
         for each in evaluation.along
     )
-    head = ("tokens seen", "perplexity", "divergence, nats", "first choice the same")
+    head = ("tokens in the context", "perplexity", "divergence, nats", "first choice the same")
     return Table("Predictions along the context", head, rows)
 
 
@@ -187,10 +187,6 @@ def percent(share: float) -> str:
     return f"{100 * share:.3g}%" if math.isfinite(share) else "unbounded"
 
 
-def _size(size: int | None) -> str:
-    return "-" if size is None else mib(size)
-
-
 def mib(size: int) -> str:
     """Return a number of bytes in MiB."""
     return f"{size / 2**20:,.1f} MiB"
@@ -209,7 +205,7 @@ class Headline:
     def key_figures(self) -> list[tuple[str, str, str]]:
         """The most important figures: name, figure, and a remark."""
         report, evaluation = self.report, self.evaluation
-        found = [("weights removed", f"{report.sparsity_reached:.2%}", f"{report.sparsity_requested:.2%} asked")]
+        found = [("weights removed", f"{report.sparsity_reached:.2%}", f"{report.sparsity_requested:.2%} requested")]
         if evaluation is not None:
             before = evaluation.dense_perplexity
             small = "" if before is None else f"{number(before, '.2f')} before"

@@ -37,7 +37,7 @@ class Reporter:
         log: Say | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`log` gets every line that is printed without a terminal, also when there is one."""
+        """Print to a console; `log` gets every line that is printed without a terminal, also when there is one."""
         self.console, self._log, self._clock = console or Console(stderr=True), log, clock
         # Bars in a notebook are widgets, which need ipywidgets.
         self._draws = self.console.is_terminal or (self.console.is_jupyter and find_spec("ipywidgets") is not None)

@@ -9,6 +9,7 @@ from typing import Any, TypeVar, get_args
 from pydantic import TypeAdapter, ValidationError
 
 from optprune.errors import InputError
+from optprune.measure import Answers, StandardErrors
 from optprune.report.records import LayerReport, RecoveredPart, RemovedPart, Report
 from optprune.system.files import read_json
 from optprune.system.wording import one_line, shown
@@ -23,26 +24,10 @@ ROWS = {"layers": LayerReport, "recovered": RecoveredPart, "removed": RemovedPar
 
 def read_report(folder: str | Path) -> Report:
     """Return the report in a folder that a run wrote; InputError where it is missing or not a report."""
-    file = Path(folder) / REPORT
+    file, advice = Path(folder) / REPORT, "give a folder that optprune prune wrote"
     if not file.is_file():
-        raise InputError(f"the folder {folder} has no {REPORT}: give one that optprune prune wrote")
-    try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{file} cannot be read: {one_line(error)}") from error
-    data = read_json(text, str(file))
-    if not isinstance(data, dict):
-        raise InputError(f"{file} is no report of a run, but {shown(data)}: give a folder that optprune prune wrote")
-    check_whole_numbers(data, str(file))
-    try:
-        return TypeAdapter(Report).validate_python(_restore_nan(data))
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        raise InputError(
-            f"{file} is no report of a run ({one_line(place)}: {one_line(first['msg'])}): give a folder that optprune "
-            "prune wrote"
-        ) from error
+        raise InputError(f"the folder {folder} has no {REPORT}: {advice}")
+    return _as(Report, _restore_nan(_data(file)), f"{file} is not the report of a run", advice)
 
 
 def check_whole_numbers(data: Any, where: str) -> None:
@@ -105,26 +90,6 @@ class Continuation:
 
 
 @dataclass(frozen=True)
-class RightAnswers:
-    """Share of multiple-choice questions that a model answers correctly."""
-
-    questions: int
-    accuracy: float
-    accuracy_by_byte: float
-
-
-@dataclass(frozen=True)
-class StandardErrors:
-    """Standard errors of means over windows; differences are paired."""
-
-    surprise: float
-    """the standard error of the difference of mean negative log-likelihood to the dense model, in nats a prediction"""
-    divergence: float
-    agreement: float
-    windows: int
-
-
-@dataclass(frozen=True)
 class EvaluationReport:
     """Quality of a model on a text, and that of the dense model if it was measured."""
 
@@ -147,8 +112,8 @@ class EvaluationReport:
     along: tuple[ContextPart, ...] = ()
     """the same figures by length of the context"""
     generations: tuple[Continuation, ...] = ()
-    questions: RightAnswers | None = None
-    dense_questions: RightAnswers | None = None
+    questions: Answers | None = None
+    dense_questions: Answers | None = None
     dense_parameters: int | None = None
     dense_bytes: int | None = None
     """the size of the dense model's weights files"""
@@ -190,7 +155,7 @@ class SpeedReport:
 
 def parse_evaluation(data: Mapping[str, Any], where: str) -> EvaluationReport:
     """Return an evaluation from the data that `optprune evaluate` writes; InputError for other data."""
-    return _as(EvaluationReport, data, where, "evaluate")
+    return _as(EvaluationReport, data, f"{where} is not what optprune evaluate --json writes", "give its file")
 
 
 def read_evaluation(file: Path) -> EvaluationReport:
@@ -200,7 +165,8 @@ def read_evaluation(file: Path) -> EvaluationReport:
 
 def read_speed(file: Path) -> SpeedReport:
     """Return the speed in a file of `optprune benchmark-model --json`; InputError for other files."""
-    speed = _as(SpeedReport, _data(file), str(file), "benchmark-model")
+    problem = f"{file} is not what optprune benchmark-model --json writes"
+    speed = _as(SpeedReport, _data(file), problem, "give its file")
     if len(speed.models) not in (1, 2):
         raise InputError(
             f"{file} has {len(speed.models)} models: give a file with one model, or with two that were compared"
@@ -209,6 +175,7 @@ def read_speed(file: Path) -> SpeedReport:
 
 
 def _data(file: Path) -> Any:
+    """Return the plain data in a JSON file; InputError where it cannot be read or holds an integer beyond 64 bits."""
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -218,15 +185,14 @@ def _data(file: Path) -> Any:
     return data
 
 
-def _as(kind: type[Kind], data: Any, where: str, command: str) -> Kind:
+def _as(kind: type[Kind], data: Any, problem: str, advice: str) -> Kind:
+    """Return plain data as an object; InputError of the problem, the first wrong field and the advice."""
     try:
         return TypeAdapter(kind).validate_python(data)
     except ValidationError as error:
         first = error.errors()[0]
-        place = one_line(".".join(map(str, first["loc"])))
-        raise InputError(
-            f"{where} is not what optprune {command} --json writes ({place}: {one_line(first['msg'])}): give its file"
-        ) from error
+        reason = ": ".join(filter(None, (".".join(map(str, first["loc"])), first["msg"])))
+        raise InputError(f"{problem} ({one_line(reason)}): {advice}") from error
 
 
 @dataclass(frozen=True)
@@ -263,17 +229,8 @@ def read_healing(folder: str | Path) -> HealingReport | None:
     InputError where the file cannot be read, or the section has another form.
     """
     file = Path(folder) / REPORT
-    try:
-        data = read_json(file.read_text(encoding="utf-8"), str(file))
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{file} cannot be read: {one_line(error)}") from error
+    data = _data(file)
     if not isinstance(data, dict) or "healing" not in data:
         return None
-    try:
-        return TypeAdapter(HealingReport).validate_python(data["healing"])
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = one_line(".".join(map(str, first["loc"])))
-        raise InputError(
-            f"the section healing of {file} is not what optprune heal writes ({place}: {one_line(first['msg'])})"
-        ) from error
+    problem = f"the section healing of {file} is not what optprune heal writes"
+    return _as(HealingReport, data["healing"], problem, "give a folder that it wrote")

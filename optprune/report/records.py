@@ -122,7 +122,7 @@ class Report(Displayed):
     the machine); `--resume` compares them with those of the command"""
 
     def __repr__(self) -> str:
-        removed = f"{self.sparsity_reached:.2%} removed, {self.sparsity_requested:.2%} asked"
+        removed = f"{self.sparsity_reached:.2%} removed, {self.sparsity_requested:.2%} requested"
         return (
             f"Report({self.model!r}, {self.recipe.get('name')!r}, {removed}, {counted(len(self.layers), 'layer')} "
             "solved)"
@@ -132,12 +132,12 @@ class Report(Displayed):
         errors = [layer.relative_error for layer in self.layers]
         facts = [
             ("model", one_line(self.model)),
-            ("removed", f"{self.sparsity_reached:.2%} of the linear weights ({self.sparsity_requested:.2%} asked)"),
+            ("removed", f"{self.sparsity_reached:.2%} of the linear weights ({self.sparsity_requested:.2%} requested)"),
             (
                 "calibration",
                 f"{self.tokens:,} tokens" + (f", {one_line(self.calibration)}" if self.calibration else ""),
             ),
-            ("seconds", f"{self.seconds:.1f}, of which the two calibration passes need {self.floor_seconds:.1f}"),
+            ("seconds", f"{self.seconds:.1f}, of which the two calibration passes take {self.floor_seconds:.1f}"),
         ]
         if errors:
             mean = f"{sum(errors) / len(errors):.3g} over {counted(len(errors), 'layer')}"

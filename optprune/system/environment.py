@@ -70,5 +70,5 @@ def installed_file(package: str, path: str, what: str) -> Path:
     except PackageNotFoundError:
         found = None
     if found is None or not found.is_file():
-        raise InputError(f"the demo {what} is in the package {package}, which is not installed: run {INSTALL}")
+        raise InputError(f"the demo {what} needs the package {package}, which is not installed: run {INSTALL}")
     return found

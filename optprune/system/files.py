@@ -89,8 +89,8 @@ def exclusive_draft(target: Path) -> Path:
 
 def is_draft(name: str, target: str | None = None) -> bool:
     """Return whether `exclusive_draft` could have made a name, for this target or for any."""
-    of = r"[^/]+" if target is None else re.escape(target)
-    return re.fullmatch(rf"\.{of}\.[0-9a-f]{{8}}\.part", name) is not None
+    stem = r"[^/]+" if target is None else re.escape(target)
+    return re.fullmatch(rf"\.{stem}\.[0-9a-f]{{8}}\.part", name) is not None
 
 
 def digest_of_file(file: Path) -> str:
@@ -203,7 +203,7 @@ def read_json(text: str, where: str) -> Any:
     try:
         return json.loads(text, object_pairs_hook=_once)
     except RecursionError as error:
-        raise InputError(f"{where} is nested too deeply to be read: write it flatter") from error
+        raise InputError(f"{where} is nested too deeply: use fewer levels") from error
     except ValueError as error:
         raise InputError(f"{where} is not valid JSON: {_reason(error)}") from error
 

@@ -33,7 +33,7 @@ class ManifestFolder:
 
     noun = "run"
     """the noun for the content of the folder, which is also in the manifest"""
-    begin_anew = "begin anew with --restart, which deletes it"
+    begin_anew = "start again with --restart, which deletes it"
     """the way to discard the content, for messages"""
     written: tuple[str, ...] = ()
     """`fnmatch` patterns of the names that may be written; a foreign file with such a name is an error"""
@@ -52,7 +52,7 @@ class ManifestFolder:
             self.folder.mkdir(parents=True, exist_ok=True)
             # All objects of this process share one lock: an unreleased one is not another process.
             self._lock = FileLock(self.folder / LOCK, is_singleton=True)
-            if not _taken(self._lock):
+            if not _acquired(self._lock):
                 raise _busy(self.folder, self.noun)
             try:
                 self._manifest = _manifest(self.folder, self.noun) or self._created(1 if left else len(made))
@@ -273,7 +273,7 @@ def check_manifest_folder(folder: Path, noun: str) -> dict[str, Any] | None:
     another version, or a lock of another process. Nothing on the disk is changed.
     """
     if folder.is_symlink():
-        raise InputError(f"{folder} is a link, but a {noun} needs a folder of its own: remove the link")
+        raise InputError(f"{folder} is a link, but a {noun} needs a folder: remove the link")
     if not folder.exists():
         return None
     if not folder.is_dir():
@@ -285,18 +285,18 @@ def check_manifest_folder(folder: Path, noun: str) -> dict[str, Any] | None:
             left = (path.name == LOCK and path.stat().st_size == 0) or is_draft(path.name, MANIFEST)
             if not (left and is_own_file(path)):
                 raise InputError(
-                    f"{folder} holds something other than a {noun} ({shown(path.name)}), so it was not changed: "
+                    f"{folder} is not the folder of a {noun} (it holds {shown(path.name)}), so it was not changed: "
                     "move it away, or choose another name for the output"
                 )
     if is_own_file(folder / LOCK):
         lock = FileLock(folder / LOCK, is_singleton=True)
-        if not _taken(lock):
+        if not _acquired(lock):
             raise _busy(folder, noun)
         lock.release()
     return manifest
 
 
-def _taken(lock: FileLock) -> bool:
+def _acquired(lock: FileLock) -> bool:
     """Acquire a lock, and return whether that succeeded."""
     try:
         lock.acquire(timeout=0)
@@ -311,7 +311,7 @@ def _taken(lock: FileLock) -> bool:
 
 
 def _busy(folder: Path, noun: str) -> InputError:
-    return InputError(f"another process is at work on the {noun} in {folder}: wait for it, or stop it")
+    return InputError(f"another process is using the {noun} in {folder}: wait for it, or stop it")
 
 
 def _manifest(folder: Path, noun: str) -> dict[str, Any] | None:

@@ -32,7 +32,7 @@ def lazy_names(
 
 
 def renamed_argument(old: str, new: str) -> Callable[[Function], Function]:
-    """Return a decorator of a function that still takes an argument by its old name, with a DeprecationWarning."""
+    """Return a decorator by which a function still takes an argument by its old name, with a warning."""
 
     def decorated(function: Function) -> Function:
         @functools.wraps(function)

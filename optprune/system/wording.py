@@ -22,9 +22,9 @@ class _Short(reprlib.Repr):
             return f"a whole number of {x.bit_length()} bits"
 
 
-def shown(value: object, longest: int = 200) -> str:
+def shown(value: object) -> str:
     """Return the `repr` of a value, cut to a line."""
-    return one_line(_Short().repr(value), longest)
+    return one_line(_Short().repr(value), 200)
 
 
 def one_line(text: object, longest: int = 300) -> str:

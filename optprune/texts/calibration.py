@@ -213,7 +213,7 @@ def _shares(texts: Sequence[Text]) -> list[Fraction]:
         # Exact decimals: 0.7 is seven tenths, not the nearest float.
         shares = [Fraction(str(text.share)) for text in texts]
     except ValueError as error:
-        raise InputError(f"a share is no number: {error}; give shares with the sum 1") from error
+        raise InputError(f"a share is not a number: {error}; give shares with the sum 1") from error
     check_shares(shares)
     return shares
 

@@ -42,14 +42,14 @@ class Conversation:
         for number, message in enumerate(value, start=1):
             if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
                 raise InputError(
-                    f"message {number} of the column {column!r} in {where} is {shown(message)}, which has no role and "
+                    f"message {number} of the column {column!r} in {where} is {shown(message)}, without a role and "
                     f"content: write {EXAMPLE}"
                 )
             content = message.get("content")
             if content is not None and not isinstance(content, str):
                 raise InputError(
                     f"the content of message {number} of the column {column!r} in {where} is {shown(content)}, which "
-                    "is not a text: write its text alone"
+                    "is not a text: write text only"
                 )
             # A table has a null for each key that only some messages have.
             messages.append({key: part for key, part in message.items() if part is not None or key == "content"})
@@ -71,8 +71,8 @@ class Conversation:
         """
         if tokenizer.chat_template is None:
             raise InputError(
-                "the tokenizer has no chat template, which chat data needs: put a chat_template.jinja into the model's "
-                "folder, or give a text instead of messages"
+                "the tokenizer has no chat template for messages: put a chat_template.jinja into the model's folder, "
+                "or give a text instead"
             )
         try:
             text = tokenizer.apply_chat_template([dict(message) for message in self.messages], tokenize=False)
@@ -161,9 +161,9 @@ def read_documents(spec: str) -> list[Document]:
     """
     documents = [document for document in _read(spec) if normalised_text(document)]
     if not documents:
-        raise InputError(f"the text {spec} is empty: give one with words")
+        raise InputError(f"the text {spec} is empty: give another text")
     if len({type(document) for document in documents}) > 1:
-        raise InputError(f"the text {spec} has texts as well as messages: give two texts, one of each kind")
+        raise InputError(f"the text {spec} mixes texts and messages: give two texts, one of each kind")
     return documents
 
 

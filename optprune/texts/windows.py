@@ -50,7 +50,7 @@ def token_pieces(tokenizer: "Tokenizer", documents: Iterable[str]) -> Iterator[l
         raise CannotSplit
     before, after = _specials(tokenizer)
     coming, buffer, ended = _joined(documents), "", False
-    begin, seen, pairs = 0, list[tuple[int, int]](), set[str]()
+    begin, overlap, pairs = 0, list[tuple[int, int]](), set[str]()
     yield before
     while True:
         # The buffer begins with the context of the piece, which begins at the cut of the previous piece.
@@ -66,7 +66,7 @@ def token_pieces(tokenizer: "Tokenizer", documents: Iterable[str]) -> Iterator[l
         window = buffer[:most]
         found = _tokenise(tokenizer, window)
         first = found.starts.index(begin) if begin in found.starts else 0
-        if begin and (not seen or found.around(begin) != seen):
+        if begin and (not overlap or found.around(begin) != overlap):
             raise CannotSplit
         if ended and len(window) == len(buffer):
             yield [*found.ids[first:], *after]
@@ -75,7 +75,7 @@ def token_pieces(tokenizer: "Tokenizer", documents: Iterable[str]) -> Iterator[l
         last = _cut(tokenizer, found, begin + PIECE + CONTEXT, pairs)
         yield list(found.ids[first:last])
         place = found.starts[last]
-        seen, begin = found.around(place), CONTEXT
+        overlap, begin = found.around(place), CONTEXT
         buffer = buffer[place - CONTEXT :]
 
 

@@ -206,7 +206,7 @@ WHOLE = BlockShape(128, 2, 16)
         ([BlockAllocation(replace(WHOLE, mlp_width=129))] * 2, "keeps mlp_width 129 in block 0, which has 128"),
         ([BlockAllocation(replace(WHOLE, kv_heads=-1))] * 2, "keeps kv_heads -1 in block 0"),
         ([BlockAllocation(replace(WHOLE, value_dim=0))] * 2, "keeps value_dim 0 in block 0"),
-        ([BlockAllocation(BlockShape(128, 0, 0))] * 2, "keeps no attention at all"),
+        ([BlockAllocation(BlockShape(128, 0, 0))] * 2, "keeps no attention"),
         ([BlockAllocation(BlockShape(128, 1, 8))] * 2, "removes KV heads and value dimensions of block 0"),
         ([BlockAllocation(WHOLE, {"mlp.fc1": 0.5})] * 2, "names mlp.fc1 in block 0, which has no such linear layer"),
         ([BlockAllocation(WHOLE, {"mlp.up_proj": 0.0})] * 2, "keeps a share 0 of mlp.up_proj"),
@@ -221,9 +221,9 @@ def test_an_allocation_that_does_not_fit_the_model_is_refused(blocks: list[Block
 @pytest.mark.parametrize(
     ("recipe", "options", "block", "reason"),
     [
-        ("fasp", {}, BlockAllocation(WHOLE, {"mlp.up_proj": 0.5}), "needs a recipe with units weights"),
+        ("fasp", {}, BlockAllocation(WHOLE, {"mlp.up_proj": 0.5}), "use a recipe with units weights"),
         ("wanda", {}, BlockAllocation(BlockShape(64, 2, 16)), "units are single weights"),
-        ("alps", {"units.weights": "2:4"}, BlockAllocation(WHOLE, {"mlp.up_proj": 0.6}), "with the pattern 2:4"),
+        ("alps", {"units.weights": "2:4"}, BlockAllocation(WHOLE, {"mlp.up_proj": 0.6}), "share than the pattern 2:4"),
     ],
 )
 def test_an_allocation_that_does_not_fit_the_recipe_is_refused(

@@ -13,7 +13,7 @@ from optprune.metric import OutputMetric
 from optprune.models import Decoder, Mlp
 from optprune.problems import LayerLoss, LinkedLeastSquares
 from optprune.pruning import prune
-from optprune.recipe import load_recipe, make_recipe
+from optprune.recipe import Recipe, load_recipe
 from optprune.solvers import GreedyObs, solve
 from tests.helpers.divided import divided
 from tests.helpers.tiny_models import TINY_MODELS, tiny_llama
@@ -123,15 +123,15 @@ def test_a_budget_out_of_reach_is_an_input_error() -> None:
     with pytest.raises(InputError, match=r"out of reach with units 'mlp' and allocation\.least 0\.45"):
         divided(Decoder(tiny_llama()), load_recipe("structured_best", {"units": "mlp", "sparsity": 0.7}))
     with pytest.raises(InputError, match=r"2:4 has a sparsity of 0\.5"):
-        make_recipe({"units": "weights", "units.weights": "2:4", "sparsity": 0.6, "allocation": "global"})
+        Recipe({"units": "weights", "units.weights": "2:4", "sparsity": 0.6, "allocation": "global"})
 
 
 def test_a_budget_divided_without_a_metric_gives_a_note() -> None:
     settings = {"metric": "none", "sparsity": 0.2, "allocation.probe_tokens": 0}
     report = prune(tiny_llama(), batches(), load_recipe("structured_best", settings))
-    assert any("not in one unit" in note for note in report.notes)
+    assert any("do not compare between layers" in note for note in report.notes)
     report = prune(tiny_llama(), batches(), load_recipe("structured_best", {"sparsity": 0.2}))
-    assert not any("not in one unit" in note for note in report.notes)
+    assert not any("do not compare between layers" in note for note in report.notes)
     with pytest.raises(StrictError, match="set metric to diagonal"):
         prune(tiny_llama(), batches(), load_recipe("structured_best", {**settings, "strict": True}))
 

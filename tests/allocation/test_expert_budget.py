@@ -133,7 +133,7 @@ def test_without_a_probe_costs_are_shares_of_what_a_mixture_answers(gone: int) -
 def test_without_a_probe_a_note_says_that_units_differ() -> None:
     model, settings = mixture(2), {**BUDGET, "allocation.probe_tokens": 0, "sparsity": 0.1}
     report = prune(model, batches(), load_recipe("experts_best", settings))
-    assert any("not in one unit from block to block: set allocation.probe_tokens" in note for note in report.notes)
+    assert any("do not compare between blocks: set allocation.probe_tokens" in note for note in report.notes)
     with pytest.raises(StrictError, match=r"set allocation\.probe_tokens to 512"):
         prune(mixture(2), batches(), load_recipe("experts_best", {**settings, "strict": True}))
 

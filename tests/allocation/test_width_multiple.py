@@ -46,14 +46,14 @@ def test_units_of_ones_own_are_cut_to_the_multiple(allocation: str) -> None:
 
 @pytest.mark.parametrize("settings", [{"units": "kv-groups"}, {"units": "kv-groups", "allocation": "global"}], ids=str)
 def test_heads_have_no_multiple(settings: dict) -> None:
-    with pytest.raises(InputError, match="a width multiple of 16 does nothing with units 'kv-groups'"):
+    with pytest.raises(InputError, match="a width multiple of 16 has no effect on units 'kv-groups'"):
         prune(tiny_llama(), batches(), Recipe({"allocation.multiple": 16}, sparsity=0.2, **settings))
 
 
 def test_heads_that_are_too_small_for_whole_multiples_are_refused() -> None:
     decoder = Decoder(tiny_llama())
     assert decoder.shape(0).value_dim == 16
-    with pytest.raises(InputError, match="a width multiple of 8 does nothing with units 'vo', of which a block has 16"):
+    with pytest.raises(InputError, match="a width multiple of 8 has no effect on units 'vo', of which a block has 16"):
         uniform(decoder, 0.1, Values(), 8)
     # With MLP units beside them, those are.
     shapes = [block.shape for block in uniform(decoder, 0.2, UNITS["all"], 8).blocks]

@@ -151,7 +151,7 @@ def test_a_folder_of_something_else_and_a_damaged_one_are_refused(dense: PreTrai
         optprune.collect(dense, batches(3), recipes=chosen, folder=tmp_path / "one")
     (tmp_path / "two").mkdir()
     (tmp_path / "two" / "notes.txt").write_text("mine")
-    with pytest.raises(InputError, match="holds something other than statistics"):
+    with pytest.raises(InputError, match="is not a folder of statistics"):
         optprune.collect(dense, batches(), recipes=chosen, folder=tmp_path / "two")
     facts = tmp_path / "one" / "statistics.json"
     now = facts.read_text()
@@ -189,7 +189,7 @@ def test_another_source_is_refused_by_name(
     statistics = optprune.collect(tiny_llama(), batches(), recipes=[])
     model = make()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    with pytest.raises(InputError, match=rf"collected where {what} was .*, and here it is .*: collect them anew"):
+    with pytest.raises(InputError, match=rf"collected where {what} was .*, and here it is .*: collect them again"):
         optprune.prune(model, text(), recipe("fasp"), statistics=statistics, partial_sums=PartialSums(partial_sums))
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in before.items())
 

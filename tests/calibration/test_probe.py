@@ -240,7 +240,7 @@ def test_probes_bring_squared_errors_to_one_unit() -> None:
         report = prune(
             tiny_llama(), batches(), load_recipe("structured_best", {**settings, "allocation.probe_tokens": tokens})
         )
-        assert any("not in one unit" in note for note in report.notes) == told
+        assert any("do not compare between layers" in note for note in report.notes) == told
 
 
 def test_where_no_budget_is_divided_nothing_is_probed(monkeypatch) -> None:

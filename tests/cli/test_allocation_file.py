@@ -65,7 +65,7 @@ def test_a_sparsity_beside_blocks_that_are_given_is_refused(attempt: Attempt, fi
     told = attempt.fails([*common, "--recipe", str(recipe), "--sparsity", "0.4"])
     assert "'sparsity' cannot be 0.4: the recipe lists what every block keeps: set allocation too" in told
     told = attempt.fails([*common, "--allocation", str(file), "--width-multiple", "16"])
-    assert "'allocation.multiple' does nothing without allocation.kind uniform or global" in told
+    assert "'allocation.multiple' has no effect without allocation.kind uniform or global" in told
     assert load_recipe(str(recipe), {"sparsity": 0.4, "allocation": "uniform"}).given is None
 
 

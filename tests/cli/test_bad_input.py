@@ -47,7 +47,7 @@ from tests.helpers.tiny_models import save_tiny, tiny_llama, tiny_opt
         ({}, ("--set", "solver=guess"), "the solver 'guess' is not known: use one of "),
         ({"sparsity": 0.2}, ("--set", "sparsity=0.3"), "'sparsity' is given twice"),
         ({"ray": "local"}, (), "under the policy pruned every block depends on those before it"),
-        ({"workers": 0, "propagation": "intra"}, (), "there must be a worker at least, not 0"),
+        ({"workers": 0, "propagation": "intra"}, (), "the number of workers cannot be 0"),
         ({"ray": "local"}, (), "choose the propagation dense or intra, or --workers without --ray"),
         ({"sparsity": 1}, (), "'sparsity' cannot be 1.0"),
         ({"sparsity": 1.5}, (), "'sparsity' cannot be 1.5"),
@@ -57,12 +57,12 @@ from tests.helpers.tiny_models import save_tiny, tiny_llama, tiny_opt
         (
             {"sparsity": 0.9},
             (),
-            "out of reach with units 'all': they hold only 83.3% of the decoder's linear weights; ask for less",
+            "out of reach with units 'all': they hold only 83.3% of the decoder's linear weights; lower the sparsity",
         ),
         (
             {"sparsity": 0.8, "units": "mlp"},
             (),
-            "66.7% of the decoder's linear weights; ask for less, or use --units all",
+            "66.7% of the decoder's linear weights; lower the sparsity, or use --units all",
         ),
         ({"sparsity": 0.001}, (), "rounds to nothing"),
         ({"units": "heads"}, (), "--units cannot be 'heads' (did you mean all-heads?): use mlp, vo, "),
@@ -94,7 +94,7 @@ from tests.helpers.tiny_models import save_tiny, tiny_llama, tiny_opt
         ),
         ({}, ("--set", "solver={spap: {scale: large}}"), "option scale of spap is 'large'"),
         ({}, ("--set", "damping=2001-99-99"), "the value in --set damping=2001-99-99 is not valid YAML"),
-        ({}, ("--set", "refit.dampings=0.1"), "'refit.dampings' does nothing without refit.held_out: set that"),
+        ({}, ("--set", "refit.dampings=0.1"), "'refit.dampings' has no effect without refit.held_out: set that"),
         ({"json": "missing/record.json"}, (), "there is no folder missing"),
         ({"dtype": "float99"}, (), "--dtype cannot be 'float99' (did you mean float32?): use auto, "),
         ({"save_dtype": "float99"}, (), "--save-dtype cannot be 'float99'"),
@@ -110,7 +110,7 @@ from tests.helpers.tiny_models import save_tiny, tiny_llama, tiny_opt
         (
             {"pattern": "2:4"},
             (),
-            "the pattern 2:4 is one of single weights, but units are all: choose a recipe with units weights, such as",
+            "the pattern 2:4 is for single weights, but units are all: choose a recipe with units weights, such as",
         ),
         (
             {"recipe": "sparse_best"},
@@ -197,7 +197,7 @@ def test_an_unknown_architecture(attempt: Attempt) -> None:
     attempt.model = save_tiny(BloomForCausalLM(config), attempt.folder / "bloom")
     sentence = attempt.fails(attempt.command())
     assert "the architecture 'bloom' is not known: optprune prunes gemma2, " in sentence
-    assert "does not account for self_attention.query_key_value (Linear)" in sentence
+    assert "lacks self_attention.query_key_value (Linear)" in sentence
 
 
 CODE = """
@@ -223,7 +223,7 @@ class FooTokenizer(PreTrainedTokenizerFast):
         (
             "tokenizer_config.json",
             {"tokenizer_class": "FooTokenizer", "auto_map": {"AutoTokenizer": [None, "foo.FooTokenizer"]}},
-            "is code that comes with it, which is not run: save it as tokenizer.json",
+            "is code in its folder, which is not run: save it as tokenizer.json",
         ),
     ],
 )
@@ -267,7 +267,7 @@ def test_a_sparsity_beside_an_allocation_that_comes_to_one(attempt: Attempt) -> 
     file = attempt.folder / "allocation.json"
     file.write_text(uniform(Decoder(tiny_llama()), 0.2, Mlp(), 8).to_json())
     sentence = attempt.fails(attempt.command(allocation=file, sparsity=0.3))
-    assert f"the sparsity is what the allocation file {file} comes to: leave out --sparsity" in sentence
+    assert f"the allocation file {file} already decides the sparsity: leave out --sparsity" in sentence
     assert "leave out --sparsity" in attempt.fails(attempt.command("--set", "sparsity=0.3", allocation=file))
 
 
@@ -279,7 +279,7 @@ def test_a_quantised_checkpoint(attempt: Attempt, method: str) -> None:
     config = {**json.loads(file.read_text()), "quantization_config": {"quant_method": method, "bits": 4}}
     file.write_text(json.dumps(config))
     sentence = attempt.fails(attempt.command())
-    assert f"is quantised ({method}), and pruning needs plain weights: load the unquantised original" in sentence
+    assert f"is quantised ({method}), but pruning needs plain weights: load the unquantised original" in sentence
 
 
 @pytest.mark.usefixtures("no_weights")
@@ -288,7 +288,7 @@ def test_weights_in_pickle(attempt: Attempt) -> None:
     (attempt.model / "model.safetensors").unlink()
     torch.save(tiny_llama().state_dict(), attempt.model / "pytorch_model.bin")
     sentence = attempt.fails(attempt.command())
-    assert "pickle (pytorch_model.bin)" in sentence
+    assert "pickle files (pytorch_model.bin)" in sentence
     assert "from_pretrained(OLD).save_pretrained(NEW)" in sentence
 
 
@@ -304,7 +304,7 @@ def test_a_file_that_is_no_allocation(attempt: Attempt) -> None:
 def test_a_model_without_a_tokenizer(attempt: Attempt) -> None:
     attempt.model = attempt.folder / "bare"
     tiny_llama().save_pretrained(attempt.model)
-    assert "has no tokenizer, which is needed to read text" in attempt.fails(attempt.command())
+    assert "has no tokenizer to read text" in attempt.fails(attempt.command())
 
 
 @pytest.mark.usefixtures("no_weights")
@@ -340,7 +340,7 @@ def test_a_truncated_gguf_file(attempt: Attempt, size: int) -> None:
         attempt.model.write_bytes(whole.read(size))
     sentence = attempt.fails(attempt.command())
     assert f"the config of {attempt.model} cannot be loaded: " in sentence
-    assert "; see that the file is whole" in sentence
+    assert "; check that the file is whole" in sentence
 
 
 # -- found in the weights
@@ -577,7 +577,7 @@ def test_an_interrupted_run_leaves_nothing_but_finished_blocks(
     elif run.exists():
         assert done
         expected = f"{done} of {DEEP if moment.startswith('pruning') else 2} blocks are done, and kept in {run}"
-        expected += ": go on with --resume"
+        expected += ": continue with --resume"
     assert (process.returncode, err.splitlines()[-1]) == (130, f"interrupted; {expected}")
     assert out == ""
     assert "Traceback" not in err

@@ -23,7 +23,7 @@ from optprune.errors import InputError
 from optprune.measure import perplexity
 from optprune.models import Weights, load_model, load_tokenizer
 from optprune.patterns import InGroups
-from optprune.recipe import load_recipe, make_recipe, recipe_names
+from optprune.recipe import Recipe, load_recipe, recipe_names
 from optprune.recipe.groups import Refit
 from optprune.recipe.names import SOLVERS
 from optprune.solvers import ConjugateGradients, Magnitude, Restore
@@ -133,7 +133,7 @@ def test_a_budget_in_operations_is_told_with_the_widths(
     assert code == 0, err
     widths = [shape["mlp_width"] for shape in load_model(output, device="cpu").model.config.optprune_shapes]
     assert f"mlp_width by block: {' '.join(map(str, widths))}\n" in out
-    assert "% of the operations asked)" in out
+    assert "% of the operations requested)" in out
     assert "note: the budget was counted in flops: the allocation saves " in out
 
 
@@ -216,7 +216,7 @@ def test_the_summary_says_what_zeros_do_not_bring_and_when_a_model_is_lost(
     assert code == 0, err
     assert ("neither smaller nor faster" in out) == (pattern is not None)
     assert pattern is None or f"a kernel for the pattern {pattern}\n" in out
-    assert ("warning: the model is probably destroyed" in out) == destroyed
+    assert ("warning: the model is probably unusable" in out) == destroyed
 
 
 def test_strict_makes_notes_errors(
@@ -341,7 +341,7 @@ def test_one_damping_is_a_list_of_one() -> None:
     ],
 )
 def test_options_of_solvers_survive_a_file(solver: object, tmp_path: Path) -> None:
-    recipe = make_recipe({"solver": solver})
+    recipe = Recipe({"solver": solver})
     file = tmp_path / "recipe.yaml"
     file.write_text(recipe.to_yaml())
     assert load_recipe(str(file)) == recipe
@@ -349,9 +349,9 @@ def test_options_of_solvers_survive_a_file(solver: object, tmp_path: Path) -> No
 
 
 def test_options_get_the_types_that_solvers_declare() -> None:
-    assert make_recipe({"solver": {"restore": {"factor_dtype": "float32"}}}).solver == Restore(torch.float32)
-    assert make_recipe({"solver": {"restore": {"factor_dtype": "torch.float64"}}}).solver == Restore(torch.float64)
-    assert make_recipe({"solver": {"conjugate_gradients": {"tolerance": "1e-2"}}}).solver == ConjugateGradients(0.01)
+    assert Recipe({"solver": {"restore": {"factor_dtype": "float32"}}}).solver == Restore(torch.float32)
+    assert Recipe({"solver": {"restore": {"factor_dtype": "torch.float64"}}}).solver == Restore(torch.float64)
+    assert Recipe({"solver": {"conjugate_gradients": {"tolerance": "1e-2"}}}).solver == ConjugateGradients(0.01)
 
 
 def test_what_a_solver_says_of_its_options_is_the_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -365,7 +365,7 @@ def test_what_a_solver_says_of_its_options_is_the_sentence(monkeypatch: pytest.M
 
     monkeypatch.setitem(SOLVERS, "picky", Picky)
     with pytest.raises(InputError, match=r"'solver' cannot be .*: most cannot be 0: it is at least 1$"):
-        make_recipe({"solver": {"picky": {"most": 0}}})
+        Recipe({"solver": {"picky": {"most": 0}}})
 
 
 # -- demo

@@ -65,7 +65,7 @@ def test_a_failed_cell_is_an_exit_status(
         (["--sparsities", "0.2;0.3"], "--sparsities '0.2;0.3' is not a list such as a,b,c: '0.2;0.3' is wrong"),
         (["--recipes", "fasp,,alps"], "--recipes 'fasp,,alps' is not a list such as a,b,c: '' is wrong"),
         (["--seeds", "0"], "--seeds cannot be 0: give 1 to 1000"),
-        (["--set", "sparsity=0.3"], "the recipe field 'sparsity' is what the cells differ in"),
+        (["--set", "sparsity=0.3"], "the recipe field 'sparsity' differs between cells"),
         (["--pattern", "2:4"], "2:4 has a sparsity of 0.5, not 0.4"),
         (["--text", "nothing.txt"], "there is no text 'nothing.txt'"),
         (["--windows", "0"], "--windows cannot be 0"),

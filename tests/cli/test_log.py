@@ -41,7 +41,7 @@ def test_a_log_holds_the_lines_of_progress_with_the_time(attempt: Attempt, capsy
     [
         ("missing/run.log", "the log {file} cannot be written: there is no folder"),
         ("", "the log {file} is a folder: name a file"),
-        ("new/out/run.log", "the log {file} lies in {folder}/new/out, which the run makes anew: name another place"),
+        ("new/out/run.log", "the log {file} lies in {folder}/new/out, which the run replaces: name another place"),
         ("new/out.run/run.log", "there is no folder"),
     ],
 )
@@ -71,7 +71,8 @@ def test_a_log_that_stops_being_writable_is_told_once_and_ends_nothing(
     log("third")
     assert re.fullmatch(r"\S+ first\n", (tmp_path / "kept").read_text())
     assert (
-        capsys.readouterr().err == f"the log {folder / 'run.log'} is not written any more (No such file or directory)\n"
+        capsys.readouterr().err
+        == f"the log {folder / 'run.log'} cannot be written any more (No such file or directory)\n"
     )
 
 

@@ -50,7 +50,7 @@ def said(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str]:
 def test_a_report_that_is_null_is_told(folder: Path, dense: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "report.json").write_text("null")
     code, told = said(capsys, "report", str(folder))
-    assert code == 2 and f"{folder / 'report.json'} is no report of a run, but None: give a folder" in told
+    assert code == 2 and f"{folder / 'report.json'} is not the report of a run" in told
     code, told = said(capsys, "audit", str(folder))
     assert code == 0 and "note: report.json is not a report, so it is ignored" in told
     code, told = said(capsys, "plan", str(dense), "--no-probe", "--allocation", str(folder / "report.json"))
@@ -140,4 +140,4 @@ def test_an_expectation_that_no_layer_meets_is_told_once(folder: Path, capsys: p
     faults = [line for line in told.splitlines() if line.startswith("fault: ")]
     assert code == 1
     assert [line.split()[1] for line in faults] == ["2:4:", "1:4:"]
-    assert all(line.endswith(", and 13 more such faults, which --json tells") for line in faults), faults
+    assert all(line.endswith(", and 13 more such faults (listed by --json)") for line in faults), faults

@@ -177,7 +177,7 @@ def test_what_cannot_be_is_refused_in_a_sentence(
     folder: Path, refused: Callable[..., str], dense: Path, attempted_text: Path, no_weights: None
 ) -> None:
     page_file = folder / "report.html"
-    assert "has no report.json: give one that optprune prune wrote" in refused(str(dense))
+    assert "has no report.json: give a folder that optprune prune wrote" in refused(str(dense))
     assert "has no report.json" in refused(str(folder / "nowhere"))
     assert "--against compares predictions on a text: give one by --text" in refused(
         str(folder), "--against", str(dense)

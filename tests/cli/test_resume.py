@@ -210,7 +210,7 @@ def test_the_same_command_again_finds_its_output_finished(prune, tmp_path, capsy
     before = contents(tmp_path)
     capsys.readouterr()
     assert prune("--resume", "--json", str(tmp_path / "record.json")) == 0
-    assert "is finished, and this command made it" in capsys.readouterr().out
+    assert "was already finished by this command" in capsys.readouterr().out
     report = (tmp_path / "out" / "report.json").read_bytes()
     assert json.loads((tmp_path / "record.json").read_text()) == json.loads(report)
     (tmp_path / "record.json").unlink()
@@ -218,7 +218,7 @@ def test_the_same_command_again_finds_its_output_finished(prune, tmp_path, capsy
     for other, named in ((["--sparsity", "0.3"], "the recipe.sparsity"), (["--samples", "3"], "calibration tokens")):
         assert prune("--resume", *other) == 2
         said = capsys.readouterr().err
-        assert "another command made it" in said and named in said
+        assert "was finished by another command" in said and named in said
         assert contents(tmp_path) == before
     assert prune("--resume", "--overwrite", "--sparsity", "0.3") == 0
     assert contents(tmp_path) != before
@@ -229,7 +229,7 @@ def test_a_finished_healing_is_found_too(heal, tmp_path, capsys) -> None:
     before = contents(tmp_path)
     capsys.readouterr()
     assert heal("--resume") == 0
-    assert "is finished, and this command made it" in capsys.readouterr().out
+    assert "was already finished by this command" in capsys.readouterr().out
     assert heal("--resume", "--seed", "3") == 2
     assert "the settings.seed was 0 and is 3" in capsys.readouterr().err
     assert contents(tmp_path) == before
@@ -312,7 +312,10 @@ def test_files_of_the_users_in_a_run_folder_stay(prune, stop_at, monkeypatch, tm
     (run / "link").symlink_to(target)
     assert prune("--resume") == 0
     assert sorted(path.name for path in run.iterdir()) == ["block-x.json", "link", "more", "notes.txt"]
-    assert "stays, with what this run did not write: block-x.json, link, more, notes.txt" in capsys.readouterr().err
+    assert (
+        "is not deleted, because it holds files of others: block-x.json, link, more, notes.txt"
+        in capsys.readouterr().err
+    )
     assert target.read_text() == "mine"
 
 
@@ -348,7 +351,7 @@ def test_a_second_run_at_the_same_time_is_told_of_the_first(
         before = contents(tmp_path)
         for words in ([], *([] if command == "compare" else [["--resume"], ["--restart"], ["--overwrite"]])):
             assert run(*words) == 2
-            assert f"another process is at work on the {kind.noun} in" in capsys.readouterr().err
+            assert f"another process is using the {kind.noun} in" in capsys.readouterr().err
         assert contents(tmp_path) == before
     assert run() == 0
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from optprune.cli import main
-from optprune.cli.run_folder import Output, kept_in, run_folder_of
+from optprune.cli.run_folder import Output, keep_or_delete, run_folder_of
 from optprune.errors import InputError, WorkerError
 from optprune.pruning import Journal, joined
 from tests.helpers.attempts import Attempt
@@ -43,8 +43,8 @@ def test_two_processes_write_the_folder_that_one_writes(attempt: Attempt, monkey
 
 def test_a_run_that_lost_a_process_keeps_its_finished_blocks(tmp_path: Path) -> None:
     run, said = Journal(run_folder_of(tmp_path / "out")), list[str]()
-    told = pytest.raises(WorkerError, match=r"gone; 1 of 2 blocks are done, and kept in .*: go on with --resume")
-    with told, kept_in(run, said.append):
+    told = pytest.raises(WorkerError, match=r"gone; 1 of 2 blocks are done, and kept in .*: continue with --resume")
+    with told, keep_or_delete(run, said.append):
         run.begin({"the blocks": 2})
         run.write("block-00000.json", {})
         raise WorkerError("gone")
@@ -63,7 +63,7 @@ def test_the_first_process_alone_looks_at_the_run_folder(tmp_path: Path, monkeyp
         monkeypatch.setenv("RANK", "1")
         output.check_run(Journal, {})
         monkeypatch.setenv("RANK", "0")
-        with pytest.raises(InputError, match="another process is at work on the run"):
+        with pytest.raises(InputError, match="another process is using the run"):
             output.check_run(Journal, {})
 
 
@@ -73,7 +73,7 @@ def test_workers_of_processes_that_are_workers_are_refused(option: str, attempt:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
     sentence = attempt.fails(attempt.command(option, "2"))
-    assert "the processes that torchrun started are the workers: leave --workers and --ray out" in sentence
+    assert "the processes of torchrun are already the workers: leave out --workers and --ray" in sentence
 
 
 def test_a_gpu_is_not_named_where_each_process_has_its_own(monkeypatch) -> None:
@@ -84,6 +84,6 @@ def test_a_gpu_is_not_named_where_each_process_has_its_own(monkeypatch) -> None:
 
 
 def test_more_partial_sums_than_windows_are_refused(attempt: Attempt) -> None:
-    assert "9 partial sums need as many calibration batches, and there are" in attempt.fails(
+    assert "9 partial sums need at least as many calibration batches, and there are" in attempt.fails(
         attempt.command("--lanes", "9")
     )

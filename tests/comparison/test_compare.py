@@ -103,10 +103,10 @@ def test_rows_draw_the_seeds_together_and_the_dense_model_is_first(texts: TwoTex
     assert row.mean("perplexity") == mean(values) and row.deviation("perplexity") == stdev(values)
     assert dense.deviation("perplexity") is None
     lines = str(found).splitlines()
-    assert lines[0].split()[:4] == ["recipe", "asked", "seeds", "removed"] and "tokens/s" not in lines[0]
+    assert lines[0].split()[:4] == ["recipe", "requested", "seeds", "removed"] and "tokens/s" not in lines[0]
     assert lines[1].startswith("dense ")
     assert f"{mean(values):.2f} ± {stdev(values):.2f}" in lines[2]
-    assert found.markdown().splitlines()[2].startswith("| recipe | asked | seeds | removed | perplexity |")
+    assert found.markdown().splitlines()[2].startswith("| recipe | requested | seeds | removed | perplexity |")
     assert f"| {mean(values):.2f} ± {stdev(values):.2f} |" in found._repr_markdown_()
     data = json.loads(found.to_json())
     assert data["rows"][1]["perplexity"] == {"mean": mean(values), "deviation": stdev(values)}
@@ -214,16 +214,16 @@ def test_a_recipe_of_ones_own_and_a_file_may_be_compared(texts: TwoTexts, tmp_pa
     ("more", "reason"),
     [
         ({"recipes": []}, "give at least one"),
-        ({"recipes": ["fasp", "fasp"]}, "the recipes fasp, fasp: give at least one, and each by a name of its own"),
+        ({"recipes": ["fasp", "fasp"]}, "the recipes are fasp, fasp: give at least one, and each once"),
         ({"recipes": ["fast"]}, "the recipe 'fast' is not known"),
-        ({"sparsities": [0.2, 0.2]}, "the sparsities 0.2, 0.2 hold one twice"),
-        ({"sparsities": []}, "needs one sparsity and one seed at least"),
-        ({"seeds": 0}, "needs one sparsity and one seed at least"),
-        ({"seeds": 2**64}, "18446744073709551616 draws are more than a comparison has: give 1000 at most"),
+        ({"sparsities": [0.2, 0.2]}, "the sparsities 0.2, 0.2 repeat a value"),
+        ({"sparsities": []}, "needs at least one sparsity and one seed"),
+        ({"seeds": 0}, "needs at least one sparsity and one seed"),
+        ({"seeds": 2**64}, "the number of seeds cannot be 18446744073709551616: give at most 1000"),
         ({"sparsities": [1.5]}, "'sparsity' cannot be 1.5"),
-        ({"settings": {"sparsity": 0.3}}, "'sparsity' is what the cells differ in"),
+        ({"settings": {"sparsity": 0.3}}, "'sparsity' differs between cells"),
         ({"settings": {"dampening": 0.3}}, "no field 'dampening'"),
-        ({"keep_models": True}, "models are kept in the folder of the comparison: name one"),
+        ({"keep_models": True}, "models are kept in the folder of the comparison: name a folder"),
         ({"samples": 10**6}, "the calibration text has"),
         ({"windows": 10**6}, "the evaluation text has"),
         ({"dtype": "float8"}, "the dtype 'float8' is not known"),

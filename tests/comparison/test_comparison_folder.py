@@ -103,7 +103,7 @@ def test_what_the_user_has_put_beside_it_stays(texts: TwoTexts, tmp_path: Path) 
 def test_one_that_another_process_is_at_work_on_is_refused(texts: TwoTexts, tmp_path: Path) -> None:
     lock = FileLock(tmp_path / "out" / "in-use")  # of another kind than ours, and so as if of another process
     (tmp_path / "out").mkdir()
-    with lock, pytest.raises(InputError, match="another process is at work on the comparison in"):
+    with lock, pytest.raises(InputError, match="another process is using the comparison in"):
         compared(texts, tmp_path / "out")
 
 
@@ -147,7 +147,7 @@ def test_another_model_of_the_same_name_is_refused(finished: tuple[Path, Compari
 
 def test_a_folder_of_something_else_stays_as_it_is(texts: TwoTexts, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    for place, why in ((tmp_path, "holds something other than a comparison"), (tmp_path / "notes.txt", "is a file")):
+    for place, why in ((tmp_path, "is not the folder of a comparison"), (tmp_path / "notes.txt", "is a file")):
         with pytest.raises(InputError, match=why):
             compared(texts, place)
     assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]

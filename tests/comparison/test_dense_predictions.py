@@ -28,7 +28,7 @@ def test_a_pruned_model_is_as_far_as_divergence_from_says(make, monkeypatch: pyt
     monkeypatch.setattr(dense, "TOKENS_AT_ONCE", 80)
     kept = DensePredictions(Decoder(model), windows())
     prune(pruned, batches(), load_recipe("fasp", {"sparsity": 0.3, "units": "mlp"}))
-    found, expected = kept.beside(Decoder(pruned)), divergence_from(pruned, model, windows())
+    found, expected = kept.divergence_to(Decoder(pruned)), divergence_from(pruned, model, windows())
     for what, value in asdict(expected).items():
         if what == "standard_errors":
             assert asdict(found.standard_errors) == pytest.approx(value, rel=1e-5)
@@ -49,14 +49,14 @@ def test_the_dense_model_is_gone_through_once() -> None:
             block.mlp.down_proj.weight.zero_()
     # What is kept is what it was, whatever becomes of the blocks.
     assert kept.itself() == expected
-    assert kept.beside(Decoder(model)).divergence > 0.001
+    assert kept.divergence_to(Decoder(model)).divergence > 0.001
 
 
 def test_blocks_may_be_read_one_at_a_time(tmp_path: Path) -> None:
     folder = save_tiny(tiny_llama(), tmp_path / "model")
     opened, other = open_model(folder, device="cpu"), tiny_llama(1)
-    found = DensePredictions(opened.decoder(), windows(), tmp_path).beside(Decoder(other))
-    assert found == DensePredictions(Decoder(tiny_llama()), windows()).beside(Decoder(other))
+    found = DensePredictions(opened.decoder(), windows(), tmp_path).divergence_to(Decoder(other))
+    assert found == DensePredictions(Decoder(tiny_llama()), windows()).divergence_to(Decoder(other))
     assert all(weight.is_meta for weight in opened.model.model.layers.parameters())
 
 
@@ -65,4 +65,4 @@ def test_a_model_that_gives_nan_is_told() -> None:
     with torch.no_grad():
         broken.model.layers[1].mlp.down_proj.weight[0, 0] = float("nan")
     with pytest.raises(NumericalError, match="NaN"):
-        kept.beside(Decoder(broken))
+        kept.divergence_to(Decoder(broken))

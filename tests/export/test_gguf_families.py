@@ -158,7 +158,7 @@ def test_a_file_of_the_model_without_its_head(tmp_path: Path) -> None:
     save_file({**tensors, "h.0.attn.bias": torch.ones(1, 1, 8, 8)}, file, {"format": "pt"})
     check_alike(folder, "gpt2")
     save_file({name: tensor for name, tensor in tensors.items() if name != "ln_f.bias"}, file, {"format": "pt"})
-    with pytest.raises(InputError, match=r"transformer.ln_f.bias is not among the weights of"):
+    with pytest.raises(InputError, match=r"the weights of .* lack transformer.ln_f.bias"):
         export(folder, tmp_path / "x.gguf", GgufFile())
 
 

@@ -92,7 +92,7 @@ def test_an_existing_folder_is_kept_unless_asked(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "second").exists()
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "thesis.txt").write_text("do not lose me")
-    with pytest.raises(InputError, match="something other than a model"):
+    with pytest.raises(InputError, match="is not a model, so it is not overwritten"):
         save_model(model, tmp_path / "notes", overwrite=True)
 
 
@@ -152,7 +152,7 @@ def test_a_reloaded_model_that_differs_is_called_unchecked(
             decoder.model.model.norm.weight[0] -= 0.5
 
     monkeypatch.setattr("optprune.export.folder.write_weights", corrupt)
-    with pytest.raises(OptpruneError, match=r"is in .*out\.unchecked, but it was not seen to load: .* logits differ"):
+    with pytest.raises(OptpruneError, match=r"is in .*out\.unchecked, but its check failed: .* logits differ"):
         save_model(model, tmp_path / "out", check_tokens=CHECK_TOKENS, overwrite=True)
     assert {path.name for path in tmp_path.iterdir()} == {"out.unchecked", *(["out"] if there else [])}
     assert not there or (tmp_path / "out" / "NOTICE").exists()
@@ -196,7 +196,7 @@ def test_the_reload_check_imports_what_the_parent_imports(tmp_path: Path, monkey
 @pytest.mark.parametrize(
     ("name", "value", "reason"),
     [
-        ("path", [], "cannot import what it needs .*torch.*: see that"),
+        ("path", [], "cannot import its packages .*torch.*: check that"),
         ("executable", "/no/python", "cannot be started .*: run optprune with"),
         ("executable", None, "cannot be started .*: run optprune with"),
     ],
@@ -223,7 +223,9 @@ def test_a_reload_check_that_cannot_run_says_so(
 def test_a_reload_check_that_is_killed_says_what_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "killed.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n")
     monkeypatch.setattr("optprune.export.reload_check.__file__", str(tmp_path / "killed.py"))
-    with pytest.raises(OptpruneError, match="killed by signal 9, probably for want of memory: free what a block and"):
+    with pytest.raises(
+        OptpruneError, match="killed by signal 9, probably for lack of memory: free as much as a block and"
+    ):
         save_model(tiny_llama(), tmp_path / "out", check_tokens=CHECK_TOKENS)
     assert not (tmp_path / "out").exists()
     assert (tmp_path / "out.unchecked" / "config.json").is_file()
@@ -276,7 +278,7 @@ def test_an_output_that_cannot_work_is_refused_at_once(tmp_path: Path, monkeypat
     for here, folder in (("out", "."), ("out", "../out"), ("out/deeper", ".."), ("out/deeper", str(tmp_path / "out"))):
         monkeypatch.chdir(tmp_path / here)
         for overwrite in (False, True):
-            with pytest.raises(InputError, match="is the current folder or holds it"):
+            with pytest.raises(InputError, match="is the current folder or a parent of it"):
                 check_output(Path(folder), overwrite)
 
 
@@ -341,6 +343,6 @@ def test_a_hub_model_without_safetensors_is_refused_in_our_words(monkeypatch: py
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)  # what is beside the weights is not asked for over and over
     monkeypatch.setattr(load_module, "_config", lambda *_: tiny_llama().config)
     monkeypatch.setattr(load_module.AutoModelForCausalLM, "from_pretrained", missing)
-    with pytest.raises(InputError, match=r"the weights of owner/name are not there as safetensors; that is pickle"):
+    with pytest.raises(InputError, match=r"owner/name has no weights as safetensors; pickle files"):
         load_model("owner/name")
     assert asked["use_safetensors"] is True

@@ -107,13 +107,16 @@ def test_zeros_that_were_filled_are_told_and_put_back() -> None:
     with torch.no_grad():
         weight = other.model.layers[1].mlp.down_proj.weight
         weight.view(-1)[(weight == 0).view(-1).nonzero()[:3]] = 1e-30
-    with pytest.raises(InputError, match=r"^model.layers.1.mlp.down_proj.weight has 3 zeros filled: train with"):
+    with pytest.raises(
+        InputError,
+        match=r"^model.layers.1.mlp.down_proj.weight has 3 nonzero weights where its mask is zero: train with",
+    ):
         found.check(other)
     found.apply(other)
     found.check(other)
-    with pytest.raises(InputError, match=r"self_attn.q_proj.weight is \[32, 64\], and its mask is \[64, 64\]"):
+    with pytest.raises(InputError, match=r"self_attn.q_proj.weight is \[32, 64\], but its mask is \[64, 64\]"):
         found.check(tiny_llama(num_attention_heads=2, num_key_value_heads=2, head_dim=16))
-    with pytest.raises(InputError, match=r"model.layers.1.self_attn.q_proj.weight is not there"):
+    with pytest.raises(InputError, match=r"model.layers.1.self_attn.q_proj.weight is missing"):
         found.apply(tiny_llama(num_hidden_layers=1))
 
 
@@ -128,7 +131,7 @@ def test_the_optimizer_inside_that_of_accelerate_is_the_one_that_steps() -> None
 
 def test_an_optimizer_of_other_weights_is_refused() -> None:
     found = masks(halved(tiny_llama()))
-    with pytest.raises(InputError, match="the optimizer holds none of the weights that have zeros"):
+    with pytest.raises(InputError, match="the optimizer holds none of the masked weights"):
         keep_zeros(torch.optim.AdamW(tiny_llama().parameters()), found)
 
 
@@ -183,7 +186,9 @@ def test_a_merge_leaves_zeros_and_a_plain_one_is_told() -> None:
         expected = plain.get_parameter(name)
         assert torch.equal(weight, torch.where(kept[name], expected, 0.0) if name in kept else expected), name
         assert name not in kept or bits_are_zero(weight, kept[name])
-    with pytest.raises(InputError, match=r"model.layers.0.self_attn.q_proj.weight has .* filled, and so have 3"):
+    with pytest.raises(
+        InputError, match=r"model.layers.0.self_attn.q_proj.weight has .* where its mask is zero, and so do 3"
+    ):
         adapted()[0].check(plain)
 
 
@@ -191,7 +196,7 @@ def test_what_has_no_adapter_or_one_around_it_is_refused() -> None:
     found, peft_model = adapted()
     with pytest.raises(InputError, match="a LlamaForCausalLM is not a peft model"):
         found.merge(tiny_llama())
-    with pytest.raises(InputError, match="masks are made of a transformers model, not of a PeftModel"):
+    with pytest.raises(InputError, match="a PeftModel is not a transformers model"):
         masks(peft_model)
     with pytest.raises(InputError, match="the optimizer holds none"):
         keep_zeros(torch.optim.AdamW(w for w in peft_model.parameters() if w.requires_grad), found)

@@ -10,7 +10,7 @@ import pytest
 import optprune
 from optprune.errors import InputError, OptpruneError
 from optprune.penalties import L1
-from optprune.recipe import Recipe, load_recipe, make_recipe
+from optprune.recipe import Recipe, load_recipe
 from optprune.solvers import Chain, Fista, FistaPath, Magnitude, Random, Solver, Spap
 from optprune.testing import reference_optimum
 from tests.helpers.structured_cases import channels
@@ -26,13 +26,13 @@ def nested(chain: Solver, _: int) -> Chain:
     ("make", "reason"),
     [
         (lambda: Recipe(sparsity=2), "the recipe field 'sparsity' cannot be 2: "),
-        (lambda: make_recipe({"sparsity": 2}), "the recipe field 'sparsity' cannot be 2: "),
+        (lambda: Recipe({"sparsity": 2}), "the recipe field 'sparsity' cannot be 2: "),
         (lambda: load_recipe("fasp", {"sparsity": 2}), "the recipe field 'sparsity' cannot be 2: "),
         (lambda: Recipe.model_validate({"sparsity": 2}), "the recipe field 'sparsity' cannot be 2: "),
         (lambda: Recipe(dampening=1), "no field 'dampening'.*did you mean damping.*: it has name, "),  # type: ignore[call-arg]
         (
             lambda: Recipe({"refit.recovery": 1}),
-            r"field 'refit\.recovery' does nothing without refit\.held_out",
+            r"field 'refit\.recovery' has no effect without refit\.held_out",
         ),
         (lambda: Recipe(solver={"spap": {"first": -1}}), "'solver' cannot be .*: first of Spap must be"),  # type: ignore[arg-type]
         (lambda: Recipe(units={"weights": "2:x"}), "'units' cannot be '2:x': the pattern '2:x' is not known"),  # type: ignore[arg-type]

@@ -53,7 +53,7 @@ def test_without_the_package(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.setattr(of_tasks, "find_spec", lambda name: None)
-    sentence = "tasks are run by the package lm-eval, which is not installed: run pip install 'optprune[eval]'"
+    sentence = "tasks need the package lm-eval, which is not installed: run pip install 'optprune[eval]'"
     with pytest.raises(InputError) as caught:
         Tasks.found(["hellaswag"])
     assert str(caught.value) == sentence
@@ -65,7 +65,7 @@ def test_without_the_package(
 @pytest.mark.parametrize(
     ("names", "include", "sentence"),
     [
-        (["exam", " "], None, "the tasks 'exam, ' name none"),
+        (["exam", " "], None, "the tasks 'exam, ' hold an empty name"),
         (["exam"], "nowhere", "there is no folder of tasks nowhere"),
     ],
 )
@@ -81,7 +81,7 @@ def test_what_names_no_tasks(
     ("words", "sentence"),
     [
         ([], "there is nothing to measure the model on: give --text, --questions or --tasks"),
-        (["--tasks", "exam", "--generations", "2"], "--generations go on from a text: give one by --text"),
+        (["--tasks", "exam", "--generations", "2"], "--generations continues a text: give one by --text"),
         (["--tasks", "exam", "--limit", "0"], "--limit cannot be 0: it is at least 1"),
         (["--tasks", "exam", "--task-batch", "0"], "--task-batch cannot be 0: it is at least 1"),
     ],

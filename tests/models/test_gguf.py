@@ -143,7 +143,7 @@ def test_a_file_that_is_cut_short_behind_its_header(tmp_path: Path) -> None:
     file = tmp_path / "cut.gguf"
     data = demo_model_file().read_bytes()
     file.write_bytes(data[: len(data) // 2])
-    with pytest.raises(InputError, match=r"cannot be loaded: .*; see that the file is whole"):
+    with pytest.raises(InputError, match=r"cannot be loaded: .*; check that the file is whole"):
         open_model(file, scratch=tmp_path / "scratch")
 
 

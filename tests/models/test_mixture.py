@@ -85,5 +85,5 @@ def test_fields_that_are_not_understood_are_refused(name: str, fields: dict[str,
     file = tmp_path / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
     [field] = fields
-    with pytest.raises(InputError, match=f"has {field} .*, with which the computation of a {name} model is not known"):
+    with pytest.raises(InputError, match=f"has {field} .*, which is not supported for a {name} model"):
         load_model(tmp_path)

@@ -145,7 +145,7 @@ def test_a_narrow_model_trains(name: str) -> None:
 
 def test_an_unknown_architecture_lists_the_known_ones() -> None:
     model = BloomForCausalLM(BloomConfig(hidden_size=32, n_layer=1, n_head=2, vocab_size=64))
-    with pytest.raises(InputError, match=r"'bloom' is not known.*llama, .*does not account for self_attention"):
+    with pytest.raises(InputError, match=r"'bloom' is not known.*llama, .*lacks self_attention"):
         Decoder(model)
 
 

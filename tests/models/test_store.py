@@ -167,7 +167,7 @@ def renamed(folder: Path, name: str) -> None:
 @pytest.mark.parametrize("name", ["../model-1.safetensors", "model.bin", "model.json"])
 def test_an_index_that_leads_elsewhere(sharded: Path, name: str) -> None:
     renamed(sharded, name)
-    with pytest.raises(InputError, match="for weights, which is not a name such as"):
+    with pytest.raises(InputError, match="for weights, but only safetensors in the folder itself"):
         open_model(sharded)
 
 
@@ -194,15 +194,15 @@ def test_a_tensor_in_two_shards(sharded: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "sentence"),
     [
-        (lambda data: data[:-1], "model.safetensors of .* is cut short, .* is not whole in it"),
-        (lambda data: data[:5], "is no whole safetensors file"),
-        (lambda data: b"\xff" * 8 + data[8:], "is no whole safetensors file"),
+        (lambda data: data[:-1], "model.safetensors of .* is cut short in the tensor"),
+        (lambda data: data[:5], "is not a whole safetensors file"),
+        (lambda data: b"\xff" * 8 + data[8:], "is not a whole safetensors file"),
         (lambda data: data[:9] + b"}" + data[10:], "the header of model.safetensors of .* is damaged"),
         (lambda data: data.replace(b'"F32"', b'"F64"'), "the header of model.safetensors of .* is damaged"),
-        (lambda data: data.replace(b'"F32"', b'"I32"'), "holds tensors of I32, and pruning needs plain weights"),
-        (lambda data: data.replace(b"[512,64]", b"[64,512]"), r"misshapen, the first is .* \(\[64, 512\], not \[512"),
-        (lambda data: data.replace(b"mlp.down_proj", b"mlp.dawn_proj"), "has no place for, the first is .*dawn_proj"),
-        (lambda data: data + b"more", "model.safetensors of .* has 4 bytes behind its last tensor"),
+        (lambda data: data.replace(b'"F32"', b'"I32"'), "holds tensors of I32, but pruning needs plain weights"),
+        (lambda data: data.replace(b"[512,64]", b"[64,512]"), r"misshapen, such as .* \(\[64, 512\], not \[512"),
+        (lambda data: data.replace(b"mlp.down_proj", b"mlp.dawn_proj"), "does not have, such as .*dawn_proj"),
+        (lambda data: data + b"more", "model.safetensors of .* has 4 bytes after its last tensor"),
     ],
     ids=range(9),
 )
@@ -237,7 +237,7 @@ def test_weights_that_change_on_the_disk_at_the_same_size_are_noticed(how: str, 
     else:
         (tmp_path / "other").write_bytes(data)
         (tmp_path / "other").replace(file)
-    with pytest.raises(InputError, match=r"^model.safetensors has been written to since its header was read"):
+    with pytest.raises(InputError, match=r"^model.safetensors changed after its header was read"):
         logits(opened)
 
 
@@ -253,7 +253,7 @@ def test_tensors_that_share_bytes_are_refused(tmp_path: Path) -> None:
     text = json.dumps(header, separators=(",", ":")).encode().ljust(length)
     assert len(text) == length
     file.write_bytes(data[:8] + text + data[8 + length :])
-    with pytest.raises(InputError, match="does not begin where the one before ends"):
+    with pytest.raises(InputError, match="does not begin where the tensor before it ends"):
         open_model(tmp_path)
 
 
@@ -262,7 +262,7 @@ def test_a_tensor_that_is_missing(tmp_path: Path) -> None:
     weights = load_file(tmp_path / "model.safetensors")
     del weights[FIRST]
     save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(InputError, match=f"incomplete: 1 tensor is missing or misshapen, the first is {FIRST}; copy"):
+    with pytest.raises(InputError, match=f"incomplete: 1 tensor is missing or misshapen, such as {FIRST}: copy"):
         open_model(tmp_path)
 
 

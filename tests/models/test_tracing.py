@@ -114,7 +114,7 @@ def test_what_is_not_understood_is_named_and_keeps_a_draft_from_use(name: str) -
     found = {each.module: each.why for each in draft.not_understood}
     for module, why in REFUSED[name].items():
         assert why in found[module]
-    with pytest.raises(InputError, match=r"does not understand .*needs a description by hand"):
+    with pytest.raises(InputError, match=r"does not understand .*write the description of this model by hand"):
         draft.architecture()
 
 
@@ -216,9 +216,9 @@ def test_a_draft_that_is_wrong_breaks_a_law(name: str) -> None:
 @pytest.mark.parametrize(
     ("data", "sentence"),
     [
-        ([], "holds no fields and values"),
-        ({"model_type": "llama", "colour": "red"}, "has a field 'colour' that no description has"),
-        ({"model_type": "llama"}, "has blocks wrong"),
+        ([], "does not hold fields and values"),
+        ({"model_type": "llama", "colour": "red"}, "has an unknown field 'colour'"),
+        ({"model_type": "llama"}, "has an invalid blocks"),
     ],
 )
 def test_data_that_is_no_draft(data: Any, sentence: str) -> None:

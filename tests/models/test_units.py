@@ -22,7 +22,6 @@ from optprune.models import (
 )
 from optprune.patterns import Pattern, PatternFamily, largest, pattern_family
 from optprune.problems import Link
-from optprune.recipe import make_recipe
 from optprune.work import Work
 from tests.helpers.tiny_models import ALL_MODELS, tiny_llama
 
@@ -132,14 +131,14 @@ def test_an_allocation_of_other_units_than_are_corrected() -> None:
 def test_units_are_spelled_as_before(name: str) -> None:
     recipe = Recipe(units=name)
     assert recipe.units == UNITS[name] and recipe.to_dict()["units"] == name
-    assert make_recipe(recipe.to_dict()) == recipe
+    assert Recipe(recipe.to_dict()) == recipe
 
 
 @pytest.mark.parametrize("wrong", ["heads", 3, None, ["mlp"]])
 def test_units_that_are_not_known(wrong: object) -> None:
     known = "all, all-heads, blocks, experts, kv-groups, mlp, rotated-all, rotated-all-heads, rotated-vo, vo, weights"
     with pytest.raises(InputError, match=f"use one of {known}"):
-        make_recipe({"units": wrong})
+        Recipe({"units": wrong})
 
 
 @dataclass(frozen=True)
@@ -181,7 +180,7 @@ def test_a_pattern_family_of_ones_own() -> None:
 def test_single_weights_have_the_pattern_of_the_recipe(pattern: str) -> None:
     recipe = Recipe(units={"weights": pattern}, sparsity=0.5)
     assert recipe.units == Weights(pattern_family(pattern)) == Recipe(**{**dict(recipe), "units": recipe.units}).units
-    assert make_recipe(recipe.to_dict()) == recipe
+    assert Recipe(recipe.to_dict()) == recipe
     for units in (recipe.units, {"weights": pattern}, "weights"):
         more = {"units.weights": pattern} if units == "weights" else {}
-        assert make_recipe({"units": units, "sparsity": 0.5, **more}) == recipe
+        assert Recipe({"units": units, "sparsity": 0.5, **more}) == recipe

@@ -236,7 +236,7 @@ def test_a_block_that_cannot_fit_is_not_measured(tmp_path: Path) -> None:
     config.head_dim = 10**6
     config.save_pretrained(tmp_path)
     of_it = partial(plan, tmp_path, load_recipe("fasp"), samples=4, seq_length=32, device="cpu")
-    with pytest.raises(InputError, match=r"measuring one block takes .* of memory, and .* are free: --no-probe tells"):
+    with pytest.raises(InputError, match=r"measuring one block takes .* of memory, and .* are free: use --no-probe"):
         of_it()
     assert of_it(measuring=None).host_bytes > 10**13
 

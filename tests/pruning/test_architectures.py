@@ -119,7 +119,7 @@ def test_a_run_leaves_a_folder_that_answers_as_the_model_does(name: str, run: st
 @pytest.mark.parametrize("settings", [{}, {"allocation": "global"}], ids=str)
 def test_heads_under_one_norm_are_refused_before_anything_is_computed(settings: dict) -> None:
     decoder = Decoder(ALL_MODELS["olmo2"]().to("meta"))  # type: ignore[arg-type]
-    sentence = "units kv-groups remove kv_heads, but a olmo2 model keeps all or none of them: one norm"
+    sentence = "units kv-groups remove kv_heads, but a olmo2 model must keep all or none of them: one norm"
     with pytest.raises(InputError, match=sentence):
         program_of("osscar", decoder=decoder, fields={"units": "kv-groups", **settings})
 

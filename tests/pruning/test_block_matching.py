@@ -290,7 +290,7 @@ def test_it_follows_the_recovery_of_sub_modules() -> None:
 
 
 def test_it_asks_for_what_it_needs() -> None:
-    with pytest.raises(InputError, match=r"'refit\.matching' does nothing without refit\.held_out: set that too"):
+    with pytest.raises(InputError, match=r"'refit\.matching' has no effect without refit\.held_out: set that too"):
         load_recipe("wanda", {"refit.matching": 4})
     with pytest.raises(StrictError, match="matching has nothing to match"):
         prune(

@@ -114,8 +114,8 @@ def test_a_draft_that_breaks_a_law_is_refused_when_it_is_given(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("recipe", "changed", "sentence"),
     [
-        ("fasp", {}, "keeps all or none of them: the stock class cannot hold fewer"),
-        ("osscar", {"units": "vo"}, "keeps all or none of them: the stock class cannot hold fewer"),
+        ("fasp", {}, "keep all or none of them: the stock class cannot hold fewer"),
+        ("osscar", {"units": "vo"}, "keep all or none of them: the stock class cannot hold fewer"),
         (
             "structured_best",
             {"units": "mlp"},

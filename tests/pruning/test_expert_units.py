@@ -176,22 +176,22 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "odd widths": (
         "mixtral",
         {"allocation.multiple": 3},
-        "in block 0, which has 48, but experts' widths are multiples of 8",
+        "in block 0, which has 48, but the width of an expert must be a multiple of 8",
     ),
     "odd widths of a budget": (
         "qwen3_moe",
         {"allocation": "global", "allocation.multiple": 4},
-        "mlp_width is to be a multiple of 4, but experts' widths",
+        "mlp_width is to be a multiple of 4, but the width of an expert",
     ),
     "heads under one norm": (
         "olmoe",
         {"units": "kv-groups", "sparsity": 0.1},
-        "units kv-groups remove kv_heads, but a .* model keeps all or none of them: one norm",
+        "units kv-groups remove kv_heads, but a .* model must keep all or none of them: one norm",
     ),
     "experts that differ": (
         "mixtral",
         {"objective": one_fewer},
-        r"experts\.1\.down_proj: the objective leaves 31 units",
+        r"experts\.1\.down_proj: the objective keeps 31 units",
     ),
 }
 

@@ -112,9 +112,9 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "too little": ({"sparsity": 0.01}, "rounds to nothing: one expert of 4 in each block is 18.8%"),
     "another solver": (
         {"solver": "wanda"},
-        "Wanda does not solve the problems of units experts: experts are chosen by",
+        "Wanda does not solve the problems of units experts: use expert_elimination",
     ),
-    "an objective": ({"objective": "linked"}, "whole experts have an objective of their own: leave the objective out"),
+    "an objective": ({"objective": "linked"}, "units experts have a fixed objective: leave the objective out"),
     "units of another kind": ({"units": "mlp"}, "Reap does not solve the problems of units mlp"),
 }
 
@@ -142,8 +142,8 @@ def test_fewer_than_the_router_chooses_are_refused() -> None:
 def test_few_tokens_are_a_note_and_in_strict_mode_an_error() -> None:
     few = [batches()[0][:, :8]]
     report = prune(ALL_MODELS["mixtral"](), few, load_recipe("reap"))
-    assert any("few calibration tokens reach some experts" in note for note in report.notes)
-    with pytest.raises(StrictError, match="few calibration tokens reach some experts"):
+    assert any("some experts get fewer than 32 calibration tokens" in note for note in report.notes)
+    with pytest.raises(StrictError, match="some experts get fewer than 32 calibration tokens"):
         prune(ALL_MODELS["mixtral"](), few, load_recipe("reap", {"strict": True}))
 
 

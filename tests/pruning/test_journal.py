@@ -215,7 +215,7 @@ def test_a_damaged_file_of_a_run_is_made_again(name: str, damage: str, tmp_path:
         file.write_bytes(DAMAGES[damage](file.read_bytes()))
     report = prune(model, batches(), load_recipe("fasp"), journal=Journal(tmp_path / "run", resume=True))
     assert same(model, expected)
-    assert ("was not as it was written" in " ".join(report.notes)) == (damage != "gone")
+    assert ("was damaged" in " ".join(report.notes)) == (damage != "gone")
 
 
 def test_weights_of_another_block_under_its_name_are_noticed(tmp_path: Path) -> None:

@@ -133,7 +133,7 @@ def test_a_file_that_is_not_the_one_written_is_measured_again(
     resumed, whole, recipe = tiny(), tiny(), load_recipe(*RUNS["sparse_best"])
     report = prune(resumed, batches(), recipe, journal=Journal(tmp_path / "run", resume=True))
     assert len(passes) == 1
-    assert any(note.startswith(f"{name} in the run folder was not as it was written") for note in report.notes)
+    assert any(note.startswith(f"{name} in the run folder was damaged") for note in report.notes)
     prune(whole, batches(), recipe)
     assert same(whole, resumed)
 

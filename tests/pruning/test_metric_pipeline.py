@@ -9,7 +9,7 @@ from optprune.models import Decoder
 from optprune.objectives import linked
 from optprune.problems import SparseLeastSquares
 from optprune.pruning import prune
-from optprune.recipe import Recipe, load_recipe, make_recipe
+from optprune.recipe import Recipe, load_recipe
 from tests.helpers.tiny_models import TINY_MODELS, tiny_llama
 from tests.helpers.token_batches import batches
 
@@ -33,7 +33,7 @@ def problems_of(recipe, model):
 def test_every_layer_has_the_metric_of_the_dense_model(kind, make):
     solver = ["admm", "conjugate_gradients"]
     tokens = {} if kind == "none" else {"metric.tokens": 100}
-    recipe = make_recipe({**SPARSE, "objective": "sparse", "solver": solver, "metric": kind, "seed": 7, **tokens})
+    recipe = Recipe({**SPARSE, "objective": "sparse", "solver": solver, "metric": kind, "seed": 7, **tokens})
     decoder = Decoder(make())
     first = [batches()[0], batches()[1][:1]]  # whole sequences, the fewest that hold 100 tokens
     expected = collect_metrics(decoder, first, sampled(7), full=decoder.architecture.layers)
@@ -54,7 +54,7 @@ def test_every_layer_has_the_metric_of_the_dense_model(kind, make):
 def test_the_metric_is_damped_as_the_recipe_says(kind, damping):
     solver = ["admm", "conjugate_gradients"]
     settings = {"objective": "sparse", "solver": solver, "metric": kind, "metric.damping": damping}
-    problems, _ = problems_of(make_recipe({**SPARSE, **settings}), tiny_llama(num_hidden_layers=1))
+    problems, _ = problems_of(Recipe({**SPARSE, **settings}), tiny_llama(num_hidden_layers=1))
     for problem in problems.values():
         metric = problem.loss.metric
         mean = float((metric.average.diagonal() if kind == "full" else metric.average).mean())
@@ -77,7 +77,7 @@ def test_units_are_pruned_under_the_metric_of_the_dense_model(kind):
         seen[context.name] = context.loss.metric
         return linked(context)
 
-    recipe = make_recipe({"units": "all", "metric": kind, "seed": 7})
+    recipe = Recipe({"units": "all", "metric": kind, "seed": 7})
     decoder = Decoder(tiny_llama())
     expected = collect_metrics(decoder, batches(), sampled(7), full=decoder.architecture.layers)
     report = prune(tiny_llama(), batches(), recipe.model_copy(update={"objective": objective}))
@@ -93,7 +93,7 @@ def test_layers_wider_than_the_recipe_says_get_the_diagonal_and_a_note():
     model = tiny_llama()
     widths = {path: Decoder(model).layer(0, path).out_features for path in Decoder(model).architecture.layers}
     limit = min(widths.values())
-    recipe = make_recipe({**SPARSE, "metric": "full", "metric.width": limit})
+    recipe = Recipe({**SPARSE, "metric": "full", "metric.width": limit})
     problems, report = problems_of(recipe, model)
     for name, problem in problems.items():
         path = name.split(".", 3)[-1]
@@ -107,8 +107,8 @@ def test_layers_wider_than_the_recipe_says_get_the_diagonal_and_a_note():
 
 def test_bad_fields_are_refused():
     with pytest.raises(InputError, match="metric"):
-        make_recipe({"metric": "fisher"})
+        Recipe({"metric": "fisher"})
     with pytest.raises(InputError, match=r"metric\.damping"):
-        make_recipe({"metric.damping": -1})
+        Recipe({"metric.damping": -1})
     with pytest.raises(InputError, match=r"metric\.width"):
-        make_recipe({"metric.width": 0})
+        Recipe({"metric.width": 0})

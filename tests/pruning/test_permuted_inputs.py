@@ -150,7 +150,7 @@ def test_rows_that_are_forgotten_are_noticed(monkeypatch: pytest.MonkeyPatch) ->
     """The fault: layers that make inputs stay as they were. The model then answers another thing than its layers."""
     model = uneven(tiny_opt())
     right, _ = pruned(model, "alps", permuted=True)
-    monkeypatch.setattr(layers, "_turn", lambda *_: None)
+    monkeypatch.setattr(layers, "_apply_basis", lambda *_: None)
     wrong, _ = pruned(model, "alps", permuted=True)
     error = [float((logits(each) - logits(model)).square().mean()) for each in (right, wrong)]
     assert error[0] < 0.5 * error[1]
@@ -178,7 +178,7 @@ def test_heads_of_no_whole_groups_stay_as_they_are_with_a_note() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"units": "mlp"}, "permuted orders inputs for groups of N:M, and units mlp have no pattern"),
+        ({"units": "mlp"}, "permuted needs an N:M pattern, but units mlp have no pattern"),
         ({"units": "weights"}, "units weights have the pattern unstructured: set units.weights to an N:M"),
         ({"units": {"weights": "rows"}}, "the pattern rows"),
     ],

@@ -259,7 +259,7 @@ def test_uniform_allocation_meets_the_budget_as_nearly_as_rounding_can(
     mlp_step = len(decoder.blocks) * 64 * (len(decoder.architecture.mlp_producers) + 1) * multiple / total
     if units == "vo" and multiple > 1:
         # A head of 16 dimensions is narrower than any multiple leaves room for.
-        with pytest.raises(InputError, match="does nothing with units 'vo'"):
+        with pytest.raises(InputError, match="has no effect on units 'vo'"):
             uniform(decoder, sparsity, UNITS[units], multiple)
         return
     reachable = {"mlp": mlp_step * 128 / multiple, "vo": value_step * heads.dim, "all": 1.0}[units]

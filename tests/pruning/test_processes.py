@@ -99,7 +99,7 @@ def test_a_killed_worker_is_told_and_the_run_goes_on_from_its_journal(tmp_path: 
         if isinstance(event, BlockFinished) and event.done == 2:
             os.kill(workers.pop().pid, signal.SIGKILL)
 
-    with pytest.raises(WorkerError, match="a worker process ended in the middle of its work"):
+    with pytest.raises(WorkerError, match="a worker process died during its task"):
         prune(tiny(), batches(), recipe, workers=Processes(2), journal=Journal(tmp_path / "run"), on_event=kill)
     assert set(multiprocessing.active_children()) <= before, "the other worker has outlived the run"
     journal, resumed = Journal(tmp_path / "run", resume=True), tiny()
@@ -114,7 +114,7 @@ def test_a_recipe_that_cannot_travel_is_refused() -> None:
         return load_recipe("magnitude").state(context)
 
     recipe = load_recipe("magnitude", {"propagation": "dense"}).model_copy(update={"objective": mine})
-    with pytest.raises(InputError, match=r"cannot be handed to another process .* top level of a module"):
+    with pytest.raises(InputError, match=r"cannot be sent to another process .* top level of a module"):
         prune(tiny(), batches(), recipe, workers=Processes(2))
 
 

@@ -16,7 +16,7 @@ from optprune.errors import InputError, StrictError
 from optprune.metric import OutputMetric
 from optprune.models import BlockAllocation, Decoder
 from optprune.pruning import prune, refinement
-from optprune.pruning.refinement import AtOutput, Inside, ModuleLoss, recover
+from optprune.pruning.refinement import InnerLayer, ModuleLoss, OutputLayer, recover
 from optprune.recipe import load_recipe
 from tests.helpers.damaged_modules import PARTS, answers, damaged, linearised
 from tests.helpers.tiny_models import TINY_MODELS
@@ -89,7 +89,7 @@ def test_the_moments_say_what_passes_would(name: str, path: str, layers: tuple[s
     fit, apart = calls.split(1)
     loss = ModuleLoss(module, fit, apart, None if full is None else some_metric(full))
     layer: nn.Linear = module.get_submodule(layers[-1])  # type: ignore[assignment]
-    short, long = AtOutput(loss, layer, loss.error(apart)), Inside(loss, layers[-1:])
+    short, long = OutputLayer(loss, layer, loss.error(apart)), InnerLayer(loss, layers[-1:])
     step = torch.randn(layer.weight.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     exact = {"rtol": 1e-9, "atol": 1e-12}
     torch.testing.assert_close(short.gradient, long.gradient, **exact)
@@ -109,10 +109,10 @@ def test_the_effect_of_the_output_layer_is_the_metric(full: bool | None) -> None
     module, calls = damaged("llama", "mlp", ("up_proj", "down_proj"), torch.float64)
     metric = None if full is None else some_metric(full)
     loss = ModuleLoss(module, calls, calls, metric)
-    known = AtOutput(loss, module.down_proj, 0.0).outputs()
+    known = OutputLayer(loss, module.down_proj, 0.0).outputs()
     assert (known is None) == (metric is None)
     exact = torch.eye(16).double() if known is None else known
-    drawn = Inside(loss, ("down_proj",)).outputs()
+    drawn = InnerLayer(loss, ("down_proj",)).outputs()
     assert float((drawn - exact).abs().max()) <= 5 * calls.tokens**-0.5 * float(exact.diagonal().max())
 
 
@@ -124,7 +124,7 @@ def test_a_step_that_knows_its_outputs_goes_further(
     for known in (True, False):
         module, calls = damaged(name, path, layers, torch.float64)
         if not known:
-            monkeypatch.setattr(Inside, "outputs", lambda self: torch.eye(self.layer.out_features).double())
+            monkeypatch.setattr(InnerLayer, "outputs", lambda self: torch.eye(self.layer.out_features).double())
         before = error_of(module, calls)
         with torch.no_grad():
             refinement._Turn(ModuleLoss(module, calls, calls, None), 1, 0.01).take(layers, before)
@@ -140,7 +140,7 @@ def test_a_planted_fault_is_noticed(fault: str, monkeypatch: pytest.MonkeyPatch)
     if fault == "biases are counted":
         monkeypatch.setattr(refinement, "_without_biases", lambda module, layers: torch.no_grad())
     elif fault.endswith("is doubled"):
-        place = AtOutput if "last" in fault else Inside
+        place = OutputLayer if "last" in fault else InnerLayer
         honest = place.product
         monkeypatch.setattr(place, "product", lambda *args: honest(*args) / 2)
     else:
@@ -251,7 +251,7 @@ def test_the_last_sequences_are_held_out(share: float, apart: int) -> None:
 
 
 def test_one_sequence_at_least_is_left() -> None:
-    with pytest.raises(InputError, match="leaves none to calibrate on"):
+    with pytest.raises(InputError, match="leaves none for calibration"):
         prune(TINY_MODELS["llama"](), batches(1, 24), load_recipe("fasp", {"refit.held_out": 0.9}))
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from optprune.calibration.calls import Calls
 from optprune.pruning import prune, refinement
-from optprune.pruning.refinement import AtOutput, Inside, ModuleLoss
+from optprune.pruning.refinement import InnerLayer, ModuleLoss, OutputLayer
 from optprune.recipe import load_recipe
 from tests.helpers.damaged_modules import PARTS, damaged, linearised
 from tests.helpers.tiny_models import tiny_llama
@@ -26,7 +26,7 @@ def normal_equations(module: nn.Module, path: str, calls: Calls) -> tuple[Tensor
 def every_step_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever it does on the tokens kept apart, which would otherwise stop a turn where the ridge is not met yet."""
     errors = count(-1, -1)
-    for place in (AtOutput, Inside):
+    for place in (OutputLayer, InnerLayer):
         monkeypatch.setattr(place, "held_out", lambda *_: float(next(errors)))
 
 
@@ -80,7 +80,7 @@ def test_the_trace_of_the_first_tokens_is_a_mean_over_those(monkeypatch: pytest.
     assert first.tokens < calls.tokens
     mask, hessian, _ = normal_equations(module, "up_proj", first)
     signs = torch.randint(0, 2, mask.shape, generator=torch.Generator().manual_seed(2)).double() * 2 - 1
-    inside = Inside(ModuleLoss(module, calls, calls, None), ["up_proj", "down_proj"])
+    inside = InnerLayer(ModuleLoss(module, calls, calls, None), ["up_proj", "down_proj"])
     expected = float(signs[mask] @ hessian @ signs[mask])
     assert inside.trace(torch.where(mask, signs, 0.0)) == pytest.approx(expected, rel=1e-9)
 

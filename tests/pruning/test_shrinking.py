@@ -148,7 +148,7 @@ def test_a_budget_that_is_not_met_is_told_and_an_error_in_strict_mode(settings: 
     report = prune(tiny_llama(), batches(), Recipe(**settings))
     assert report.sparsity_reached == 0
     asked = f"{report.sparsity_requested:.0%}".removesuffix("%")
-    assert any(f"{NOT_MET}: 0.00% of the decoder's linear weights are gone, not {asked}" in n for n in report.notes)
+    assert any(f"{NOT_MET}: 0.00% of the decoder's linear weights are removed, not {asked}" in n for n in report.notes)
     with pytest.raises(StrictError, match=NOT_MET):
         prune(tiny_llama(), batches(), Recipe(**settings, strict=True))
 

@@ -81,15 +81,15 @@ def test_the_folder_is_a_stock_one_with_the_same_weights(tmp_path: Path) -> None
 
 @pytest.mark.usefixtures("no_weights")
 def test_there_is_nothing_to_plan(attempt: Attempt) -> None:
-    assert "a sparsity of 0 has nothing to plan" in attempt.fails(["plan", str(attempt.model), "--sparsity", "0"])
+    assert "a sparsity of 0 needs no plan" in attempt.fails(["plan", str(attempt.model), "--sparsity", "0"])
 
 
 @pytest.mark.slow
 def test_from_the_shell(attempt: Attempt) -> None:
     assert main(attempt.command("--sparsity", "0", "--recipe", "sparse_best")) == 0
     told = attempt.capsys.readouterr().out
-    assert "0.00% of the decoder's linear weights removed (0.00% asked)" in told
-    assert "zeros by themselves" not in told
+    assert "0.00% of the decoder's linear weights removed (0.00% requested)" in told
+    assert "zeros alone" not in told
     assert NOTE in told
     assert "logits differ by at most 0\n" in told
     assert same(

@@ -16,7 +16,7 @@ from optprune.moments import InputMoments
 from optprune.patterns import RowWise, Unstructured
 from optprune.problems import LayerLoss, SparseLeastSquares
 from optprune.pruning import prune
-from optprune.recipe import Recipe, load_recipe, make_recipe
+from optprune.recipe import Recipe, load_recipe
 from optprune.solvers import SparseGpt, Wanda, solve
 from tests.helpers.tiny_models import tiny_llama, tiny_opt
 from tests.helpers.token_batches import batches
@@ -201,7 +201,7 @@ def test_wanda_by_row_is_wanda_under_a_pattern_over_the_matrix(keep: int) -> Non
 def test_sparse_best_takes_intra_under_n_of_m(settings: dict, policy: str) -> None:
     recipe = load_recipe("sparse_best", settings)
     assert recipe.policy is POLICIES[policy]
-    assert make_recipe(recipe.to_dict()) == recipe
+    assert Recipe(recipe.to_dict()) == recipe
     assert recipe.resolved().to_dict() == {**recipe.to_dict(), "propagation": policy}
     report = prune(tiny_llama(), batches(), recipe)
     assert report.recipe["propagation"] == policy

@@ -9,7 +9,7 @@ from optprune.cli import main
 from optprune.errors import InputError
 from optprune.models import UNITS, Blocks, Weights
 from optprune.patterns import InGroups
-from optprune.recipe import Recipe, load_recipe, make_recipe, recipe_names
+from optprune.recipe import Recipe, load_recipe, recipe_names
 from optprune.recipe.groups import GROUPS, DepthSearch, FisherMetric, GlobalBudget, Recovery, Refit, UniformShares
 from optprune.recipe.reference import recipe_fields, spellings
 from optprune.recipe.settings import RENAMED
@@ -25,11 +25,11 @@ def test_a_former_name_is_refused_with_the_present_one(name: str, tmp_path: Path
     file.write_text(f"{name}: 1\n", encoding="utf-8")
     for set_it in (
         lambda: Recipe(**{name: 1}),
-        lambda: make_recipe({name: 1}),
+        lambda: Recipe({name: 1}),
         lambda: load_recipe("fasp", {name: 1}),
         lambda: load_recipe(str(file)),
     ):
-        with pytest.raises(InputError, match=f"^the recipe field '{name}' is spelled {RENAMED[name]}$"):
+        with pytest.raises(InputError, match=f"^the recipe field '{name}' was renamed: write {RENAMED[name]}$"):
             set_it()
 
 
@@ -99,7 +99,10 @@ def test_a_group_may_be_given_by_one_value(value: dict[str, Any], same: dict[str
             "as refit.recovery and as refit.recovery.rounds",
         ),
         ({"units": {"weights": "rows"}, "units.weights": "2:4"}, "is given twice, as units and as units.weights"),
-        ({"units": Weights(InGroups(2, 4)), "units.weights": "rows"}, "the pattern rows is not 2:4, that of the units"),
+        (
+            {"units": Weights(InGroups(2, 4)), "units.weights": "rows"},
+            "the pattern rows differs from 2:4, that of the units",
+        ),
     ],
     ids=str,
 )
@@ -115,7 +118,7 @@ def test_the_command_takes_paths(attempt: Attempt) -> None:
     sentence = attempt.fails(attempt.command("--set", "metric=full", "--set", "metric.width=0"))
     assert "the recipe field 'metric.width' cannot be 0: Input should be greater than or equal to 1" in sentence
     sentence = attempt.fails(attempt.command("--set", "held_out=0.1"))
-    assert sentence.endswith("the recipe field 'held_out' is spelled refit.held_out")
+    assert sentence.endswith("the recipe field 'held_out' was renamed: write refit.held_out")
     sentence = attempt.fails(attempt.command(recipe="wanda", pattern="2:x"))
     assert "the recipe field 'units.weights' cannot be '2:x': the pattern '2:x' is not known" in sentence
 
@@ -146,7 +149,7 @@ def test_units_that_override_have_their_own_pattern() -> None:
     assert load_recipe("wanda", {"units": {"weights": "2:4"}}).units == Weights(InGroups(2, 4))
     assert load_recipe("wanda", {"units": "mlp", "objective": None}).units == UNITS["mlp"]
     assert Recipe({"units": "weights", "units.weights": "rows"}, units="mlp").units == UNITS["mlp"]
-    with pytest.raises(InputError, match="the pattern rows is one of single weights, but units are mlp"):
+    with pytest.raises(InputError, match="the pattern rows is for single weights, but units are mlp"):
         Recipe({"units": "mlp"}, {"units.weights": "rows"})
 
 
@@ -171,20 +174,26 @@ def test_whole_sub_blocks_are_of_depth_and_depth_of_whole_sub_blocks() -> None:
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        ({"metric": {"width": 64}}, "'metric.width' does nothing without metric.kind diagonal or full: set that too"),
-        ({"metric": {"kind": "none", "width": 64}}, "'metric.width' does nothing without metric.kind diagonal or full"),
-        ({"allocation.least": 0.3}, "'allocation.least' does nothing without allocation.kind global: set that too, or"),
-        ({"allocation": {"kind": "global", "parts": "mlp"}}, "does nothing without allocation.kind depth"),
-        ({"refit.recovery.steps": 3}, "'refit.recovery.steps' does nothing without refit.held_out: set that too"),
+        ({"metric": {"width": 64}}, "'metric.width' has no effect without metric.kind diagonal or full: set that too"),
+        (
+            {"metric": {"kind": "none", "width": 64}},
+            "'metric.width' has no effect without metric.kind diagonal or full",
+        ),
+        (
+            {"allocation.least": 0.3},
+            "'allocation.least' has no effect without allocation.kind global: set that too, or",
+        ),
+        ({"allocation": {"kind": "global", "parts": "mlp"}}, "has no effect without allocation.kind depth"),
+        ({"refit.recovery.steps": 3}, "'refit.recovery.steps' has no effect without refit.held_out: set that too"),
         (
             {"refit": {"held_out": 0.1, "recovery": {"steps": 3}}},
-            "does nothing without refit.recovery.rounds: set that",
+            "has no effect without refit.recovery.rounds: set that",
         ),
-        ({"refit.recovery": 1}, "'refit.recovery' does nothing without refit.held_out: set that too, or leave it out"),
-        ({"refit.matching": 1}, "'refit.matching' does nothing without refit.held_out: set that too, or leave it out"),
-        ({"refit": {"dampings": [0.1]}}, "'refit.dampings' does nothing without refit.held_out: set that too, or"),
-        ({"allocation.currency": "time"}, "'allocation.currency' does nothing without allocation.kind global: set"),
-        ({"units": "blocks", "allocation.multiple": 8}, "does nothing without allocation.kind uniform or global"),
+        ({"refit.recovery": 1}, "'refit.recovery' has no effect without refit.held_out: set that too, or leave it out"),
+        ({"refit.matching": 1}, "'refit.matching' has no effect without refit.held_out: set that too, or leave it out"),
+        ({"refit": {"dampings": [0.1]}}, "'refit.dampings' has no effect without refit.held_out: set that too, or"),
+        ({"allocation.currency": "time"}, "'allocation.currency' has no effect without allocation.kind global: set"),
+        ({"units": "blocks", "allocation.multiple": 8}, "has no effect without allocation.kind uniform or global"),
         ({"units": "experts", "allocation.multiple": 8}, "allocation.multiple is 8, but units experts have no widths"),
         (
             {"units": "weights", "allocation": {"kind": "global", "currency": "flops"}},
@@ -192,9 +201,9 @@ def test_whole_sub_blocks_are_of_depth_and_depth_of_whole_sub_blocks() -> None:
         ),
         (
             {"units.weights": "2:4"},
-            "the pattern 2:4 is one of single weights, but units are mlp: choose a recipe",
+            "the pattern 2:4 is for single weights, but units are mlp: choose a recipe",
         ),
-        ({"units": {"mlp": "rows"}}, "the pattern rows is one of single weights, but units are mlp"),
+        ({"units": {"mlp": "rows"}}, "the pattern rows is for single weights, but units are mlp"),
         ({"metric": {"size": 3}}, "metric has no field 'size': it has kind, tokens, width, damping"),
         ({"refit": {"held_out": 0.1, "recovery.pace": 3}}, "refit.recovery has no field 'pace': it has rounds, steps,"),
         ({"units.rows": 3}, "a recipe has no field 'units.rows'"),
@@ -249,7 +258,7 @@ def test_a_recipe_that_is_written_is_read_as_it_was(name: str) -> None:
     more = {"allocation.multiple": 4} if load_recipe(name).units.kinds else {}
     for settings in ({}, {"refit.held_out": 0.25, "refit.recovery": 2, "metric": "diagonal", **more}):
         recipe = load_recipe(name, settings)
-        assert make_recipe(recipe.to_dict()) == recipe == Recipe(**dict(recipe))
+        assert Recipe(recipe.to_dict()) == recipe == Recipe(**dict(recipe))
         assert list(recipe.to_dict()) == list(Recipe.model_fields)
 
 

@@ -516,7 +516,7 @@ def test_a_report_that_is_not_there_or_tells_of_other_weights(
     found, told = inspected(folder, capsys)
     assert found["original"] is found["original_weights"] is found["removed"] is None
     assert {layer["original"] for layer in found["layers"]} == {None}
-    assert "no report.json tells what these weights were before" in told
+    assert "without a report.json the original sizes are unknown" in told
     decoder = Decoder(load_model(folder).model)
     assert set(shares_kept(decoder, model_patterns(decoder), None).values()) == {(1.0, 1.0)}
 

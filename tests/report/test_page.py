@@ -142,7 +142,7 @@ def test_the_headline_is_what_was_measured(measured: EvaluationReport, fast: Spe
     root = made(narrowed(), model=MODEL, evaluation=measured, speed=fast)
     assert root.all("h1")[0].text == "Small-1B, pruned by fasp"
     key = {part.all("dt")[0].text: part.all("dd")[0].text for part in root.all("dl")[0].all("div")}
-    assert key["weights removed"] == "24.68%25.00% asked"
+    assert key["weights removed"] == "24.68%25.00% requested"
     assert key["perplexity"] == "35.0129.43 before"
     assert key["divergence"] == "0.543nats; first choice the same in 71.2%"
     assert key["decoding speed"] == "1.50 times30.0 tokens a second, 20.0 before"

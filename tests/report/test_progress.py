@@ -160,7 +160,7 @@ def test_the_phases_of_a_recipe_with_a_metric_and_probes() -> None:
     metric = counts(events, METRIC)
     assert metric[0] == (0, metric[-1][1]) and metric[-1][0] == metric[-1][1]
     assert metric == sorted(set(metric))
-    assert counts(events, "measuring what blocks would lose") == [(0, 2), (1, 2), (2, 2)]
+    assert counts(events, "measuring the costs of removal") == [(0, 2), (1, 2), (2, 2)]
     names = [
         event.phase if isinstance(event, PhaseStarted) else event.phase.name for event in events if of_phases(event)
     ]

@@ -51,13 +51,13 @@ def test_a_report_of_the_first_version_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        (None, "has no report.json: give one that optprune prune wrote"),
+        (None, "has no report.json: give a folder that optprune prune wrote"),
         ("{", "is not valid JSON"),
-        ("[]", "is no report of a run"),
-        ("{}", r"is no report of a run \(model: "),
-        (json.dumps({**json.loads(narrowed().to_json()), "layers": [1]}), r"is no report of a run \(layers.0: "),
-        (json.dumps({**json.loads(narrowed().to_json()), "seconds": "long"}), r"no report of a run \(seconds: "),
-        ("[" * 100_000, "is nested too deeply to be read"),
+        ("[]", "is not the report of a run"),
+        ("{}", r"is not the report of a run \(model: "),
+        (json.dumps({**json.loads(narrowed().to_json()), "layers": [1]}), r"is not the report of a run \(layers.0: "),
+        (json.dumps({**json.loads(narrowed().to_json()), "seconds": "long"}), r"not the report of a run \(seconds: "),
+        ("[" * 100_000, "is nested too deeply"),
     ],
 )
 def test_what_is_no_report_is_refused_in_a_sentence(text: str | None, reason: str, tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ def objects(report: Report) -> dict[str, Any]:
 def test_a_report_tells_what_was_done(report: Report) -> None:
     told = str(report)
     for text in (
-        *("report of fasp", "some model", f"{report.sparsity_reached:.2%} of the linear weights (20.00% asked)"),
+        *("report of fasp", "some model", f"{report.sparsity_reached:.2%} of the linear weights (20.00% requested)"),
         *("256 tokens, demo:speeches", "over 12 layers", "held out", "converged"),
     ):
         assert text in told, told
@@ -47,7 +47,7 @@ def test_a_report_tells_what_was_done(report: Report) -> None:
     errors = [layer.relative_error for layer in report.layers]
     assert sorted(layer.relative_error for layer in shown) == sorted(errors)[2:]
     assert repr(report) == (
-        f"Report('some model', 'fasp', {report.sparsity_reached:.2%} removed, 20.00% asked, 12 layers solved)"
+        f"Report('some model', 'fasp', {report.sparsity_reached:.2%} removed, 20.00% requested, 12 layers solved)"
     )
 
 

@@ -11,7 +11,7 @@ import pytest
 from optprune.allocation import Allocation
 from optprune.errors import InputError
 from optprune.models import Decoder
-from optprune.recipe import load_recipe, make_recipe
+from optprune.recipe import Recipe, load_recipe
 from optprune.recipe.names import SOLVERS
 from optprune.solvers import Chain, Magnitude, Random, Restore
 from optprune.system.files import DEEPEST, MOST_VALUES, read_json, read_yaml
@@ -128,7 +128,7 @@ def test_a_value_is_cut_to_a_line(tmp_path: Path, field: str, value: str) -> Non
 
 def test_a_key_is_cut_to_a_line() -> None:
     with pytest.raises(InputError) as told:
-        make_recipe({"x" * 5000: 1})
+        Recipe({"x" * 5000: 1})
     assert len(str(told.value)) < 1200
 
 
@@ -174,13 +174,13 @@ def test_solvers_nested_beyond_sense(attempt: Attempt) -> None:
     for _ in range(300):
         nested = [nested]
     with pytest.raises(InputError, match="a chain of chains is more than 8 deep: write one chain"):
-        make_recipe({"solver": nested})
+        Recipe({"solver": nested})
     assert "deep" in attempt.fails(attempt.command("--set", f"solver={json.dumps(nested)}"))
 
 
 def test_solvers_nested_as_people_might() -> None:
     nested = Chain((Chain((Magnitude(),)), Restore()))
-    assert make_recipe({"solver": nested, "units": "weights"}).to_dict()["solver"] == [["magnitude"], "restore"]
+    assert Recipe({"solver": nested, "units": "weights"}).to_dict()["solver"] == [["magnitude"], "restore"]
 
 
 @pytest.mark.parametrize(

@@ -263,5 +263,5 @@ def test_too_little_to_draw_from(
 
 @pytest.mark.parametrize("shares", [(0.3, 0.3), (float("nan"), 1.0), (1.0, 0.0), ()])
 def test_shares_that_do_not_come_to_one(shares: tuple[float, ...]) -> None:
-    with pytest.raises(InputError, match=r"with the sum|is no number|there is no text"):
+    with pytest.raises(InputError, match=r"with the sum|is not a number|there is no text"):
         draw(numbered([[99]] * len(shares), shares), 4, 8, 0)

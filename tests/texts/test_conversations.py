@@ -104,7 +104,7 @@ def test_what_a_template_refuses_is_told_with_its_place() -> None:
 def test_texts_and_conversations_do_not_mix(tmp_path: Path) -> None:
     file = tmp_path / "a.jsonl"
     file.write_text(lines([{"messages": CHATS[0]}, {"messages": "a text"}]))
-    with pytest.raises(InputError, match="has texts as well as messages: give two texts"):
+    with pytest.raises(InputError, match="mixes texts and messages: give two texts"):
         read_documents(str(file))
     with pytest.raises(InputError, match="cannot be joined"):
         tokenise(tiny_tokenizer(), ["a text", Conversation(tuple(CHATS[0]))])
@@ -113,12 +113,12 @@ def test_texts_and_conversations_do_not_mix(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("value", "reason"),
     [
-        ([["user", "hello"]], r"message 1 of .* in line 1 of .* is \['user', 'hello'\], which has no role"),
-        ([CHATS[0][0], {"from": "human", "value": "hello"}], "message 2 .* has no role and content: write"),
+        ([["user", "hello"]], r"message 1 of .* in line 1 of .* is \['user', 'hello'\], without a role"),
+        ([CHATS[0][0], {"from": "human", "value": "hello"}], "message 2 .* without a role and content: write"),
         ([{"role": "user", "content": [{"type": "text", "text": "a"}]}], "the content of message 1 .* is not a text"),
         ([{"role": "user", "content": "half a \ud83d"}], "half a character"),
-        ([1, 2], "message 1 .* is 1, which has no role"),
-        ([[]], "is empty|has no role"),
+        ([1, 2], "message 1 .* is 1, without a role"),
+        ([[]], "is empty|without a role"),
     ],
 )  # fmt: skip
 def test_messages_that_are_none(value: list[Any], reason: str, tmp_path: Path) -> None:

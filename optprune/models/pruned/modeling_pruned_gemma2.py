@@ -1,4 +1,4 @@
-"""Gemma 2 with decoder blocks of different shapes, pruned by optprune; pruned_decoder.py says how."""
+"""Gemma 2 with decoder blocks of different shapes, pruned by optprune; see pruned_decoder.py."""
 
 from transformers.models.gemma2 import modeling_gemma2 as stock
 
@@ -13,7 +13,7 @@ class PrunedGemma2Config(stock.Gemma2Config):
 
 
 class PrunedGemma2Attention(PrunedAttention, stock.Gemma2Attention):
-    """Of any number of heads and of value dimensions."""
+    """Attention with any number of heads and value dimensions."""
 
     stock = stock
 
@@ -22,7 +22,7 @@ class PrunedGemma2Attention(PrunedAttention, stock.Gemma2Attention):
 
 
 class PrunedGemma2DecoderLayer(PrunedBlock, stock.Gemma2DecoderLayer):
-    """Of any width, with or without its sub-blocks."""
+    """Decoder block of any width, with or without its sub-blocks."""
 
     attention_class = PrunedGemma2Attention
     attention_norms = ("input_layernorm", "post_attention_layernorm")
@@ -30,12 +30,12 @@ class PrunedGemma2DecoderLayer(PrunedBlock, stock.Gemma2DecoderLayer):
 
     def forward(self, hidden_states, **kwargs):
         hidden_states = super().forward(hidden_states, **kwargs)
-        # transformers 4.57 says whether weights are wanted, and takes the first of a tuple.
+        # transformers 4.57 passes whether weights are needed, and takes the first of a tuple.
         return (hidden_states, None) if "output_attentions" in kwargs else hidden_states
 
 
 class PrunedGemma2ForCausalLM(PrunedModel, stock.Gemma2ForCausalLM):
-    """Whose blocks may differ in shape."""
+    """Language model whose blocks may differ in shape."""
 
     config_class = PrunedGemma2Config
     block_class = PrunedGemma2DecoderLayer

@@ -1,4 +1,4 @@
-"""Gemma 3 with decoder blocks of different shapes, pruned by optprune; pruned_decoder.py says how."""
+"""Gemma 3 with decoder blocks of different shapes, pruned by optprune; see pruned_decoder.py."""
 
 from transformers.models.gemma3 import modeling_gemma3 as stock
 
@@ -13,7 +13,7 @@ class PrunedGemma3Config(stock.Gemma3TextConfig):
 
 
 class PrunedGemma3Attention(PrunedAttention, stock.Gemma3Attention):
-    """Of any number of heads and of value dimensions."""
+    """Attention with any number of heads and value dimensions."""
 
     stock = stock
     norms = "head"
@@ -23,14 +23,14 @@ class PrunedGemma3Attention(PrunedAttention, stock.Gemma3Attention):
 
 
 class PrunedGemma3DecoderLayer(PrunedBlock, stock.Gemma3DecoderLayer):
-    """Of any width, with or without its sub-blocks."""
+    """Decoder block of any width, with or without its sub-blocks."""
 
     attention_class = PrunedGemma3Attention
     attention_norms = ("input_layernorm", "post_attention_layernorm")
     mlp_norms = ("pre_feedforward_layernorm", "post_feedforward_layernorm")
 
     def forward(self, hidden_states, position_embeddings=None, **kwargs):
-        if position_embeddings is None:  # transformers 4.57 hands over those of both kinds of attention
+        if position_embeddings is None:  # transformers 4.57 passes those of both kinds of attention
             near, far = kwargs.pop("position_embeddings_local"), kwargs.pop("position_embeddings_global")
             sliding = self.self_attn is not None and self.self_attn.is_sliding
             states = super().forward(hidden_states, position_embeddings=near if sliding else far, **kwargs)
@@ -39,7 +39,7 @@ class PrunedGemma3DecoderLayer(PrunedBlock, stock.Gemma3DecoderLayer):
 
 
 class PrunedGemma3ForCausalLM(PrunedModel, stock.Gemma3ForCausalLM):
-    """Whose blocks may differ in shape."""
+    """Language model whose blocks may differ in shape."""
 
     config_class = PrunedGemma3Config
     block_class = PrunedGemma3DecoderLayer

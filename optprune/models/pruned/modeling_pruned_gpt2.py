@@ -1,4 +1,4 @@
-"""GPT-2 with decoder blocks of different shapes, pruned by optprune; pruned_decoder.py says what that means."""
+"""GPT-2 with decoder blocks of different shapes, pruned by optprune; see pruned_decoder.py."""
 
 import torch
 from torch import nn
@@ -17,7 +17,7 @@ class PrunedGPT2Config(stock.GPT2Config):
 
 
 class PrunedGPT2Attention(stock.GPT2Attention):
-    """Reads the numbers of heads and of value dimensions off the weights; the cache is as small as they are."""
+    """Attention whose numbers of heads and value dimensions are those of its weights and its cache."""
 
     def forward(self, hidden_states, cache=None, attention_mask=None, past_key_values=None, **kwargs):
         shape, size = hidden_states.shape[:-1], self.head_dim
@@ -37,7 +37,7 @@ class PrunedGPT2Attention(stock.GPT2Attention):
 
 
 def eager(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
-    """Attention as transformers 5 writes it out: that of 4.57 scales by the value dimensions."""
+    """Return attention as transformers 5 computes it, because 4.57 scales by the value dimensions."""
     scores = torch.matmul(query, key.transpose(-1, -2)) * scaling
     scores = scores if attention_mask is None else scores + attention_mask[..., : key.shape[-2]]
     weights = nn.functional.softmax(scores, dim=-1).type(value.dtype)
@@ -59,14 +59,14 @@ class PrunedGPT2Block(PrunedBlock, stock.GPT2Block):
         weights, wanted = None, kwargs.pop("output_attentions", None)
         kwargs.pop("encoder_attention_mask", None)
         cache = kwargs.pop("past_key_values", None) if cache is None else cache
-        if older:  # transformers 4.57 has the positions in the cache before the mask, and a mask of heads behind it
+        if older:  # transformers 4.57 passes the cache positions before the mask, and a head mask after it
             kwargs["cache_position"], attention_mask = attention_mask, encoder_hidden_states
         if self.attn is not None:
             mixed, weights = self.attn(self.ln_1(hidden_states), cache=cache, attention_mask=attention_mask, **kwargs)
             hidden_states = mixed + hidden_states
         if self.mlp is not None:
             hidden_states = hidden_states + self.mlp(self.ln_2(hidden_states))
-        # transformers 4.57 says whether weights are wanted, and takes the first of a tuple.
+        # transformers 4.57 passes whether weights are needed, and takes the first of a tuple.
         return hidden_states if wanted is None else (hidden_states, weights)
 
     def shrink(self, shape, group):
@@ -86,7 +86,7 @@ class PrunedGPT2Block(PrunedBlock, stock.GPT2Block):
 
 
 class PrunedGPT2LMHeadModel(PrunedModel, stock.GPT2LMHeadModel):
-    """Whose blocks may differ in shape."""
+    """Language model whose blocks may differ in shape."""
 
     config_class = PrunedGPT2Config
     block_class = PrunedGPT2Block

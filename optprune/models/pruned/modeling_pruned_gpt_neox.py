@@ -1,4 +1,4 @@
-"""GPT-NeoX with decoder blocks of different shapes, pruned by optprune; pruned_decoder.py says what that means."""
+"""GPT-NeoX with decoder blocks of different shapes, pruned by optprune; see pruned_decoder.py."""
 
 from transformers.models.gpt_neox import modeling_gpt_neox as stock
 
@@ -14,7 +14,7 @@ class PrunedGPTNeoXConfig(stock.GPTNeoXConfig):
 
 
 class PrunedGPTNeoXAttention(stock.GPTNeoXAttention):
-    """Reads the numbers of heads and of value dimensions off the weights; the cache is as small as they are."""
+    """Attention whose numbers of heads and value dimensions are those of its weights and its cache."""
 
     def forward(self, hidden_states, attention_mask=None, layer_past=None, position_embeddings=None, **kwargs):
         shape, size, values = hidden_states.shape[:-1], self.head_size, self.dense.in_features
@@ -54,7 +54,7 @@ class PrunedGPTNeoXLayer(PrunedBlock, stock.GPTNeoXLayer):
             found = self.post_mlp_dropout(self.mlp(self.post_attention_layernorm(entry)))
             beside = self.attention is not None and self.use_parallel_residual
             mixed = found + mixed + hidden_states if beside else found + mixed
-        # transformers 4.57 says whether weights are wanted, and takes the first of a tuple.
+        # transformers 4.57 passes whether weights are needed, and takes the first of a tuple.
         return (mixed, weights) if "output_attentions" in kwargs else mixed
 
     def shrink(self, shape, group):
@@ -74,7 +74,7 @@ class PrunedGPTNeoXLayer(PrunedBlock, stock.GPTNeoXLayer):
 
 
 class PrunedGPTNeoXForCausalLM(PrunedModel, stock.GPTNeoXForCausalLM):
-    """Whose blocks may differ in shape."""
+    """Language model whose blocks may differ in shape."""
 
     config_class = PrunedGPTNeoXConfig
     block_class = PrunedGPTNeoXLayer
@@ -83,7 +83,7 @@ class PrunedGPTNeoXForCausalLM(PrunedModel, stock.GPTNeoXForCausalLM):
 
     def __init__(self, config):
         super().__init__(config)
-        if "embed_out" in self._modules:  # what transformers 4.57 calls the head
+        if "embed_out" in self._modules:  # the name of the head in transformers 4.57
             self.lm_head = self._modules.pop("embed_out")
 
     @property

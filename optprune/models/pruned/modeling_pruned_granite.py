@@ -1,4 +1,4 @@
-"""Granite with decoder blocks of different shapes, pruned by optprune; pruned_decoder.py says how."""
+"""Granite with decoder blocks of different shapes, pruned by optprune; see pruned_decoder.py."""
 
 from transformers.models.granite import modeling_granite as stock
 
@@ -13,19 +13,19 @@ class PrunedGraniteConfig(stock.GraniteConfig):
 
 
 class PrunedGraniteAttention(PrunedAttention, stock.GraniteAttention):
-    """Of any number of heads and of value dimensions."""
+    """Attention with any number of heads and value dimensions."""
 
     stock = stock
 
 
 class PrunedGraniteDecoderLayer(PrunedBlock, stock.GraniteDecoderLayer):
-    """Of any width, with or without its sub-blocks."""
+    """Decoder block of any width, with or without its sub-blocks."""
 
     attention_class = PrunedGraniteAttention
 
     def forward(self, hidden_states, **kwargs):
         hidden_states = super().forward(hidden_states, **kwargs)
-        # transformers 4.57 says whether weights are wanted, and takes the first of a tuple.
+        # transformers 4.57 passes whether weights are needed, and takes the first of a tuple.
         return (hidden_states, None) if "output_attentions" in kwargs else hidden_states
 
     def added(self, hidden_states, mixed):
@@ -33,7 +33,7 @@ class PrunedGraniteDecoderLayer(PrunedBlock, stock.GraniteDecoderLayer):
 
 
 class PrunedGraniteForCausalLM(PrunedModel, stock.GraniteForCausalLM):
-    """Whose blocks may differ in shape."""
+    """Language model whose blocks may differ in shape."""
 
     config_class = PrunedGraniteConfig
     block_class = PrunedGraniteDecoderLayer

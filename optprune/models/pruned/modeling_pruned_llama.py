@@ -1,4 +1,4 @@
-"""Llama with decoder blocks of different shapes, pruned by optprune; pruned_decoder.py says how."""
+"""Llama with decoder blocks of different shapes, pruned by optprune; see pruned_decoder.py."""
 
 from transformers.models.llama import modeling_llama as stock
 
@@ -13,19 +13,19 @@ class PrunedLlamaConfig(stock.LlamaConfig):
 
 
 class PrunedLlamaAttention(PrunedAttention, stock.LlamaAttention):
-    """Of any number of heads and of value dimensions."""
+    """Attention with any number of heads and value dimensions."""
 
     stock = stock
 
 
 class PrunedLlamaDecoderLayer(PrunedBlock, stock.LlamaDecoderLayer):
-    """Of any width, with or without its sub-blocks."""
+    """Decoder block of any width, with or without its sub-blocks."""
 
     attention_class = PrunedLlamaAttention
 
 
 class PrunedLlamaForCausalLM(PrunedModel, stock.LlamaForCausalLM):
-    """Whose blocks may differ in shape."""
+    """Language model whose blocks may differ in shape."""
 
     config_class = PrunedLlamaConfig
     block_class = PrunedLlamaDecoderLayer

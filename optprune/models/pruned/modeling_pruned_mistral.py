@@ -1,4 +1,4 @@
-"""Mistral with decoder blocks of different shapes, pruned by optprune; pruned_decoder.py says how."""
+"""Mistral with decoder blocks of different shapes, pruned by optprune; see pruned_decoder.py."""
 
 from transformers.models.mistral import modeling_mistral as stock
 
@@ -13,7 +13,7 @@ class PrunedMistralConfig(stock.MistralConfig):
 
 
 class PrunedMistralAttention(PrunedAttention, stock.MistralAttention):
-    """Of any number of heads and of value dimensions."""
+    """Attention with any number of heads and value dimensions."""
 
     stock = stock
 
@@ -22,13 +22,13 @@ class PrunedMistralAttention(PrunedAttention, stock.MistralAttention):
 
 
 class PrunedMistralDecoderLayer(PrunedBlock, stock.MistralDecoderLayer):
-    """Of any width, with or without its sub-blocks."""
+    """Decoder block of any width, with or without its sub-blocks."""
 
     attention_class = PrunedMistralAttention
 
 
 class PrunedMistralForCausalLM(PrunedModel, stock.MistralForCausalLM):
-    """Whose blocks may differ in shape."""
+    """Language model whose blocks may differ in shape."""
 
     config_class = PrunedMistralConfig
     block_class = PrunedMistralDecoderLayer

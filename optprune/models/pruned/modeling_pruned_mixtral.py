@@ -1,4 +1,4 @@
-"""Mixtral with decoder blocks of different shapes, pruned by optprune; pruned_decoder.py says how."""
+"""Mixtral with decoder blocks of different shapes, pruned by optprune; see pruned_decoder.py."""
 
 from transformers.models.mixtral import modeling_mixtral as stock
 
@@ -14,7 +14,7 @@ class PrunedMixtralConfig(stock.MixtralConfig):
 
 
 class PrunedMixtralAttention(PrunedAttention, stock.MixtralAttention):
-    """Of any number of heads and of value dimensions."""
+    """Attention with any number of heads and value dimensions."""
 
     stock = stock
 
@@ -23,13 +23,13 @@ class PrunedMixtralAttention(PrunedAttention, stock.MixtralAttention):
 
 
 class PrunedMixtralDecoderLayer(PrunedMixtureBlock, stock.MixtralDecoderLayer):
-    """Of any number of experts, with or without its sub-blocks."""
+    """Decoder block with any number of experts, with or without its sub-blocks."""
 
     attention_class = PrunedMixtralAttention
 
 
 class PrunedMixtralForCausalLM(PrunedModel, stock.MixtralForCausalLM):
-    """Whose blocks may differ in shape."""
+    """Language model whose blocks may differ in shape."""
 
     config_class = PrunedMixtralConfig
     block_class = PrunedMixtralDecoderLayer

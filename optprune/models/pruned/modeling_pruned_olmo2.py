@@ -1,4 +1,4 @@
-"""OLMo 2 with decoder blocks of different shapes, pruned by optprune; pruned_decoder.py says how."""
+"""OLMo 2 with decoder blocks of different shapes, pruned by optprune; see pruned_decoder.py."""
 
 from transformers.models.olmo2 import modeling_olmo2 as stock
 
@@ -13,14 +13,14 @@ class PrunedOlmo2Config(stock.Olmo2Config):
 
 
 class PrunedOlmo2Attention(PrunedAttention, stock.Olmo2Attention):
-    """Of any number of heads and of value dimensions."""
+    """Attention with any number of heads and value dimensions."""
 
     stock = stock
     norms = "row"
 
 
 class PrunedOlmo2DecoderLayer(PrunedBlock, stock.Olmo2DecoderLayer):
-    """Of any width, with or without its sub-blocks."""
+    """Decoder block of any width, with or without its sub-blocks."""
 
     attention_class = PrunedOlmo2Attention
     attention_norms = (None, "post_attention_layernorm")
@@ -28,7 +28,7 @@ class PrunedOlmo2DecoderLayer(PrunedBlock, stock.Olmo2DecoderLayer):
 
 
 class PrunedOlmo2ForCausalLM(PrunedModel, stock.Olmo2ForCausalLM):
-    """Whose blocks may differ in shape."""
+    """Language model whose blocks may differ in shape."""
 
     config_class = PrunedOlmo2Config
     block_class = PrunedOlmo2DecoderLayer

@@ -1,4 +1,4 @@
-"""OLMoE with decoder blocks of different shapes, pruned by optprune; pruned_decoder.py says how."""
+"""OLMoE with decoder blocks of different shapes, pruned by optprune; see pruned_decoder.py."""
 
 from transformers.models.olmoe import modeling_olmoe as stock
 
@@ -14,7 +14,7 @@ class PrunedOlmoeConfig(stock.OlmoeConfig):
 
 
 class PrunedOlmoeAttention(PrunedAttention, stock.OlmoeAttention):
-    """Of any number of heads and of value dimensions."""
+    """Attention with any number of heads and value dimensions."""
 
     stock = stock
     norms = "row"
@@ -24,13 +24,13 @@ class PrunedOlmoeAttention(PrunedAttention, stock.OlmoeAttention):
 
 
 class PrunedOlmoeDecoderLayer(PrunedMixtureBlock, stock.OlmoeDecoderLayer):
-    """Of any number of experts, with or without its sub-blocks."""
+    """Decoder block with any number of experts, with or without its sub-blocks."""
 
     attention_class = PrunedOlmoeAttention
 
 
 class PrunedOlmoeForCausalLM(PrunedModel, stock.OlmoeForCausalLM):
-    """Whose blocks may differ in shape."""
+    """Language model whose blocks may differ in shape."""
 
     config_class = PrunedOlmoeConfig
     block_class = PrunedOlmoeDecoderLayer

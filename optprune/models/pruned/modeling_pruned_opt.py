@@ -1,4 +1,4 @@
-"""OPT with decoder blocks of different shapes, pruned by optprune; pruned_decoder.py says what that means."""
+"""OPT with decoder blocks of different shapes, pruned by optprune; see pruned_decoder.py."""
 
 from torch import nn
 from transformers import OPTConfig, OPTForCausalLM
@@ -16,14 +16,14 @@ class PrunedOPTConfig(OPTConfig):
 
 
 class PrunedOPTAttention(OPTAttention):
-    """Reads the numbers of heads and of value dimensions off the weights; the cache is as small as they are."""
+    """Attention whose numbers of heads and value dimensions are those of its weights and its cache."""
 
     def forward(
         self,
         hidden_states,
         cache=None,
         attention_mask=None,
-        past_key_values=None,  # what older versions of transformers call the cache
+        past_key_values=None,  # the name of the cache in older versions of transformers
         **kwargs,
     ):
         shape = hidden_states.shape[:-1]
@@ -56,12 +56,12 @@ class PrunedOPTDecoderLayer(OPTDecoderLayer):
             hidden_states = hidden_states + nn.functional.dropout(mixed, p=self.dropout, training=self.training)
             if not self.do_layer_norm_before:
                 hidden_states = self.final_layer_norm(hidden_states)
-        # transformers 4.57 hands over a head mask, and takes the first of a tuple.
+        # transformers 4.57 passes a head mask, and takes the first of a tuple.
         return (hidden_states, weights) if "layer_head_mask" in kwargs else hidden_states
 
 
 class PrunedOPTForCausalLM(OPTForCausalLM):
-    """Built as the stock class builds it, then narrowed block by block."""
+    """A model that is built as the stock class builds it, then narrowed block by block."""
 
     config_class = PrunedOPTConfig
     _no_split_modules = ["PrunedOPTDecoderLayer"]
@@ -87,7 +87,7 @@ class PrunedOPTForCausalLM(OPTForCausalLM):
         self.number_caches()
 
     def number_caches(self):
-        """Give caches to the blocks with attention, from the first on: transformers reads the length off the first."""
+        """Number the caches of the blocks with attention from the first one, where transformers reads the length."""
         for index, block in enumerate(block for block in self.model.decoder.layers if block.self_attn is not None):
             block.self_attn.layer_idx = index
 

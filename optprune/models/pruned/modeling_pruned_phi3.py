@@ -1,4 +1,4 @@
-"""Phi-3 with decoder blocks of different shapes, pruned by optprune; pruned_decoder.py says how."""
+"""Phi-3 with decoder blocks of different shapes, pruned by optprune; see pruned_decoder.py."""
 
 from transformers.models.phi3 import modeling_phi3 as stock
 
@@ -13,7 +13,7 @@ class PrunedPhi3Config(stock.Phi3Config):
 
 
 class PrunedPhi3Attention(PrunedAttention, stock.Phi3Attention):
-    """Of any number of heads and of value dimensions."""
+    """Attention with any number of heads and value dimensions."""
 
     stock = stock
 
@@ -32,7 +32,7 @@ class PrunedPhi3Attention(PrunedAttention, stock.Phi3Attention):
 
 
 class PrunedPhi3DecoderLayer(PrunedBlock, stock.Phi3DecoderLayer):
-    """Of any width, with or without its sub-blocks."""
+    """Decoder block of any width, with or without its sub-blocks."""
 
     attention_class = PrunedPhi3Attention
 
@@ -45,7 +45,7 @@ class PrunedPhi3DecoderLayer(PrunedBlock, stock.Phi3DecoderLayer):
 
 
 class PrunedPhi3ForCausalLM(PrunedModel, stock.Phi3ForCausalLM):
-    """Whose blocks may differ in shape."""
+    """Language model whose blocks may differ in shape."""
 
     config_class = PrunedPhi3Config
     block_class = PrunedPhi3DecoderLayer

@@ -1,4 +1,4 @@
-"""Qwen2 with decoder blocks of different shapes, pruned by optprune; pruned_decoder.py says how."""
+"""Qwen2 with decoder blocks of different shapes, pruned by optprune; see pruned_decoder.py."""
 
 from transformers.models.qwen2 import modeling_qwen2 as stock
 
@@ -13,7 +13,7 @@ class PrunedQwen2Config(stock.Qwen2Config):
 
 
 class PrunedQwen2Attention(PrunedAttention, stock.Qwen2Attention):
-    """Of any number of heads and of value dimensions."""
+    """Attention with any number of heads and value dimensions."""
 
     stock = stock
 
@@ -22,13 +22,13 @@ class PrunedQwen2Attention(PrunedAttention, stock.Qwen2Attention):
 
 
 class PrunedQwen2DecoderLayer(PrunedBlock, stock.Qwen2DecoderLayer):
-    """Of any width, with or without its sub-blocks."""
+    """Decoder block of any width, with or without its sub-blocks."""
 
     attention_class = PrunedQwen2Attention
 
 
 class PrunedQwen2ForCausalLM(PrunedModel, stock.Qwen2ForCausalLM):
-    """Whose blocks may differ in shape."""
+    """Language model whose blocks may differ in shape."""
 
     config_class = PrunedQwen2Config
     block_class = PrunedQwen2DecoderLayer

@@ -1,4 +1,4 @@
-"""Qwen2 with experts and with decoder blocks of different shapes, pruned by optprune; pruned_decoder.py says how."""
+"""Qwen2 with experts and with decoder blocks of different shapes, pruned by optprune; see pruned_decoder.py."""
 
 from transformers.models.qwen2_moe import modeling_qwen2_moe as stock
 
@@ -14,19 +14,19 @@ class PrunedQwen2MoeConfig(stock.Qwen2MoeConfig):
 
 
 class PrunedQwen2MoeAttention(PrunedAttention, stock.Qwen2MoeAttention):
-    """Of any number of heads and of value dimensions."""
+    """Attention with any number of heads and value dimensions."""
 
     stock = stock
 
 
 class PrunedQwen2MoeDecoderLayer(PrunedMixtureBlock, stock.Qwen2MoeDecoderLayer):
-    """Of any number of experts, with or without its sub-blocks."""
+    """Decoder block with any number of experts, with or without its sub-blocks."""
 
     attention_class = PrunedQwen2MoeAttention
 
 
 class PrunedQwen2MoeForCausalLM(PrunedModel, stock.Qwen2MoeForCausalLM):
-    """Whose blocks may differ in shape."""
+    """Language model whose blocks may differ in shape."""
 
     config_class = PrunedQwen2MoeConfig
     block_class = PrunedQwen2MoeDecoderLayer

@@ -1,4 +1,4 @@
-"""Qwen3 with decoder blocks of different shapes, pruned by optprune; pruned_decoder.py says how."""
+"""Qwen3 with decoder blocks of different shapes, pruned by optprune; see pruned_decoder.py."""
 
 from transformers.models.qwen3 import modeling_qwen3 as stock
 
@@ -13,7 +13,7 @@ class PrunedQwen3Config(stock.Qwen3Config):
 
 
 class PrunedQwen3Attention(PrunedAttention, stock.Qwen3Attention):
-    """Of any number of heads and of value dimensions."""
+    """Attention with any number of heads and value dimensions."""
 
     stock = stock
     norms = "head"
@@ -23,13 +23,13 @@ class PrunedQwen3Attention(PrunedAttention, stock.Qwen3Attention):
 
 
 class PrunedQwen3DecoderLayer(PrunedBlock, stock.Qwen3DecoderLayer):
-    """Of any width, with or without its sub-blocks."""
+    """Decoder block of any width, with or without its sub-blocks."""
 
     attention_class = PrunedQwen3Attention
 
 
 class PrunedQwen3ForCausalLM(PrunedModel, stock.Qwen3ForCausalLM):
-    """Whose blocks may differ in shape."""
+    """Language model whose blocks may differ in shape."""
 
     config_class = PrunedQwen3Config
     block_class = PrunedQwen3DecoderLayer

@@ -1,4 +1,4 @@
-"""Qwen3 with experts and with decoder blocks of different shapes, pruned by optprune; pruned_decoder.py says how."""
+"""Qwen3 with experts and with decoder blocks of different shapes, pruned by optprune; see pruned_decoder.py."""
 
 from transformers.models.qwen3_moe import modeling_qwen3_moe as stock
 
@@ -14,7 +14,7 @@ class PrunedQwen3MoeConfig(stock.Qwen3MoeConfig):
 
 
 class PrunedQwen3MoeAttention(PrunedAttention, stock.Qwen3MoeAttention):
-    """Of any number of heads and of value dimensions."""
+    """Attention with any number of heads and value dimensions."""
 
     stock = stock
     norms = "head"
@@ -24,13 +24,13 @@ class PrunedQwen3MoeAttention(PrunedAttention, stock.Qwen3MoeAttention):
 
 
 class PrunedQwen3MoeDecoderLayer(PrunedMixtureBlock, stock.Qwen3MoeDecoderLayer):
-    """Of any number of experts, with or without its sub-blocks."""
+    """Decoder block with any number of experts, with or without its sub-blocks."""
 
     attention_class = PrunedQwen3MoeAttention
 
 
 class PrunedQwen3MoeForCausalLM(PrunedModel, stock.Qwen3MoeForCausalLM):
-    """Whose blocks may differ in shape."""
+    """Language model whose blocks may differ in shape."""
 
     config_class = PrunedQwen3MoeConfig
     block_class = PrunedQwen3MoeDecoderLayer

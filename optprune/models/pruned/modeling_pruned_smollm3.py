@@ -1,4 +1,4 @@
-"""SmolLM3 with decoder blocks of different shapes, pruned by optprune; pruned_decoder.py says how."""
+"""SmolLM3 with decoder blocks of different shapes, pruned by optprune; see pruned_decoder.py."""
 
 from transformers.models.smollm3 import modeling_smollm3 as stock
 
@@ -13,7 +13,7 @@ class PrunedSmolLM3Config(stock.SmolLM3Config):
 
 
 class PrunedSmolLM3Attention(PrunedAttention, stock.SmolLM3Attention):
-    """Of any number of heads and of value dimensions."""
+    """Attention with any number of heads and value dimensions."""
 
     stock = stock
 
@@ -22,13 +22,13 @@ class PrunedSmolLM3Attention(PrunedAttention, stock.SmolLM3Attention):
 
 
 class PrunedSmolLM3DecoderLayer(PrunedBlock, stock.SmolLM3DecoderLayer):
-    """Of any width, with or without its sub-blocks."""
+    """Decoder block of any width, with or without its sub-blocks."""
 
     attention_class = PrunedSmolLM3Attention
 
 
 class PrunedSmolLM3ForCausalLM(PrunedModel, stock.SmolLM3ForCausalLM):
-    """Whose blocks may differ in shape."""
+    """Language model whose blocks may differ in shape."""
 
     config_class = PrunedSmolLM3Config
     block_class = PrunedSmolLM3DecoderLayer

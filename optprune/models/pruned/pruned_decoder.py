@@ -1,8 +1,8 @@
-"""Decoder blocks of different shapes, pruned by optprune: what all families share; needs torch and transformers only.
+"""Decoder blocks of different shapes, pruned by optprune, for all families; needs torch and transformers only.
 
-`config.optprune_shapes` says what each block holds: {"mlp_width": 1024, "kv_heads": 2, "value_dim": 48}. A block with
-kv_heads 0 has no attention, one with mlp_width 0 no MLP; one with experts also says how many. The config's other fields
-are those of the stock class.
+`config.optprune_shapes` lists the shape of each block: {"mlp_width": 1024, "kv_heads": 2, "value_dim": 48}. A block
+with kv_heads 0 has no attention, one with mlp_width 0 no MLP; one with experts also has their number. The config's
+other fields are those of the stock class.
 """
 
 from torch import nn
@@ -14,25 +14,25 @@ ATTENTION = getattr(ALL_ATTENTION_FUNCTIONS, "get_interface", ALL_ATTENTION_FUNC
 
 
 class PrunedAttention:
-    """Reads the numbers of heads and of value dimensions off the weights; the cache is as small as they are."""
+    """Attention whose numbers of heads and value dimensions are those of its weights and its cache."""
 
     stock = None
-    """the module of the stock classes, whose functions rotate and attend"""
+    """the module of the stock classes, with the functions for rotation and attention"""
     norms = None
-    """what one norm of queries and of keys goes over, where they have any: "head", or "row" for all heads together"""
+    """the extent of a norm of queries and keys, if there is one: "head", or "row" for all heads together"""
     use_rope = True
     """whether queries and keys are rotated"""
 
     def options(self):
-        """What else the family tells its attention."""
+        """Return further arguments of the family's attention function."""
         return {}
 
     def projected(self, hidden_states):
-        """The queries, keys and values of all heads."""
+        """Return the queries, keys and values of all heads."""
         return self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
 
     def shrink(self, queries, keys, values, mixed):
-        """Give it layers of so many outputs, and one of so many inputs behind them."""
+        """Replace the layers by layers of these numbers of outputs, and of `mixed` inputs for the last one."""
         self.q_proj = resized(self.q_proj, outputs=queries)
         self.k_proj = resized(self.k_proj, outputs=keys)
         self.v_proj = resized(self.v_proj, outputs=values)
@@ -44,7 +44,7 @@ class PrunedAttention:
         position_embeddings=None,
         attention_mask=None,
         cache=None,
-        past_key_values=None,  # what older versions of transformers call the cache
+        past_key_values=None,  # the name of the cache in older versions of transformers
         **kwargs,
     ):
         shape = hidden_states.shape[:-1]
@@ -88,15 +88,15 @@ class PrunedBlock:
         return hidden_states
 
     def normed(self, norm, states):
-        """The states behind a norm, where there is one."""
+        """Return the states after a norm, if there is one."""
         return states if norm is None else getattr(self, norm)(states)
 
     def added(self, hidden_states, mixed):
-        """The hidden states with what a sub-block adds."""
+        """Return the hidden states plus the output of a sub-block."""
         return hidden_states + mixed
 
     def shrink(self, shape, group):
-        """Give a block that the stock class made the layers of a shape, with `group` query heads to a KV head."""
+        """Give a stock block the layers of a shape, with `group` query heads for each KV head."""
         attention, kv_heads = self.self_attn, shape["kv_heads"]
         if kv_heads:
             attention.__class__ = self.attention_class
@@ -110,25 +110,25 @@ class PrunedBlock:
             self.remove("mlp", *self.mlp_norms)
 
     def shrink_mlp(self, width):
-        """Give the MLP so many units."""
+        """Give the MLP this number of units."""
         self.mlp.gate_proj = resized(self.mlp.gate_proj, outputs=width)
         self.mlp.up_proj = resized(self.mlp.up_proj, outputs=width)
         self.mlp.down_proj = resized(self.mlp.down_proj, inputs=width)
 
     def remove(self, *names):
-        """Leave out sub-modules."""
+        """Remove sub-modules."""
         for name in names:
             if name is not None:
                 setattr(self, name, None)
 
 
 class PrunedModel:
-    """Built as the stock class builds it, then narrowed block by block."""
+    """A model that is built as the stock class builds it, then narrowed block by block."""
 
     block_class = None
     """the class of its blocks"""
     blocks = "model.layers"
-    """where its blocks are"""
+    """the path of its blocks"""
 
     def __init__(self, config):
         super().__init__(config)
@@ -140,7 +140,7 @@ class PrunedModel:
         self.number_caches()
 
     def number_caches(self):
-        """Give caches to the blocks with attention, those of each kind (full, sliding window) from its first on.
+        """Number the caches of the blocks with attention, from the first cache of each kind (full, sliding window).
 
         transformers reads the length off the first cache of a kind, so a block without attention takes the kind of
         the next one that has it, and of the last one at the end.
@@ -156,7 +156,7 @@ class PrunedModel:
 
 
 def resized(layer, inputs=None, outputs=None):
-    """A fresh linear layer like another one, with another number of inputs or outputs."""
+    """Return a new linear layer like another one, with another number of inputs or outputs."""
     return nn.Linear(
         layer.in_features if inputs is None else inputs,
         layer.out_features if outputs is None else outputs,

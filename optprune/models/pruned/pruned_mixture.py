@@ -1,4 +1,4 @@
-"""Decoder blocks with experts, pruned by optprune: what those families share; needs torch and transformers only."""
+"""Decoder blocks with experts, pruned by optprune, for those families; needs torch and transformers only."""
 
 from torch import nn
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
@@ -7,7 +7,7 @@ from .pruned_decoder import PrunedBlock
 
 
 class PrunedMixtureBlock(PrunedBlock):
-    """A decoder block in whose place of an MLP a router chooses among experts, of which there may be fewer."""
+    """A decoder block with a router and any number of experts in place of the MLP."""
 
     def shrink(self, shape, group):
         if shape["mlp_width"]:
@@ -21,9 +21,9 @@ class PrunedMixtureBlock(PrunedBlock):
         super().shrink(shape, group)
 
     def shrink_mlp(self, width):
-        """The experts have their width with their number."""
+        """Do nothing, because the experts' width is set with their number."""
 
 
 def name_experts(model_type):
-    """Have transformers read the experts of models of a type from the matrices of each, as it reads Qwen's."""
+    """Register that checkpoints of a model type hold the matrices of each expert, as Qwen's do."""
     register_checkpoint_conversion_mapping(model_type, get_checkpoint_conversion_mapping("qwen2_moe"), overwrite=True)

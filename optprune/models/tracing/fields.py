@@ -129,6 +129,6 @@ def stored_names(traced: TracedModel) -> dict[str, str]:
     state = traced.model.state_dict()
     stored = revert_weight_conversion(traced.model, dict(state))
     new = {name: tensor for name, tensor in stored.items() if name not in state}
-    gone = [name for name in state if name not in stored]
-    pairs = {name: [other for other, tensor in new.items() if tensor is state[name]] for name in gone}
+    renamed = [name for name in state if name not in stored]
+    pairs = {name: [other for other, tensor in new.items() if tensor is state[name]] for name in renamed}
     return {name: others[0] for name, others in pairs.items() if others}

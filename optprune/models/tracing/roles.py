@@ -34,13 +34,13 @@ def wiring(traced: TracedModel) -> tuple[list[ResidualBranch], dict[str, str]]:
         if call.output.shape[:-1].numel() != SEQUENCES * TOKENS:
             unplaced[path] = f"it runs on states of shape {list(call.output.shape)}, and not on those of every token"
             continue
-        seen, output = traced.run({path: _moved_token}, tuple(linear))
-        reached = [other for other in linear if not torch.equal(seen[other], baseline[other])]
+        inputs, output = traced.run({path: _moved_token}, tuple(linear))
+        reached = [other for other in linear if not torch.equal(inputs[other], baseline[other])]
         if not torch.equal(output, baseline_output):
             writers.append(path)
         else:
             feeds[path] = reached
-            mixing |= {(path, other) for other in reached if _tokens(seen[other], baseline[other]) - {MOVED}}
+            mixing |= {(path, other) for other in reached if _tokens(inputs[other], baseline[other]) - {MOVED}}
     found = []
     for writer in writers:
         producers = tuple(path for path, reached in feeds.items() if writer in reached)
@@ -71,8 +71,8 @@ def rows_apart(traced: TracedModel, branch: ResidualBranch) -> int | None:
             rows = torch.zeros(int(count), width, dtype=torch.bool)
             rows[part] = half
             change = {path: lambda out, rows=rows: out + 3 * _noise(out) * rows.flatten()}
-            seen, _ = traced.run(change, (branch.consumer,))
-            if not torch.equal(_columns(seen[branch.consumer], baseline[branch.consumer]), half):
+            inputs, _ = traced.run(change, (branch.consumer,))
+            if not torch.equal(_columns(inputs[branch.consumer], baseline[branch.consumer]), half):
                 return None
     return int(count)
 
@@ -158,9 +158,9 @@ def _roles(
                 out[sequence, MOVED, row] += 2 * out.std()
             return out
 
-        seen, _ = traced.run({path: move}, (branch.consumer,))
+        inputs, _ = traced.run({path: move}, (branch.consumer,))
         for sequence in range(len(part)):
-            after, before = seen[branch.consumer][sequence][None], baseline[branch.consumer][sequence][None]
+            after, before = inputs[branch.consumer][sequence][None], baseline[branch.consumer][sequence][None]
             columns, tokens = _columns(after, before), _tokens(after, before)
             behind = VALUE if int(columns.sum()) == heads.group else KEY
             role = QUERY if tokens == {MOVED} else behind

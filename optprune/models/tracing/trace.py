@@ -15,7 +15,7 @@ from optprune.models.tracing.traced_model import TracedModel, by_block, shapes_o
 from optprune.models.units import KvGroups
 from optprune.system.wording import one_line
 
-COUPLED = "one norm goes over the queries of all heads, so that without a head the rest are others"
+COUPLED = "one norm goes over the queries of all heads, so removing a head changes the others"
 
 
 def trace(config: PretrainedConfig) -> Draft:

@@ -170,7 +170,7 @@ class TracedModel:
         With `frozen` all other linear layers repeat their recorded outputs, so that a change only spreads along paths
         without another linear layer.
         """
-        seen: dict[str, Tensor] = {}
+        inputs: dict[str, Tensor] = {}
         linear = self.linear
         with ExitStack() as hooks, torch.no_grad():
             for path, call in linear.items():
@@ -185,12 +185,12 @@ class TracedModel:
             for path in watched:
 
                 def see(module: nn.Module, args: Any, path: str = path) -> None:
-                    seen[path] = per_token(args[0])
+                    inputs[path] = per_token(args[0])
 
                 hooks.callback(self.block.get_submodule(path).register_forward_pre_hook(see).remove)
             args, kwargs = self.arguments
             output = first_output(self.block(*args, **kwargs))
-        return seen, output
+        return inputs, output
 
     @contextmanager
     def weight(self, layer: Any, weight: Tensor) -> Iterator[None]:

@@ -6,7 +6,7 @@ from typing import Any
 
 TIMES = ("seconds", "spent", "prefill", "decode", "floor_seconds", "phases", "stages")
 """what of a comparison's figures and of a report is measured by a clock"""
-AGAIN = "was not as it was written, so its content was measured again"
+AGAIN = "was damaged, so its content was measured again"
 
 
 def contents(output: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A model beside the dense one: what `evaluate` and `report` measure of the two, in figures and in words."""
+"""A model beside the dense one: the measurements of `evaluate` and `report`, as data and as lines."""
 
 import math
 import time
@@ -20,23 +20,23 @@ if TYPE_CHECKING:
     from optprune.report.progress import Reporter
 
 PROMPT = 32
-"""how many tokens of a window a generation goes on from"""
+"""the number of tokens in the prompt of a generation"""
 
 
 @dataclass(frozen=True)
-class AskedTasks:
-    """Tasks of lm-eval, and how they are run."""
+class TaskRun:
+    """Tasks of lm-eval with the settings of their run."""
 
     tasks: "Tasks"
     limit: int | None
-    """the questions of a task, at most"""
+    """the largest number of questions of a task"""
     batch: int
-    """how many texts are read at once"""
+    """the number of texts in a batch"""
 
 
 @dataclass(frozen=True)
-class Beside:
-    """A model, and the dense one if it is named; each measure gives what goes into the JSON file, and lines to read."""
+class ModelEvaluation:
+    """A model and, if it is named, the dense one; each measurement returns entries of the JSON file and lines."""
 
     reporter: "Reporter"
     loaded: "LoadedModel"
@@ -58,10 +58,10 @@ class Beside:
         device: str,
         dtype: str,
         architecture: Path | None = None,
-    ) -> "Beside":
-        """Both models and the windows of a text; InputError, before either is loaded, where they do not go together.
+    ) -> "ModelEvaluation":
+        """Return both models and the windows of a text; InputError, before loading, where they do not match.
 
-        The dense model is read by the draft of an architecture that the other one carries, where it does.
+        If the pruned model carries a draft of its architecture, the dense model is read by it too.
         """
         from optprune.models import load_config
         from optprune.models.draft import draft_in
@@ -73,25 +73,25 @@ class Beside:
         return cls(reporter, loaded, dense, ids, text)
 
     def measured(
-        self, questions: "Sequence[Question]", generations: int, tasks: AskedTasks | None = None
+        self, questions: "Sequence[Question]", generations: int, tasks: TaskRun | None = None
     ) -> tuple[dict[str, Any], list[str]]:
-        """All of it: what the JSON file holds, and lines to read."""
+        """Return all measurements, as the content of the JSON file and as lines."""
         result, lines = dict[str, Any](model=self.loaded.source), list[str]()
         measures = self.on_text, lambda: self.answers(questions), lambda: self.tasks(tasks)
         for measure in (*measures, lambda: self.generations(generations)):
-            more, said = measure()
-            result |= more
-            lines += said
+            entries, text = measure()
+            result |= entries
+            lines += text
         return result, lines
 
     def on_text(self) -> tuple[dict[str, Any], list[str]]:
-        """What the model predicts on the text, if there is one."""
+        """Return the predictions on the text, if there is one."""
         from optprune.measure import bits_per_byte
         from optprune.models import need_tokenizer
 
         if self.windows is None:
             return {}, []
-        evaluation, more, said = self.predictions(self.windows)
+        evaluation, more, text = self.predictions(self.windows)
         tokenizer = need_tokenizer(self.loaded.tokenizer, self.loaded.source)
         bits = bits_per_byte(evaluation, self.windows, tokenizer)
         if self.dense is not None:
@@ -102,10 +102,10 @@ class Beside:
             f"({counted(evaluation.windows, 'window')} of {self.windows.shape[1]}) in {evaluation.seconds:.0f} s"
         )
         about = {"text": self.text, "seq_length": self.windows.shape[1]}
-        return {**about, **evaluation.to_dict(), "bits_per_byte": bits, **more}, [first, *said]
+        return {**about, **evaluation.to_dict(), "bits_per_byte": bits, **more}, [first, *text]
 
     def predictions(self, windows: "Tensor") -> "tuple[Evaluation, dict[str, Any], list[str]]":
-        """The perplexity, and how far the predictions are from the dense model's; each reads the text once."""
+        """Return the perplexity and the divergence from the dense model; each reads the text once."""
         from optprune.measure import Evaluation, divergence_from, perplexity
 
         model = self.loaded.model
@@ -121,7 +121,7 @@ class Beside:
         return evaluation, {"against": self.dense.source, **result}, _in_words(found)
 
     def answers(self, questions: "Sequence[Question]") -> tuple[dict[str, Any], list[str]]:
-        """How many questions are answered right."""
+        """Return the share of questions that are answered right."""
         from optprune.measure import answer_questions
         from optprune.models import need_tokenizer
 
@@ -138,24 +138,24 @@ class Beside:
                 )
         return result, lines
 
-    def tasks(self, asked: "AskedTasks | None") -> tuple[dict[str, Any], list[str]]:
-        """The scores of lm-eval's tasks."""
+    def tasks(self, run: "TaskRun | None") -> tuple[dict[str, Any], list[str]]:
+        """Return the scores of lm-eval's tasks."""
         from optprune.models import need_tokenizer
 
         result, lines = dict[str, Any](), list[str]()
         for key, one in self._both("tasks"):
-            if asked is not None:
+            if run is not None:
                 self.reporter.say(f"running tasks, {one.source}")
                 tokenizer = need_tokenizer(one.tokenizer, one.source)
-                found = asked.tasks.run(one.model, tokenizer, limit=asked.limit, batch=asked.batch)
+                found = run.tasks.run(one.model, tokenizer, limit=run.limit, batch=run.batch)
                 result[key] = found
                 for task, scores in found.items():
-                    told = ", ".join(f"{name} {score:.4g}" for name, score in scores.items())
-                    lines.append(f"{one.source}, {task}: {told}")
+                    listed = ", ".join(f"{name} {score:.4g}" for name, score in scores.items())
+                    lines.append(f"{one.source}, {task}: {listed}")
         return result, lines
 
     def generations(self, count: int) -> tuple[dict[str, Any], list[str]]:
-        """Greedy continuations of the first tokens of windows, or of places in them where there are fewer."""
+        """Return greedy continuations of the first tokens of windows, or of evenly spaced places."""
         from optprune.measure import generate
         from optprune.models import need_tokenizer
 
@@ -170,7 +170,7 @@ class Beside:
         return {"generations": rows}, lines
 
     def _both(self, key: str) -> "list[tuple[str, LoadedModel]]":
-        """The model and the dense one, with the keys of what is found of them."""
+        """Return the model and the dense one, each with the key of its entry in the JSON file."""
         return [(key, self.loaded)] + ([] if self.dense is None else [(f"dense_{key}", self.dense)])
 
 
@@ -183,7 +183,7 @@ def _windows(
     seq_length: int,
     windows: int | None,
 ) -> "Tensor | None":
-    """The windows [count, length] of the text, if there is one; InputError where it cannot compare two models."""
+    """Return the windows [count, length] of the text, if any; InputError where it cannot compare the models."""
     from optprune.models import load_config
     from optprune.models.draft import draft_in
     from optprune.texts import check_seq_length, evaluation_windows, read_documents
@@ -203,7 +203,7 @@ def _windows(
 
 
 def prompts_of(windows: "Tensor", count: int) -> "Iterator[Tensor]":
-    """The first tokens of so many windows [n, length], or of places that lie evenly in them where there are fewer."""
+    """Yield the first tokens of `count` windows [n, length], or of evenly spaced places if there are fewer."""
     tokens, length = windows.flatten(), windows.shape[1]
     if count > len(windows):
         count = min(count, max(1, len(tokens) // PROMPT))
