@@ -405,7 +405,7 @@ FAULTS = [
         "calibration/moments_pass.py",
         "return passing + gram_work(decoder, index, taps) * tokens + Work(",
         "return passing + Work(",
-        "program/test_runtimes.py program/test_expected_seconds.py program/test_plan.py",
+        "calibration/test_collected.py",
     ),
     Fault(
         "divergence: vocabularies are not compared",
