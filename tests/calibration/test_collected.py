@@ -14,8 +14,10 @@ from transformers import PreTrainedModel
 
 import optprune
 from optprune.calibration import hold_out, moments_pass, propagation, stream
+from optprune.calibration.moments_pass import moments_work
+from optprune.calibration.stream import SLOW, block_pass
 from optprune.errors import InputError
-from optprune.models import open_model
+from optprune.models import Decoder, open_model
 from optprune.numerics import linalg
 from optprune.pruning import PartialSums
 from optprune.recipe import Recipe
@@ -253,3 +255,12 @@ def test_what_solvers_keep_with_the_moments_stays_there(
         optprune.prune(copy.deepcopy(dense), batches(), chosen, statistics=statistics)
         counts.append(len(calls))
     assert counts[0] == counts[1] > 0
+
+
+def test_the_work_of_a_pass_is_that_of_the_block_and_of_the_gram_products() -> None:
+    decoder, tokens = Decoder(tiny_llama()), 96
+    taps = decoder.paths(0)
+    squares = sum(decoder.layer(0, tap).in_features ** 2 for tap in taps)
+    expected = tokens * (block_pass(decoder, 0).flops + 2 * SLOW * squares)
+    assert moments_work(decoder, 0, taps, tokens).flops == pytest.approx(expected)
+    assert moments_work(decoder, 0, [], tokens).flops == pytest.approx(tokens * block_pass(decoder, 0).flops)

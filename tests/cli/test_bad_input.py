@@ -547,7 +547,7 @@ sys.exit(main())
 @pytest.mark.e2e
 @pytest.mark.parametrize(
     ("moment", "sent"),
-    [("pruning, block", signal.SIGINT), ("saving to", signal.SIGINT), ("pruning, block", signal.SIGTERM)],
+    [("pruning, block", signal.SIGTERM), ("saving to", signal.SIGINT)],
 )
 def test_an_interrupted_run_leaves_nothing_but_finished_blocks(
     attempt: Attempt, moment: str, sent: signal.Signals

@@ -6,8 +6,8 @@ over families, recipes, policies and more, and all combinations take long. Of th
 - one family of each structure, and some recipes, and
 - of several parameters as few combinations as hold every value once (each-choice coverage; Ammann and Offutt, 1994).
 
-`make test-e2e` runs the other combinations of these representatives, and as few combinations with the other families
-and recipes as hold each of those once. All that are left are marked `slow`. Laws are not split: each accepted pair of
+`make test-e2e` runs the other combinations of these representatives, and of the other families and recipes as few as
+hold each of them once. All that are left are marked `slow`. Laws are not split: each accepted pair of
 problem and solver keeps all of them in `make test`.
 """
 
@@ -83,13 +83,15 @@ def split(items: Iterable[pytest.Item], names: dict[Hashable, str]) -> None:
         # Where no representative takes part, the first combination stands for the others.
         major = [item for item in everyday if not _minor(item, names)] or everyday[:1]
         kept = {major[place] for place in chosen([item.callspec.params for item in major])}
-        minor = [item for item in everyday if _minor(item, names)]
-        once = {minor[place] for place in chosen([item.callspec.params for item in minor])}
+        rest = [item for item in group if not item.get_closest_marker("slow") and item not in kept]
+        minor = [(item, found) for item in rest if (found := _minor(item, names))]
+        once = {minor[place][0] for place in chosen([dict.fromkeys(found) for _, found in minor])}
         for item in everyday:
             if item not in kept:
                 item.add_marker(pytest.mark.e2e)
-                if item in minor and item not in once:
-                    item.add_marker(pytest.mark.slow)
+        for item, _ in minor:
+            if item not in once:
+                item.add_marker(pytest.mark.slow)
 
 
 def names_of() -> dict[Hashable, str]:

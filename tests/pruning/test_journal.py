@@ -14,9 +14,10 @@ from optprune import load_recipe
 from optprune.errors import InputError
 from optprune.models import Decoder, open_model
 from optprune.pruning import prune
-from optprune.pruning.journal import Journal
+from optprune.pruning.journal import Journal, digest_of_model
 from optprune.report import BlockFinished, BlockStarted, Event, LayerSolved
 from tests.helpers.short_runs import batches, same
+from tests.helpers.tiny_models import save_tiny
 
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "fasp": ("fasp", {"sparsity": 0.3}),
@@ -36,6 +37,18 @@ BLOCKS = 3
 
 def tiny(name: str = "llama") -> PreTrainedModel:
     return TINY_MODELS[name](num_hidden_layers=BLOCKS)
+
+
+def test_the_digest_of_a_model_on_disk_is_that_of_the_bytes_of_its_files(tmp_path: Path) -> None:
+    folder = save_tiny(tiny(), tmp_path / "model")
+    [file] = folder.glob("*.safetensors")
+    data, digests = file.read_bytes(), list[str]()
+    for last in (data[-1:], data[-1:], bytes([data[-1] ^ 1])):
+        file.write_bytes(data[:-1] + last)
+        opened = open_model(folder, device="cpu")
+        assert opened.store is not None
+        digests.append(digest_of_model(opened.decoder()))
+    assert digests[0] == digests[1] != digests[2]
 
 
 class Stopped(Exception):

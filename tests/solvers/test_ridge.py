@@ -119,6 +119,12 @@ def check_choice(kind: str, seed: int) -> None:
     assert joined.solution.violation == 0
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_best_ridge_of_a_few_cases_is_taken(kind: str) -> None:
+    for seed in range(2):
+        check_choice(kind, seed)
+
+
 @pytest.mark.e2e
 @pytest.mark.parametrize("kind", KINDS)
 @given(SEEDS)
