@@ -1,6 +1,7 @@
 """Set-up of the whole suite: shapes are checked at run time, random tests are the same on every run."""
 
 import os
+import signal
 
 import jaxtyping
 
@@ -50,6 +51,9 @@ def pytest_configure(config):
     from tests.helpers.processor import ProcessorTime
 
     config.pluginmanager.register(ProcessorTime())
+    # A background job of a shell ignores SIGINT, and optprune leaves it ignored.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if os.environ.get(VARIABLE) == NAME:
         set_up()
     try:

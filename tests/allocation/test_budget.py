@@ -78,7 +78,7 @@ def test_bad_budgets_are_refused():
     costs = {"a": torch.ones(10)}
     with pytest.raises(InputError, match="9 entries cannot be kept"):
         global_threshold(costs, 9, 0.2, 0.8)
-    with pytest.raises(InputError, match="no range"):
+    with pytest.raises(InputError, match="not a range"):
         global_threshold(costs, 5, 0.8, 0.2)
     with pytest.raises(InputError, match="negative or NaN"):
         global_threshold({"a": torch.tensor([1.0, torch.nan])}, 1)

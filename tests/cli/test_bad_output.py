@@ -134,7 +134,7 @@ def test_a_draft_that_cannot_be_deleted_is_named(tmp_path: Path, monkeypatch: py
     for call in ("unlink", "rmdir"):
         monkeypatch.setattr(os, call, kept)
     with pytest.raises(
-        OptpruneError, match=r"was not seen to load: .*; .* could not be deleted: do that by hand"
+        OptpruneError, match=r"but its check failed: .*; .* could not be deleted: do that by hand"
     ) as told:
         save_model(tiny_llama(), tmp_path / "out", check_tokens=torch.arange(8)[None])
     [draft] = tmp_path.glob(".out.*")

@@ -136,7 +136,7 @@ def test_a_plain_model_is_healed_too(folder: Path, capsys: Any) -> None:
         ({"held_out": 0}, "--held-out cannot be 0"),
         ({"batch_size": 0}, "--batch-size cannot be 0"),
         ({"learning_rate": -1}, "the learning rate cannot be -1.0"),
-        ({"dtype": "float16"}, "healing computes in float32 or bfloat16"),
+        ({"dtype": "float16"}, "has too small a range for healing: use float32 or bfloat16"),
         ({"seq_length": 4096}, "windows of 4096 tokens are longer than the 512 positions"),
         ({"teacher": "missing"}, "there is no model folder 'missing'"),
         ({"text": "missing.txt"}, "there is no text 'missing.txt'"),

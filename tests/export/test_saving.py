@@ -157,7 +157,7 @@ def test_a_reloaded_model_that_differs_is_called_unchecked(
     assert {path.name for path in tmp_path.iterdir()} == {"out.unchecked", *(["out"] if there else [])}
     assert not there or (tmp_path / "out" / "NOTICE").exists()
     # It stays, since nobody said that it may go; a second one gets a name of its own.
-    with pytest.raises(OptpruneError, match=r"is in .*out\.unchecked-2, but it was not seen to load"):
+    with pytest.raises(OptpruneError, match=r"is in .*out\.unchecked-2, but its check failed"):
         save_model(model, tmp_path / "out", check_tokens=CHECK_TOKENS, overwrite=True)
     monkeypatch.undo()
     save_model(model, tmp_path / "out", check_tokens=CHECK_TOKENS, overwrite=True)

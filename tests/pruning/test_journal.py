@@ -149,7 +149,7 @@ def test_an_unfinished_run_is_not_written_over(tmp_path: Path) -> None:
 
 def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(InputError, match="something other than a run"):
+    with pytest.raises(InputError, match="is not the folder of a run"):
         Journal(tmp_path, resume=True)
 
 
