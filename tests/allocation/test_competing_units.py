@@ -254,9 +254,7 @@ def test_what_a_plan_counts_is_what_a_probe_tries(least: float, monkeypatch: pyt
 
 def test_what_is_refused() -> None:
     for units in ("all-heads", "rotated-all-heads"):
-        with pytest.raises(
-            InputError, match=f"units '{units}' choose between heads and value dimensions by their costs"
-        ):
+        with pytest.raises(InputError, match=f"units '{units}' choose between heads and value dimensions by"):
             prune(tiny_llama(), batches(), load_recipe("fasp", {"units": units}))
     with pytest.raises(InputError, match="units kv-groups remove kv_heads, but a olmo2 model"):
         prune(ALL_MODELS["olmo2"](), batches(), recipe_with())

@@ -80,9 +80,7 @@ def test_a_gpu_is_not_named_where_each_process_has_its_own(monkeypatch) -> None:
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with (
-        pytest.raises(
-            InputError, match="under torchrun the device cannot be cuda:1: give cpu, or cuda for one GPU a process"
-        ),
+        pytest.raises(InputError, match="under torchrun the device cannot be cuda:1"),
         joined("cuda:1"),
     ):
         pass
