@@ -276,7 +276,7 @@ class Architecture:
         """Raise InputError where a count of a block's shape cannot be lowered; `request` describes the request."""
         if count in self.indivisible:
             raise InputError(
-                f"{request}, but a {self.model_type} model must keep all or none of them: {self.indivisible[count]}"
+                f"{request}, but {self.model_type} models must keep all or none of them: {self.indivisible[count]}"
             )
 
     def check_kept(self, count: str, kept: int, request: str) -> None:

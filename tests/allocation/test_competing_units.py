@@ -256,7 +256,7 @@ def test_what_is_refused() -> None:
     for units in ("all-heads", "rotated-all-heads"):
         with pytest.raises(InputError, match=f"units '{units}' choose between heads and value dimensions by"):
             prune(tiny_llama(), batches(), load_recipe("fasp", {"units": units}))
-    with pytest.raises(InputError, match="units kv-groups remove kv_heads, but a olmo2 model"):
+    with pytest.raises(InputError, match="units kv-groups remove kv_heads, but olmo2 models"):
         prune(ALL_MODELS["olmo2"](), batches(), recipe_with())
     with pytest.raises(InputError, match="the target transformers does not take blocks of different shapes"):
         RUNTIMES["transformers"].fitted(recipe_with(), Decoder(tiny_llama()))

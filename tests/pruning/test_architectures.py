@@ -119,7 +119,7 @@ def test_a_run_leaves_a_folder_that_answers_as_the_model_does(name: str, run: st
 @pytest.mark.parametrize("settings", [{}, {"allocation": "global"}], ids=str)
 def test_heads_under_one_norm_are_refused_before_anything_is_computed(settings: dict) -> None:
     decoder = Decoder(ALL_MODELS["olmo2"]().to("meta"))  # type: ignore[arg-type]
-    sentence = "units kv-groups remove kv_heads, but a olmo2 model must keep all or none of them: one norm"
+    sentence = "units kv-groups remove kv_heads, but olmo2 models must keep all or none of them: one norm"
     with pytest.raises(InputError, match=sentence):
         program_of("osscar", decoder=decoder, fields={"units": "kv-groups", **settings})
 
@@ -130,5 +130,5 @@ def test_an_allocation_that_narrows_heads_under_one_norm_is_refused() -> None:
     whole, narrow = ({"mlp_width": 128, "kv_heads": heads, "value_dim": 16} for heads in (2, 1))
     assert shapes[0].kv_heads == 2
     allocation = optprune.Allocation.from_dict({"sparsity": 0.1, "blocks": [whole, narrow]})
-    with pytest.raises(InputError, match="keeps kv_heads 1 in block 1, which has 2, but a olmo2 model"):
+    with pytest.raises(InputError, match="keeps kv_heads 1 in block 1, which has 2, but olmo2 models"):
         prune(decoder.model, batches(), load_recipe("fasp"), allocation=allocation)
