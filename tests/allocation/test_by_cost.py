@@ -186,7 +186,7 @@ def test_a_gram_matrix_that_must_be_damped_gives_a_warning() -> None:
             InputError,
             "of the blocks' oper",
         ),
-        ("structured_uniform_best", {"refit.held_out": 0.9}, InputError, "none to calibrate on"),
+        ("structured_uniform_best", {"refit.held_out": 0.9}, InputError, "leaves none for calibration"),
         ("sparsegpt", {"metric": "full"}, NoSolver, "take its diagonal"),
         ("sparse_best", {"solver": ["admm", "restore"]}, NoSolver, "ConjugateGradients"),
         ("fasp", {"solver": "sparsegpt", "metric": "diagonal"}, NoSolver, "accepts sparse least squares"),
