@@ -321,11 +321,11 @@ class MomentSums:
             covariance, (self._origins[0] + mean).to(dtype), self.tokens, drift, covariance
         ).clear_tiny()
 
-    def moments_or_zeros(self, dtype: torch.dtype = torch.float32) -> InputMoments:
+    def moments_or_zeros(self) -> InputMoments:
         """Return the averages so far; for an expert's layer without tokens those of zero inputs."""
         if self.tokens:
-            return self.moments(dtype)
-        square, mean = self._sums[0].to(dtype), self._sums[1].to(dtype)
+            return self.moments()
+        square, mean = self._sums[0].float(), self._sums[1].float()
         drift = Drift(square.clone(), square.clone(), mean.clone()) if len(self._sums) > 2 else None
         return InputMoments(square, mean, 0, drift, square)
 

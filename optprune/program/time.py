@@ -197,23 +197,6 @@ def evaluation(decoder: Decoder, tokens: int) -> Work:
     )
 
 
-def phase_work(program: Program) -> dict[str, Work]:
-    """Return the declared work of each phase that computes."""
-    if program.idle:
-        return dict.fromkeys((METRIC, BUDGET, PRUNING), Work())
-    blocks, tokens, metric = range(program.block_count), program.tokens, Work()
-    if program.metric is not None:
-        seen = program.first_tokens(program.metric.tokens)
-        inside = _total(block_metric(program, index) for index in blocks)
-        metric = inside * seen + head_work(program.decoder, seen) * (1 + PASSES_BACK)
-    return {
-        METRIC: metric,
-        BUDGET: program.allocator.work(program.decoder, tokens),
-        PRUNING: _total(block_passes(program, index) for index in blocks) * tokens
-        + _total(block_solves(program, index) + block_refinement(program, index) for index in blocks),
-    }
-
-
 def _total(works: Iterable[Work]) -> Work:
     return sum(works, Work())
 
