@@ -339,9 +339,17 @@ def rows_of_heads(joined: str, heads: Heads, shape: BlockShape, device: torch.de
 
 
 def counts_of_heads(joined: str, heads: Heads, key_rows: int, output_columns: int) -> tuple[int, int]:
-    """Return the KV heads and the value dimensions of each, from the sizes of the key layer and the output layer."""
+    """Return the KV heads and the value dimensions of each, from the sizes of the key layer and the output layer.
+
+    Raises InputError where the layers hold less than one head of the config.
+    """
     values = output_columns // heads.group
     kv_heads = (key_rows - values) // ((heads.group + 1) * heads.dim) if joined else key_rows // heads.dim
+    if kv_heads < 1:
+        raise InputError(
+            f"the key layer has {key_rows} rows, less than one head of {heads.dim} dimensions: config.json describes "
+            "other weights, copy it again from their source"
+        )
     return kv_heads, values // kv_heads
 
 

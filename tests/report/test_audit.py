@@ -554,3 +554,16 @@ def test_the_activation_is_known_under_any_name_of_its_field(architecture: str, 
     model.model.layers[1].mlp.up_proj.weight.data[7] = 0
     found = optprune.audit(save_tiny(model, tmp_path / "out"))
     assert [(dead.block, dead.units, dead.numbers) for dead in found.dead] == [(1, "mlp", (7,))]
+
+
+def test_an_original_whose_config_describes_other_heads_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, dense = (
+        pruned_folder(tmp_path / "out", tiny_llama(), sparsity=0.25),
+        save_tiny(tiny_llama(), tmp_path / "in"),
+    )
+    config = json.loads((dense / "config.json").read_text())
+    (dense / "config.json").write_text(json.dumps(config | {"head_dim": 16000}))
+    assert main(["audit", str(folder), "--against", str(dense)]) == 2
+    assert "less than one head of 16000 dimensions: config.json describes other weights" in capsys.readouterr().err
