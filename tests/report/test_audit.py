@@ -559,10 +559,8 @@ def test_the_activation_is_known_under_any_name_of_its_field(architecture: str, 
 def test_an_original_whose_config_describes_other_heads_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder, dense = (
-        pruned_folder(tmp_path / "out", tiny_llama(), sparsity=0.25),
-        save_tiny(tiny_llama(), tmp_path / "in"),
-    )
+    dense = save_tiny(tiny_llama(), tmp_path / "in")
+    folder = pruned_folder(tmp_path / "out", tiny_llama(), str(dense), sparsity=0.25)
     config = json.loads((dense / "config.json").read_text())
     (dense / "config.json").write_text(json.dumps(config | {"head_dim": 16000}))
     assert main(["audit", str(folder), "--against", str(dense)]) == 2
