@@ -52,8 +52,11 @@ def test_a_gram_matrix_is_within_its_bound_and_symmetric(parts):
     x = values()
     exact, sizes = x.double().T @ x.double(), x.double().abs().T @ x.double().abs()
     found = gram_product(x, parts)
-    assert found.dtype == torch.float32 and torch.allclose(found, found.T, rtol=1e-6)
-    assert bool(((found.double() - exact).abs() <= (LEFT_OUT[parts] + 4 * len(x) * 2.0**-24) * sizes).all())
+    rounding = 4 * len(x) * 2.0**-24
+    assert found.dtype == torch.float32
+    assert bool(((found.double() - exact).abs() <= (LEFT_OUT[parts] + rounding) * sizes).all())
+    # The terms that are left out are symmetric: the two halves differ by rounding alone, which a kernel's order decides.
+    assert bool(((found - found.T).abs() <= 2 * rounding * sizes).all())
 
 
 def test_moments_of_bfloat16_inputs_are_those_of_float32_ones(monkeypatch):
