@@ -55,7 +55,7 @@ def test_a_gram_matrix_is_within_its_bound_and_symmetric(parts):
     rounding = 4 * len(x) * 2.0**-24
     assert found.dtype == torch.float32
     assert bool(((found.double() - exact).abs() <= (LEFT_OUT[parts] + rounding) * sizes).all())
-    # The terms that are left out are symmetric: the two halves differ by rounding alone, which a kernel's order decides.
+    # The terms that are left out are symmetric: the halves differ by rounding alone, which the kernel decides.
     assert bool(((found - found.T).abs() <= 2 * rounding * sizes).all())
 
 
