@@ -186,7 +186,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "heads under one norm": (
         "olmoe",
         {"units": "kv-groups", "sparsity": 0.1},
-        "units kv-groups remove kv_heads, but a .* model must keep all or none of them: one norm",
+        "units kv-groups remove kv_heads, but .* models must keep all or none of them: one norm",
     ),
     "experts that differ": (
         "mixtral",
