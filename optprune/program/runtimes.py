@@ -69,24 +69,24 @@ class Runtime:
         recipe, or an allocation that is given, would make of it; the sentence says what it would take.
         """
         self._check_model(decoder)
-        told, allocation = list[str](), allocation or recipe.given
+        notes, allocation = list[str](), allocation or recipe.given
         if isinstance(recipe.allocation, DepthSearch) and decoder.architecture.model_type in self.ordered:
             raise InputError(
                 f"the target {self.name} does not take fewer blocks of models of the kind "
                 f"{decoder.architecture.model_type}, in which it goes by their numbers what a block sees"
             )
         if allocation is None and not self._may_differ(decoder):
-            recipe = self._alike(recipe, told)
+            recipe = self._alike(recipe, notes)
         if allocation is None:
-            recipe = self._aligned(recipe, decoder, told)
+            recipe = self._aligned(recipe, decoder, notes)
         wrong = self.refuses(decoder, _expected(recipe, decoder, allocation))
         if wrong:
             raise InputError(f"the target {self.name} does not take {wrong}")
         if any(isinstance(kind, Values) for kind in recipe.units.kinds) and self.of_values:
-            told.append(self.of_values)
+            notes.append(self.of_values)
         if isinstance(recipe.units, Weights) and self.of_zeros:
-            told.append(self.of_zeros)
-        return recipe, tuple(told)
+            notes.append(self.of_zeros)
+        return recipe, tuple(notes)
 
     def refuses(self, before: Decoder, shapes: Sequence[BlockShape]) -> str | None:
         """Return why it does not load a model with these blocks, and what it would load; None where it loads them.
@@ -154,7 +154,7 @@ class Runtime:
                     f"{', '.join(self.rotary)}"
                 )
 
-    def _alike(self, recipe: Recipe, told: list[str]) -> Recipe:
+    def _alike(self, recipe: Recipe, notes: list[str]) -> Recipe:
         """Return the recipe with equal blocks: a budget for the whole model is divided evenly, where that is enough."""
         asked = recipe.allocation
         if isinstance(asked, DepthSearch) and asked.parts != "layers":
@@ -170,10 +170,10 @@ class Runtime:
             raise InputError(f"{wrong}: {NARROW_MLPS}")
         if asked.currency != "parameters":
             raise InputError(f"{wrong} for a budget of {asked.currency}: {ALIKE}")
-        told.append(f"the allocation is uniform in place of {asked.kind}, since all blocks are to be alike")
+        notes.append(f"the allocation is uniform in place of {asked.kind}, since all blocks are to be alike")
         return recipe.model_copy(update={"allocation": UniformShares(multiple=asked.multiple)})
 
-    def _aligned(self, recipe: Recipe, decoder: Decoder, told: list[str]) -> Recipe:
+    def _aligned(self, recipe: Recipe, decoder: Decoder, notes: list[str]) -> Recipe:
         """Return the recipe with the multiple of MLP widths of the runtime, where the recipe sets none."""
         asked, kinds = recipe.allocation, recipe.units.kinds
         if (
@@ -187,7 +187,7 @@ class Runtime:
         # The same number would be asked of value dimensions, of which a head has few.
         if any(isinstance(kind, Values) for kind in kinds):
             return recipe
-        told.append(f"MLP widths are multiples of {self.multiple}")
+        notes.append(f"MLP widths are multiples of {self.multiple}")
         return recipe.model_copy(update={"allocation": asked.model_copy(update={"multiple": self.multiple})})
 
 

@@ -1,14 +1,22 @@
 """Checks of a solver and of a penalty by all laws, for classes that are defined outside optprune too."""
 
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given
 from torch import Tensor
 
 from optprune.penalties import Penalty
 from optprune.problems import Problem
 from optprune.solvers import AnySolver
 from optprune.testing import laws
-from optprune.testing.strategies import METRIC_KINDS, STRATEGIES, MetricKind, weighted, weights
+from optprune.testing.strategies import (
+    METRIC_KINDS,
+    SLOW_OR_NESTED,
+    STRATEGIES,
+    MetricKind,
+    law_settings,
+    weighted,
+    weights,
+)
 
 
 def check_solver(solver: AnySolver, *, examples: int = 20, shrink: bool = True) -> None:
@@ -41,15 +49,7 @@ def _check_kind(
     problems = STRATEGIES[kind](dtype=dtype) if metric == "none" else weighted(kind, metric, dtype=dtype)
 
     # One broken law is an AssertionError; several would be an exception group.
-    @settings(
-        max_examples=examples,
-        phases=[Phase.generate, Phase.shrink] if shrink else [Phase.generate],
-        derandomize=True,
-        database=None,
-        deadline=None,
-        report_multiple_bugs=False,
-        suppress_health_check=[HealthCheck.too_slow, HealthCheck.nested_given],
-    )
+    @law_settings(examples, suppressed=SLOW_OR_NESTED, shrink=shrink)
     @given(problems)
     def check(problem: Problem) -> None:
         nonlocal accepted
@@ -70,14 +70,7 @@ def check_penalty(penalty: Penalty, *, shape: tuple[int, int] = (3, 4), examples
     """
     rows, width = shape
 
-    @settings(
-        max_examples=examples,
-        phases=[Phase.generate],
-        derandomize=True,
-        database=None,
-        deadline=None,
-        report_multiple_bugs=False,
-    )
+    @law_settings(examples)
     @given(weights(width, rows=rows))
     def check(weight: Tensor) -> None:
         for law in laws.PENALTY_LAWS:

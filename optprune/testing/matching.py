@@ -11,7 +11,7 @@ from typing import Any, cast, final
 
 import numpy as np
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -20,7 +20,7 @@ from optprune.metric import OutputMetric
 from optprune.problems import BlockMatching, Example, Examples
 from optprune.problems.matching import Point, Terms, order
 from optprune.solvers import Descent, match
-from optprune.testing.strategies import chosen_device, generator_of, to_chosen_device
+from optprune.testing.strategies import SLOW_OR_NESTED, chosen_device, generator_of, law_settings, to_chosen_device
 
 ROUNDING = 1e-9
 """a share of the error at the start, above the rounding of sums in float64"""
@@ -243,15 +243,7 @@ MATCHING_LAWS: tuple[Callable[[BlockMatching, Descent[Any]], None], ...] = (
 def check_descent(solver: Descent[Any], *, examples: int = 10) -> None:
     """Raise AssertionError unless a descent keeps every law on small blocks, affine and gated, always the same ones."""
 
-    @settings(
-        max_examples=examples,
-        phases=[Phase.generate],
-        derandomize=True,
-        database=None,
-        deadline=None,
-        report_multiple_bugs=False,
-        suppress_health_check=[HealthCheck.too_slow, HealthCheck.nested_given],
-    )
+    @law_settings(examples, suppressed=SLOW_OR_NESTED)
     @given(st.booleans().flatmap(lambda affine: matchings(affine=affine)))
     def check(problem: BlockMatching) -> None:
         for law in MATCHING_LAWS:

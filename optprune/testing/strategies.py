@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, TypeVar, get_args
 
 import torch
-from hypothesis import assume
+from hypothesis import HealthCheck, Phase, assume, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -82,6 +82,22 @@ def generator_of(draw: st.DrawFn) -> torch.Generator:
 
 def _normal(generator: torch.Generator, *shape: int) -> Tensor:
     return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+SLOW_OR_NESTED = (HealthCheck.too_slow, HealthCheck.nested_given)
+
+
+def law_settings(examples: int, *, suppressed: tuple[HealthCheck, ...] = (), shrink: bool = False) -> settings:
+    """Return the settings under which laws are checked: the same examples every time, and no database."""
+    same = settings(
+        max_examples=examples,
+        phases=[Phase.generate, Phase.shrink] if shrink else [Phase.generate],
+        derandomize=True,
+        database=None,
+        deadline=None,
+        report_multiple_bugs=False,
+    )
+    return settings(same, suppress_health_check=suppressed) if suppressed else same
 
 
 @st.composite
