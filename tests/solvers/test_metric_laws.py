@@ -8,7 +8,7 @@ from optprune.problems import MaskedLeastSquares, SparseLeastSquares
 from optprune.solvers import Chain, Restore, SparseGpt, Swaps
 from optprune.testing import laws
 from optprune.testing.strategies import METRIC_KINDS, weighted
-from tests.helpers.solver_table import ACCEPTED, AT_RANDOM, DTYPES, IN_ORDER, KINDS, by_pair, by_solver
+from tests.helpers.solver_table import ACCEPTED, AT_RANDOM, DTYPES, KINDS, by_pair, by_solver, in_order
 
 EXAMPLES = max(settings().max_examples // 7, 1)
 WEIGHTED = [kind for kind in METRIC_KINDS if kind != "none"]
@@ -65,7 +65,7 @@ def test_answers_follow_names_and_units_where_nothing_ties(kind, metric, solver)
     def check(problem):
         if solver.refusal(problem) is not None:
             laws.refuse(problem, solver)
-        elif isinstance(solver, IN_ORDER):
+        elif in_order(solver):
             laws.scaling_scales_the_answer(problem, solver)
         elif not isinstance(solver, AT_RANDOM):
             for law in laws.GENERIC_LAWS:
