@@ -1,6 +1,7 @@
 """Grids: the weights that low-bit formats can store, as integers times one scale for each block of a row."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import final
 
@@ -14,6 +15,8 @@ SPREAD = (-1.5, 3.0)
 """limits of the integers, beyond the largest one, to which the largest weight of a block is tried to be rounded"""
 TRIED = 19
 """number of scales of each sign that are tried in a block"""
+MOST_DIGITS = 11
+"""binary digits of a float16"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +32,7 @@ class Codes:
 
     def values(self) -> Float[Tensor, "rows in"]:
         """Return the weights, exactly."""
-        blocks = self.integers.unflatten(1, (self.scales.shape[1], -1))
+        blocks = self.integers.reshape(*self.scales.shape, -1)
         return (blocks * self.scales[:, :, None]).flatten(1)
 
 
@@ -49,6 +52,8 @@ class Grid:
     block: int
     shifted: bool = False
     scale_dtype: torch.dtype = torch.float16
+    digits: int = 11
+    """the most binary digits of a scale"""
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
@@ -57,6 +62,17 @@ class Grid:
             raise InputError(f"a block of a grid has at least one input, not {self.block}")
         if self.scale_dtype not in (torch.float16, torch.bfloat16):
             raise InputError(f"the scales of a grid are float16 or bfloat16, not {self.scale_dtype}")
+        if not 1 <= self.digits <= MOST_DIGITS:
+            raise InputError(f"the scales of a grid have 1 to {MOST_DIGITS} binary digits, not {self.digits}")
+
+    def within(self, dtype: torch.dtype) -> "Grid":
+        """Return the grid with scales of so few digits that a dtype holds every weight on it exactly.
+
+        A float16 leaves the scales of 4-bit weights 8 binary digits, and a bfloat16 leaves them 5.
+        """
+        kept = 1 + round(-math.log2(torch.finfo(dtype).eps))
+        largest = self.bits if self.shifted else self.bits - 1
+        return replace(self, digits=min(self.digits, max(1, kept - largest)))
 
     @property
     def lowest(self) -> int:
@@ -79,9 +95,9 @@ class Grid:
             raise InputError(f"rows of {inputs} weights are not whole blocks of {self.block}: choose another width")
 
     def blocks(self, weight: Float[Tensor, "rows in"]) -> Float[Tensor, "rows blocks block"]:
-        """Return a view of the weight by blocks."""
+        """Return the weight by blocks."""
         self.check_width(weight.shape[1])
-        return weight.unflatten(1, (-1, self.block))
+        return weight.reshape(weight.shape[0], -1, self.block)
 
     def nearest(self, weight: Float[Tensor, "rows in"], importance: Float[Tensor, "*rows in"] | None = None) -> Codes:
         """Return weights on the grid near a weight, with the scale of each block chosen by sum_j h_j (v_j - s q_j)^2.
@@ -90,7 +106,9 @@ class Grid:
         scales may find better ones. Reference: make_qx_quants of ggml, which tries scales in the same way.
         """
         blocks = self.blocks(weight)
-        weights = torch.ones_like(blocks[:1, :, :1]) if importance is None else self.blocks(importance.expand_as(weight))
+        weights = torch.ones_like(blocks[:1, :, :1])
+        if importance is not None:
+            weights = self.blocks(importance.expand_as(weight))
         scales, lows = self.fit(blocks, weights)
         integers = self.round(blocks, scales[:, :, None], lows[:, :, None])
         return Codes(scales, integers.to(torch.int16).flatten(1), lows.to(torch.int16))
@@ -121,16 +139,19 @@ class Grid:
             q = self.round(blocks, scale[..., None], least[..., None])
             # The best scale for these integers is p / d; it takes p^2 / d off the error.
             product, size = (importance * blocks * q).sum(-1), (importance * q * q).sum(-1)
-            gain = torch.where(size > 0, product * product / size, 0.0)
-            better = gain > best
-            best = torch.where(better, gain, best)
-            scales = torch.where(better, self.stored(torch.where(size > 0, product / size, 0.0)), scales)
+            fitted = torch.where(size > 0, product / size, 0.0)
+            better = product * fitted > best
+            best = torch.where(better, product * fitted, best)
+            scales = torch.where(better, self.stored(fitted), scales)
             lows = torch.where(better, least, lows)
         return scales, lows
 
     def stored(self, scales: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
         """Return the nearest scales that can be stored."""
         most = torch.finfo(self.scale_dtype).max / 2**self.bits
+        if self.digits < MOST_DIGITS:
+            mantissa, exponent = torch.frexp(scales)
+            scales = torch.ldexp((mantissa * 2**self.digits).round_() / 2**self.digits, exponent)
         return scales.clamp(-most, most).to(self.scale_dtype).to(scales.dtype)
 
     def _deltas(self) -> list[float]:

@@ -24,20 +24,22 @@ PROVING = 50
 """the most steps of conjugate gradients for a lower bound"""
 
 
-def proving(outputs: int, inputs: int) -> float:
-    """Return the flops of `relaxed_bound`."""
-    return PROVING * (product(outputs, inputs, inputs) + sweeps(20, outputs, inputs)) + factor(inputs)
+def _work(flops: float, outputs: int, inputs: int, coupled: bool) -> Work:
+    """Return the work of a solve of so many flops, of measuring its answer, and of proving a bound."""
+    proof = PROVING * (product(outputs, inputs, inputs) + sweeps(20, outputs, inputs)) + factor(inputs)
+    whole = flops + proof + measuring(outputs, inputs, coupled=coupled)
+    return Work(whole, unfitted(outputs, inputs, coupled=coupled))
 
 
 def relaxed_bound(problem: GridLeastSquares, value: Float[Tensor, "out in"]) -> Certificate | None:
     """Return the lower bound of the problem without its grid, by some steps of conjugate gradients from a value."""
+    if problem.mask is None and problem.loss.pull is None:
+        return Certificate(0.0, "the original weights have no loss without the grid")
     relaxed, solver, steps = problem.relaxed, ConjugateGradients(), 0
-    if problem.mask is not None or problem.loss.pull is not None:
-        state = solver.init(relaxed, value)
-        while solver.done(relaxed, state) is None and steps < PROVING:
-            state, steps = solver.step(relaxed, state), steps + 1
-        value = solver.value(relaxed, state)
-    return restored_bound(relaxed, value)
+    state = solver.init(relaxed, value)
+    while solver.done(relaxed, state) is None and steps < PROVING:
+        state, steps = solver.step(relaxed, state), steps + 1
+    return restored_bound(relaxed, solver.value(relaxed, state))
 
 
 @final
@@ -52,8 +54,7 @@ class RoundToNearest(DirectSolver[GridLeastSquares]):
     accepts = (GridLeastSquares,)
 
     def work(self, outputs: int, inputs: int, *, coupled: bool = False) -> Work:
-        flops = measuring(outputs, inputs, coupled=coupled) + proving(outputs, inputs) + sweeps(8 * SPREADS, outputs, inputs)
-        return Work(flops, unfitted(outputs, inputs, coupled=coupled))
+        return _work(sweeps(8 * SPREADS, outputs, inputs), outputs, inputs, coupled)
 
     def unsupported(self, problem: GridLeastSquares) -> str | None:
         return COUPLED if problem.loss.coupled else None
@@ -94,8 +95,8 @@ class Gptq(DirectSolver[GridLeastSquares]):
 
     def work(self, outputs: int, inputs: int, *, coupled: bool = False) -> Work:
         updates = (1 + 12 * self.columns / 128) * product(outputs, inputs, inputs)
-        flops = measuring(outputs, inputs, coupled=coupled) + proving(outputs, inputs) + 2 * factor(inputs) + inverse(inputs) + updates
-        return Work(flops + sweeps(8 * SPREADS, outputs, inputs), unfitted(outputs, inputs, coupled=coupled))
+        flops = 2 * factor(inputs) + inverse(inputs) + updates + sweeps(8 * SPREADS, outputs, inputs)
+        return _work(flops, outputs, inputs, coupled)
 
     def unsupported(self, problem: GridLeastSquares) -> str | None:
         return COUPLED if problem.loss.coupled else None
@@ -113,15 +114,15 @@ class Gptq(DirectSolver[GridLeastSquares]):
         for first in range(0, width, size):
             last = min(first + size, width)
             inner, local, errors = weight[:, first:last], upper[first:last, first:last], weight[:, first:last].clone()
-            for j in range(last - first):
-                if j % grid.block == 0:
-                    block, inside = slice(j, j + grid.block), slice(first + j, first + j + grid.block)
-                    values = torch.where(kept[:, inside], inner[:, block], 0.0)
-                    scales, lows = grid.fit(values, importance[inside].expand_as(values))
-                rounded = scales * grid.round(inner[:, j], scales, lows) * kept[:, first + j]
-                torch.div(inner[:, j] - rounded, local[j, j], out=errors[:, j])
-                inner[:, j + 1 :].addr_(errors[:, j], local[j, j + 1 :], alpha=-1)
-                inner[:, j] = rounded
+            for number in range(0, last - first, grid.block):
+                inside = slice(first + number, first + number + grid.block)
+                values = torch.where(kept[:, inside], inner[:, number : number + grid.block], 0.0)
+                scales, lows = grid.fit(values, importance[inside].expand_as(values))
+                for j in range(number, number + grid.block):
+                    rounded = scales * grid.round(inner[:, j], scales, lows) * kept[:, first + j]
+                    torch.div(inner[:, j] - rounded, local[j, j], out=errors[:, j])
+                    inner[:, j + 1 :].addr_(errors[:, j], local[j, j + 1 :], alpha=-1)
+                    inner[:, j] = rounded
             weight[:, last:] -= errors @ upper[first:last, last:]
         return Answer(weight.to(problem.loss.weight))
 
@@ -174,8 +175,7 @@ class GridDescent(Solver[GridLeastSquares, DescentState]):
     def work(self, outputs: int, inputs: int, *, coupled: bool = False) -> Work:
         # About a third of the sweeps are taken; within a group of columns the updates run at the speed of memory.
         sweep = (1 + 12 * self.columns / 128) * product(outputs, inputs, inputs) + sweeps(30, outputs, inputs)
-        flops = measuring(outputs, inputs, coupled=coupled) + proving(outputs, inputs) + self.sweeps / 3 * sweep
-        return Work(flops, unfitted(outputs, inputs, coupled=coupled))
+        return _work(self.sweeps / 3 * sweep, outputs, inputs, coupled)
 
     def unsupported(self, problem: GridLeastSquares) -> str | None:
         return COUPLED if problem.loss.coupled else None

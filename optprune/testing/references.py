@@ -277,7 +277,8 @@ def exhaustive_grid(problem: GridLeastSquares) -> Reference:
     for row, kept in enumerate(np.broadcast_to(mask, (rows, width))):
         integers = every[(every[:, ~kept] == 0).all(1)]
         # [choices, blocks, samples]: the output of each block for a scale of one.
-        outputs = np.einsum("cbj,tbj->cbt", integers.reshape(len(integers), -1, grid.block), _by_block(data, grid.block))
+        by_block = (each.reshape(len(each), -1, grid.block) for each in (integers, data))
+        outputs = np.einsum("cbj,tbj->cbt", *by_block)
         scales = _least_squares(outputs, wanted[:, row], quadratic.negligible)
         found = np.repeat(scales, grid.block, axis=1) * integers
         stored = torch.from_numpy(scales).to(grid.scale_dtype).double().numpy()
@@ -285,10 +286,6 @@ def exhaustive_grid(problem: GridLeastSquares) -> Reference:
         best[row] = found[_row_losses(quadratic, found, row).argmin()]
         rounded[row] = other[_row_losses(quadratic, other, row).argmin()]
     return Reference(quadratic.value(best), quadratic.rounding(best), rounded)
-
-
-def _by_block(data: Array, block: int) -> Array:
-    return data.reshape(len(data), -1, block)
 
 
 def _row_losses(quadratic: Quadratic, weights: Array, row: int) -> Array:

@@ -48,7 +48,6 @@ def in_order(solver):
     return any(isinstance(stage, IN_ORDER) for stage in getattr(solver, "stages", (solver,)))
 
 
-
 KINDS = concrete(Problem)
 SOLVERS = [solver for cls in concrete(Solver) for solver in (MADE_BY_HAND[cls] if cls in MADE_BY_HAND else [cls()])]
 DTYPES = [torch.float64, torch.float32]
