@@ -16,12 +16,13 @@ from optprune.cli import main
 from optprune.errors import InputError
 from optprune.export import GgufFile, Importance, export, ggml, importance_of
 from optprune.export.ggml import packed
+from optprune.export.gguf_families import FAMILIES
 from optprune.export.gguf_tensors import Tensors
 from optprune.export.gguf_types import SMALL_BLOCK, TYPES, Choice, fallback
 from optprune.measure import llama_cpp_binding
 from optprune.models import Decoder, Mlp
 from optprune.objectives import LayerContext
-from tests.export.test_gguf_families import FAMILIES, PROMPT, apart, cut, expected_of, made, saved
+from tests.helpers.gguf_models import PROMPT, apart, cut, expected_of, made, saved
 from tests.helpers.llama_cpp import LlamaCpp
 from tests.helpers.tiny_models import save_tiny, tiny_llama
 
