@@ -16,16 +16,21 @@ from optprune.problems import Link
 from optprune.system.wording import counted
 from optprune.work import Work
 
-MULTIPLE = 8
-"""the default multiple of counts: matrix kernels are slower on other sizes"""
+MULTIPLE = 32
+"""the default multiple of counts: blocks of llama.cpp's types q4_0, q5_0 and q8_0 hold 32 numbers, and rows of another
+length are stored in a larger type"""
+LEAST_MULTIPLE = 8
+"""the default multiple of small counts: matrix kernels read 16 bytes at a time"""
+NARROW = 512
+"""an MLP of fewer units is narrow: rounding by half of 32 would move more than 3 percent of its units"""
 WIDE = 4096
 """an MLP of at least so many units is wide"""
 WIDE_MULTIPLE = 64
 """the default multiple of a wide MLP: kernels for GPUs read tiles of 64, and rounding by half a tile moves less than 1
 percent of its units; in a narrow one it would move several percent, which a budget notices"""
 STEPS = 5
-"""where every block loses the same share, heads of fewer multiples than this are not narrowed by whole multiples: a
-sparsity of 10 percent, FASP's least, would round to no value dimension at all"""
+"""heads of fewer multiples than this get a smaller default multiple. Where every block loses the same share, they are
+not narrowed by whole multiples: a sparsity of 10 percent, FASP's least, would round to no value dimension at all"""
 
 
 @dataclass(frozen=True)
@@ -212,7 +217,11 @@ class Mlp(LinkedUnits):
         return LinkedLayers(consumer, producers, link)
 
     def multiple(self, shape: BlockShape, asked: int | None, alike: bool = False) -> int:
-        return asked or (WIDE_MULTIPLE if shape.mlp_width >= WIDE else MULTIPLE)
+        if asked:
+            return asked
+        if shape.mlp_width >= WIDE:
+            return WIDE_MULTIPLE
+        return MULTIPLE if shape.mlp_width >= NARROW else LEAST_MULTIPLE
 
     def work(self, outputs: int, inputs: int) -> Work:
         return Work()
@@ -253,12 +262,18 @@ class Values(LinkedUnits):
         return shape.value_dim * shape.kv_heads
 
     def multiple(self, shape: BlockShape, asked: int | None, alike: bool = False) -> int:
-        asked = asked or MULTIPLE
+        asked = asked or _multiple_of_heads(shape.value_dim)
         coarse = shape.value_dim % asked == 0 and (not alike or shape.value_dim >= STEPS * asked)
         return asked if coarse else 1
 
     def work(self, outputs: int, inputs: int) -> Work:
         return Work()  # the search for a rotated basis declares its own, in solvers/value_basis.py
+
+
+def _multiple_of_heads(value_dim: int) -> int:
+    """Return the largest of 32, 16 and 8 of which a head has at least `STEPS`; 8 in small heads."""
+    fitting = (size for size in (MULTIPLE, MULTIPLE // 2) if value_dim % size == 0 and value_dim >= STEPS * size)
+    return next(fitting, LEAST_MULTIPLE)
 
 
 @final

@@ -37,7 +37,8 @@ class UniformShares(Group):
     """uniform: the same share from every block"""
     multiple: int | None = Field(default=None, ge=1)
     """number of which the MLP width is a multiple; so are value dimensions where the dense model's are, except those of
-    small heads that all keep the same number; null takes 64 for MLPs of 4096 units or more, and 8 elsewhere"""
+    small heads that all keep the same number; null takes 64 for MLPs of 4096 units or more, 32 for those of 512 or more
+    and for heads of 160 or more, 16 for heads of 80 or more, and 8 elsewhere"""
 
 
 class GlobalBudget(Group):
