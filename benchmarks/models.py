@@ -27,8 +27,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from benchmarks.common import RESULTS, TEXTS, evaluation_texts, machine, markdown, tokenizer_of
-from benchmarks.studies import NAMES, STUDIES, Settings, digest
-from optprune import Recipe, Statistics, collect, load_recipe, prune
+from benchmarks.studies import NAMES, STUDIES, Settings, as_run, digest
+from optprune import Recipe, Statistics, collect, prune
 from optprune.errors import InputError
 from optprune.measure import perplexity
 from optprune.measure.memory import memory_increase
@@ -108,7 +108,7 @@ def run(cases: Iterable[tuple[str, Settings]], options: argparse.Namespace) -> N
             pruned = copy.deepcopy(model)
             batches = calibration_batches(calibration, options.samples, options.seq_length, seed)
             try:
-                chosen = load_recipe(recipe, {**settings, "seed": seed})
+                chosen = as_run(recipe, settings, seed)
                 if options.share is not None and common is None:
                     folder = Path(options.share) / f"{name}-{seed}-{tokens}" if options.share else None
                     common = collect(model, batches, recipes=[], folder=folder)  # what a run needs is added to them

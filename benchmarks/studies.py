@@ -6,8 +6,7 @@ from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any
 
-from optprune import load_recipe
-from optprune.models.units import MULTIPLE
+from optprune import Recipe, load_recipe
 from optprune.recipe.names import NONE
 
 Settings = dict[str, Any]
@@ -40,6 +39,8 @@ ALL, VALUES = ("all", "rotated-all"), ("vo", "rotated-vo")
 """the units of the same shapes, by coordinates and by directions"""
 LATER: Settings = {"allocation.currency": "parameters", "allocation.tokens": 512, "fit_bias": True}
 """the values that say what recipes did before they had these fields"""
+MULTIPLE = 8
+"""of widths in all studies: the rows of the tables were made with it"""
 WIDEST = 4096
 """no layer of the models here has as many outputs"""
 
@@ -171,6 +172,14 @@ def rows_of(rows: Sequence[dict[str, Any]], model: str, case: Case, tokens: int)
     return [row for row in mine if (row["digest"], row["tokens"]) == wanted]
 
 
+def as_run(recipe: str, settings: Settings, seed: int) -> Recipe:
+    """The recipe of a case: widths are multiples of 8 where the case says nothing else."""
+    chosen = load_recipe(recipe, {**settings, "seed": seed})
+    if not chosen.units.kinds or getattr(chosen.allocation, "multiple", MULTIPLE) is not None:
+        return chosen
+    return load_recipe(recipe, {**settings, "seed": seed, "allocation.multiple": MULTIPLE})
+
+
 def digest(recipe: str, settings: Settings, tokens: int) -> str:
     """Of what a recipe does with so many calibration tokens, whatever it is called."""
     return _digest(recipe, json.dumps(settings), tokens)
@@ -180,7 +189,7 @@ def digest(recipe: str, settings: Settings, tokens: int) -> str:
 def _digest(recipe: str, settings: str, tokens: int) -> str:
     fields = dict(_leaves(load_recipe(recipe, json.loads(settings)).resolved().to_dict()))
     if "allocation.multiple" in fields and fields["allocation.multiple"] is None:
-        fields["allocation.multiple"] = MULTIPLE  # which null is here: no model of the tables has a wide MLP
+        fields["allocation.multiple"] = MULTIPLE
     told = {key: value for key, value in fields.items() if key not in ("name", "summary", "source", "seed")}
     # What is off, or as it was before there was such a field, is left out: so a field that is added changes no digest.
     told = {

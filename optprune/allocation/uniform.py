@@ -78,9 +78,8 @@ def uniform(decoder: Decoder, sparsity: float, units: Units, width_multiple: int
     Since some layers are not pruned, the pruned units lose a larger share: with units 'all', the ratio of MLP units and
     of value dimensions is sparsity / (1 - share of Q and K) (FASP). Value dimensions and KV heads are rounded first.
     The MLP widths then meet the budget as closely as multiples of `width_multiple` can; None leaves the multiple to the
-    unit kind (`LinkedUnits.multiple`). Value dimensions are multiples of it too, except in small heads, since attention
-    has fast kernels for multiples of 8. Units 'blocks' remove whole sub-blocks, not shares: everything is kept here
-    (see depth.py).
+    unit kind (`LinkedUnits.multiple`). Value dimensions are multiples of it too, except in small heads. Units 'blocks'
+    remove whole sub-blocks, not shares: everything is kept here (see depth.py).
     """
     shapes, total = decoder.shapes(), decoder.linear_weights()
     if isinstance(units, Weights):

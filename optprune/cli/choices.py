@@ -30,7 +30,7 @@ RUNTIMES = ("transformers", "vllm", "gguf", "onnx")
 STATES = ("auto", "device", "host", "disk")
 SEQUENCES = ("packed", "whole")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-MULTIPLES = "8, and 64 for MLPs of 4096 units or more"
+MULTIPLES = "32, and 64 for MLPs of 4096 units or more; 8 or 16 in small heads and MLPs"
 """the default multiples of widths"""
 CHOICES: Mapping[str, Sequence[str]] = {
     "units": UNITS,

@@ -1,18 +1,22 @@
 """optprune export: write a pruned folder in the format of another runtime."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from optprune.cli.options import Samples, SeqLength, Sequences
 from optprune.cli.outputs import check_file, echo, start
 from optprune.errors import InputError
 
 if TYPE_CHECKING:
-    from optprune.export import Exporter
+    from optprune.export import Exporter, Importance
 
 FORMATS = ("gguf", "onnx", "transformers")
 """names of the shipped exporters, `optprune.export.EXPORTERS`, which take seconds to import"""
+EXACT = (None, "f32", "f16", "q8_0")
+"""types of GGUF whose rounding does not go by an importance"""
 
 
 def export_command(
@@ -27,10 +31,22 @@ def export_command(
         str | None,
         typer.Option(
             "--type",
-            help="For gguf f32, f16 or q8_0; for transformers float32, bfloat16 or float16. onnx is float32. "
-            "[default: f16, or as stored]",
+            help="For gguf f32, f16, q8_0, q6_K, q5_K, q5_0, q4_K or q4_0; for transformers float32, bfloat16 or "
+            "float16. onnx is float32. [default: f16, or as stored]",
         ),
     ] = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            "--calibration",
+            metavar="TEXT",
+            help="For gguf types from q6_K on: a text, as for prune. The inputs of layers are measured on it, and "
+            "rounding errors count by them (llama.cpp's importance matrix).",
+        ),
+    ] = None,
+    samples: Samples = 128,
+    seq_length: SeqLength = 2048,
+    sequences: Sequences = "packed",
     cache: Annotated[
         bool, typer.Option("--cache", help="For onnx: keys and values of earlier tokens are inputs and outputs.")
     ] = False,
@@ -43,6 +59,8 @@ def export_command(
         raise InputError(f"--cache applies to --format onnx only: leave it out for {form}")
     if form == "onnx" and kind not in (None, "f32"):
         raise InputError(f"ONNX is written in float32, not in {kind!r}: leave out --type")
+    if calibration is not None and (form != "gguf" or kind in EXACT):
+        raise InputError(f"--calibration applies to gguf types from q6_K on only: leave it out for {kind or form}")
     if form == "gguf":
         if output.exists() and not overwrite:
             raise InputError(f"the file {output} exists: pass --overwrite to replace it")
@@ -50,8 +68,10 @@ def export_command(
     reporter = start()
     from optprune.export import export
 
+    importance = _importance(folder, calibration, samples, seq_length, sequences, reporter.say)
+    exporter = _exporter(form, kind, cache, importance)
     reporter.say(f"writing {output}, and checking it")
-    written = export(folder, output, _exporter(form, kind, cache), overwrite=overwrite)
+    written = export(folder, output, exporter, overwrite=overwrite)
     echo(f"{written.path}: {written.bytes / 2**20:.1f} MiB, {written.summary}")
     if written.logits_difference is not None:
         echo(f"check passed: logits differ by at most {written.logits_difference:.2g}")
@@ -59,9 +79,21 @@ def export_command(
         echo(f"note: {note}")
 
 
-def _exporter(form: str, kind: str | None, cache: bool) -> "Exporter":
+def _importance(
+    folder: Path, calibration: str | None, samples: int, seq_length: int, sequences: str, say: Callable[[str], None]
+) -> "Importance | None":
+    """Return the importance of the inputs of layers, measured on a calibration text; None without a text."""
+    if calibration is None:
+        return None
+    from optprune.export import importance_of
+
+    say(f"measuring the inputs of the layers on {calibration}")
+    return importance_of(folder, calibration, samples=samples, seq_length=seq_length, sequences=sequences)
+
+
+def _exporter(form: str, kind: str | None, cache: bool, importance: "Importance | None") -> "Exporter":
     from optprune.export import GgufFile, OnnxFolder, TransformersFolder
 
     if form == "gguf":
-        return GgufFile(kind=kind or "f16")
+        return GgufFile(kind=kind or "f16", importance=importance)
     return OnnxFolder(cache=cache) if form == "onnx" else TransformersFolder(dtype=kind or "auto")

@@ -3,6 +3,7 @@
 from optprune.export.exporter import Draft, Exported, Exporter, ModelSource, export
 from optprune.export.folder import SavedModel, TransformersFolder, cast, save_model, save_pruned
 from optprune.export.gguf_file import GgufFile
+from optprune.export.importance import Importance, importance_of
 from optprune.export.onnx_folder import OnnxFolder
 from optprune.export.place import check_output
 from optprune.export.source_files import check_own_files
@@ -16,6 +17,7 @@ __all__ = [
     "Exported",
     "Exporter",
     "GgufFile",
+    "Importance",
     "ModelSource",
     "OnnxFolder",
     "SavedModel",
@@ -24,6 +26,7 @@ __all__ = [
     "check_output",
     "check_own_files",
     "export",
+    "importance_of",
     "save_model",
     "save_pruned",
 ]

@@ -1,7 +1,6 @@
 """Exporter to GGUF for llama.cpp: models whose blocks are alike under their own architecture, others as deci."""
 
-import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar
@@ -9,36 +8,37 @@ from typing import Any, BinaryIO, ClassVar
 import gguf
 import numpy as np
 import torch
-from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType
+from gguf import GGMLQuantizationType, GGUFWriter
 from torch import Tensor
 
 from optprune.errors import InputError, OptpruneError
 from optprune.export.exporter import Draft, Exporter, ModelSource, OnEvent
+from optprune.export.ggml import check_ggml, packed
 from optprune.export.gguf_families import LLAMA_CPP, UNEVEN, Family, family_of, has_windows
-from optprune.export.gguf_tensors import BLOCK_OF_Q8, IDLE_WIDTH, Target, Tensors
+from optprune.export.gguf_tensors import IDLE_WIDTH, Target, Tensors
+from optprune.export.gguf_types import SMALL_BLOCK, TYPES
 from optprune.export.gguf_vocabulary import Vocabulary
+from optprune.export.importance import Importance
 from optprune.models import Decoder, is_gguf, need_tokenizer, using_tokenizer
 from optprune.models.architecture import rope_types
 from optprune.models.checkpoint import Checkpoint
 from optprune.models.gguf import PlainReader
 from optprune.work import Work
 
-TYPES = {
-    "f32": (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
-    "f16": (GGMLQuantizationType.F16, LlamaFileType.MOSTLY_F16),
-    "q8_0": (GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0),
-}
-
 
 @dataclass(frozen=True, kw_only=True)
 class GgufFile(Exporter):
     """GGUF file with the model, its vocabulary and its chat template.
 
-    `kind` is the type of matrices: f32, f16 or q8_0; vectors stay float32. Blocks that differ in shape are written
-    under llama.cpp's architecture deci where they are otherwise Llama's: its head counts and MLP widths are arrays.
-    Value dimensions that were removed are filled with zeros, since all heads of a file have the same: the output is the
-    same, and the file is not smaller for them. One tensor is in memory at a time, or one kind of matrix of all experts
-    of a block. Families, rotary scalings and tokenizers that llama.cpp does not support are refused.
+    `kind` is the type of matrices, one of `TYPES`; vectors stay float32. llama.cpp's rules give some matrices another
+    type (gguf_types.py). By an `importance` of the inputs, quantised types lose less where it counts. In a quantised
+    file the hidden units of MLPs are filled up with zeros to whole blocks: the output is the same.
+
+    Blocks that differ in shape are written under llama.cpp's architecture deci where they are otherwise Llama's: its
+    head counts and MLP widths are arrays. Value dimensions that were removed are filled with zeros, since all heads of
+    a file have the same: the output is the same, and the file is not smaller for them. One tensor is in memory at a
+    time, or one kind of matrix of all experts of a block. Families, rotary scalings and tokenizers that llama.cpp does
+    not support are refused.
     """
 
     name: ClassVar[str] = "gguf"
@@ -46,10 +46,14 @@ class GgufFile(Exporter):
     is_folder: ClassVar[bool] = False
 
     kind: str = "f16"
+    importance: Importance | None = None
+    """mean squares of the inputs of layers, as `importance_of` measures them"""
 
     def __post_init__(self) -> None:
         if self.kind not in TYPES:
             raise InputError(f"the type {self.kind!r} is unknown: give {', '.join(TYPES)}")
+        if self.importance is not None and not TYPES[self.kind].quantised:
+            raise InputError(f"the type {self.kind} rounds each number alone: an importance of inputs has no effect")
 
     def unsupported(self, source: ModelSource) -> str | None:
         if source.loaded is not None:
@@ -57,6 +61,7 @@ class GgufFile(Exporter):
         if is_gguf(source.name):
             return f"{source.name} is already a GGUF file: give a model folder to export"
         try:
+            check_ggml({TYPES[self.kind].kind})
             family_of(source.shapes)
             rotary_of(source.config)
             Vocabulary.of(need_tokenizer(source.tokenizer, source.name), source.config.vocab_size)
@@ -66,16 +71,16 @@ class GgufFile(Exporter):
 
     def write(self, source: ModelSource, draft: Path, on_event: OnEvent) -> Draft:
         folder, tokenizer = Path(source.name), need_tokenizer(source.tokenizer, source.name)
-        content = _Content.of(source.shapes, Checkpoint.open(folder), self.kind)
+        content = _Content.of(source.shapes, Checkpoint.open(folder), self.kind, self.importance)
         writer = GGUFWriter(None, content.family.name, use_temp_file=False)
         content.describe(writer)
         with using_tokenizer(source.name):
             Vocabulary.of(tokenizer, source.config.vocab_size).write(writer, tokenizer, folder)
         targets = list(content.targets())
         with draft.open("wb") as stream:
-            write_tensors(writer, targets, stream)
+            write_tensors(writer, targets, stream, self.importance)
         size = draft.stat().st_size
-        return Draft(draft, size, f"architecture {content.family.name}", content.notes(), expected=targets)
+        return Draft(draft, size, f"architecture {content.family.name}", content.notes(targets), expected=targets)
 
     def check(self, source: ModelSource, draft: Draft, on_event: OnEvent) -> float | None:
         """Read the header back, and compare names, shapes and types of all tensors."""
@@ -99,19 +104,21 @@ class GgufFile(Exporter):
         return Work(bytes=12 * largest)
 
 
-def write_tensors(writer: GGUFWriter, targets: list[Target], stream: BinaryIO) -> None:
+def write_tensors(
+    writer: GGUFWriter, targets: list[Target], stream: BinaryIO, importance: Importance | None = None
+) -> None:
     """Write the header, the metadata and the tensors, one at a time."""
     for target in targets:
-        size = math.prod(gguf.quant_shape_to_byte_shape(target.shape, target.kind))
         as_stored = np.dtype(np.float32)  # unused where the kind is given
-        writer.add_tensor_info(target.name, target.shape, as_stored, size, raw_dtype=target.kind)
+        writer.add_tensor_info(target.name, target.shape, as_stored, target.bytes, raw_dtype=target.kind)
     # The writer opens files by name unless it is given a stream and a state.
     writer.fout, writer.state = [stream], gguf.gguf_writer.WriterState.EMPTY  # type: ignore[list-item]
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     for target in targets:
-        numbers = gguf.quantize(target.make().to(torch.float32).contiguous().numpy(), target.kind)
+        weights = None if importance is None else target.importance(importance.squares)
+        numbers = packed(target.make(), target.kind, weights)
         # The writer's own `write_tensor_data` does not distinguish a full disk from other errors.
         writer.write_padding(stream, stream.tell())  # type: ignore[arg-type]
         stream.write(np.ascontiguousarray(numbers).data)
@@ -125,27 +132,30 @@ class _Content:
     decoder: Decoder
     family: Family
     tensors: Tensors
-    kind: str
+    importance: Importance | None
 
     @classmethod
-    def of(cls, decoder: Decoder, checkpoint: Checkpoint, kind: str) -> "_Content":
+    def of(cls, decoder: Decoder, checkpoint: Checkpoint, kind: str, importance: Importance | None) -> "_Content":
         """Return the content for a model and its tensors. Raises InputError where the family is not supported."""
         family = family_of(decoder)
         names = gguf.get_tensor_name_map(family.named_as, len(decoder.shapes()))
-        return cls(decoder, family, Tensors(decoder, checkpoint, family, names, TYPES[kind][0]), kind)
+        tensors = Tensors(decoder, checkpoint, family, names, TYPES[kind], importance is not None)
+        return cls(decoder, family, tensors.filled(), importance)
 
     def describe(self, writer: GGUFWriter) -> None:
         """Write the config into the metadata of the file."""
         config, shapes, heads = self.decoder.model.config, self.decoder.shapes(), self.decoder.heads
         writer.add_type(gguf.GGUFType.MODEL)
         writer.add_name(Path(self.tensors.checkpoint.source).name or "model")
-        writer.add_file_type(TYPES[self.kind][1])
+        writer.add_file_type(self.tensors.file.number)
+        if self.importance is not None:
+            writer.add_string("quantize.imatrix.dataset", self.importance.text)
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         writer.add_vocab_size(config.vocab_size)
         writer.add_context_length(config.max_position_embeddings)
         writer.add_embedding_length(config.hidden_size)
         writer.add_block_count(len(shapes))
-        widths = [shape.mlp_width or IDLE_WIDTH for shape in shapes]
+        widths = [self.tensors.width(shape.mlp_width or IDLE_WIDTH) for shape in shapes]
         kv = [shape.kv_heads for shape in shapes]
         queries = [count * heads.group for count in kv]
         alike = self.family is not UNEVEN
@@ -170,26 +180,40 @@ class _Content:
             if hasattr(config, "moe_intermediate_size"):
                 writer.add_expert_feed_forward_length(widths[0])
             if mixture.shared:
-                writer.add_expert_shared_feed_forward_length(int(getattr(config, mixture.shared_width)))
+                shared = int(getattr(config, mixture.shared_width))
+                writer.add_expert_shared_feed_forward_length(self.tensors.width(shared))
         self.family.describe(config, writer)
 
     def targets(self) -> Iterator[Target]:
         """Yield the tensors of the file."""
         if rotary_of(self.decoder.model.config).get("rope_type") == "llama3":
             shape = (self.decoder.heads.dim // 2,)
-            yield Target("rope_freqs.weight", shape, GGMLQuantizationType.F32, self._factors)
+            yield Target("rope_freqs.weight", shape, (), computed=self._factors)
         yield from self.tensors.targets()
 
-    def notes(self) -> tuple[str, ...]:
+    def notes(self, targets: Sequence[Target]) -> tuple[str, ...]:
         """Return sentences that the user of the file should read."""
         found, shapes, config = [], self.decoder.shapes(), self.decoder.model.config
         if any(shape.kv_heads and shape.value_dim != self.decoder.heads.dim for shape in shapes):
             found.append("removed value dimensions are filled with zeros, so they do not make the file smaller")
-        odd = sorted({shape.mlp_width for shape in shapes if shape.mlp_width % BLOCK_OF_Q8})
-        if self.kind == "q8_0" and odd:
+        file, width = self.tensors.file, self.tensors.width
+        odd = sorted({shape.mlp_width for shape in shapes if width(shape.mlp_width) != shape.mlp_width})
+        if odd:
+            filled = ", ".join(f"{one} to {width(one)}" for one in odd)
             found.append(
-                f"rows of {', '.join(map(str, odd))} numbers are not multiples of {BLOCK_OF_Q8} and stay float16: "
-                f"prune with --width-multiple {BLOCK_OF_Q8}"
+                f"hidden units of zeros fill up MLPs to whole blocks of {file.kind.name.lower()}, in units: {filled}; "
+                f"multiples of {self.tensors.fill} need none"
+            )
+        wide = sorted({target.shape[-1] for target in targets if _is_plain(target)}) if file.quantised else []
+        if wide:
+            found.append(
+                f"rows of {', '.join(map(str, wide))} numbers are not multiples of {SMALL_BLOCK} and stay float16"
+            )
+        short = sorted({target.shape[-1] for target in targets if _falls_back(target, file.block)})
+        if file.block > SMALL_BLOCK and short:
+            found.append(
+                f"rows of {', '.join(map(str, short))} numbers are not multiples of {file.block} and have larger "
+                "types, as llama.cpp gives them: q5_0 for q4_K, q5_1 for q5_K, q8_0 for q6_K"
             )
         if has_windows(config) and not self.family.windows:
             found.append(
@@ -206,6 +230,16 @@ class _Content:
         exponents = torch.arange(0, self.decoder.heads.dim, 2, dtype=torch.float64) / self.decoder.heads.dim
         plain = float(rotary_of(self.decoder.model.config)["rope_theta"]) ** -exponents
         return plain / scaled.double()
+
+
+def _is_plain(target: Target) -> bool:
+    """Return whether a matrix has rows that no quantised type holds."""
+    return target.kind == GGMLQuantizationType.F16 and target.shape[-1] % SMALL_BLOCK > 0
+
+
+def _falls_back(target: Target, block: int) -> bool:
+    """Return whether a matrix has another type for the length of its rows."""
+    return target.kind != GGMLQuantizationType.F32 and target.shape[-1] % block > 0
 
 
 def rotary_of(config: Any) -> dict[str, Any]:

@@ -1,15 +1,17 @@
 """Tensors of a GGUF file, made from those of a checkpoint one at a time."""
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
+import gguf
 import torch
 from gguf import GGMLQuantizationType, TensorNameMap
 from torch import Tensor
 
 from optprune.errors import InputError
 from optprune.export.gguf_families import Family
+from optprune.export.gguf_types import SMALL_BLOCK, Choice, FileType
 from optprune.models import Decoder
 from optprune.models.architecture import BlockShape, rows_of_heads
 from optprune.models.checkpoint import Checkpoint, StoredTensor
@@ -17,20 +19,56 @@ from optprune.models.skeleton import with_model_names
 
 IDLE_WIDTH = 32
 """width of the MLP of zeros in a block that has none: deci would skip the attention of such a block too"""
-BLOCK_OF_Q8 = 32
-"""number of values that share a scale in q8_0: rows of other lengths are float16"""
-ROUTER = ".mlp.gate.weight"
-"""name of the router's matrix, which stays float32 like vectors"""
+Arrangement = Callable[[Tensor], Tensor]
+
+
+def unchanged(tensor: Tensor) -> Tensor:
+    """Return the tensor."""
+    return tensor
 
 
 @dataclass(frozen=True)
 class Target:
-    """Tensor to write: name in the file, shape, type, and a function that makes it."""
+    """Tensor to write: name in the file, shape, type, and the tensors of the model that it is made from."""
 
     name: str
     shape: tuple[int, ...]
-    kind: GGMLQuantizationType
-    make: Callable[[], Tensor]
+    sources: tuple[tuple[str, StoredTensor], ...]
+    """the model's tensors by name: one, or that of each expert; none for a tensor of zeros"""
+    columns: Arrangement = unchanged
+    """arrangement of the last dimension, which also holds for the importance of the columns"""
+    rows: Arrangement = unchanged
+    """arrangement of the other dimensions, made after that of the columns"""
+    kind: GGMLQuantizationType = GGMLQuantizationType.F32
+    computed: Callable[[], Tensor] | None = None
+    """function that returns a tensor which is not in the model"""
+
+    def arranged(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Return the tensor of the file from those of the model, or from others of their shapes."""
+        if not tensors:
+            return torch.zeros(self.shape)
+        parts = [self.rows(self.columns(tensor)) for tensor in tensors]
+        return parts[0] if len(self.shape) == parts[0].ndim else torch.stack(parts)
+
+    def make(self) -> Tensor:
+        """Return the tensor of the file."""
+        return self.computed() if self.computed else self.arranged([stored.read() for _, stored in self.sources])
+
+    def importance(self, squares: Mapping[str, Tensor]) -> Tensor | None:
+        """Return the importance of the columns [columns], or [experts, columns]; None where a layer has none.
+
+        `squares` are the mean squares of the inputs of layers, by the layers' names.
+        """
+        layers = [name.removesuffix(".weight") for name, _ in self.sources]
+        if len(self.shape) < 2 or not layers or not all(layer in squares for layer in layers):
+            return None
+        every = [self.columns(squares[layer][None])[0] for layer in layers]
+        return every[0] if len(self.shape) == 2 else torch.stack(every)
+
+    @property
+    def bytes(self) -> int:
+        """The size in the file."""
+        return math.prod(gguf.quant_shape_to_byte_shape(self.shape, self.kind))
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,25 +80,53 @@ class Tensors:
     checkpoint: Checkpoint
     family: Family
     names: TensorNameMap
-    kind: GGMLQuantizationType
-    """type of matrices"""
+    file: FileType
+    importance: bool = False
+    """whether there is an importance matrix, by which llama.cpp chooses types too"""
+    fill: int = 1
+    """the number of which MLP widths are made a multiple, by hidden units of zeros"""
 
-    def targets(self) -> Iterator[Target]:
-        """Yield all tensors in the order of the checkpoint, matrices of experts last."""
-        experts, found = dict[str, dict[int, StoredTensor]](), self._stored()
+    def filled(self) -> "Tensors":
+        """Return these tensors with MLPs filled up so that quantised rows are whole blocks, in the smaller file.
+
+        Rows of whole blocks of 32 numbers have a type of llama.cpp. Rows of whole blocks of 256, which q4_K, q5_K and
+        q6_K hold, are longer, but other rows fall back to larger types.
+        """
+        if not self.file.quantised:
+            return self
+        ways = [replace(self, fill=fill) for fill in dict.fromkeys((SMALL_BLOCK, self.file.block))]
+        return min(ways, key=lambda way: sum(target.bytes for target in way.targets()))
+
+    def width(self, width: int) -> int:
+        """Return the width of an MLP in the file."""
+        return -(-width // self.fill) * self.fill
+
+    def targets(self) -> list[Target]:
+        """Return all tensors in the order of the checkpoint, matrices of experts last."""
+        found, heads = list(self._untyped()), self.decoder.heads
+        shapes = {target.name: target.shape for target in found}
+        blocks = self.decoder.shapes()
+        choice = Choice(self.file, shapes, len(blocks), blocks[0].experts, heads.group > 1, self.importance)
+        kinds = choice.kinds()
+        return [replace(target, kind=kinds[target.name]) for target in found]
+
+    def _untyped(self) -> Iterator[Target]:
+        """Yield all tensors, without their types."""
+        experts, found = dict[str, dict[int, Target]](), self._stored()
         for name, stored in found.items():
             every, number = self._split_expert(name)
             if every:
-                experts.setdefault(every, {})[number] = stored
+                experts.setdefault(every, {})[number] = self._target(name, stored, self._name(every))
             else:
-                yield self._target(name, stored)
-        for name, numbered in experts.items():
+                yield self._target(name, stored, self._name(name))
+        for numbered in experts.values():
             each = [numbered[number] for number in range(len(numbered))]
-            shape = (len(each), *each[0].shape)
-            yield Target(self._name(name), shape, self._kind(name, shape), partial(_stacked, each))
+            sources = tuple(source for one in each for source in one.sources)
+            yield replace(each[0], shape=(len(each), *each[0].shape), sources=sources)
         embeddings = self._embeddings(found)
         if embeddings is not None:
-            yield Target("output.weight", embeddings.shape, self._kind("output", embeddings.shape), embeddings.read)
+            name, stored = embeddings
+            yield Target("output.weight", stored.shape, ((name, stored),))
         for index, own in enumerate(self.decoder.shapes()):
             if not own.mlp_width:
                 yield from self._idle(index)
@@ -84,13 +150,14 @@ class Tensors:
         # Older files hold masks as well.
         return {name: stored for name, stored in named.items() if name in known}
 
-    def _embeddings(self, found: dict[str, StoredTensor]) -> StoredTensor | None:
-        """Return the embeddings where they are also the head and llama.cpp needs a separate head."""
+    def _embeddings(self, found: dict[str, StoredTensor]) -> tuple[str, StoredTensor] | None:
+        """Return the embeddings, by name, where they are also the head and llama.cpp needs a separate head."""
         model = self.decoder.model
         inner, outer = model.get_input_embeddings(), model.get_output_embeddings()
         if self.family.tied or outer is None or inner.weight is not outer.weight:
             return None
-        return found[next(name for name, parameter in model.named_parameters() if parameter is inner.weight)]
+        name = next(name for name, parameter in model.named_parameters() if parameter is inner.weight)
+        return name, found[name]
 
     def _split_expert(self, name: str) -> tuple[str, int]:
         """Return the common name of an expert's matrix and the expert's number; "" and 0 for other tensors."""
@@ -99,16 +166,16 @@ class Tensors:
         number, _, rest = after.partition(".")
         return (f"{before}{found}{rest}", int(number)) if found else ("", 0)
 
-    def _target(self, name: str, stored: StoredTensor) -> Target:
+    def _target(self, name: str, stored: StoredTensor, known_as: str) -> Target:
         path, block = self._path(name)
-        shape, make = stored.shape, stored.read
+        target = Target(known_as, stored.shape, ((name, stored),))
         if block is not None:
-            shape, make = self._of_heads(path, self.decoder.shape(block), shape, make)
-        if len(shape) == 2 and shape[0] == 1:  # llama.cpp has a vector in place of a gate with one row
-            shape, make = shape[1:], _flat(make)
-        if self.family.shift and len(shape) == 1:
-            make = _shifted(make, self.family.shift)
-        return Target(self._name(name), shape, self._kind(name, shape), make)
+            target = self._of_mlp(path, self._of_heads(path, self.decoder.shape(block), target))
+        if len(target.shape) == 2 and target.shape[0] == 1:  # llama.cpp has a vector in place of a gate with one row
+            target = replace(target, shape=target.shape[1:], rows=torch.flatten)
+        if self.family.shift and len(target.shape) == 1:
+            target = replace(target, rows=_shifted(target.rows, self.family.shift))
+        return target
 
     def _path(self, name: str) -> tuple[str, int | None]:
         """Return the path of a tensor's layer in its block, and the block; the name and None outside of blocks."""
@@ -118,19 +185,35 @@ class Tensors:
         block, _, own = name.removeprefix(blocks).partition(".")
         return own.rpartition(".")[0], int(block)
 
-    def _of_heads(
-        self, path: str, own: BlockShape, shape: tuple[int, ...], make: Callable[[], Tensor]
-    ) -> tuple[tuple[int, ...], Callable[[], Tensor]]:
-        """Return shape and maker of a tensor, with the rows or columns of heads in llama.cpp's layout."""
-        architecture, heads = self.decoder.architecture, self.decoder.heads
+    def _of_mlp(self, path: str, target: Target) -> Target:
+        """Return a tensor with the hidden units of zeros that fill up its MLP: the MLP gives the same output.
+
+        The columns of the last layer are zeros, and so are the rows and biases of the layers before it.
+        """
+        architecture, shape = self.decoder.architecture, target.shape
+        if path in architecture.mlps and len(shape) == 2:
+            missing = self.width(shape[1]) - shape[1]
+            columns = _padded(missing) if missing else target.columns
+            return replace(target, shape=(shape[0], shape[1] + missing), columns=columns)
+        if not any(path in producers for producers in architecture.mlps.values()):
+            return target
+        parts = architecture.rows_of_unit
+        width = shape[0] // parts
+        missing = self.width(width) - width
+        rows = _with_rows(parts, missing) if missing else target.rows
+        return replace(target, shape=(parts * (width + missing), *shape[1:]), rows=rows)
+
+    def _of_heads(self, path: str, own: BlockShape, target: Target) -> Target:
+        """Return a tensor with the rows or columns of heads in llama.cpp's layout."""
+        architecture, heads, shape = self.decoder.architecture, self.decoder.heads, target.shape
         missing = heads.dim - own.value_dim
         if path == architecture.output and missing and own.kv_heads and len(shape) == 2:
 
-            def wider() -> Tensor:
-                columns = make().unflatten(1, (-1, own.value_dim))
+            def wider(tensor: Tensor) -> Tensor:
+                columns = tensor.unflatten(1, (-1, own.value_dim))
                 return torch.nn.functional.pad(columns, (0, missing)).flatten(1, 2)
 
-            return (shape[0], own.kv_heads * heads.group * heads.dim), wider
+            return replace(target, shape=(shape[0], own.kv_heads * heads.group * heads.dim), columns=wider)
         if architecture.joined and path == architecture.value:
             query, key, value = rows_of_heads(architecture.joined, heads, own, torch.device("cpu"))
         elif path == architecture.value and missing:
@@ -138,23 +221,24 @@ class Tensors:
             value = torch.arange(shape[0]).view(own.kv_heads, own.value_dim)
         else:
             turned = self.family.neighbours and path in (architecture.query, architecture.key)
-            return shape, _turned(make, shape[0] // heads.dim) if turned else make
+            return replace(target, rows=_turned(shape[0] // heads.dim)) if turned else target
 
-        def gathered() -> Tensor:
-            tensor = make()
+        def gathered(tensor: Tensor) -> Tensor:
             values = tensor[value]  # [kv_heads, value_dim, ...]
             filled = torch.cat([values, values.new_zeros(own.kv_heads, missing, *tensor.shape[1:])], dim=1)
             return torch.cat([tensor[query.flatten()], tensor[key.flatten()], filled.flatten(0, 1)])
 
-        return (query.numel() + key.numel() + own.kv_heads * heads.dim, *shape[1:]), gathered
+        count = query.numel() + key.numel() + own.kv_heads * heads.dim
+        return replace(target, shape=(count, *shape[1:]), rows=gathered)
 
     def _idle(self, block: int) -> Iterator[Target]:
         """Yield the tensors of an MLP of zeros."""
         hidden = int(self.decoder.model.config.hidden_size)
-        wide = (IDLE_WIDTH, hidden)
+        width = self.width(IDLE_WIDTH)
+        wide = (width, hidden)
         shapes = {"ffn_norm": (hidden,), "ffn_gate": wide, "ffn_up": wide, "ffn_down": wide[::-1]}
         for name, shape in shapes.items():
-            yield Target(f"blk.{block}.{name}.weight", shape, self._kind(name, shape), partial(torch.zeros, shape))
+            yield Target(f"blk.{block}.{name}.weight", shape, ())
 
     def _name(self, name: str) -> str:
         known = self.names.get_name(name, try_suffixes=(".weight", ".bias"))
@@ -162,29 +246,30 @@ class Tensors:
             raise InputError(f"llama.cpp does not support the tensor {name} of {self.checkpoint.source}")
         return known
 
-    def _kind(self, name: str, shape: tuple[int, ...]) -> GGMLQuantizationType:
-        if len(shape) == 1 or name.endswith(ROUTER):
-            return GGMLQuantizationType.F32
-        too_narrow = self.kind == GGMLQuantizationType.Q8_0 and shape[-1] % BLOCK_OF_Q8
-        return GGMLQuantizationType.F16 if too_narrow else self.kind
+
+def _shifted(rows: Arrangement, by: float) -> Arrangement:
+    return lambda tensor: rows(tensor).float() + by
 
 
-def _stacked(each: Sequence[StoredTensor]) -> Tensor:
-    return torch.stack([stored.read() for stored in each])
+def _padded(missing: int) -> Arrangement:
+    return lambda tensor: torch.nn.functional.pad(tensor, (0, missing))
 
 
-def _flat(make: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    return lambda: make().flatten()
+def _with_rows(parts: int, missing: int) -> Arrangement:
+    """Return an arrangement that adds rows of zeros to each of so many parts, such as the gate and the other rows."""
+
+    def filled(tensor: Tensor) -> Tensor:
+        apart = tensor.unflatten(0, (parts, -1))
+        zeros = apart.new_zeros(parts, missing, *tensor.shape[1:])
+        return torch.cat([apart, zeros], dim=1).flatten(0, 1)
+
+    return filled
 
 
-def _shifted(make: Callable[[], Tensor], by: float) -> Callable[[], Tensor]:
-    return lambda: make().float() + by
+def _turned(count: int) -> Arrangement:
+    """Return an arrangement that interleaves the two halves of each head's rows: llama.cpp rotates neighbours."""
 
-
-def _turned(make: Callable[[], Tensor], count: int) -> Callable[[], Tensor]:
-    """Return a maker that interleaves the two halves of each head's rows, since llama.cpp rotates neighbours."""
-
-    def turned() -> Tensor:
-        return make().unflatten(0, (count, 2, -1)).transpose(1, 2).flatten(0, 2)
+    def turned(tensor: Tensor) -> Tensor:
+        return tensor.unflatten(0, (count, 2, -1)).transpose(1, 2).flatten(0, 2)
 
     return turned

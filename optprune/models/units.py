@@ -8,6 +8,7 @@ from typing import final
 import torch
 
 from optprune.errors import InputError
+from optprune.grids import Grid
 from optprune.models.architecture import Architecture, BlockAllocation, BlockShape, rows_of_heads
 from optprune.models.decoder import Decoder, LinkedLayers
 from optprune.patterns import ANYWHERE, Pattern, PatternFamily
@@ -15,16 +16,21 @@ from optprune.problems import Link
 from optprune.system.wording import counted
 from optprune.work import Work
 
-MULTIPLE = 8
-"""the default multiple of counts: matrix kernels are slower on other sizes"""
+MULTIPLE = 32
+"""the default multiple of counts: blocks of llama.cpp's types q4_0, q5_0 and q8_0 hold 32 numbers, and rows of another
+length are stored in a larger type"""
+LEAST_MULTIPLE = 8
+"""the default multiple of small counts: matrix kernels read 16 bytes at a time"""
+NARROW = 512
+"""an MLP of fewer units is narrow: rounding by half of 32 would move more than 3 percent of its units"""
 WIDE = 4096
 """an MLP of at least so many units is wide"""
 WIDE_MULTIPLE = 64
 """the default multiple of a wide MLP: kernels for GPUs read tiles of 64, and rounding by half a tile moves less than 1
 percent of its units; in a narrow one it would move several percent, which a budget notices"""
 STEPS = 5
-"""where every block loses the same share, heads of fewer multiples than this are not narrowed by whole multiples: a
-sparsity of 10 percent, FASP's least, would round to no value dimension at all"""
+"""heads of fewer multiples than this get a smaller default multiple. Where every block loses the same share, they are
+not narrowed by whole multiples: a sparsity of 10 percent, FASP's least, would round to no value dimension at all"""
 
 
 @dataclass(frozen=True)
@@ -38,6 +44,8 @@ class Target:
     """the unit kind of its columns, where units are pruned"""
     family: PatternFamily = ANYWHERE
     """the pattern of its mask, where single weights are pruned"""
+    grid: Grid | None = None
+    """the grid of its weights, where they are stored in few bits"""
 
     @property
     def rotated(self) -> bool:
@@ -209,7 +217,11 @@ class Mlp(LinkedUnits):
         return LinkedLayers(consumer, producers, link)
 
     def multiple(self, shape: BlockShape, asked: int | None, alike: bool = False) -> int:
-        return asked or (WIDE_MULTIPLE if shape.mlp_width >= WIDE else MULTIPLE)
+        if asked:
+            return asked
+        if shape.mlp_width >= WIDE:
+            return WIDE_MULTIPLE
+        return MULTIPLE if shape.mlp_width >= NARROW else LEAST_MULTIPLE
 
     def work(self, outputs: int, inputs: int) -> Work:
         return Work()
@@ -250,12 +262,18 @@ class Values(LinkedUnits):
         return shape.value_dim * shape.kv_heads
 
     def multiple(self, shape: BlockShape, asked: int | None, alike: bool = False) -> int:
-        asked = asked or MULTIPLE
+        asked = asked or _multiple_of_heads(shape.value_dim)
         coarse = shape.value_dim % asked == 0 and (not alike or shape.value_dim >= STEPS * asked)
         return asked if coarse else 1
 
     def work(self, outputs: int, inputs: int) -> Work:
         return Work()  # the search for a rotated basis declares its own, in solvers/value_basis.py
+
+
+def _multiple_of_heads(value_dim: int) -> int:
+    """Return the largest of 32, 16 and 8 of which a head has at least `STEPS`; 8 in small heads."""
+    fitting = (size for size in (MULTIPLE, MULTIPLE // 2) if value_dim % size == 0 and value_dim >= STEPS * size)
+    return next(fitting, LEAST_MULTIPLE)
 
 
 @final
@@ -326,6 +344,8 @@ class Weights(Units):
     """Single weights of every linear layer."""
 
     family: PatternFamily = ANYWHERE
+    grid: Grid | None = None
+    """the grid of the weights that stay, of all layers whose rows are whole blocks"""
     name = "weights"
     description = "single weights of all linear layers, anywhere or in a pattern such as 2:4"
     objective = "sparse"
@@ -336,10 +356,18 @@ class Weights(Units):
 
     def candidates(self, decoder: Decoder, block: int) -> list[Target]:
         taps = decoder.architecture.taps
-        return [Target(path, taps[path], family=self.family) for path in decoder.paths(block)]
+        return [
+            Target(path, taps[path], family=self.family, grid=self._grid(decoder.layer(block, path).in_features))
+            for path in decoder.paths(block)
+        ]
+
+    def _grid(self, inputs: int) -> Grid | None:
+        """Return the grid of rows of so many weights; None where they are not whole blocks."""
+        return None if self.grid is None or inputs % self.grid.block else self.grid
 
     def targets(self, decoder: Decoder, block: int, wanted: BlockAllocation, drifted: bool) -> list[Target]:
-        return [target for target in self.candidates(decoder, block) if wanted.share(target.path) < 1]
+        every = self.candidates(decoder, block)
+        return [target for target in every if target.grid is not None or wanted.share(target.path) < 1]
 
     def check(self, decoder: Decoder, block: int, wanted: BlockAllocation) -> None:
         if wanted.shape.parts and wanted.shape != decoder.shape(block):

@@ -9,6 +9,7 @@ from optprune import Recipe, load_recipe, prune
 from optprune.allocation.uniform import uniform
 from optprune.errors import InputError
 from optprune.models import UNITS, Architecture, Decoder, LinkedLayers, LinkedUnits, Mlp, Values
+from optprune.models.architecture import BlockShape
 from optprune.work import Work
 from tests.helpers.tiny_models import tiny_llama
 
@@ -76,3 +77,18 @@ def test_what_has_no_widths_has_no_multiple(fields: dict) -> None:
     sparsity = {"sparsity": 0.5} if isinstance(fields.get("units"), dict) else {}
     with pytest.raises(InputError, match=r"allocation\.multiple"):
         Recipe({"allocation.multiple": 16, **fields, **sparsity})
+
+
+@pytest.mark.parametrize(("width", "multiple"), [(14336, 64), (4096, 64), (1536, 32), (512, 32), (504, 8)])
+def test_the_default_multiple_of_an_mlp_goes_by_its_width(width: int, multiple: int) -> None:
+    """32 numbers are a block of llama.cpp's small types; see docs/explanation/units.md."""
+    assert Mlp().multiple(BlockShape(width, 3, 64), None) == multiple
+    assert Mlp().multiple(BlockShape(width, 3, 64), 24) == 24
+
+
+@pytest.mark.parametrize(
+    ("dim", "alike", "apart"), [(256, 32, 32), (128, 16, 16), (80, 16, 16), (64, 8, 8), (16, 1, 8)]
+)
+def test_the_default_multiple_of_value_dimensions_goes_by_the_head(dim: int, alike: int, apart: int) -> None:
+    shape = BlockShape(1536, 3, dim)
+    assert (Values().multiple(shape, None, alike=True), Values().multiple(shape, None)) == (alike, apart)

@@ -8,7 +8,7 @@ import pytest
 from optprune.calibration import POLICIES
 from optprune.cli import choices, main
 from optprune.models import DTYPES, UNITS
-from optprune.models.units import MULTIPLE, WIDE, WIDE_MULTIPLE
+from optprune.models.units import LEAST_MULTIPLE, MULTIPLE, WIDE, WIDE_MULTIPLE
 from optprune.program import RUNTIMES
 from optprune.pruning.run import STATES
 from optprune.recipe import load_recipe, recipe_names
@@ -24,7 +24,8 @@ def test_the_copies_are_the_tables() -> None:
     assert tuple(STATES) == choices.STATES
     assert tuple(SEQUENCES) == choices.SEQUENCES
     assert ("auto", *DTYPES) == choices.DTYPES
-    assert f"{MULTIPLE}, and {WIDE_MULTIPLE} for MLPs of {WIDE} units or more" == choices.MULTIPLES
+    small = f"{LEAST_MULTIPLE} or {MULTIPLE // 2} in small heads and MLPs"
+    assert f"{MULTIPLE}, and {WIDE_MULTIPLE} for MLPs of {WIDE} units or more; {small}" == choices.MULTIPLES
 
 
 def test_the_help_tells_names_and_defaults(capsys: pytest.CaptureFixture[str]) -> None:

@@ -103,7 +103,7 @@ def test_rotary_embeddings_that_are_scaled(rotary: dict, tmp_path: Path) -> None
 
 @pytest.mark.parametrize(("kind", "bits"), [("f16", 16.0), ("q8_0", 8.5)])
 def test_smaller_types(kind: str, bits: float, tmp_path: Path) -> None:
-    """What is stored is the weight within the type's rounding; rows that q8_0 cannot hold are float16, and told."""
+    """What is stored is the weight within the type's rounding; widths that q8_0 cannot hold are filled, and told."""
     folder = folder_of(tiny_llama(num_hidden_layers=3), tmp_path / "model", UNEVEN)
     written = export(folder, tmp_path / "model.gguf", GgufFile(kind=kind))
     stored = {tensor.name: tensor for tensor in gguf.GGUFReader(written.path).tensors}
@@ -117,7 +117,7 @@ def test_smaller_types(kind: str, bits: float, tmp_path: Path) -> None:
     assert not written.notes
     odd = folder_of(tiny_llama(num_hidden_layers=3), tmp_path / "odd", (BlockShape(88, 2, 16),) * 3)
     told = export(odd, tmp_path / "odd.gguf", GgufFile(kind=kind)).notes
-    assert ("rows of 88 numbers are not multiples of 32 and stay float16" in "".join(told)) == (kind == "q8_0")
+    assert ("fill up MLPs to whole blocks of q8_0, in units: 88 to 96" in "".join(told)) == (kind == "q8_0")
 
 
 def test_the_vocabulary_and_the_template_go_along(tmp_path: Path) -> None:
@@ -156,7 +156,7 @@ def test_what_llama_cpp_has_no_words_for(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"opt models cannot be exported to GGUF: export one of gemma2, .*, smollm3"):
         export(save_tiny(tiny_opt(), tmp_path / "opt"), tmp_path / "x.gguf", GgufFile())
     folder = save_tiny(tiny_llama(), tmp_path / "llama")
-    with pytest.raises(InputError, match="the type 'q9' is unknown: give f32, f16, q8_0"):
+    with pytest.raises(InputError, match="the type 'q9' is unknown: give f32, f16, q8_0, q6_K, q5_K, q5_0, q4_K, q4_0"):
         export(folder, tmp_path / "x.gguf", GgufFile(kind="q9"))
     other = json.loads((folder / "tokenizer.json").read_text())
     other["pre_tokenizer"] = {"type": "Whitespace"}

@@ -399,6 +399,41 @@ FAULTS = [
         ".flatten(0, 2)",
         "export/test_gguf_file.py",
     ),
+    Fault(
+        "GGUF: zeros of hidden units behind the gate and the other rows together",
+        "export/gguf_tensors.py",
+        "apart = tensor.unflatten(0, (parts, -1))\n        zeros = apart.new_zeros(parts, missing, *tensor.shape[1:])",
+        "apart = tensor[None]\n        zeros = apart.new_zeros(1, parts * missing, *tensor.shape[1:])",
+        "export/test_gguf_types.py",
+    ),
+    Fault(
+        "GGUF: an importance without the zeros of its columns",
+        "export/gguf_tensors.py",
+        "every = [self.columns(squares[layer][None])[0] for layer in layers]",
+        "every = [squares[layer] for layer in layers]",
+        "export/test_gguf_types.py",
+    ),
+    Fault(
+        "GGUF: every third layer with more bits, from another one on",
+        "export/gguf_types.py",
+        "(number - count // 8) % 3 == 2",
+        "(number - count // 8) % 3 == 0",
+        "export/test_gguf_types.py",
+    ),
+    Fault(
+        "ggml: every expert has the importance of the first",
+        "export/ggml.py",
+        "every = importance.double().reshape(-1, importance.shape[-1]).expand(count, -1)",
+        "every = importance.double().reshape(-1, importance.shape[-1])[:1].expand(count, -1)",
+        "export/test_gguf_types.py",
+    ),
+    Fault(
+        "importance: sums in place of means",
+        "calibration/input_squares.py",
+        "own.squares / max(own.tokens, 1)",
+        "own.squares",
+        "export/test_gguf_types.py",
+    ),
     # Program, measure and healing
     Fault(
         "plan: Gram products cost nothing",

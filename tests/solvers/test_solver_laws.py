@@ -29,7 +29,6 @@ from tests.helpers.solver_table import (
     ACCEPTED,
     AT_RANDOM,
     DTYPES,
-    IN_ORDER,
     KINDS,
     MADE_BY_HAND,
     SOLVERS,
@@ -37,6 +36,7 @@ from tests.helpers.solver_table import (
     by_kind,
     by_pair,
     by_solver,
+    in_order,
 )
 
 # Where the laws themselves are not at stake, and where nothing is degenerate, fewer examples show as much.
@@ -123,7 +123,7 @@ def test_answers_follow_names_and_units_where_nothing_ties(kind, solver, example
     @up_to(examples // 4)
     @given(STRATEGIES[kind](generic=True))
     def check(problem):
-        if isinstance(solver, IN_ORDER):
+        if in_order(solver):
             laws.scaling_scales_the_answer(problem, solver)
         elif not isinstance(solver, AT_RANDOM):
             for law in laws.GENERIC_LAWS:
@@ -168,6 +168,7 @@ MONOTONE = {
     "ConjugateGradients",
     "Fista",
     "FistaPruner",
+    "GridDescent",
     "HardThreshold",
     "PerspectiveBound",
     "ProximalAdmm",

@@ -1,0 +1,91 @@
+"""Weights packed into GGUF's types: by ggml's own quantiser, which rounds by an importance of the columns, or exactly.
+
+ggml is the library of tensors in llama.cpp. Its functions are called in the shared object of the package xllamacpp,
+which exports them. Types that gguf's own functions pack need no such package: f32, f16, and q8_0.
+"""
+
+import ctypes
+from functools import cache
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType
+from numpy.typing import NDArray
+from torch import Tensor
+
+from optprune.errors import InputError, OptpruneError
+from optprune.measure.llama_cpp_binding import binding
+
+WITHOUT_GGML = (GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.Q8_0)
+"""types that gguf's functions pack as ggml does; the rounding of q8_0 does not depend on an importance"""
+FLOOR = 1e-6
+"""least importance of a column, as a share of the mean: ggml divides by sums of importances"""
+
+
+def packed(weight: Tensor, kind: GGMLQuantizationType, importance: Tensor | None = None) -> NDArray[np.uint8]:
+    """Return a weight [..., columns] in a type of GGUF, as bytes [..., bytes of a row].
+
+    `importance` [columns], or [experts, columns] for a weight [experts, rows, columns], says how much the squared error
+    of each column counts: the mean square of its input. Types of `WITHOUT_GGML` do not use it. Raises InputError for a
+    row whose length the type does not take, for NaN, and where xllamacpp is needed and not installed.
+    """
+    plain = weight.to(torch.float32).contiguous()
+    if kind in WITHOUT_GGML:
+        return np.ascontiguousarray(gguf.quantize(plain.numpy(), kind)).view(np.uint8)
+    if not bool(plain.isfinite().all()):
+        raise InputError("a weight holds NaN or infinity, which has no place in a quantised file: prune again")
+    matrices = plain.reshape(-1, *plain.shape[-2:])
+    every = [None] * len(matrices) if importance is None else _floored(importance, len(matrices))
+    parts = [_quantised(matrix.numpy(), kind, one) for matrix, one in zip(matrices, every, strict=True)]
+    return np.concatenate(parts).reshape(*plain.shape[:-1], -1)
+
+
+def check_ggml(kinds: set[GGMLQuantizationType]) -> None:
+    """Raise InputError where one of the types needs xllamacpp, and it is not installed."""
+    if kinds - set(WITHOUT_GGML):
+        binding()
+
+
+def _floored(importance: Tensor, count: int) -> list[NDArray[np.float32]]:
+    """Return the importance of each of so many matrices, [columns] each, with no zeros in it."""
+    every = importance.double().reshape(-1, importance.shape[-1]).expand(count, -1)
+    # A matrix whose inputs were zero on every token has no importance: all of its columns count the same.
+    floors = (FLOOR * every.mean(1, keepdim=True)).clamp_min(torch.finfo(torch.float32).tiny)
+    return [row.float().contiguous().numpy() for row in every.maximum(floors)]
+
+
+def _quantised(
+    matrix: NDArray[np.float32], kind: GGMLQuantizationType, importance: NDArray[np.float32] | None
+) -> NDArray[np.uint8]:
+    """Return a matrix [rows, columns] packed by ggml_quantize_chunk, [rows, bytes of a row]."""
+    rows, columns = matrix.shape
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    if columns % block:
+        raise InputError(f"rows of {columns} numbers are no multiple of {block}, as {kind.name.lower()} needs")
+    found = np.empty((rows, columns // block * size), np.uint8)
+    weights = None if importance is None else importance.ctypes.data
+    written = _library().ggml_quantize_chunk(
+        int(kind), matrix.ctypes.data, found.ctypes.data, 0, rows, columns, weights
+    )
+    if written != found.nbytes:
+        raise OptpruneError(f"ggml wrote {written} bytes in place of {found.nbytes}: please report this")
+    return found
+
+
+@cache
+def _library() -> Any:
+    """Return ggml's functions. Raises InputError where xllamacpp lacks them."""
+    own: Any = binding()
+    library = ctypes.CDLL(own.xllamacpp.__file__)
+    try:
+        quantise = library.ggml_quantize_chunk
+    except AttributeError as error:
+        raise InputError(
+            f"this xllamacpp does not export ggml's quantiser ({error}): run pip install 'optprune[llama]'"
+        ) from error
+    quantise.restype = ctypes.c_size_t
+    pointer, count = ctypes.c_void_p, ctypes.c_int64
+    quantise.argtypes = [ctypes.c_int, pointer, pointer, count, count, count, pointer]
+    return library

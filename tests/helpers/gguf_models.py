@@ -1,0 +1,93 @@
+"""Tiny models of every family that llama.cpp knows, cut and saved, and what it should say of them."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+import optprune
+from benchmarks.tiny_models import tiny
+from optprune.export import save_model
+from optprune.models import Decoder, Mlp
+from optprune.models.units import LinkedUnits
+from tests.helpers.llama_cpp import LlamaCpp
+from tests.helpers.mixed_models import narrow
+from tests.helpers.tiny_models import tiny_tokenizer
+
+NO_WINDOW = {"sliding_window": None, "use_sliding_window": False}
+HEADS_OF_16 = {"query_pre_attn_scalar": 16}
+FAR = {"rope_type": "linear", "factor": 8.0, "rope_theta": 5e4}
+NEAR = {"rope_type": "default", "rope_theta": 500.0}
+THERE: dict[str, dict[str, Any]] = {
+    "gemma2": HEADS_OF_16,
+    "gemma3_text": {**HEADS_OF_16, "rope_parameters": {"full_attention": FAR, "sliding_attention": NEAR}},
+    "gpt2": {},
+    "gpt_neox": {},
+    "granite": {},
+    "mistral": NO_WINDOW,
+    "mixtral": NO_WINDOW,
+    "olmo2": {},
+    "olmoe": {"num_key_value_heads": 4},
+    "phi3": NO_WINDOW,
+    "qwen2_moe": NO_WINDOW,
+    "qwen3": NO_WINDOW,
+    "qwen3_moe": NO_WINDOW,
+    "smollm3": {**NO_WINDOW, "no_rope_layer_interval": 4},
+}
+"""what tiny models are to be, for llama.cpp to have words for all of them"""
+PROMPT = torch.randint(5, 500, (24,), generator=torch.Generator().manual_seed(0))
+ROUNDED = 1e-3
+"""two tables of GELU differ by a step of float16 where an input lies between two of its numbers"""
+
+
+class TableOfGelu(nn.Module):
+    """GELU as llama.cpp computes it on a CPU: by tanh, from a table of all numbers of float16."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        table = nn.functional.gelu(inputs.half().float(), approximate="tanh").half().float()
+        return torch.where(inputs.abs() >= 10, inputs.relu(), table)
+
+
+def made(family: str, **more: Any) -> PreTrainedModel:
+    return tiny(family, **{"num_hidden_layers": 4, **THERE[family], **more})
+
+
+def cut(model: PreTrainedModel, counts: dict[LinkedUnits, int], blocks: Sequence[int] = range(4)) -> PreTrainedModel:
+    """So many units of each kind left in these blocks, and three of four experts where there are any, of 40 units."""
+    decoder = Decoder(model)
+    mixture = decoder.architecture.mixture is not None
+    for block in blocks:
+        for units, count in counts.items():
+            if isinstance(units, Mlp) and mixture:
+                decoder.keep_experts(block, torch.tensor([True, False, True, True]))
+            kept = min(count, 40) if isinstance(units, Mlp) and mixture else count
+            narrow(decoder, block, units, kept)
+    decoder.record_shapes()
+    return decoder.joined()
+
+
+def saved(model: PreTrainedModel, folder: Path) -> Path:
+    save_model(model, folder, tokenizer=tiny_tokenizer())
+    return folder
+
+
+def expected_of(folder: Path, prompt: Tensor) -> tuple[Tensor, float]:
+    """The log-probabilities of the token behind a prompt, and how far off llama.cpp may be."""
+    model = optprune.load_model(folder, device="cpu").model.float().eval()
+    tables = 0
+    for module in model.modules():
+        for name in ("act", "act_fn"):
+            if "GELU" in type(getattr(module, name, None)).__name__:
+                setattr(module, name, TableOfGelu())
+                tables += 1
+    with torch.no_grad():
+        return model(input_ids=prompt[None]).logits[0, -1].double().log_softmax(-1), ROUNDED if tables else 1e-4
+
+
+def apart(file: Path, expected: Tensor, prompt: Tensor) -> float:
+    found = LlamaCpp(file).log_probabilities(prompt)
+    assert len(found) == len(expected)
+    return max(abs(found[token] - float(expected[token])) for token in found)
