@@ -30,6 +30,7 @@ from optprune.cli.options import (
     States,
     Strict,
     Units,
+    Vocabulary,
     WidthMultiple,
     Workers,
 )
@@ -76,6 +77,7 @@ def plan_command(
     units: Units = None,
     pattern: Pattern = None,
     allocation: Allocation = None,
+    vocabulary: Vocabulary = None,
     width_multiple: WidthMultiple = None,
     target: Runs = None,
     architecture: Architecture = None,

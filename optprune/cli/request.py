@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 FIELDS = {
-    **{name: name for name in ("sparsity", "seed", "propagation", "units")},
+    **{name: name for name in ("sparsity", "seed", "propagation", "units", "vocabulary")},
     "pattern": "units.weights",
     "width_multiple": "allocation.multiple",
 }

@@ -11,7 +11,9 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
+    from optprune.recipe.groups import SmallerVocabulary
     from optprune.texts import Document, DrawnWindows, Text
+    from optprune.tokens import VocabularyPruning
 
 
 def tokens_for(
@@ -34,15 +36,33 @@ def calibration_for(
     seq_length: int,
     seed: int,
     sequences: str = "packed",
+    tokenizer: "Tokenizer | None" = None,
 ) -> "DrawnWindows":
-    """Return the calibration windows that are drawn from texts by a model's tokenizer."""
+    """Return the calibration windows that are drawn from texts by a tokenizer, by default the model's."""
     from optprune.texts import check_vocabulary, draw_windows
 
-    with _tokenizer_of(model) as tokenizer:
-        drawn = draw_windows(tokenizer, texts, samples, seq_length, seed, sequences=sequences)
+    with _tokenizer_of(model) as own:
+        drawn = draw_windows(tokenizer or own, texts, samples, seq_length, seed, sequences=sequences)
     for tokens in (drawn.first, *drawn.batches):
         check_vocabulary(config, tokens.flatten())
     return drawn
+
+
+def vocabulary_for(
+    model: str,
+    config: "PretrainedConfig",
+    texts: "Sequence[Text]",
+    setting: "SmallerVocabulary | None",
+    seed: int,
+) -> "VocabularyPruning | None":
+    """Return the smaller vocabulary that a recipe asks for, chosen by texts; None where it asks for none."""
+    if setting is None:
+        return None
+    from optprune.tokens import VocabularyPruning
+
+    with _tokenizer_of(model) as tokenizer:
+        keep, tokens = setting.keep, setting.tokens
+        return VocabularyPruning.planned(tokenizer, config, texts, keep, tokens=tokens, seed=seed)
 
 
 @contextmanager

@@ -1,12 +1,12 @@
 """The rows of a model that belong to tokens: those of the embedding and of the head."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from optprune.errors import InputError
 from optprune.models import LoadedModel
@@ -56,9 +56,16 @@ class TokenRows:
         return self.embedding.weight.shape[0]
 
 
-def check_ids(model: PreTrainedModel) -> None:
-    """Raise InputError where the generation config names sequences of tokens, which the new vocabulary may not have."""
+def check_ids(model: PreTrainedModel, vocabulary: SmallerVocabulary) -> None:
+    """Raise InputError where the generation config names a removed token, or sequences of tokens."""
     generation = model.generation_config
+    for name, value in () if generation is None else _id_fields(generation):
+        gone = [index for index in _listed(value) if index in vocabulary.pieces and index not in vocabulary.new_ids]
+        if gone and name not in LISTED:
+            raise InputError(
+                f"the generation config has {name} {gone[0]}, a token that the smaller vocabulary does not have: name "
+                "another there"
+            )
     for name in NAMED:
         value = getattr(generation, name, None)
         if value:
@@ -68,9 +75,9 @@ def check_ids(model: PreTrainedModel) -> None:
             )
 
 
-def named_ids(model: PreTrainedModel) -> set[int]:
-    """Return the ids of the tokens that the configs of a model name, such as the end of a text."""
-    return {index for _, _, value in _id_fields(model) for index in _listed(value) if index >= 0}
+def config_ids(config: PretrainedConfig) -> set[int]:
+    """Return the ids of the tokens that a config names, such as the end of a text."""
+    return {index for _, value in _id_fields(config) for index in _listed(value) if index >= 0}
 
 
 def keep_rows(loaded: LoadedModel, vocabulary: SmallerVocabulary) -> LoadedModel:
@@ -81,7 +88,7 @@ def keep_rows(loaded: LoadedModel, vocabulary: SmallerVocabulary) -> LoadedModel
     """
     model, kept = loaded.model, torch.tensor(vocabulary.kept, device=loaded.model.device)
     rows = TokenRows.of(model)
-    check_ids(model)
+    check_ids(model, vocabulary)
     weights = [rows.embedding.weight.detach()[kept]]
     weights += [] if rows.tied else [rows.head.weight.detach()[kept]]
     bias = None if rows.head.bias is None else rows.head.bias.detach()[kept]
@@ -93,7 +100,8 @@ def keep_rows(loaded: LoadedModel, vocabulary: SmallerVocabulary) -> LoadedModel
         rows.head.bias.data = bias
     if padding is not None:
         rows.embedding.padding_idx = vocabulary.new_ids.get(padding)
-    _put_ids(model, vocabulary.new_ids)
+    for config in filter(None, (model.config, model.generation_config)):
+        _put_ids(config, vocabulary)
     return replace(loaded, tokenizer=vocabulary.tokenizer)
 
 
@@ -106,18 +114,17 @@ def put_rows(rows: TokenRows, embedding: Tensor, head: Tensor | None = None) -> 
         rows.head.weight.data = head.to(rows.head.weight.dtype)
 
 
-def _id_fields(model: PreTrainedModel) -> Iterator[tuple[Any, str, Any]]:
-    """Yield the fields with ids of tokens, as the config, the name and the value."""
-    for config in (model.config, model.generation_config):
-        for name, value in list({} if config is None else config.to_dict().items()):
-            if (name.endswith("_token_id") or name in LISTED) and value is not None:
-                yield config, name, value
+def _id_fields(config: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the fields of a config with ids of tokens: their names and values."""
+    for name, value in config.to_dict().items():
+        if (name.endswith("_token_id") or name in LISTED) and value is not None:
+            yield name, value
 
 
-def _put_ids(model: PreTrainedModel, new: Mapping[int, int]) -> None:
-    for config, name, value in _id_fields(model):
-        found: Sequence[int] = [new.get(index, index if index < 0 else None) for index in _listed(value)]  # type: ignore[misc]
-        found = [index for index in found if index is not None]
+def _put_ids(config: Any, vocabulary: SmallerVocabulary) -> None:
+    new = vocabulary.new_ids
+    for name, value in list(_id_fields(config)):
+        found = [index if index < 0 else new[index] for index in _listed(value) if index < 0 or index in new]
         setattr(config, name, (found or None) if isinstance(value, list) else next(iter(found), None))
 
 

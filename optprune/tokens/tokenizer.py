@@ -1,7 +1,6 @@
 """The choice of a vocabulary's tokens, the tokenizer with these tokens alone, and the pieces of the removed ones."""
 
 import json
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,12 +8,13 @@ from typing import Any
 
 import numpy as np
 import tokenizers
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from optprune.errors import InputError
 from optprune.system.wording import counted
-from optprune.tokens.token_models import Counts, TokenModel, is_byte, token_model
+from optprune.tokens.token_models import Counts, token_model
 
 ATTRIBUTES = (
     "chat_template",
@@ -69,17 +69,16 @@ class SmallerVocabulary:
         return found | {old: (new,) for old, new in self.new_ids.items()}
 
 
-def choose_tokens(
-    tokenizer: Tokenizer, documents: Sequence[str], keep: float, *, rows: int, also: Iterable[int] = ()
-) -> SmallerVocabulary:
-    """Return the vocabulary of the `keep` tokens that the documents need most, or of that share of all tokens.
+def choose_tokens(tokenizer: Tokenizer, counts: Counts, keep: float, *, also: Iterable[int] = ()) -> SmallerVocabulary:
+    """Return the vocabulary of the `keep` tokens, or of that share of all, that are needed most.
 
-    Bytes (without bytes all characters), special and added tokens, and those with the ids `also` stay whatever the
-    documents need. A token of merged bytes stays with the tokens that it is merged from. `rows` is the number of the
-    model's embeddings; ids beyond the tokenizer have no token and are removed. InputError where the tokenizer is
-    neither BPE nor unigram, and where `keep` is less than the tokens that must stay or more than there are.
+    `counts` [rows] says how often each token occurs in the user's text, by the rows of the model's embedding; rows
+    beyond the tokenizer have no token and are removed. Bytes (without bytes all characters), special and added tokens,
+    and those with the ids `also` stay in any case. A token of merged bytes stays with the tokens that it is merged
+    from. InputError where the tokenizer is neither BPE nor unigram, and where `keep` is less than the tokens that must
+    stay or more than there are.
     """
-    data = _data(tokenizer)
+    data, rows = _data(tokenizer), len(counts)
     model = token_model(data)
     added = {int(token["id"]) for token in data["added_tokens"]}
     every = {*model.ids.values(), *added}
@@ -97,7 +96,7 @@ def choose_tokens(
         )
     if wanted > len(every):
         raise InputError(f"a vocabulary of {wanted} tokens is larger than that of the model, {len(every)}")
-    return SmallerVocabulary.of(tokenizer, model.choose(occurrences(tokenizer, documents, rows), wanted, always))
+    return SmallerVocabulary.of(tokenizer, model.choose(counts, wanted, always))
 
 
 def _count(keep: float, tokens: int) -> int:
@@ -109,32 +108,13 @@ def _count(keep: float, tokens: int) -> int:
     return int(keep) if keep > 1 or isinstance(keep, int) else round(keep * tokens)
 
 
-def occurrences(tokenizer: Tokenizer, documents: Sequence[str], rows: int) -> Counts:
-    """Return how often each of `rows` tokens occurs in documents, each tokenised alone without special tokens."""
-    found = Counter[int]()
-    for encoding in _backend(tokenizer).encode_batch_fast(list(documents), add_special_tokens=False):
-        found.update(encoding.ids)
-    counts = np.zeros(rows)
-    for index, count in found.items():
-        counts[index] = count
-    return counts
-
-
-def extents(tokenizer: Tokenizer) -> dict[int, int]:
-    """Return the length of each token by its id, in bytes of the normalised text.
-
-    Two tokenizers of the same text have a boundary at the same place where the sums of these lengths agree.
-    """
-    data = _data(tokenizer)
-    model = token_model(data)
-    found = {index: _extent(text, model) for text, index in model.ids.items()}
-    return found | {int(token["id"]): len(token["content"].encode()) for token in data["added_tokens"]}
-
-
-def _extent(text: str, model: TokenModel) -> int:
-    if model.by_bytes:
-        return len(text)  # each character stands for a byte
-    return 1 if model.byte_fallback and is_byte(text) else len(text.encode())
+def weighted_counts(texts: Sequence[tuple[Tensor, float]], rows: int) -> Counts:
+    """Return how often each of `rows` tokens occurs in texts of token ids [tokens], each weighted to its share."""
+    total = sum(len(ids) for ids, _ in texts)
+    found = np.zeros(rows)
+    for ids, share in texts:
+        found += np.bincount(ids.numpy(), minlength=rows)[:rows] * (share * total / max(1, len(ids)))
+    return found
 
 
 def _reduced(tokenizer: Tokenizer, kept: Sequence[int]) -> Tokenizer:

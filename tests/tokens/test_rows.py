@@ -10,7 +10,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from optprune.errors import InputError
 from optprune.models import LoadedModel
 from optprune.tokens import SmallerVocabulary, keep_rows
-from optprune.tokens.rows import TokenRows, named_ids
+from optprune.tokens.rows import TokenRows, config_ids
 from tests.helpers.tiny_models import ALL_MODELS, TINY_MODELS, tiny_llama, tiny_qwen2, tiny_tokenizer
 
 KEPT = [*range(262), *range(300, 500, 3), 510]
@@ -54,7 +54,7 @@ def test_ids_of_the_configs_move(name: str) -> None:
     model.config.eos_token_id, model.config.pad_token_id = 510, 600
     model.config.bos_token_id = None
     model.generation_config = GenerationConfig(eos_token_id=[303, 510], pad_token_id=-1, suppress_tokens=[1, 301])
-    assert named_ids(model) >= {510, 303, 600}
+    assert config_ids(model.config) >= {510, 600}
     keep_rows(loaded(model), vocabulary())
     place = {old: new for new, old in enumerate(KEPT)}
     assert model.config.eos_token_id == place[510]
@@ -84,6 +84,10 @@ def _with_more_rows(model: PreTrainedModel) -> None:
     model.model.embed_tokens_per_layer = nn.Embedding(512, 8)
 
 
+def _ending_with_a_removed_token(model: PreTrainedModel) -> None:
+    model.generation_config = GenerationConfig(eos_token_id=[303, 301])
+
+
 def _with_bad_words(model: PreTrainedModel) -> None:
     model.generation_config = GenerationConfig(bad_words_ids=[[301, 302]])
 
@@ -94,6 +98,7 @@ def _with_bad_words(model: PreTrainedModel) -> None:
         (_without_head, "no embedding and head"),
         (_with_larger_head, "has 600 rows and its embedding 512"),
         (_with_more_rows, "embed_tokens_per_layer.weight has a row for each token too"),
+        (_ending_with_a_removed_token, "eos_token_id 301, a token that the smaller vocabulary does not have"),
         (_with_bad_words, r"bad_words_ids \[\[301, 302\]\], whose tokens may be removed"),
     ],
 )

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,8 +14,9 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from optprune.errors import InputError
-from optprune.texts import demo_articles
+from optprune.texts import demo_articles, tokenise
 from optprune.tokens import SmallerVocabulary, choose_tokens
+from optprune.tokens.tokenizer import weighted_counts
 from tests.helpers.token_kinds import KINDS, tokenizer_of
 
 ROWS = 1100
@@ -32,9 +34,14 @@ every_kind = pytest.mark.parametrize("kind", KINDS)
 _smaller: dict[tuple[str, float], SmallerVocabulary] = {}
 
 
+def chosen(tokenizer: Any, documents: list[str], keep: float, **more: Any) -> SmallerVocabulary:
+    counts = weighted_counts([(tokenise(tokenizer, documents), 1.0)], more.pop("rows", ROWS))
+    return choose_tokens(tokenizer, counts, keep, **more)
+
+
 def smaller(kind: str, keep: float = 0.8) -> SmallerVocabulary:
     if (kind, keep) not in _smaller:
-        _smaller[kind, keep] = choose_tokens(tokenizer_of(kind), demo_articles("calibration")[:20], keep, rows=ROWS)
+        _smaller[kind, keep] = chosen(tokenizer_of(kind), demo_articles("calibration")[:20], keep)
     return _smaller[kind, keep]
 
 
@@ -147,20 +154,19 @@ def test_merged_tokens_that_are_kept_write_a_text_with_the_fewest(kind: str) -> 
     """A text has a token fewer for each merge; keeping the tokens that only occur most often leaves out their parts."""
     documents = demo_articles("calibration")[:20]
     vocabulary = smaller(kind)
-    chosen = sum(len(ids_of(vocabulary.tokenizer, text)) for text in documents)
-    always = set(vocabulary.kept) - set(range(len(vocabulary.before)))
+    own = sum(len(ids_of(vocabulary.tokenizer, text)) for text in documents)
     draw = random.Random(1)
     for _ in range(3):
         # Leave out other tokens that no kept token is made of.
-        other = choose_tokens(vocabulary.before, [draw.choice(documents)], len(vocabulary.kept), rows=ROWS, also=always)
-        assert chosen < sum(len(ids_of(other.tokenizer, text)) for text in documents)
+        other = chosen(vocabulary.before, [draw.choice(documents)], len(vocabulary.kept))
+        assert own < sum(len(ids_of(other.tokenizer, text)) for text in documents)
 
 
 def test_a_token_that_must_stay_stays() -> None:
     tokenizer = tokenizer_of("merged bytes")
     least = smaller("merged bytes", 0.6)
     removed = max(set(range(len(tokenizer))) - set(least.kept))
-    found = choose_tokens(tokenizer, ["text"], 0.6, rows=ROWS, also=[removed])
+    found = chosen(tokenizer, ["text"], 0.6, also=[removed])
     assert removed in found.new_ids
 
 
@@ -176,15 +182,15 @@ def test_a_token_that_must_stay_stays() -> None:
 )
 def test_sizes_that_are_refused(keep: float, words: str) -> None:
     with pytest.raises(InputError, match=words):
-        choose_tokens(tokenizer_of("merged bytes"), ["text"], keep, rows=ROWS)
+        chosen(tokenizer_of("merged bytes"), ["text"], keep)
 
 
 def test_tokenizers_that_are_refused() -> None:
     words = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a")))
     with pytest.raises(InputError, match="a WordLevel tokenizer cannot be pruned"):
-        choose_tokens(words, ["a"], 1, rows=2)
+        chosen(words, ["a"], 1)
     marked = Tokenizer(models.BPE({"a": 0, "b</w>": 1, "ab</w>": 2}, [("a", "b</w>")], end_of_word_suffix="</w>"))
     with pytest.raises(InputError, match="marks parts of words"):
-        choose_tokens(PreTrainedTokenizerFast(tokenizer_object=marked), ["a"], 2, rows=3)
+        chosen(PreTrainedTokenizerFast(tokenizer_object=marked), ["a"], 2)
     with pytest.raises(InputError, match="the tokenizer belongs to another model"):
-        choose_tokens(tokenizer_of("merged bytes"), ["text"], 0.9, rows=300)
+        choose_tokens(tokenizer_of("merged bytes"), np.zeros(300), 0.9)
