@@ -87,35 +87,36 @@ class MatchedHead:
 @torch.no_grad()
 @full_precision()
 def match_head(
-    problem: HeadMatching, held_out: States, *, epochs: int = 4, rate: float = 0.02, batch: int = 512, seed: int = 0
+    problem: HeadMatching, held_out: States, *, epochs: int = 3, change: float = 1.0, batch: int = 512, seed: int = 0
 ) -> MatchedHead:
     """Return the rows with the least divergence on held-out states among those after each pass, and the start.
 
     Adam (Kingma and Ba, 2015) on the rows in the basis in which the Gram matrix of the hidden states is the identity,
-    where a step changes the logits of all states alike; its rate falls to zero. A pass takes three products of
-    [n, hidden] by [hidden, receiving], and the memory is four times that of the rows.
+    where a step changes the logits of all states alike: by about `change` nats in the first steps, and by less and
+    less. A pass takes three products of [n, hidden] by [hidden, receiving]; the memory is four times that of the rows.
     """
     values, basis = eigh(problem.gram.double())
     roots = values.clamp(min=SMALLEST * float(values.mean())).rsqrt()
     whiten = (basis * roots @ basis.t()).float()
     generator, states = torch.Generator().manual_seed(seed), problem.states
-    change, mean, square = (torch.zeros_like(problem.start) for _ in range(3))
+    rate = change / problem.start.shape[1]
+    moved, mean, square = (torch.zeros_like(problem.start) for _ in range(3))
     before = problem.divergence(problem.start, held_out)
     best, least, best_epoch = problem.start, before, 0
     steps, step = epochs * math.ceil(len(states) / batch), 0
     for epoch in range(1, epochs + 1):
-        for places in torch.randperm(len(states), generator=generator).to(change.device).split(batch):
+        for places in torch.randperm(len(states), generator=generator).to(moved.device).split(batch):
             part = states[places]
             inputs = part.hidden @ whiten
-            logits = problem.logits(part, problem.start).addmm_(inputs, change.t())
+            logits = problem.logits(part, problem.start).addmm_(inputs, moved.t())
             slope = problem.slopes(part, logits).t() @ inputs / len(places)
-            slope += problem.ridge / len(change) * change
+            slope += problem.ridge / len(moved) * moved
             step += 1
             mean.lerp_(slope, 0.1)
             square.mul_(0.99).addcmul_(slope, slope, value=0.01)
             now = rate * (1 + math.cos(math.pi * step / steps)) / 2 / (1 - 0.9**step)
-            change.addcdiv_(mean, (square / (1 - 0.99**step)).sqrt_().add_(1e-12), value=-now)
-        rows = problem.start + change @ whiten
+            moved.addcdiv_(mean, (square / (1 - 0.99**step)).sqrt_().add_(1e-12), value=-now)
+        rows = problem.start + moved @ whiten
         found = problem.divergence(rows, held_out)
         if found < least:
             best, least, best_epoch = rows, found, epoch

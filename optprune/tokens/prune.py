@@ -13,7 +13,8 @@ from optprune.errors import InputError
 from optprune.models import LoadedModel, need_tokenizer
 from optprune.report import Event, PhaseAdvanced, VocabularyChange
 from optprune.report.phases import LOADING
-from optprune.texts import Text, draw_windows, tokenise
+from optprune.texts import Text, tokenise
+from optprune.texts.windows import drawn_windows
 from optprune.tokens.head import HeadMatching, match_head
 from optprune.tokens.rows import TokenRows, config_ids, keep_rows
 from optprune.tokens.states import States, read_states
@@ -58,15 +59,13 @@ class VocabularyPruning:
                 "the logits of the model are capped, so that the rows of its head cannot be refitted: set "
                 "vocabulary.tokens to 0"
             )
-        counts = weighted_counts(
-            [(tokenise(tokenizer, text.documents), float(text.share)) for text in texts], int(config.vocab_size)
-        )
+        read = [(tokenise(tokenizer, text.documents), float(text.share)) for text in texts]
+        counts = weighted_counts(read, int(config.vocab_size))
         vocabulary = choose_tokens(tokenizer, counts, keep, also=config_ids(config))
         if not tokens or len(vocabulary.kept) == len(vocabulary.pieces):
             return cls(vocabulary, None, seed)
         length = min(LENGTH, getattr(config, "max_position_embeddings", None) or LENGTH)
-        drawn = draw_windows(tokenizer, texts, max(2, tokens // length), length, seed)
-        return cls(vocabulary, torch.cat(drawn.batches), seed)
+        return cls(vocabulary, _windows(read, tokens // length, length, seed), seed)
 
     def apply(
         self, loaded: LoadedModel, on_event: Callable[[Event], None] = lambda event: None
@@ -119,6 +118,25 @@ def prune_vocabulary(
     tokenizer = need_tokenizer(loaded.tokenizer, loaded.source)
     config = loaded.model.config
     return VocabularyPruning.planned(tokenizer, config, texts, keep, tokens=tokens, seed=seed).apply(loaded)
+
+
+def _windows(read: Sequence[tuple[Tensor, float]], count: int, length: int, seed: int) -> Tensor:
+    """Return about `count` windows [n, length] of texts of token ids [tokens] by their shares, or as many as there are.
+
+    InputError where there are fewer than two.
+    """
+    found = list[Tensor]()
+    for ids, share in read:
+        samples = min(max(1, round(count * share)), len(ids) // length)
+        if samples:
+            found.append(drawn_windows(ids, samples, length, seed))
+    if sum(map(len, found)) < 2:
+        raise InputError(
+            f"the text is too short to refit the rows of the vocabulary, for which two windows of {length} tokens are "
+            "the least: give a longer text, or set vocabulary.tokens to 0"
+        )
+    windows = torch.cat(found)
+    return windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))]
 
 
 def _held_out(states: States) -> tuple[States, States]:
