@@ -8,6 +8,7 @@ from typing import final
 import torch
 
 from optprune.errors import InputError
+from optprune.grids import Grid
 from optprune.models.architecture import Architecture, BlockAllocation, BlockShape, rows_of_heads
 from optprune.models.decoder import Decoder, LinkedLayers
 from optprune.patterns import ANYWHERE, Pattern, PatternFamily
@@ -43,6 +44,8 @@ class Target:
     """the unit kind of its columns, where units are pruned"""
     family: PatternFamily = ANYWHERE
     """the pattern of its mask, where single weights are pruned"""
+    grid: Grid | None = None
+    """the grid of its weights, where they are stored in few bits"""
 
     @property
     def rotated(self) -> bool:
@@ -341,6 +344,8 @@ class Weights(Units):
     """Single weights of every linear layer."""
 
     family: PatternFamily = ANYWHERE
+    grid: Grid | None = None
+    """the grid of the weights that stay, of all layers whose rows are whole blocks"""
     name = "weights"
     description = "single weights of all linear layers, anywhere or in a pattern such as 2:4"
     objective = "sparse"
@@ -351,10 +356,18 @@ class Weights(Units):
 
     def candidates(self, decoder: Decoder, block: int) -> list[Target]:
         taps = decoder.architecture.taps
-        return [Target(path, taps[path], family=self.family) for path in decoder.paths(block)]
+        return [
+            Target(path, taps[path], family=self.family, grid=self._grid(decoder.layer(block, path).in_features))
+            for path in decoder.paths(block)
+        ]
+
+    def _grid(self, inputs: int) -> Grid | None:
+        """Return the grid of rows of so many weights; None where they are not whole blocks."""
+        return None if self.grid is None or inputs % self.grid.block else self.grid
 
     def targets(self, decoder: Decoder, block: int, wanted: BlockAllocation, drifted: bool) -> list[Target]:
-        return [target for target in self.candidates(decoder, block) if wanted.share(target.path) < 1]
+        every = self.candidates(decoder, block)
+        return [target for target in every if target.grid is not None or wanted.share(target.path) < 1]
 
     def check(self, decoder: Decoder, block: int, wanted: BlockAllocation) -> None:
         if wanted.shape.parts and wanted.shape != decoder.shape(block):

@@ -32,7 +32,7 @@ def _feed(digest: "hashlib._Hash", value: Any) -> None:
         digest.update(f"sequence {len(value)}".encode())
         for item in value:
             _feed(digest, item)
-    elif value is None or isinstance(value, bool | int | float | str):
+    elif value is None or isinstance(value, bool | int | float | str | torch.dtype):
         digest.update(f"{type(value).__name__} {value!r}".encode())
     else:
         raise TypeError(f"a fingerprint is for plain data, not for {type(value).__name__}")

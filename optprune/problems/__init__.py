@@ -2,6 +2,7 @@
 
 from optprune.problems.base import Problem
 from optprune.problems.experts import ExpertChoice
+from optprune.problems.gridded import GridLeastSquares
 from optprune.problems.linked import Link, LinkedLeastSquares
 from optprune.problems.loss import LayerLoss
 from optprune.problems.masked import MaskedLeastSquares, SelectionProblem
@@ -18,6 +19,7 @@ __all__ = [
     "Example",
     "Examples",
     "ExpertChoice",
+    "GridLeastSquares",
     "LayerLoss",
     "Link",
     "LinkedLeastSquares",

@@ -10,9 +10,11 @@ from transformers import PretrainedConfig
 
 from optprune.allocation import Allocation
 from optprune.errors import InputError, StrictError
-from optprune.models import PARTS, Blocks, Decoder, reorderable
+from optprune.models import PARTS, Blocks, Decoder, Weights, reorderable
+from optprune.moments import InputMoments
 from optprune.objectives import OBJECTIVES
 from optprune.patterns import ANYWHERE
+from optprune.problems import GridLeastSquares, LayerLoss
 from optprune.program.program import Program
 from optprune.program.runtimes import RUNTIMES
 from optprune.recipe import Recipe
@@ -42,7 +44,8 @@ def check(program: Program) -> tuple[str, ...]:
                 f"a {family.name} pattern needs a multiple of {multiple} inputs, not {inputs} as in "
                 f"{decoder.name(index, path)}: choose another pattern"
             )
-    notes = _idle_recovery(program, pruned) + _idle_matching(program, pruned) + _idle_order(program, pruned)
+    notes = _check_grid(program) + _idle_recovery(program, pruned)
+    notes += _idle_matching(program, pruned) + _idle_order(program, pruned)
     if notes and method.strict:
         raise StrictError(f"{notes[0]} (strict mode makes this an error)")
     if method.solver is not None and method.objective in OBJECTIVES.values() and pruned:
@@ -52,6 +55,25 @@ def check(program: Program) -> tuple[str, ...]:
         small = program.small_problem(coupled=metric is not None and metric.kind == "full" and whole)
         check_accepted(small.in_output_basis()[0], method.solver)
     return notes
+
+
+def _check_grid(program: Program) -> tuple[str, ...]:
+    """Return a note on layers whose rows are not whole blocks of the grid. NoSolver where the grid is not solved."""
+    grid = program.units.grid if isinstance(program.units, Weights) else None
+    solver = program.method.grid_solver
+    if grid is None or solver is None:
+        return ()
+    moments = InputMoments.from_samples(torch.eye(grid.block, dtype=torch.float64))
+    check_accepted(GridLeastSquares(LayerLoss.of(moments.gram[:1], moments, 0.01), grid), solver)
+    off = [(index, target.path) for index, every in enumerate(program.candidates()) for target in every]
+    off = [(index, path) for index, path in off if program.decoder.layer(index, path).in_features % grid.block]
+    if not off:
+        return ()
+    inputs, name = program.decoder.layer(*off[0]).in_features, program.decoder.name(*off[0])
+    return (
+        f"{counted(len(off), 'layer')} with rows that are not whole blocks of {grid.block} weights, such as {name} "
+        f"with {inputs}, are not put on the grid",
+    )
 
 
 def check_parts(decoder: Decoder, recipe: Recipe, allocation: Allocation | None) -> None:

@@ -63,6 +63,8 @@ class Method:
     """dampings that the last refit of a layer chooses from, on held-out tokens"""
     recovery: Recovery | None = None
     matching: Matching | None = None
+    grid_solver: Solver | None = None
+    """puts the weights that stay on the grid of their targets, if they have one"""
     strict: bool = False
     """whether notes of layers are errors"""
 

@@ -38,12 +38,6 @@ AVERAGE = 4
 """bytes of a number in averages over tokens, which are float32"""
 
 
-def units_work(target: Target, outputs: int, inputs: int) -> Work:
-    """Return the work of choosing the units of a layer beside its solve, with the search for directions."""
-    own = target.work(outputs, inputs)
-    return own + best_basis_work(outputs, inputs) if target.rotated else own
-
-
 @dataclass(frozen=True, eq=False)
 class Program:
     """A run before it begins."""
@@ -74,7 +68,7 @@ class Program:
     @property
     def idle(self) -> bool:
         """Whether the run leaves the model as it is."""
-        return not self.sparsity and self.allocation is None
+        return not self.sparsity and self.allocation is None and self.method.grid_solver is None
 
     def facts(self) -> dict[str, Any]:
         """Return what the request decides of a run's bytes, before a model or a text is read."""
@@ -337,8 +331,17 @@ class Program:
         """Return the bytes of the workspace of a layer's solve, or of the search for its basis, with its metric."""
         layer, coupled = self.decoder.layer(self.largest, target.path), self.coupled(target.path)
         out, width = layer.out_features, layer.in_features
-        work = self.solver(coupled).work(out, width, coupled=coupled) + units_work(target, out, width)
+        work = self.solver(coupled).work(out, width, coupled=coupled) + self.extra_work(target, out, width)
         return round(work.bytes) + (AVERAGE * out**2 if coupled else 0)
+
+    def extra_work(self, target: Target, outputs: int, inputs: int) -> Work:
+        """Return the work beside the solve of a layer: of choosing units and directions, and of the grid."""
+        total = target.work(outputs, inputs)
+        if target.rotated:
+            total += best_basis_work(outputs, inputs)
+        if self.method.grid_solver is not None:
+            total += self.method.grid_solver.work(outputs, inputs)
+        return total
 
     def spectra_bytes(self, stage: Sequence[Target], target: Target) -> int:
         """Return the bytes that solvers keep with the moments of other layers while a layer of a stage is solved."""

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from optprune.calibration import POLICIES
-from optprune.models import Decoder, stored_dtype
+from optprune.models import Decoder, Weights, stored_dtype
 from optprune.objectives import OBJECTIVES
 from optprune.program.check import check
 from optprune.program.method import Method, Request
@@ -21,8 +21,8 @@ def resolve(shapes: Decoder, request: Request) -> Program:
     """
     recipe = request.recipe.resolved()
     allocation = request.allocation or recipe.given
-    # With a sparsity of zero there is nothing to measure, weigh or refit.
-    idle = not recipe.sparsity and allocation is None
+    # Without anything to change there is nothing to measure, weigh or refit.
+    idle = not recipe.sparsity and allocation is None and recipe.bits is None
     refit = None if idle else recipe.refit
     method = Method(
         objective=recipe.objective or OBJECTIVES[recipe.units.objective],
@@ -34,13 +34,17 @@ def resolve(shapes: Decoder, request: Request) -> Program:
         dampings=() if refit is None else refit.dampings,
         recovery=None if refit is None else refit.recovery,
         matching=None if refit is None else refit.matching,
+        grid_solver=None if recipe.bits is None else recipe.bits.solver,
         strict=recipe.strict,
     )
+    units = recipe.units
+    if recipe.bits is not None and isinstance(units, Weights):
+        units = replace(units, grid=recipe.bits.grid.within(request.dtype))
     program = Program(
         request=replace(request, recipe=recipe, allocation=allocation),
         decoder=shapes,
         allocator=allocator_of(recipe, allocation),
-        units=recipe.units,
+        units=units,
         policy=POLICIES["dense"] if idle else recipe.policy,
         method=method,
         sparsity=recipe.sparsity,

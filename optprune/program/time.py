@@ -27,7 +27,7 @@ from optprune.errors import OptpruneError
 from optprune.measure.clock import clock
 from optprune.models import Decoder
 from optprune.program.memory import RELOADING
-from optprune.program.program import Program, units_work
+from optprune.program.program import Program
 from optprune.report.phases import BUDGET, CHECKING, LOADING, METRIC, PRUNING, SAVING, TOKENISING
 from optprune.work import Work
 
@@ -165,7 +165,7 @@ def block_solves(program: Program, index: int) -> Work:
     for target in program.units.candidates(program.decoder, index):
         layer, coupled = program.decoder.layer(index, target.path), program.coupled(target.path)
         total += program.solver(coupled).work(layer.out_features, layer.in_features, coupled=coupled)
-        total += units_work(target, layer.out_features, layer.in_features)
+        total += program.extra_work(target, layer.out_features, layer.in_features)
     return total
 
 

@@ -15,7 +15,7 @@ from optprune.models.surgery import write
 from optprune.moments import InputMoments
 from optprune.objectives import LayerContext
 from optprune.patterns import NM
-from optprune.problems import LayerLoss, Permutation, Problem, Rotation
+from optprune.problems import GridLeastSquares, LayerLoss, Permutation, Problem, Rotation
 from optprune.program import Method
 from optprune.report import LayerReport
 from optprune.solvers import Solution, Status, best_basis, best_permutation, solve
@@ -230,15 +230,29 @@ def _in_order(
 
 def _answer(task: LayerTask, context: LayerContext, held_out: InputMoments | None) -> _Answer:
     method = task.method
+    if task.target.grid is not None and context.keep == context.loss.weight.numel():
+        return _on_grid(task, context.loss, context.loss.weight, held_out)
     problem = method.objective(context)
     solution = solve(problem, method.solver)
     _check(solution, task.name)
+    if task.target.grid is not None:
+        return _on_grid(task, problem.loss, solution.value, held_out)
     if held_out is None or not method.dampings:
         return _Answer(problem, solution, held_out, None, _dead(problem))
     join = not method.moves_weights_later
     refitted = refit(problem, solution, held_out, method.dampings, method.solver, join=join)
     _check(refitted.solution, task.name)
     return _Answer(refitted.problem, refitted.solution, held_out, refitted.held_out_error, _dead(refitted.problem))
+
+
+def _on_grid(task: LayerTask, loss: LayerLoss, weight: Tensor, held_out: InputMoments | None) -> _Answer:
+    """Return the layer's solution on its grid, with the zeros of a weight; a full output metric is not used."""
+    assert task.target.grid is not None
+    kept = weight != 0
+    problem = GridLeastSquares(loss.plain, task.target.grid, None if bool(kept.all()) else kept)
+    solution = solve(problem, task.method.grid_solver, start=problem.project(weight))
+    _check(solution, task.name)
+    return _Answer(problem, solution, held_out, None, _dead(problem))
 
 
 def _dead(problem: Problem) -> int:

@@ -4,14 +4,23 @@ A group has only the fields that take effect: there are no probes without a glob
 held-out tokens.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_serializer, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    field_serializer,
+    model_validator,
+)
 
 from optprune.allocation import Allocation
-from optprune.recipe.names import NONE, read_dampings
-from optprune.solvers import Adam, Descent, Lbfgs
+from optprune.grids import GRIDS, Grid
+from optprune.recipe.names import NONE, read_dampings, read_solver, write_solver
+from optprune.solvers import Adam, Chain, Descent, Gptq, GridDescent, Lbfgs, Solver
 from optprune.system.wording import either, suggestion
 
 
@@ -160,6 +169,28 @@ class Refit(Group):
         return NONE if group is None else group.model_dump(mode="json")
 
 
+class LowBits(Group):
+    """Grid of a low-bit format, on which all weights of the blocks' linear layers are put after they are pruned."""
+
+    model_config = ConfigDict(arbitrary_types_allowed=True)
+
+    kind: Literal["q4_0", "q5_0", "q8_0", "w4a16", "w4a16_shifted"]
+    """format: ggml's q4_0, q5_0 or q8_0 (blocks of 32 weights), or 4 bits in groups of 128 with a scale (w4a16), or
+    with a scale and a minimum (w4a16_shifted)"""
+    group: int = Field(default=128, ge=1)
+    """weights that share a scale, for w4a16 and w4a16_shifted"""
+    solver: Annotated[Solver, BeforeValidator(read_solver), PlainSerializer(write_solver)] = Chain(
+        (Gptq(), GridDescent())
+    )
+    """solver of the problem on the grid: round_to_nearest, gptq, grid_descent, or a list of those"""
+
+    @property
+    def grid(self) -> Grid:
+        """The grid."""
+        grid = GRIDS[self.kind]
+        return replace(grid, block=self.group) if self.kind.startswith("w4a16") else grid
+
+
 @dataclass(frozen=True)
 class Choice:
     """A group of fields, or one of several groups, selected by the value of a switch."""
@@ -206,6 +237,7 @@ class Choice:
 GROUPS = {
     "allocation": Choice("kind", (UniformShares, GlobalBudget, DepthSearch, GivenBlocks), "uniform"),
     "metric": Choice("kind", (FisherMetric,)),
+    "bits": Choice("kind", (LowBits,)),
     "refit": Choice("held_out", (Refit,)),
     "refit.recovery": Choice("rounds", (Recovery,)),
     "refit.matching": Choice("epochs", (Matching,)),

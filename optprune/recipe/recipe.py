@@ -33,6 +33,7 @@ from optprune.recipe.groups import (
     GivenBlocks,
     GlobalBudget,
     Group,
+    LowBits,
     Refit,
     UniformShares,
 )
@@ -103,6 +104,9 @@ class Recipe(Displayed, BaseModel):
     of the dense model stay the same, and stock transformers loads it; requires an N:M pattern"""
     allocation: UniformShares | GlobalBudget | DepthSearch | GivenBlocks = UniformShares()
     """share that every block loses: the same, a part of one budget for the model, whole sub-blocks, or as listed"""
+    bits: LowBits | None = None
+    """low-bit format of the weights that stay: none, or a grid on which all linear layers of the blocks are put, with
+    errors compensated; requires units weights, and takes a sparsity of 0 too"""
     metric: FisherMetric | None = None
     """output metric: none, or the Fisher information of the outputs"""
     refit: Refit | None = None
@@ -162,6 +166,21 @@ class Recipe(Displayed, BaseModel):
         return self
 
     @model_validator(mode="after")
+    def _bits_that_fit(self) -> "Recipe":
+        if self.bits is None:
+            return self
+        if self.units.family is None:
+            raise ValueError(
+                f"bits need units weights, not {self.units.name}: prune first, and then run a recipe with bits and a "
+                "sparsity of 0 on the result"
+            )
+        if self.refit is not None:
+            raise ValueError("refit moves weights off the grid of bits: leave one of them out")
+        if self.objective not in (None, OBJECTIVES["sparse"]):
+            raise ValueError("bits have the objective 'sparse': leave the objective out")
+        return self
+
+    @model_validator(mode="after")
     def _budget_of_the_units(self) -> "Recipe":
         """Raise ValueError where the units or their pattern do not allow the allocation."""
         budget, share = self.allocation, self.only_share
@@ -189,7 +208,7 @@ class Recipe(Displayed, BaseModel):
             raise ValueError(f"the pattern {pattern} has a sparsity of {1 - share:g}, not {self.sparsity:g}")
         return self
 
-    @field_serializer("metric", "refit")
+    @field_serializer("bits", "metric", "refit")
     def _none(self, group: Group | None) -> Any:
         return NONE if group is None else group.model_dump(mode="json")
 
@@ -331,7 +350,7 @@ def allocator_of(recipe: Recipe, allocation: Allocation | None = None) -> Alloca
     allocation = allocation or recipe.given
     if allocation is not None:
         return Given(recipe.units, allocation)
-    if not recipe.sparsity:
+    if not recipe.sparsity and recipe.bits is None:
         return Dense()
     match recipe.allocation:
         case DepthSearch() as depth:

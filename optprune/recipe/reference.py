@@ -13,8 +13,9 @@ from optprune.models import UNITS, Weights
 from optprune.objectives import OBJECTIVES
 from optprune.patterns import ANYWHERE
 from optprune.recipe.groups import GROUPS, DepthSearch, UniformShares
-from optprune.recipe.names import AUTO, NONE
+from optprune.recipe.names import AUTO, NONE, write_solver
 from optprune.recipe.recipe import Recipe, load_recipe, recipe_names
+from optprune.solvers import Solver
 from optprune.system.wording import either
 
 WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", NoneType: "null"}
@@ -23,6 +24,7 @@ NAMED = {
     "solver": "null, a solver or a list of solvers",
     "units": f"{', '.join(UNITS)} or {{{Weights.name}: PATTERN}}",
     "propagation": f"{', '.join(POLICIES)} or {AUTO}",
+    "bits.solver": "a solver or a list of solvers",
     "allocation.blocks": "a list with an entry for each block",
 }
 """values of the fields that hold names or lists"""
@@ -101,6 +103,8 @@ def _words(annotation: Any) -> str:
 
 
 def _in_words(value: Any) -> str:
+    if isinstance(value, Solver):
+        value = write_solver(value)
     return value if isinstance(value, str) else json.dumps(value)
 
 

@@ -21,6 +21,7 @@ from optprune.solvers.fista import Fista
 from optprune.solvers.fista_path import FistaPath
 from optprune.solvers.fistapruner import FistaPruner
 from optprune.solvers.greedy_obs import GreedyObs, removal_curve
+from optprune.solvers.gridded import Gptq, GridDescent, RoundToNearest
 from optprune.solvers.hard_threshold import HardThreshold
 from optprune.solvers.lbfgs import Lbfgs
 from optprune.solvers.perspective import PerspectiveBound
@@ -55,7 +56,9 @@ __all__ = [
     "FistaPath",
     "FistaPruner",
     "FlapMetric",
+    "Gptq",
     "GreedyObs",
+    "GridDescent",
     "HardThreshold",
     "Lbfgs",
     "Magnitude",
@@ -68,6 +71,7 @@ __all__ = [
     "Record",
     "RemovalBound",
     "Restore",
+    "RoundToNearest",
     "Solution",
     "Solver",
     "Spap",

@@ -20,6 +20,7 @@ from optprune.solvers.chain import Chain
 from optprune.solvers.channel_swaps import ChannelSwaps
 from optprune.solvers.conjugate_gradients import ConjugateGradients
 from optprune.solvers.greedy_obs import GreedyObs
+from optprune.solvers.gridded import Gptq, GridDescent
 from optprune.solvers.proximal_admm import ProximalAdmm
 from optprune.solvers.restore import Restore
 from optprune.solvers.swaps import Swaps
@@ -40,6 +41,7 @@ def candidates() -> tuple[AnySolver, ...]:
         Chain((Admm(haste=0.3), ConjugateGradients())),
         Restore(),
         ConjugateGradients(),
+        Chain((Gptq(), GridDescent())),
     )
 
 

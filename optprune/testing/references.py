@@ -21,6 +21,7 @@ from optprune.errors import InputError
 from optprune.patterns import NM, RowWise, Unstructured
 from optprune.penalties import L1, ColumnGroups, ElasticNet, Penalty, WeightedL1
 from optprune.problems import (
+    GridLeastSquares,
     LinkedLeastSquares,
     MaskedLeastSquares,
     PenalisedLeastSquares,
@@ -253,6 +254,63 @@ def exhaustive(problem: StructuredProblem) -> Reference:
     return of_weight(quadratic, min(answers, key=quadratic.value))
 
 
+def exhaustive_grid(problem: GridLeastSquares) -> Reference:
+    """Return the optimum of a problem on a grid over all integers of a row, with scales that are any real numbers.
+
+    It is below the optimum with stored scales, of which the returned weight is one: that with each scale rounded.
+    For at most two blocks in a row, and rows that no metric couples.
+    """
+    quadratic, grid = Quadratic.of(problem.loss), problem.grid
+    if quadratic.coupled or quadratic.weight.shape[1] > 2 * grid.block or quadratic.weight.shape[1] * grid.bits > 12:
+        raise InputError("the reference is for rows of at most two blocks and 12 bits, without a full metric")
+    rows, width = quadratic.weight.shape
+    lowest = 1 - 2**grid.bits if grid.shifted else -(2 ** (grid.bits - 1))
+    highest = 2**grid.bits - 1 if grid.shifted else 2 ** (grid.bits - 1) - 1
+    every = np.array(list(product(range(lowest, highest + 1), repeat=width)), dtype=float)
+    blocks = every.reshape(len(every), -1, grid.block)
+    spans = np.maximum(blocks.max(2), 0) - np.minimum(blocks.min(2), 0)
+    every = every[(spans <= 2**grid.bits - 1).all(1)]
+    mask = np.ones((1, width), dtype=bool) if problem.mask is None else problem.mask.cpu().numpy()
+    data = np.vstack([quadratic.inputs, np.diag(np.sqrt(quadratic.damping))])
+    wanted = np.vstack([quadratic.outputs, np.sqrt(quadratic.damping)[:, None] * quadratic.weight.T])
+    best, rounded = np.zeros_like(quadratic.weight), np.zeros_like(quadratic.weight)
+    for row, kept in enumerate(np.broadcast_to(mask, (rows, width))):
+        integers = every[(every[:, ~kept] == 0).all(1)]
+        # [choices, blocks, samples]: the output of each block for a scale of one.
+        by_block = (each.reshape(len(each), -1, grid.block) for each in (integers, data))
+        outputs = np.einsum("cbj,tbj->cbt", *by_block)
+        scales = _least_squares(outputs, wanted[:, row], quadratic.negligible)
+        found = np.repeat(scales, grid.block, axis=1) * integers
+        stored = torch.from_numpy(scales).to(grid.scale_dtype).double().numpy()
+        other = np.repeat(stored, grid.block, axis=1) * integers
+        best[row] = found[_row_losses(quadratic, found, row).argmin()]
+        rounded[row] = other[_row_losses(quadratic, other, row).argmin()]
+    return Reference(quadratic.value(best), quadratic.rounding(best), rounded)
+
+
+def _row_losses(quadratic: Quadratic, weights: Array, row: int) -> Array:
+    """Return the loss of each of the weights [choices, in] in a row, up to a constant."""
+    return np.sum((weights @ quadratic.gram) * weights, 1) / 2 - weights @ quadratic.target[row]
+
+
+def _least_squares(directions: Array, wanted: Array, negligible: float) -> Array:
+    """Return the factors [choices, 1 or 2] of directions [choices, 1 or 2, samples] nearest to `wanted` [samples]."""
+    first = directions[:, 0]
+    if directions.shape[1] == 1:
+        return _factor(first, wanted, negligible)[:, None]
+    # The second direction without its part along the first one.
+    share = _factor(first, directions[:, 1], negligible)
+    second = directions[:, 1] - share[:, None] * first
+    factor = _factor(second, wanted, negligible)
+    return np.stack([_factor(first, wanted - factor[:, None] * second, negligible) - share * factor, factor], 1)
+
+
+def _factor(direction: Array, wanted: Array, negligible: float) -> Array:
+    """Return the factor of each direction [choices, samples] nearest to `wanted`; 0 for one that is rounding."""
+    size = np.sum(direction * direction, 1)
+    return np.where(size > negligible**2, np.sum(direction * wanted, 1) / np.where(size > 0, size, 1.0), 0.0)
+
+
 def mixed_integer(problem: StructuredProblem) -> Reference:
     """Return the optimum of a structured problem by a mixed-integer second-order-cone program (cvxpy with SCIP).
 
@@ -301,6 +359,7 @@ def _mask_of(quadratic: Quadratic, columns: Array, kept: Array) -> Array:
 
 
 REFERENCES: dict[type[Problem], Callable[..., Reference]] = {
+    GridLeastSquares: exhaustive_grid,
     MaskedLeastSquares: least_squares,
     LinkedLeastSquares: exhaustive,
     PenalisedLeastSquares: penalised,

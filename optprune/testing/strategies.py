@@ -18,12 +18,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from optprune.errors import InputError
+from optprune.grids import Grid
 from optprune.metric import OutputMetric
 from optprune.moments import InputMoments
 from optprune.patterns import NM, Pattern, RowWise, SlotWise, Unstructured
 from optprune.penalties import L1, ColumnGroups, ElasticNet, Penalty, WeightedL1
 from optprune.problems import (
     ChannelGroups,
+    GridLeastSquares,
     LayerLoss,
     Link,
     LinkedLeastSquares,
@@ -405,6 +407,24 @@ def sparse(draw: st.DrawFn, *, dtype: torch.dtype = torch.float64, generic: bool
     return SparseLeastSquares(draw(losses(width, dtype=dtype, generic=generic, rows=rows)), pattern)
 
 
+@st.composite
+def gridded(draw: st.DrawFn, *, dtype: torch.dtype = torch.float64, generic: bool = False) -> GridLeastSquares:
+    """Draw weights of two bits in one or two blocks of a row, with no mask, one for all rows or one for each.
+
+    Scales are float16, or bfloat16 where problems are scaled, whose range is that of float32.
+    """
+    block, count = draw(st.sampled_from(((1, 1), (1, 2), (2, 1), (2, 2), (3, 1), (4, 1))), label="block and blocks")
+    loss = draw(losses(block * count, dtype=dtype, generic=generic))
+    kind = torch.bfloat16 if generic else draw(st.sampled_from((torch.float16, torch.bfloat16)), label="scales")
+    grid, rows = Grid(2, block, draw(st.booleans(), label="shifted"), kind), loss.weight.shape[0]
+    rows = draw(st.sampled_from((0, 1, rows)), label="rows of the mask")
+    if not rows:
+        return GridLeastSquares(loss, grid)
+    count = rows * loss.weight.shape[1]
+    bits = draw(st.lists(st.booleans(), min_size=count, max_size=count), label="mask")
+    return GridLeastSquares(loss, grid, to_chosen_device(torch.tensor(bits).reshape(rows, -1)))
+
+
 TINY_SHAPES = ((1, 1), (1, 2), (1, 5), (1, 7), (2, 1), (2, 3), (2, 6), (3, 4), (4, 3), (5, 2))
 GROUPED_SHAPES = ((2, 1, 3), (2, 2, 2), (2, 3, 1), (4, 1, 2), (4, 3, 1), (3, 2, 2), (1, 2, 3))
 """(m, rows, groups) for n of m"""
@@ -413,6 +433,7 @@ ENTRY_PATTERNS: tuple[type[Pattern], ...] = (Unstructured, RowWise, NM)
 """the patterns of single weights"""
 
 STRATEGIES: dict[type[Problem], Callable[..., st.SearchStrategy]] = {
+    GridLeastSquares: gridded,
     MaskedLeastSquares: masked,
     LinkedLeastSquares: linked,
     PenalisedLeastSquares: penalised,

@@ -15,6 +15,7 @@ from optprune.patterns import NM
 from optprune.penalties import L1, ColumnGroups, ElasticNet, Penalty, WeightedL1
 from optprune.problems import (
     ChannelGroups,
+    GridLeastSquares,
     LayerLoss,
     Link,
     LinkedLeastSquares,
@@ -190,14 +191,36 @@ def _(problem: SparseLeastSquares, seed: int) -> Tensor:
     return start * problem.pattern.project(torch.rand(start.shape, generator=generator))
 
 
+@permuted.register
+def _(problem: GridLeastSquares, inputs: Tensor, outputs: Tensor) -> Problem:
+    mask = problem.mask
+    if mask is not None:
+        mask = (mask if mask.shape[0] == 1 else mask[outputs])[:, inputs]
+    return GridLeastSquares(_permuted_loss(problem.loss, inputs, outputs), problem.grid, mask)
+
+
+@scaled.register
+def _(problem: GridLeastSquares, weight: float, inputs: float) -> Problem:
+    return replace(problem, loss=_scaled_loss(problem.loss, weight, inputs))
+
+
+@random_feasible.register
+def _(problem: GridLeastSquares, seed: int) -> Tensor:
+    return problem.project(_noise(problem, torch.Generator().manual_seed(seed)))
+
+
 def renaming(problem: Problem) -> tuple[Tensor, Tensor]:
     """Return permutations of the inputs and the outputs that leave the constraints unchanged."""
     rows, width = problem.loss.weight.shape
     generator = torch.Generator().manual_seed(width)
     outputs = torch.arange(rows).flip(0)
+    size = 1
     if isinstance(problem, SparseLeastSquares) and isinstance(problem.pattern, NM):
-        # Groups may change places, and the inputs of a group among themselves.
         size = problem.pattern.m
+    elif isinstance(problem, GridLeastSquares):
+        size = problem.grid.block
+    if size > 1:
+        # Groups may change places, and the inputs of a group among themselves.
         groups = torch.randperm(width // size, generator=generator)
         inside = torch.stack([torch.randperm(size, generator=generator) for _ in groups])
         return (groups[:, None] * size + inside).reshape(-1), outputs

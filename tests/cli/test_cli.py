@@ -173,6 +173,7 @@ def test_options_and_settings_reach_the_recipe_and_overwrite_replaces(
     assert all(torch.equal(value, weights(again)[name]) for name, value in weights(output).items())
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("dtypes", [[], ["--dtype", "float32", "--save-dtype", "bfloat16"]], ids=["auto", "by hand"])
 def test_a_bfloat16_checkpoint_is_pruned_in_float32_and_saved_as_it_was(
     dtypes: list[str], text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -47,6 +47,7 @@ def test_a_table_is_told_and_a_second_call_tells_the_same(
     assert "cannot continue: the recipes.wanda.damping was 0.02 and is 0.01" in capsys.readouterr().err
 
 
+@pytest.mark.e2e
 def test_a_failed_cell_is_an_exit_status(
     texts: TwoTexts, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -60,6 +60,7 @@ def test_a_finished_one_measures_nothing_again(
     assert {file: file.read_bytes() for file in place.rglob("*") if file.is_file()} == before
 
 
+@pytest.mark.e2e
 def test_one_that_was_stopped_goes_on(
     finished: tuple[Path, Comparison], texts: TwoTexts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -91,6 +92,7 @@ def test_one_that_was_stopped_goes_on(
     assert of == [(each.cell, each.figures.perplexity, each.figures.divergence) for each in whole]  # type: ignore[union-attr]
 
 
+@pytest.mark.e2e
 def test_what_the_user_has_put_beside_it_stays(texts: TwoTexts, tmp_path: Path) -> None:
     place, notes = tmp_path / "out", tmp_path / "out" / "mine" / "notes.txt"
     compared(texts, place, recipes=["magnitude"], sparsities=[0.2])
@@ -107,6 +109,7 @@ def test_one_that_another_process_is_at_work_on_is_refused(texts: TwoTexts, tmp_
         compared(texts, tmp_path / "out")
 
 
+@pytest.mark.e2e
 def test_a_cell_that_failed_is_tried_again(texts: TwoTexts, tmp_path: Path) -> None:
     for _ in range(2):
         found = compared(texts, tmp_path / "out", recipes=["structured_best"], sparsities=[0.7])
@@ -189,6 +192,7 @@ def test_one_that_could_not_begin_leaves_nothing(
     assert not compared(texts, tmp_path / "out", recipes=["magnitude"], sparsities=[0.2]).failures
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("name", ["magnitude-0.2-seed0", "dense"])
 def test_a_damaged_cell_is_measured_again(name: str, texts: TwoTexts, tmp_path: Path) -> None:
     place, said = tmp_path / "out", list[str]()

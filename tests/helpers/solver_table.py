@@ -10,7 +10,9 @@ from optprune.solvers import (
     ChannelSwaps,
     ConjugateGradients,
     FaspMetric,
+    Gptq,
     GreedyObs,
+    GridDescent,
     PerspectiveBound,
     Random,
     Restore,
@@ -30,14 +32,21 @@ MADE_BY_HAND = {
         Chain((Wanda(), ConjugateGradients())),
         Chain((Admm(), ConjugateGradients(), Swaps(), Restore())),
         Chain((GreedyObs(), ChannelSwaps(), Restore())),
+        Chain((Gptq(), GridDescent())),
     ],
     # Its bound is a bound after every step; two hundred of them are for larger matrices.
     PerspectiveBound: [PerspectiveBound(most=20)],
 }
 # Answers drawn at random depend on the problem's content bit for bit, so they do not follow a change of names.
 AT_RANDOM = (Random,)
-# SparseGPT goes through the columns in the order of their names, so only its rows may be renamed.
-IN_ORDER = (SparseGpt,)
+# These go through the columns in the order of their names, so only their rows may be renamed.
+IN_ORDER = (SparseGpt, Gptq, GridDescent)
+
+
+def in_order(solver):
+    """Return whether a solver, or a stage of a chain, goes through the columns in their order."""
+    return any(isinstance(stage, IN_ORDER) for stage in getattr(solver, "stages", (solver,)))
+
 
 KINDS = concrete(Problem)
 SOLVERS = [solver for cls in concrete(Solver) for solver in (MADE_BY_HAND[cls] if cls in MADE_BY_HAND else [cls()])]
@@ -49,6 +58,7 @@ by_solver = pytest.mark.parametrize("solver", SOLVERS, ids=lambda solver: solver
 # Which pairs are accepted, in full: a solver that starts to refuse what it solved would otherwise pass every test.
 ACCEPTED = {
     ("MaskedLeastSquares", "Restore"),
+    *(("GridLeastSquares", name) for name in ("RoundToNearest", "Gptq", "GridDescent", "Gptq > GridDescent")),
     *(
         (kind, solver)
         for kind in ("LinkedLeastSquares", "StructuredLeastSquares")

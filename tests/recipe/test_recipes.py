@@ -188,6 +188,7 @@ def test_wanda_by_row_is_wanda_under_a_pattern_over_the_matrix(keep: int) -> Non
 # -- the policy that goes by the pattern
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize(
     ("settings", "policy"),
     [

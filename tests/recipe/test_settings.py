@@ -255,8 +255,12 @@ def test_a_recipe_says_what_is_wrong_in_the_words_it_was_given(settings: dict[An
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_a_recipe_that_is_written_is_read_as_it_was(name: str) -> None:
-    more = {"allocation.multiple": 4} if load_recipe(name).units.kinds else {}
-    for settings in ({}, {"refit.held_out": 0.25, "refit.recovery": 2, "metric": "diagonal", **more}):
+    changed: dict[str, Any] = {"refit.held_out": 0.25, "refit.recovery": 2, "metric": "diagonal"}
+    if load_recipe(name).units.kinds:
+        changed["allocation.multiple"] = 4
+    if load_recipe(name).bits is not None:
+        changed = {"metric": "diagonal", "bits.group": 64}
+    for settings in ({}, changed):
         recipe = load_recipe(name, settings)
         assert Recipe(recipe.to_dict()) == recipe == Recipe(**dict(recipe))
         assert list(recipe.to_dict()) == list(Recipe.model_fields)

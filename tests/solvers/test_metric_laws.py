@@ -5,10 +5,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from optprune.problems import MaskedLeastSquares, SparseLeastSquares
-from optprune.solvers import Chain, Restore, SparseGpt, Swaps
+from optprune.solvers import Chain, Gptq, GridDescent, Restore, RoundToNearest, SparseGpt, Swaps
 from optprune.testing import laws
 from optprune.testing.strategies import METRIC_KINDS, weighted
-from tests.helpers.solver_table import ACCEPTED, AT_RANDOM, DTYPES, IN_ORDER, KINDS, by_pair, by_solver
+from tests.helpers.solver_table import ACCEPTED, AT_RANDOM, DTYPES, KINDS, by_pair, by_solver, in_order
 
 EXAMPLES = max(settings().max_examples // 7, 1)
 WEIGHTED = [kind for kind in METRIC_KINDS if kind != "none"]
@@ -16,7 +16,7 @@ WEIGHTED = [kind for kind in METRIC_KINDS if kind != "none"]
 by_metric = pytest.mark.parametrize("metric", WEIGHTED)
 
 # A metric that couples rows is refused by what works row by row; nothing else is refused because of a metric.
-ROW_BY_ROW = (SparseGpt, Swaps)
+ROW_BY_ROW = (Gptq, GridDescent, RoundToNearest, SparseGpt, Swaps)
 
 
 def is_accepted(problem, solver):
@@ -65,7 +65,7 @@ def test_answers_follow_names_and_units_where_nothing_ties(kind, metric, solver)
     def check(problem):
         if solver.refusal(problem) is not None:
             laws.refuse(problem, solver)
-        elif isinstance(solver, IN_ORDER):
+        elif in_order(solver):
             laws.scaling_scales_the_answer(problem, solver)
         elif not isinstance(solver, AT_RANDOM):
             for law in laws.GENERIC_LAWS:

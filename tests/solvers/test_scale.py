@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from optprune.errors import NoSolver
+from optprune.grids import Grid
 from optprune.moments import DenseMoments, InputMoments
 from optprune.patterns import NM, RowWise, Unstructured
 from optprune.problems import (
     ChannelGroups,
+    GridLeastSquares,
     LayerLoss,
     Link,
     MaskedLeastSquares,
@@ -30,6 +32,8 @@ KINDS = {
     "rows": lambda loss: SparseLeastSquares(loss, RowWise(8)),
     "2:4": lambda loss: SparseLeastSquares(loss, NM(2, 4)),
     "structured": lambda loss: StructuredLeastSquares(loss, ChannelGroups.of(16, 2), 4),
+    # Scales in bfloat16 have the range of float32, so that no unit is out of reach.
+    "grid": lambda loss: GridLeastSquares(loss, Grid(4, 8, scale_dtype=torch.bfloat16)),
 }
 
 

@@ -29,7 +29,6 @@ from tests.helpers.solver_table import (
     ACCEPTED,
     AT_RANDOM,
     DTYPES,
-    IN_ORDER,
     KINDS,
     MADE_BY_HAND,
     SOLVERS,
@@ -37,13 +36,14 @@ from tests.helpers.solver_table import (
     by_kind,
     by_pair,
     by_solver,
+    in_order,
 )
 
 # Where the laws themselves are not at stake, and where nothing is degenerate, fewer examples show as much.
 FEWER = settings(max_examples=max(settings().max_examples // 4, 1))
 EXAMPLES = settings().max_examples
-# `make test` draws a third of the examples, `make test-e2e` all of them.
-by_examples = pytest.mark.parametrize("examples", [EXAMPLES // 3, pytest.param(EXAMPLES, marks=pytest.mark.e2e)])
+# `make test` draws a third of the examples, `make test-all` all of them.
+by_examples = pytest.mark.parametrize("examples", [EXAMPLES // 3, pytest.param(EXAMPLES, marks=pytest.mark.slow)])
 
 
 def up_to(examples):
@@ -100,7 +100,7 @@ def test_an_infeasible_start_never_comes_back_as_an_answer(kind, solver, example
 def test_the_default_device_is_not_used(kind, solver, examples):
     """Under a default device that holds no numbers the answer is the same: everything made is where the problem is."""
 
-    @up_to(examples // 4)
+    @up_to(examples // 10)
     @given(st.sampled_from(METRIC_KINDS).flatmap(lambda metric: weighted(kind, metric)))
     def check(problem):
         if solver.refusal(problem.in_output_basis()[0]) is not None or laws.refused_as_singular(problem, solver):
@@ -123,7 +123,7 @@ def test_answers_follow_names_and_units_where_nothing_ties(kind, solver, example
     @up_to(examples // 4)
     @given(STRATEGIES[kind](generic=True))
     def check(problem):
-        if isinstance(solver, IN_ORDER):
+        if in_order(solver):
             laws.scaling_scales_the_answer(problem, solver)
         elif not isinstance(solver, AT_RANDOM):
             for law in laws.GENERIC_LAWS:
@@ -168,6 +168,7 @@ MONOTONE = {
     "ConjugateGradients",
     "Fista",
     "FistaPruner",
+    "GridDescent",
     "HardThreshold",
     "PerspectiveBound",
     "ProximalAdmm",

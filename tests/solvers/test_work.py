@@ -5,10 +5,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.workspace import measured
+from optprune.grids import Grid
 from optprune.moments import InputMoments
 from optprune.patterns import Unstructured
 from optprune.penalties import L1
 from optprune.problems import (
+    GridLeastSquares,
     LayerLoss,
     Link,
     LinkedLeastSquares,
@@ -133,6 +135,7 @@ def test_no_more_products_are_made_than_declared(solver):
         LinkedLeastSquares(loss, Link(units[:, None], torch.zeros_like(units)), 3 * width // 4),
         MaskedLeastSquares(loss, torch.rand(1, width, generator=generator) < 0.75),
         PenalisedLeastSquares(loss, L1(0.1)),
+        GridLeastSquares(loss, Grid(4, 32), torch.rand(out, width, generator=generator) < 0.75),
     )
     accepted = [problem for problem in problems if solver.refusal(problem) is None]
     assert accepted
@@ -142,6 +145,7 @@ def test_no_more_products_are_made_than_declared(solver):
         assert counter.get_total_flops() <= solver.work(out, width).flops, problem.kind
 
 
+@pytest.mark.e2e
 @told
 @pytest.mark.parametrize("recipe", ["fasp", pytest.param("structured_best", marks=pytest.mark.slow)])
 def test_a_solve_takes_the_memory_that_its_solver_declares(recipe):

@@ -1,0 +1,91 @@
+"""Least squares on a grid: the weights that a low-bit format can store, on a fixed mask."""
+
+from dataclasses import dataclass
+from typing import ClassVar, final
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from optprune.errors import InputError
+from optprune.grids import Codes, Grid
+from optprune.metric import OutputBasis
+from optprune.problems.base import Problem
+from optprune.problems.loss import LayerLoss
+from optprune.problems.masked import MaskedLeastSquares
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class GridLeastSquares(Problem):
+    """minimise f(V) subject to V on the grid, and V_ij = 0 wherever the mask is False.
+
+    V [out, in]; the mask is [out, in], or [1, in] when all rows share it; without one it is all True. On the grid means
+    V_ij = s_ib q_ij with an integer q and one scale s for each block b of a row (`Grid`). Mixed-integer; rows are
+    independent unless the loss has a full output metric. f is the LayerLoss, in (output)^2 per token. Without the grid
+    it is `relaxed`, whose optimum is a lower bound.
+
+    Reference: the layer problem of GPTQ (arXiv 2210.17323) and, with a mask, of SparseGPT (arXiv 2301.00774, 3.5).
+    """
+
+    kind: ClassVar[str] = "grid least squares"
+
+    loss: LayerLoss
+    grid: Grid
+    mask: Bool[Tensor, "rows in"] | None = None
+
+    def __post_init__(self) -> None:
+        rows, width = self.loss.weight.shape
+        self.grid.check_width(width)
+        if self.mask is not None and self.mask.shape not in ((rows, width), (1, width)):
+            raise InputError(
+                f"the mask of a [{rows}, {width}] weight must be [{rows}, {width}] or [1, {width}], "
+                f"not {list(self.mask.shape)}"
+            )
+
+    @property
+    def kept(self) -> Bool[Tensor, "rows in"]:
+        """The mask; all True where there is none."""
+        if self.mask is not None:
+            return self.mask
+        return torch.ones_like(self.loss.weight[:1], dtype=torch.bool)
+
+    @property
+    def relaxed(self) -> MaskedLeastSquares:
+        """The restoration problem on the same mask, without the grid."""
+        return MaskedLeastSquares(self.loss, self.kept)
+
+    def objective(self, weight: Float[Tensor, "out in"]) -> float:
+        # In float64 on every device, as the bounds are, which are compared with it to a millionth.
+        return self.loss.exact_value(weight)
+
+    def measuring_error(self, weight: Float[Tensor, "out in"]) -> float:
+        return self.loss.exact.measuring_error(weight) / 2
+
+    def violation(self, weight: Float[Tensor, "out in"]) -> float:
+        """Return the number of blocks off the grid plus that of non-zero entries outside the mask."""
+        return float(self.grid.off(weight) + int(((weight != 0) & ~self.kept).sum()))
+
+    def start(self) -> Float[Tensor, "out in"]:
+        """Return the original weights, rounded."""
+        return self.project(self.loss.weight)
+
+    def project(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
+        """Return a feasible weight near a weight, each block by the least square error of the scales tried."""
+        return self.grid.nearest(torch.where(self.kept, weight, 0.0)).values()
+
+    def codes(self, weight: Float[Tensor, "out in"]) -> Codes:
+        """Return the codes of a feasible weight, and of its projection for another one."""
+        inside = torch.where(self.kept, weight, 0.0)
+        return self.grid.nearest(inside) if self.grid.off(inside) else self.grid.encode(inside)
+
+    def inputs(self, weight: Float[Tensor, "out in"]) -> Bool[Tensor, " in"]:
+        """Return the inputs that the mask leaves to some output."""
+        return self.kept.any(0)
+
+    def in_output_basis(self) -> "tuple[Problem, OutputBasis | None]":
+        """Return the problem itself: another basis of the outputs would leave the grid."""
+        return self, None
+
+    def trivial_solution(self, start: Tensor) -> Tensor | None:
+        return self.codes(start).values() if self.loss.dead else None

@@ -1,0 +1,271 @@
+"""Weights on the grid of a low-bit format: rounding, columns with compensated errors, and coordinate descent."""
+
+from dataclasses import dataclass, replace
+from typing import final
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from optprune.errors import NumericalError
+from optprune.grids import Grid
+from optprune.numerics import linalg
+from optprune.problems import GridLeastSquares
+from optprune.solvers.base import Answer, Certificate, DirectSolver, Solver, Status, check_options, measuring, unfitted
+from optprune.solvers.conjugate_gradients import ConjugateGradients
+from optprune.solvers.inverse import inverse_gram
+from optprune.solvers.restore import restored_bound
+from optprune.work import Work, factor, inverse, product, sweeps
+
+COUPLED = "it rounds row by row, and the full output metric couples the rows: take its diagonal"
+SPREADS = 38
+"""number of scales that are tried in each block, for the plan"""
+PROVING = 50
+"""the most steps of conjugate gradients for a lower bound"""
+
+
+def _work(flops: float, outputs: int, inputs: int, coupled: bool) -> Work:
+    """Return the work of a solve of so many flops, of measuring its answer, and of proving a bound."""
+    proof = PROVING * (product(outputs, inputs, inputs) + sweeps(20, outputs, inputs)) + factor(inputs)
+    whole = flops + proof + measuring(outputs, inputs, coupled=coupled)
+    return Work(whole, unfitted(outputs, inputs, coupled=coupled))
+
+
+def relaxed_bound(problem: GridLeastSquares, value: Float[Tensor, "out in"]) -> Certificate | None:
+    """Return the lower bound of the problem without its grid, by some steps of conjugate gradients from a value."""
+    if problem.mask is None and problem.loss.pull is None:
+        return Certificate(0.0, "the original weights have no loss without the grid")
+    relaxed, solver, steps = problem.relaxed, ConjugateGradients(), 0
+    state = solver.init(relaxed, value)
+    while solver.done(relaxed, state) is None and steps < PROVING:
+        state, steps = solver.step(relaxed, state), steps + 1
+    return restored_bound(relaxed, solver.value(relaxed, state))
+
+
+@final
+@dataclass(frozen=True)
+class RoundToNearest(DirectSolver[GridLeastSquares]):
+    """Round every weight to the grid, with scales chosen by sum_j A_jj (w_j - s q_j)^2; the start is not used.
+
+    Zeros of the mask stay zero. The diagonal of A is what llama.cpp calls the importance matrix. Cost: 38 passes of the
+    weights. Reference: the baseline of GPTQ (arXiv 2210.17323); make_qx_quants of ggml.
+    """
+
+    accepts = (GridLeastSquares,)
+
+    def work(self, outputs: int, inputs: int, *, coupled: bool = False) -> Work:
+        return _work(sweeps(8 * SPREADS, outputs, inputs), outputs, inputs, coupled)
+
+    def unsupported(self, problem: GridLeastSquares) -> str | None:
+        return COUPLED if problem.loss.coupled else None
+
+    def answer(self, problem: GridLeastSquares, start: Tensor) -> Answer:
+        loss = problem.loss
+        masked = torch.where(problem.kept, loss.weight, 0.0)
+        return Answer(problem.grid.nearest(masked, loss.input_scale.square().to(masked)).values())
+
+    def prove(self, problem: GridLeastSquares, value: Tensor) -> Certificate | None:
+        return relaxed_bound(problem, value)
+
+
+@final
+@dataclass(frozen=True)
+class Gptq(DirectSolver[GridLeastSquares]):
+    r"""Round columns from left to right, each error compensated by the columns that follow.
+
+    With U the upper Cholesky factor of A^-1 = U^T U, for each column j in turn:
+
+        e = (v_j - round(v_j)) / U_jj;   V[:, j:] -= e U[j, j:]
+
+    A weight outside the mask is rounded to zero. The scale of a block is chosen when its first column is reached, by
+    sum_j (v_j - s q_j)^2 / U_jj^2. It starts from the minimiser B A^-1 (which is W when x* = x); the start is not used.
+    Raises NumericalError where A is not positive definite by more than rounding.
+
+    Cost: in^3 + out in^2 and 38 passes of the weights; memory 2 in^2 + 2 out in in float64. Reference: GPTQ (arXiv
+    2210.17323), Algorithm 1; with a mask the joint form of SparseGPT (arXiv 2301.00774, section 3.5).
+    """
+
+    accepts = (GridLeastSquares,)
+
+    columns: int = 128
+    """number of columns after which the others are updated, rounded to whole blocks"""
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+    def work(self, outputs: int, inputs: int, *, coupled: bool = False) -> Work:
+        updates = (1 + 12 * self.columns / 128) * product(outputs, inputs, inputs)
+        flops = 2 * factor(inputs) + inverse(inputs) + updates + sweeps(8 * SPREADS, outputs, inputs)
+        return _work(flops, outputs, inputs, coupled)
+
+    def unsupported(self, problem: GridLeastSquares) -> str | None:
+        return COUPLED if problem.loss.coupled else None
+
+    def answer(self, problem: GridLeastSquares, start: Tensor) -> Answer:
+        grid, kept = problem.grid, problem.kept
+        inverted, weight = inverse_gram(problem.loss)
+        upper, failed = linalg.try_cholesky(inverted, upper=True)
+        if bool(failed):
+            raise NumericalError(
+                "the inverse Gram matrix is not positive definite in this precision: raise the damping"
+            )
+        width, importance = weight.shape[1], upper.diagonal().square().reciprocal()
+        size = max(1, self.columns // grid.block) * grid.block
+        for first in range(0, width, size):
+            last = min(first + size, width)
+            inner, local, errors = weight[:, first:last], upper[first:last, first:last], weight[:, first:last].clone()
+            for number in range(0, last - first, grid.block):
+                inside = slice(first + number, first + number + grid.block)
+                values = torch.where(kept[:, inside], inner[:, number : number + grid.block], 0.0)
+                scales, lows = grid.fit(values, importance[inside].expand_as(values))
+                for j in range(number, number + grid.block):
+                    rounded = scales * grid.round(inner[:, j], scales, lows) * kept[:, first + j]
+                    torch.div(inner[:, j] - rounded, local[j, j], out=errors[:, j])
+                    inner[:, j + 1 :].addr_(errors[:, j], local[j, j + 1 :], alpha=-1)
+                    inner[:, j] = rounded
+            weight[:, last:] -= errors @ upper[first:last, last:]
+        return Answer(weight.to(problem.loss.weight))
+
+    def prove(self, problem: GridLeastSquares, value: Tensor) -> Certificate | None:
+        return relaxed_bound(problem, value)
+
+
+@dataclass(frozen=True, eq=False)
+class DescentState:
+    """The weight with its codes, and how much its sweeps have lowered f."""
+
+    weight: Float[Tensor, "out in"]
+    scales: Float[Tensor, "out blocks"]
+    lows: Float[Tensor, "out blocks"]
+    gains: tuple[float, ...] = ()
+    """the decrease of f in each sweep"""
+    still: bool = False
+    """whether the last sweep changed nothing"""
+
+
+@final
+@dataclass(frozen=True)
+class GridDescent(Solver[GridLeastSquares, DescentState]):
+    r"""Minimise f over one integer, or one scale, at a time.
+
+    A step is a sweep over all columns. With r = V A - B, the best integer of column j in a row, the others fixed, is
+
+        q_j = round((v_j - r_j / A_jj) / s),
+
+    and after the columns of a block its scale moves by -(r . q) / (q A q^T), rounded to a scale that can be stored,
+    where that lowers f. The objective never rises. Rows move together; weights outside the mask stay zero. It begins at
+    the start, or at its projection, and stops when a sweep changes nothing or gains less than `tolerance` of what all
+    of them gained.
+
+    Cost of a step: out in^2; memory in^2 + 3 out in. Reference: coordinate descent for this problem is QuantEase
+    (arXiv 2309.01885); the steps of scales are ours.
+    """
+
+    accepts = (GridLeastSquares,)
+
+    tolerance: float = 0.02
+    sweeps: int = 20
+    """the most sweeps"""
+    columns: int = 128
+    """number of columns between products with the whole Gram matrix, rounded to whole blocks"""
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+    def work(self, outputs: int, inputs: int, *, coupled: bool = False) -> Work:
+        # About a third of the sweeps are taken; within a group of columns the updates run at the speed of memory.
+        sweep = (1 + 12 * self.columns / 128) * product(outputs, inputs, inputs) + sweeps(30, outputs, inputs)
+        return _work(self.sweeps / 3 * sweep, outputs, inputs, coupled)
+
+    def unsupported(self, problem: GridLeastSquares) -> str | None:
+        return COUPLED if problem.loss.coupled else None
+
+    def monotone(self, problem: GridLeastSquares) -> bool:
+        return True
+
+    def init(self, problem: GridLeastSquares, start: Tensor) -> DescentState:
+        codes = problem.codes(start)
+        return DescentState(codes.values(), codes.scales, codes.lows.to(start))
+
+    def step(self, problem: GridLeastSquares, state: DescentState) -> DescentState:
+        grid, loss, kept = problem.grid, problem.loss, problem.kept
+        weight, scales, gain = state.weight.clone(), state.scales.clone(), 0.0
+        moved = torch.zeros((), dtype=torch.bool, device=weight.device)
+        size = max(1, self.columns // grid.block) * grid.block
+        for first in range(0, weight.shape[1], size):
+            group = slice(first, min(first + size, weight.shape[1]))
+            residual = (weight - loss.weight) @ loss.gram[:, group]
+            if loss.pull is not None:
+                residual += loss.pull[:, group]
+            gram = loss.gram[group, group]
+            for start in range(0, gram.shape[0], grid.block):
+                block = slice(start, start + grid.block)
+                inside, number = slice(first + start, first + start + grid.block), (first + start) // grid.block
+                found = _Block(
+                    *(grid, weight[:, inside], scales[:, number], state.lows[:, number], kept[:, inside]),
+                    *(residual, gram, block),
+                )
+                lowered, changed = found.improve()
+                gain += lowered
+                moved = moved | changed
+        return replace(state, weight=weight, scales=scales, gains=(*state.gains, gain), still=not bool(moved))
+
+    def done(self, problem: GridLeastSquares, state: DescentState) -> Status | None:
+        if not state.gains:
+            return None
+        little = state.gains[-1] <= self.tolerance * sum(state.gains)
+        return Status.CONVERGED if state.still or little or len(state.gains) >= self.sweeps else None
+
+    def value(self, problem: GridLeastSquares, state: DescentState) -> Tensor:
+        return state.weight
+
+    def prove(self, problem: GridLeastSquares, value: Tensor) -> Certificate | None:
+        return relaxed_bound(problem, value)
+
+
+@dataclass(frozen=True, eq=False)
+class _Block:
+    """A block of columns in a sweep. Its weights, its scales and the residual of its group are changed in place."""
+
+    grid: Grid
+    weight: Float[Tensor, "out block"]
+    scales: Float[Tensor, " out"]
+    lows: Float[Tensor, " out"]
+    kept: Bool[Tensor, "rows block"]
+    residual: Float[Tensor, "out group"]
+    gram: Float[Tensor, "group group"]
+    columns: slice
+    """the columns of the block in its group"""
+
+    def improve(self) -> tuple[float, Bool[Tensor, ""]]:
+        """Return the decrease of f by one pass over integers and scales, and whether any of them changed."""
+        before = self.weight.clone()
+        gains = [self._integer(j) for j in range(self.weight.shape[1])]
+        gains.append(self._scale())
+        return float(torch.stack(gains).sum()), (self.weight != before).any()
+
+    def _integer(self, j: int) -> Float[Tensor, ""]:
+        column = self.columns.start + j
+        slope, curvature = self.residual[:, column], self.gram[column, column]
+        step = torch.where(curvature > 0, slope / curvature, 0.0)
+        q = self.grid.round(self.weight[:, j] - step, self.scales, self.lows)
+        change = torch.where(self.kept[:, j], q * self.scales - self.weight[:, j], 0.0)
+        gain = -change * (slope + change * curvature / 2)
+        change = torch.where(gain > 0, change, 0.0)
+        self.weight[:, j] = torch.where(gain > 0, q * self.scales, self.weight[:, j])
+        self.residual.addr_(change, self.gram[column])
+        return gain.clamp(min=0).sum(dtype=torch.float64)
+
+    def _scale(self) -> Float[Tensor, ""]:
+        q = torch.where(self.scales == 0, 0.0, (self.weight.T / self.scales)).nan_to_num_(0.0).round_().T
+        rows = self.gram[self.columns]
+        slope = (self.residual[:, self.columns] * q).sum(1)
+        curvature = (q @ rows[:, self.columns] * q).sum(1)
+        wanted = self.grid.stored(self.scales - torch.where(curvature > 0, slope / curvature, 0.0))
+        change = wanted - self.scales
+        gain = -change * (slope + change * curvature / 2)
+        change = torch.where(gain > 0, change, 0.0)
+        self.scales.copy_(torch.where(gain > 0, wanted, self.scales))
+        self.weight.copy_(q * self.scales[:, None])
+        self.residual.add_((change[:, None] * q) @ rows)
+        return gain.clamp(min=0).sum(dtype=torch.float64)
