@@ -60,7 +60,7 @@ def frontier_command(
     ] = None,
     units: Units = None,
     settings: Settings = None,
-    speed: Annotated[bool, typer.Option("--speed/--no-speed", help="Time all files in turn.")] = True,
+    no_speed: Annotated[bool, typer.Option("--no-speed", help="Time nothing.")] = False,
     prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", help="Tokens of the timed prompt.")] = 256,
     new_tokens: Annotated[int, typer.Option("--new-tokens", help="Timed new tokens.")] = 32,
     repeats: Annotated[int, typer.Option("--repeats", help="How often each file is timed.")] = 3,
@@ -77,7 +77,7 @@ def frontier_command(
     from optprune.measure import SpeedWorkload
 
     check_json(json_file, models=[model])
-    work = SpeedWorkload(prompt_tokens, new_tokens, 1, repeats) if speed else None
+    work = SpeedWorkload(prompt_tokens, new_tokens, 1, repeats) if not no_speed else None
     fields = {} if units is None else {"units": units}
     with reporter.events({}, left="left of this step") as on_event:
         found = frontier(

@@ -11,6 +11,7 @@ import torch
 import optprune
 from optprune.comparison import Frontier, FrontierRow, Speed, frontier, frontier_session
 from optprune.comparison.frontier import Pair
+from optprune.comparison.frontier_folder import FrontierFolder
 from optprune.comparison.frontier_session import Wanted
 from optprune.errors import InputError
 from optprune.measure import SpeedWorkload, bits_per_byte, perplexity
@@ -232,6 +233,22 @@ def test_the_picture_names_what_is_not_dominated() -> None:
     svg = frontier_svg(marks, "title")
     assert svg is not None and ">good<" in svg and ">bad<" not in svg
     assert frontier_svg([], "title") is None
+
+
+def test_speeds_are_kept_for_the_rows_that_were_timed_together(tmp_path: Path) -> None:
+    """A model that failed before, and is there now, is timed with all others again."""
+    place = FrontierFolder(tmp_path / "out")
+    place.begin({})
+    made = list[tuple[str, ...]]()
+
+    def timed(*names: str) -> dict[str, Speed]:
+        made.append(names)
+        return {name: Speed((1.0,), (2.0,), None) for name in names}
+
+    for names in (("a",), ("a",), ("a", "b"), ("a", "b")):
+        assert set(place.speeds(list(names), lambda names=names: timed(*names))) == set(names)
+    assert made == [("a",), ("a", "b")]
+    place.close()
 
 
 # -- llama.cpp in a process of its own
