@@ -288,7 +288,7 @@ class _Reports:
 
 
 def write_rest(loaded: LoadedModel, draft: Path, files: Mapping[str, str]) -> None:
-    """Complete a folder with config and weights: write the tokenizer and texts by name, readable like the folder."""
+    """Write what a folder needs beside config and weights: the tokenizer, and texts by name."""
     if loaded.tokenizer is not None:
         loaded.tokenizer.save_pretrained(draft)
     make_portable(draft, loaded.tokenizer)

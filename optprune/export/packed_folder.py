@@ -117,7 +117,7 @@ class _Packed:
 
     @classmethod
     def of(cls, decoder: Decoder) -> "_Packed":
-        """Pack the layers of a model, one block at a time. Raises OptpruneError where none is on a grid."""
+        """Return the tensors of a model, packed one block at a time. OptpruneError where no layer is on a grid."""
         grid, tensors, layers, plain = None, dict[str, Tensor](), list[str](), list[str]()
         for index in range(len(decoder.blocks)):
             with decoder.resident(index) as block:
