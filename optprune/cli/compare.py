@@ -93,8 +93,8 @@ def compare_command(
     with reporter.events({}, left="left of this step") as on_event:
         found = compare(
             model,
-            _listed(recipes, "--recipes", str),
-            _listed(sparsities, "--sparsities", float),
+            listed(recipes, "--recipes", str),
+            listed(sparsities, "--sparsities", float),
             calibration=calibration,
             text=text,
             samples=samples,
@@ -122,7 +122,7 @@ def compare_command(
         raise typer.Exit(FAILED)
 
 
-def _listed(text: str, option: str, read: Callable[[str], Value]) -> list[Value]:
+def listed(text: str, option: str, read: Callable[[str], Value]) -> list[Value]:
     """Return the values of a comma-separated list."""
     values: list[Any] = []
     for word in text.split(","):
