@@ -66,7 +66,7 @@ class PackedFolder(Exporter):
         decoder.model.save_pretrained(draft, state_dict={})  # without the weights, which would all be in memory
         for file in draft.glob("*.safetensors*"):
             file.unlink()
-        save_torch_state_dict(packed.tensors, draft, max_shard_size=self.max_shard_size)
+        save_torch_state_dict(dict(packed.tensors), draft, max_shard_size=self.max_shard_size)
         config = json.loads((draft / CONFIG).read_text(encoding="utf-8"))
         (draft / CONFIG).write_text(json_text({**config, "quantization_config": packed.config()}), encoding="utf-8")
         write_rest(loaded, draft, origin_of(source.name).licence_files)
