@@ -11,6 +11,7 @@ from optprune.cli.log import LogFile
 from optprune.cli.options import (
     Allocation,
     Architecture,
+    Bits,
     Calibration,
     Device,
     Dtype,
@@ -72,6 +73,7 @@ def prune_command(
     propagation: Propagation = None,
     units: Units = None,
     pattern: Pattern = None,
+    bits: Bits = None,
     allocation: Allocation = None,
     width_multiple: WidthMultiple = None,
     target: Runs = None,
