@@ -13,6 +13,7 @@ from optprune.cli.demo import demo_command
 from optprune.cli.errors import report_error, report_errors
 from optprune.cli.evaluate import evaluate_command
 from optprune.cli.export import export_command
+from optprune.cli.frontier import frontier_command
 from optprune.cli.heal import heal_command
 from optprune.cli.help import Command
 from optprune.cli.inspect import inspect_command
@@ -54,6 +55,7 @@ COMMANDS = {
     "evaluate": (evaluate_command, "Measure a model's perplexity on a text."),
     "heal": (heal_command, "Train a pruned model towards the dense one; zeros stay."),
     "compare": (compare_command, "Prune by several recipes and compare quality, size and time."),
+    "frontier": (frontier_command, "Compare pruning with fewer bits: size, speed and quality."),
     "report": (report_command, "Make the report page of a pruned folder, with later measurements."),
     "export": (export_command, "Write a model folder for llama.cpp (GGUF) or as ONNX."),
     "benchmark-model": (benchmark_model_command, "Measure a model's speed and memory, alone or against another."),

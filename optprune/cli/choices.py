@@ -26,6 +26,7 @@ UNITS = (
     "blocks",
 )
 POLICIES = ("dense", "pruned", "intra", "cross", "local", "auto")
+BITS = ("none", "q4_0", "q5_0", "q8_0", "w4a16", "w4a16_shifted")
 RUNTIMES = ("transformers", "vllm", "gguf", "onnx")
 STATES = ("auto", "device", "host", "disk")
 SEQUENCES = ("packed", "whole")
@@ -34,6 +35,7 @@ MULTIPLES = "32, and 64 for MLPs of 4096 units or more; 8 or 16 in small heads a
 """the default multiples of widths"""
 CHOICES: Mapping[str, Sequence[str]] = {
     "units": UNITS,
+    "bits": BITS,
     "propagation": POLICIES,
     "target": RUNTIMES,
     "states": STATES,

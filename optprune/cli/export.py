@@ -13,7 +13,7 @@ from optprune.errors import InputError
 if TYPE_CHECKING:
     from optprune.export import Exporter, Importance
 
-FORMATS = ("gguf", "onnx", "transformers")
+FORMATS = ("compressed-tensors", "gguf", "onnx", "transformers")
 """names of the shipped exporters, `optprune.export.EXPORTERS`, which take seconds to import"""
 EXACT = (None, "f32", "f16", "q8_0")
 """types of GGUF whose rounding does not go by an importance"""
@@ -25,7 +25,12 @@ def export_command(
         Path, typer.Option("--output", metavar="PATH", help="The file to write for gguf, the folder for the others.")
     ],
     form: Annotated[
-        str, typer.Option("--format", help="gguf (for llama.cpp), onnx, or transformers (a folder as prune writes it).")
+        str,
+        typer.Option(
+            "--format",
+            help="gguf (for llama.cpp), onnx, transformers (a folder as prune writes it), or compressed-tensors (a "
+            "folder of 4-bit weights for vLLM, after prune --bits w4a16).",
+        ),
     ] = "gguf",
     kind: Annotated[
         str | None,
@@ -57,6 +62,8 @@ def export_command(
         raise InputError(f"the format {form!r} is unknown: give {', '.join(FORMATS)}")
     if cache and form != "onnx":
         raise InputError(f"--cache applies to --format onnx only: leave it out for {form}")
+    if form == "compressed-tensors" and kind is not None:
+        raise InputError("the weights of a compressed-tensors folder have 4 bits: leave out --type")
     if form == "onnx" and kind not in (None, "f32"):
         raise InputError(f"ONNX is written in float32, not in {kind!r}: leave out --type")
     if calibration is not None and (form != "gguf" or kind in EXACT):
@@ -92,8 +99,10 @@ def _importance(
 
 
 def _exporter(form: str, kind: str | None, cache: bool, importance: "Importance | None") -> "Exporter":
-    from optprune.export import GgufFile, OnnxFolder, TransformersFolder
+    from optprune.export import GgufFile, OnnxFolder, PackedFolder, TransformersFolder
 
+    if form == "compressed-tensors":
+        return PackedFolder()
     if form == "gguf":
         return GgufFile(kind=kind or "f16", importance=importance)
     return OnnxFolder(cache=cache) if form == "onnx" else TransformersFolder(dtype=kind or "auto")

@@ -50,6 +50,14 @@ Pattern = Annotated[
     str | None,
     typer.Option("--pattern", help="Pattern of single weights: unstructured, rows or N:M. [default: the recipe's]"),
 ]
+Bits = Annotated[
+    str | None,
+    typer.Option(
+        "--bits",
+        help=f"Low-bit format of the weights that stay, where units are weights: {either(choices.BITS)}. "
+        "[default: the recipe's]",
+    ),
+]
 Allocation = Annotated[
     str | None,
     typer.Option(

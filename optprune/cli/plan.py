@@ -10,6 +10,7 @@ import typer
 from optprune.cli.options import (
     Allocation,
     Architecture,
+    Bits,
     Device,
     Dtype,
     JsonFile,
@@ -76,6 +77,7 @@ def plan_command(
     propagation: Propagation = None,
     units: Units = None,
     pattern: Pattern = None,
+    bits: Bits = None,
     allocation: Allocation = None,
     vocabulary: Vocabulary = None,
     width_multiple: WidthMultiple = None,

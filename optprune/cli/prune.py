@@ -11,6 +11,7 @@ from optprune.cli.log import LogFile
 from optprune.cli.options import (
     Allocation,
     Architecture,
+    Bits,
     Calibration,
     Device,
     Dtype,
@@ -73,6 +74,7 @@ def prune_command(
     propagation: Propagation = None,
     units: Units = None,
     pattern: Pattern = None,
+    bits: Bits = None,
     allocation: Allocation = None,
     vocabulary: Vocabulary = None,
     width_multiple: WidthMultiple = None,

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 FIELDS = {
-    **{name: name for name in ("sparsity", "seed", "propagation", "units", "vocabulary")},
+    **{name: name for name in ("sparsity", "seed", "propagation", "units", "bits", "vocabulary")},
     "pattern": "units.weights",
     "width_multiple": "allocation.multiple",
 }
@@ -57,8 +57,11 @@ class Options:
     @classmethod
     def of(cls, arguments: Mapping[str, Any]) -> "Options":
         """Return the options among a command's arguments; InputError, without heavy imports, for an unknown name."""
-        named = {name: arguments[name] for name in ("units", "propagation", "target", "states", "dtype", "save_dtype")}
+        names = ("units", "bits", "propagation", "target", "states", "dtype", "save_dtype")
+        named = {name: arguments[name] for name in names}
         check_choices(arguments["recipe"], sequences=arguments["sequences"], **named)
+        if arguments["bits"] not in (None, "none") and arguments["save_dtype"] != "auto":
+            raise InputError("--save-dtype would round weights off the grid of --bits: give --dtype in its place")
         check_at_least("--samples", arguments["samples"], 1)
         check_at_least("--seq-length", arguments["seq_length"], 2)
         own = {one.name: arguments[one.name] for one in fields(cls) if one.name in arguments}

@@ -5,10 +5,13 @@ from optprune.export.folder import SavedModel, TransformersFolder, cast, save_mo
 from optprune.export.gguf_file import GgufFile
 from optprune.export.importance import Importance, importance_of
 from optprune.export.onnx_folder import OnnxFolder
+from optprune.export.packed_folder import PackedFolder
 from optprune.export.place import check_output
 from optprune.export.source_files import check_own_files
 
-EXPORTERS: dict[str, type[Exporter]] = {one.name: one for one in (GgufFile, OnnxFolder, TransformersFolder)}
+EXPORTERS: dict[str, type[Exporter]] = {
+    one.name: one for one in (GgufFile, OnnxFolder, PackedFolder, TransformersFolder)
+}
 """the shipped exporters, by the name of their format"""
 
 __all__ = [
@@ -20,6 +23,7 @@ __all__ = [
     "Importance",
     "ModelSource",
     "OnnxFolder",
+    "PackedFolder",
     "SavedModel",
     "TransformersFolder",
     "cast",

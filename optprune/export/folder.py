@@ -210,17 +210,7 @@ class TransformersFolder(Exporter):
 
         decoder.model.save_pretrained(draft, state_dict={})  # without the weights, which would all be in memory
         write_weights(decoder, draft, size_of(self.max_shard_size), self.made, on_tensor)
-        if loaded.tokenizer is not None:
-            loaded.tokenizer.save_pretrained(draft)
-        make_portable(draft, loaded.tokenizer)
-        files = origin_of(source.name).licence_files if self.files is None else self.files
-        for name, text in files.items():
-            (draft / name).write_text(text, encoding="utf-8")
-        usual = draft.stat().st_mode & 0o666
-        for file in draft.rglob("*"):
-            # transformers makes some files private, which would surprise in a folder that is shared.
-            if file.is_file():
-                file.chmod(usual)
+        write_rest(loaded, draft, origin_of(source.name).licence_files if self.files is None else self.files)
         if self.healed:
             _write_healed_page(draft)
         reports = self.report and _Reports.of(self.report, decoder, draft, tokenizer=loaded.tokenizer is not None)
@@ -295,6 +285,20 @@ class _Reports:
         for name, text in texts.items():
             data = text.encode()
             write_whole(folder / name, lambda stream, data=data: stream.write(data), lasting=False)
+
+
+def write_rest(loaded: LoadedModel, draft: Path, files: Mapping[str, str]) -> None:
+    """Write what a folder needs beside config and weights: the tokenizer, and texts by name."""
+    if loaded.tokenizer is not None:
+        loaded.tokenizer.save_pretrained(draft)
+    make_portable(draft, loaded.tokenizer)
+    for name, text in files.items():
+        (draft / name).write_text(text, encoding="utf-8")
+    usual = draft.stat().st_mode & 0o666
+    for file in draft.rglob("*"):
+        # transformers makes some files private, which would surprise in a folder that is shared.
+        if file.is_file():
+            file.chmod(usual)
 
 
 def _write_healed_page(folder: Path) -> None:

@@ -16,10 +16,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from optprune.errors import InputError, OptpruneError
+from optprune.grids import GRIDS, Codes
 from optprune.measure.llama_cpp_binding import binding
 
 WITHOUT_GGML = (GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.Q8_0)
 """types that gguf's functions pack as ggml does; the rounding of q8_0 does not depend on an importance"""
+FIRST = 4
+"""number of rows that are looked at first"""
 FLOOR = 1e-6
 """least importance of a column, as a share of the mean: ggml divides by sums of importances"""
 
@@ -28,10 +31,14 @@ def packed(weight: Tensor, kind: GGMLQuantizationType, importance: Tensor | None
     """Return a weight [..., columns] in a type of GGUF, as bytes [..., bytes of a row].
 
     `importance` [columns], or [experts, columns] for a weight [experts, rows, columns], says how much the squared error
-    of each column counts: the mean square of its input. Types of `WITHOUT_GGML` do not use it. Raises InputError for a
-    row whose length the type does not take, for NaN, and where xllamacpp is needed and not installed.
+    of each column counts: the mean square of its input. Types of `WITHOUT_GGML` do not use it. A weight that is on the
+    grid of its type already, as after a recipe with bits, is packed exactly. Raises InputError for a row whose length
+    the type does not take, for NaN, and where xllamacpp is needed and not installed.
     """
     plain = weight.to(torch.float32).contiguous()
+    codes = codes_of(plain, kind)
+    if codes is not None:
+        return pack(codes, kind).reshape(*plain.shape[:-1], -1)
     if kind in WITHOUT_GGML:
         return np.ascontiguousarray(gguf.quantize(plain.numpy(), kind)).view(np.uint8)
     if not bool(plain.isfinite().all()):
@@ -40,6 +47,37 @@ def packed(weight: Tensor, kind: GGMLQuantizationType, importance: Tensor | None
     every = [None] * len(matrices) if importance is None else _floored(importance, len(matrices))
     parts = [_quantised(matrix.numpy(), kind, one) for matrix, one in zip(matrices, every, strict=True)]
     return np.concatenate(parts).reshape(*plain.shape[:-1], -1)
+
+
+def codes_of(weight: Tensor, kind: GGMLQuantizationType) -> Codes | None:
+    """Return the codes of a float32 weight [..., columns] that is on the grid of a type; None where it is not."""
+    grid = GRIDS.get(kind.name.lower())
+    if grid is None or weight.ndim < 2 or weight.shape[-1] % grid.block:
+        return None
+    rows = weight.flatten(0, -2)
+    # Rows that were never rounded are off the grid from the first.
+    if not bool(rows.isfinite().all()) or grid.off(rows[:FIRST]) or grid.off(rows):
+        return None
+    return grid.encode(rows)
+
+
+def pack(codes: Codes, kind: GGMLQuantizationType) -> NDArray[np.uint8]:
+    """Return codes as bytes [rows, bytes of a row] of q4_0, q5_0 or q8_0.
+
+    A block is its scale in float16 and its 32 integers: in a byte each, or 4 bits of the first and the second 16 in a
+    byte, after the fifth bits of all in q5_0. Source: the blocks of ggml-common.h.
+    """
+    grid = GRIDS[kind.name.lower()]
+    scales = codes.scales.to(torch.float16).numpy()[..., None].view(np.uint8)
+    integers = codes.integers.numpy().reshape(*codes.scales.shape, grid.block)
+    if kind == GGMLQuantizationType.Q8_0:
+        parts = [scales, integers.astype(np.int8).view(np.uint8)]
+    else:
+        raised = (integers - grid.lowest).astype(np.uint8)
+        low, high = np.split(raised & 15, 2, axis=-1)
+        fifth = [np.packbits(raised >> 4, axis=-1, bitorder="little")] if grid.bits == 5 else []
+        parts = [scales, *fifth, low | high << 4]
+    return np.concatenate(parts, axis=-1).reshape(len(scales), -1)
 
 
 def check_ggml(kinds: set[GGMLQuantizationType]) -> None:

@@ -69,9 +69,16 @@ class GgufFile(Exporter):
             return str(error)
         return None
 
+    def targets(self, source: ModelSource) -> list[Target]:
+        """Return the tensors of the file of a model folder."""
+        return list(self._content(source).targets())
+
+    def _content(self, source: ModelSource) -> "_Content":
+        return _Content.of(source.shapes, Checkpoint.open(Path(source.name)), self.kind, self.importance)
+
     def write(self, source: ModelSource, draft: Path, on_event: OnEvent) -> Draft:
         folder, tokenizer = Path(source.name), need_tokenizer(source.tokenizer, source.name)
-        content = _Content.of(source.shapes, Checkpoint.open(folder), self.kind, self.importance)
+        content = self._content(source)
         writer = GGUFWriter(None, content.family.name, use_temp_file=False)
         content.describe(writer)
         with using_tokenizer(source.name):

@@ -53,7 +53,7 @@ def page(
     pictures that were made before; without matplotlib, tables replace pictures.
     """
     found = pictures(report, evaluation) if drawn is None else drawn
-    template = _environment().from_string(_text("page.html"))
+    template = page_environment().from_string(page_text("page.html"))
     return template.render(
         **_texts(report, model, evaluation, speed),
         sections=_sections(report, evaluation, healing),
@@ -62,14 +62,15 @@ def page(
         headline=Headline(report, model, evaluation, speed),
         evaluation=evaluation,
         healing=None if healing is None else {"sentence": _healing(healing), "table": healing_table(healing)},
-        style=Markup(_text("page.css")),
+        style=Markup(page_text("page.css")),
         pictures={name: Markup(svg) for name, svg in found.items()},
         drawn_kept={"widths", "shares"} & found.keys(),
         undrawn=drawn is None and not can_draw(),
     )
 
 
-def _environment() -> Environment:
+def page_environment() -> Environment:
+    """Return the settings of templates: everything is escaped, and nothing undefined is left out."""
     return Environment(
         autoescape=True,
         trim_blocks=True,
@@ -85,7 +86,8 @@ def _cleaned(value: Any) -> Any:
     return NOT_ALLOWED.sub("\ufffd", value) if type(value) is str else value
 
 
-def _text(name: str) -> str:
+def page_text(name: str) -> str:
+    """Return a file of this package, such as a template."""
     return (files("optprune.report") / name).read_text(encoding="utf-8")
 
 

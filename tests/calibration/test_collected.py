@@ -51,6 +51,7 @@ def collected(dense: PreTrainedModel) -> Callable[[str], optprune.Statistics]:
     return of
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize(("name", "policy"), [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in REST)])
 def test_weights_are_those_of_a_run_without(
     name: str, policy: str, dense: PreTrainedModel, collected: Callable[[str], optprune.Statistics]
@@ -131,6 +132,7 @@ def test_the_costs_of_a_budget_are_measured_once(
     assert statistics.seconds_saved > 0
 
 
+@pytest.mark.e2e
 def test_in_a_folder_they_are_for_another_process_too(dense: PreTrainedModel, tmp_path: Path) -> None:
     chosen = [recipe(name, propagation="dense") for name in ("fasp", "sparse_best", "structured_best")]
     optprune.collect(dense, batches(), recipes=chosen, folder=tmp_path / "statistics")

@@ -223,6 +223,7 @@ def test_a_real_probe_goes_through_the_model_and_leaves_it(name: str) -> None:
     assert probe.variants.stream.block == len(decoder.blocks)
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("name", TINY_MODELS)
 def test_it_is_part_of_a_run(name: str) -> None:
     report = prune(TINY_MODELS[name](), batches(), load_recipe("sparse_best", {"allocation.probe_tokens": 50}))
@@ -283,6 +284,7 @@ def test_a_divergence_the_wrong_way_round_is_noticed(monkeypatch):
     noticed(monkeypatch, divergence_module, "divergence_terms", wrong_way_round, check)
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("recipe", ["structured_best", "sparse_best"])
 def test_progress_of_the_budget_reaches_its_end(recipe: str) -> None:
     """Also while divergences are measured, and with what blocks behind the first ones take more."""

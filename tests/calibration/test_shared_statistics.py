@@ -60,6 +60,7 @@ def test_a_run_with_shared_statistics_is_the_same(settings: dict) -> None:
         assert (report.allocation, report.notes) == (alone[1].allocation, alone[1].notes)
 
 
+@pytest.mark.e2e
 def test_costs_of_weights_that_a_probe_scales_are_as_they_were_for_the_next_run() -> None:
     """The statistics lie in memory: what a run scales is its own copy."""
     shared, settings = Statistics(), {"recipe": "sparse_best", "allocation.probe_tokens": 50, "sparsity": 0.5}
@@ -96,6 +97,7 @@ PAIRS: dict[str, tuple[dict, dict]] = {
 }
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("pair", PAIRS)
 def test_a_run_after_another_recipe_is_as_it_is_alone(pair: str) -> None:
     """In half precision, where a metric has all computed in float32, and without one nothing is."""
@@ -123,6 +125,7 @@ def test_a_removal_curve_is_of_one_multiple() -> None:
     assert not torch.equal(orders[0], orders[1])
 
 
+@pytest.mark.e2e
 def test_another_text_and_another_model_are_measured_anew(asked: list[str]) -> None:
     """As many tokens and the same shapes: only the content tells them apart."""
     shared, reversed_text = Statistics(), [batch.flip(1) for batch in batches()]

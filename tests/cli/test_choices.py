@@ -12,6 +12,8 @@ from optprune.models.units import LEAST_MULTIPLE, MULTIPLE, WIDE, WIDE_MULTIPLE
 from optprune.program import RUNTIMES
 from optprune.pruning.run import STATES
 from optprune.recipe import load_recipe, recipe_names
+from optprune.recipe.groups import GROUPS
+from optprune.recipe.names import NONE
 from optprune.system.wording import either
 from optprune.texts import SEQUENCES
 
@@ -22,6 +24,7 @@ def test_the_copies_are_the_tables() -> None:
     assert (*POLICIES, "auto") == choices.POLICIES
     assert tuple(RUNTIMES) == choices.RUNTIMES
     assert tuple(STATES) == choices.STATES
+    assert (NONE, *GROUPS["bits"].kinds) == choices.BITS
     assert tuple(SEQUENCES) == choices.SEQUENCES
     assert ("auto", *DTYPES) == choices.DTYPES
     small = f"{LEAST_MULTIPLE} or {MULTIPLE // 2} in small heads and MLPs"
@@ -35,7 +38,7 @@ def test_the_help_tells_names_and_defaults(capsys: pytest.CaptureFixture[str]) -
         assert either(names) in told
     assert f"the recipe's, {load_recipe('fasp').sparsity} for fasp" in told
     usual, advanced = told.split("Advanced options:")
-    assert usual.count(" --") <= 22
+    assert usual.count(" --") <= 23
     assert "--max-shard-size" in advanced and "--partial-sums" not in told and "--lanes" not in told
 
 
@@ -46,6 +49,7 @@ def test_the_help_tells_names_and_defaults(capsys: pytest.CaptureFixture[str]) -
         (["--units", "ml"], "did you mean mlp?"),
         (["--propagation", "inta"], "did you mean intra?"),
         (["--target", "vlm"], "did you mean vllm?"),
+        (["--bits", "q4"], "did you mean q4_0?"),
         (["--dtype", "bfloat"], "did you mean bfloat16?"),
         (["--recpie", "fasp"], "--recipe"),
     ],

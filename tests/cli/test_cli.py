@@ -29,7 +29,7 @@ from optprune.recipe.names import SOLVERS
 from optprune.solvers import ConjugateGradients, Magnitude, Restore
 from optprune.system.files import read_yaml
 from optprune.texts import demo_articles, evaluation_windows, read_documents, tokenise
-from tests.helpers.tiny_models import TINY_MODELS, save_tiny
+from tests.helpers.tiny_models import TINY_MODELS, save_tiny, tiny_llama
 
 WIDTH_FIELD = {"llama": "intermediate_size", "opt": "ffn_dim", "qwen2": "intermediate_size"}
 SMALL = ["--samples", "8", "--seq-length", "64"]
@@ -173,6 +173,7 @@ def test_options_and_settings_reach_the_recipe_and_overwrite_replaces(
     assert all(torch.equal(value, weights(again)[name]) for name, value in weights(output).items())
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("dtypes", [[], ["--dtype", "float32", "--save-dtype", "bfloat16"]], ids=["auto", "by hand"])
 def test_a_bfloat16_checkpoint_is_pruned_in_float32_and_saved_as_it_was(
     dtypes: list[str], text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -439,3 +440,20 @@ def test_the_reader_of_a_pipe_may_leave() -> None:
     command = f"{sys.executable} -m optprune.cli recipes | true"
     run = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True, check=False)
     assert run.stderr == ""
+
+
+@pytest.mark.e2e
+def test_bits_leave_weights_that_gguf_holds_exactly(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = save_tiny(tiny_llama(), tmp_path / "model")
+    command = ["prune", str(source), "--calibration", "demo:calibration", "--samples", "4", "--seq-length", "64"]
+    command += ["--output", str(tmp_path / "out"), "--recipe", "wanda", "--pattern", "2:4", "--bits", "q4_0"]
+    assert main(command) == 0
+    assert main(["export", str(tmp_path / "out"), "--type", "q4_0", "--output", str(tmp_path / "m.gguf")]) == 0
+    pruned, read = (load_model(tmp_path / name, dtype="float32").decoder() for name in ("out", "m.gguf"))
+    for path in pruned.paths(0):
+        weight = pruned.layer(0, path).weight
+        assert torch.equal(weight, read.layer(0, path).weight)
+        assert int((weight.unflatten(1, (-1, 4)) != 0).sum(2).max()) <= 2
+    capsys.readouterr()
+    assert main([*command, "--overwrite", "--save-dtype", "bfloat16"]) == 2
+    assert "off the grid of --bits" in capsys.readouterr().err

@@ -58,6 +58,7 @@ def whole(folder: Path) -> Path:
     return folder / "healed"
 
 
+@pytest.mark.e2e
 def test_the_folder_is_checked_and_tells_of_it(folder: Path, whole: Path) -> None:
     place = whole
     before, after = (load_file(each / "model.safetensors") for each in (folder / "pruned", place))

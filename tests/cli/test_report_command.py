@@ -93,6 +93,7 @@ def test_other_commands_take_the_folder_as_before(folder: Path, capsys: pytest.C
     assert main(["export", str(folder), "--output", str(folder.parent / "x.gguf"), "--type", "f32"]) == 0
 
 
+@pytest.mark.e2e
 def test_beside_the_dense_model_it_has_what_was_measured(folder: Path, dense: Path, attempted_text: Path) -> None:
     words = ["--against", str(dense), "--text", str(attempted_text), "--seq-length", "64", "--windows", "2"]
     output = folder.parent / "page.html"

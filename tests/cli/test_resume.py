@@ -224,6 +224,7 @@ def test_the_same_command_again_finds_its_output_finished(prune, tmp_path, capsy
     assert contents(tmp_path) != before
 
 
+@pytest.mark.e2e
 def test_a_finished_healing_is_found_too(heal, tmp_path, capsys) -> None:
     assert heal("--resume") == 0
     before = contents(tmp_path)

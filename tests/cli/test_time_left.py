@@ -82,6 +82,7 @@ def test_all_phases_of_healing_are_expected(model: str, heard: dict[str, bool], 
     assert all(heard.values()), heard
 
 
+@pytest.mark.e2e
 def test_a_comparison_tells_what_is_left_of_all_cells_by_those_that_are_finished(
     model: str, tmp_path: Path, heard: dict[str, bool], capsys: pytest.CaptureFixture[str]
 ) -> None:

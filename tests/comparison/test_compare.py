@@ -65,6 +65,7 @@ def test_each_cell_is_what_its_run_alone_gives(texts: TwoTexts) -> None:
         assert figures.seconds >= result.spent > 0
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("sequences", ["packed", "whole"])
 def test_several_texts_are_drawn_from_by_their_shares(
     sequences: str, texts: TwoTexts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -94,6 +95,7 @@ def test_several_texts_are_drawn_from_by_their_shares(
         assert result.figures.perplexity == pytest.approx(expected.perplexity, rel=1e-6)
 
 
+@pytest.mark.e2e
 def test_rows_draw_the_seeds_together_and_the_dense_model_is_first(texts: TwoTexts) -> None:
     found = optprune.compare(loaded(), ["magnitude"], [0.2], seeds=3, settings={"units": "mlp"}, **texts.asked())
     dense, row = found.rows()
@@ -113,6 +115,7 @@ def test_rows_draw_the_seeds_together_and_the_dense_model_is_first(texts: TwoTex
     assert data["rows"][0]["recipe"] == "dense" and len(data["cells"]) == 3
 
 
+@pytest.mark.e2e
 def test_what_the_cells_of_a_seed_share_is_measured_once(texts: TwoTexts, monkeypatch: pytest.MonkeyPatch) -> None:
     measured, predicted = list[str](), list[object]()
     metrics, curve = dense_statistics.collect_metrics, dense_statistics.removal_curve
@@ -136,6 +139,7 @@ def test_what_the_cells_of_a_seed_share_is_measured_once(texts: TwoTexts, monkey
     assert len(predicted) == 1
 
 
+@pytest.mark.e2e
 def test_statistics_that_are_too_large_are_in_the_folder_meanwhile(
     texts: TwoTexts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -155,6 +159,7 @@ def test_statistics_that_are_too_large_are_in_the_folder_meanwhile(
     assert not (tmp_path / "out" / "work").exists()
 
 
+@pytest.mark.e2e
 def test_a_cell_that_fails_says_so_and_the_others_go_on(texts: TwoTexts, monkeypatch: pytest.MonkeyPatch) -> None:
     prune = session.prune
 
@@ -183,6 +188,7 @@ def test_an_error_of_ours_is_no_failed_cell(texts: TwoTexts, monkeypatch: pytest
         optprune.compare(loaded(), ["fasp"], [0.2], **texts.asked())
 
 
+@pytest.mark.e2e
 def test_models_are_kept_and_speed_is_measured_only_where_asked(texts: TwoTexts, tmp_path: Path) -> None:
     work = SpeedWorkload(prompt_tokens=8, new_tokens=2, repeats=1)
     more = {"folder": tmp_path / "out", "keep_models": True, "speed": work}
@@ -198,6 +204,7 @@ def test_models_are_kept_and_speed_is_measured_only_where_asked(texts: TwoTexts,
     )
 
 
+@pytest.mark.e2e
 def test_a_recipe_of_ones_own_and_a_file_may_be_compared(texts: TwoTexts, tmp_path: Path) -> None:
     own = optprune.Recipe(name="mine", units="mlp", solver="magnitude", damping=0.1)
     file = tmp_path / "other.yaml"

@@ -149,6 +149,7 @@ def test_a_graph_that_answers_otherwise_is_not_written(
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.e2e
 def test_a_cache_in_the_wrong_order_is_not_written(
     uneven: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

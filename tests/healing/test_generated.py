@@ -39,6 +39,7 @@ def healed(
     return heal(model, trained(), SHORT[:batches], held_out=held_out, settings=chosen, **more), model
 
 
+@pytest.mark.e2e
 def test_windows_begin_with_pieces_of_the_text() -> None:
     windows = written(40)
     assert windows.shape == (40, 64) and windows.dtype == torch.int64

@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import xllamacpp
 from torch import Tensor
 
-FLOAT32 = 0
-"""ggml's number of the type"""
+from optprune.measure import llama_cpp as measure
+
 POSITIONS = 512
 FORCED = 1e4
 """what is added to the logit of a token that must be the most likely; probabilities are told without it"""
@@ -20,23 +19,12 @@ LETTERS = range(40, 100)
 """tokens among which some are whole characters, in the vocabularies of the tests"""
 
 
-class LlamaCpp:
+class LlamaCpp(measure.LlamaCpp):
     """A GGUF file loaded by llama.cpp, on one thread, with keys and values in float32."""
 
     def __init__(self, file: Path, slots: int = 1) -> None:
         """So many `slots` are texts that it reads side by side."""
-        params = xllamacpp.CommonParams()
-        params.model.path = str(file)
-        params.n_ctx = POSITIONS * slots
-        params.n_batch = params.n_ubatch = POSITIONS
-        params.n_parallel = self.slots = slots
-        params.n_gpu_layers = 0
-        params.warmup = False
-        params.verbosity = -1
-        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
-        params.cache_type_k = params.cache_type_v = FLOAT32
-        params.flash_attn_type = 0
-        self.server = xllamacpp.Server(params)
+        super().__init__(file, slots, positions=POSITIONS, exact=True)
 
     def tokens(self, text: str) -> int:
         """How many tokens it makes of a text."""
@@ -81,7 +69,5 @@ class LlamaCpp:
     def _answer(
         self, prompt: "Tensor | Sequence[int]", count: int, probabilities: int, more: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        ids = [int(token) for token in prompt]
-        request = {"prompt": ids, "max_tokens": count, "temperature": 0.0, "logprobs": probabilities}
-        request |= {"n_probs": probabilities, "ignore_eos": True, "cache_prompt": True, **(more or {})}
-        return self.server.handle_completions(request)["choices"][0]
+        told = {"logprobs": probabilities, "n_probs": probabilities, "cache_prompt": True, **(more or {})}
+        return self.answer([int(token) for token in prompt], count, told)["choices"][0]

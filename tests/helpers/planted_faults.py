@@ -434,6 +434,41 @@ FAULTS = [
         "own.squares",
         "export/test_gguf_types.py",
     ),
+    Fault(
+        "decoded GGUF: zeros that fill up blocks are taken for weights",
+        "export/gguf_decoded.py",
+        "found[places[places > 0] - 1] = plain.flatten()[places > 0]",
+        "found[(places - 1).clamp_min(0)] = plain.flatten()",
+        "export/test_gguf_decoded.py",
+    ),
+    Fault(
+        "frontier: a pruned row beside the nearest dense one",
+        "comparison/frontier.py",
+        "min(fitting, key=lambda one: one.bits_per_byte)",
+        "max(fitting, key=lambda one: one.bytes)",
+        "comparison/test_frontier.py",
+    ),
+    Fault(
+        "frontier: a row dominates its equal",
+        "comparison/frontier.py",
+        " and (size[0] < size[1] or loss[0] < loss[1])",
+        "",
+        "comparison/test_frontier.py",
+    ),
+    Fault(
+        "frontier: speeds of other rows are taken",
+        "comparison/frontier_folder.py",
+        "if set(found) == set(names):",
+        "if found:",
+        "comparison/test_frontier.py",
+    ),
+    Fault(
+        "frontier: the weights of another row are measured",
+        "comparison/frontier_session.py",
+        "            decode_into(",
+        "            False and decode_into(",
+        "comparison/test_frontier.py",
+    ),
     # Program, measure and healing
     Fault(
         "plan: Gram products cost nothing",

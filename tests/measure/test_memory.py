@@ -21,6 +21,7 @@ from optprune.measure.memory import (
 from tests.helpers.memory import MIB, told
 
 
+@pytest.mark.e2e
 @told
 @pytest.mark.parametrize("size", [1, 64, 200])
 def test_the_increase_of_memory_is_what_is_allocated(size: int) -> None:

@@ -109,7 +109,7 @@ def test_off_the_cpu_objectives_are_measured_by_float32_products_and_certificate
 
 
 @told
-@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("full", [pytest.param(False, marks=pytest.mark.e2e), True])
 def test_measuring_takes_a_few_blocks_and_no_copy_of_the_layer(full):
     # In a process of its own: what other tests have freed here lies between what is still in use.
     run = [sys.executable, "-m", measuring.__name__, str(int(full))]

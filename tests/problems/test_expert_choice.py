@@ -87,6 +87,7 @@ def test_a_solver_keeps_as_many_as_it_may_and_never_beats_all_choices(solver: Ex
         assert found.lower_bound is None
 
 
+@pytest.mark.e2e
 def test_elimination_with_swaps_is_nearer_to_the_best_than_scores() -> None:
     """Over a fixed set: it finds the best choice mostly, and swaps find what elimination alone does not."""
     met = dict.fromkeys(("swaps", "no swaps", "reap", "frequency"), 0)

@@ -34,6 +34,7 @@ def test_groups_are_cut_and_checked():
         StructuredLeastSquares(loss, ChannelGroups.of(4), 0)
 
 
+@pytest.mark.e2e
 @given(linked())
 def test_a_linked_problem_is_the_structured_one_of_its_consumer(problem):
     groups = ChannelGroups(problem.link.columns, problem.link.slots)

@@ -19,6 +19,7 @@ HEADER = 300
 """the most bytes that a tensor of a short name takes in the header of its file, with the padding of that"""
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize(("max_shard", "linked"), [("5GB", False), ("200KB", True), ("100KB", False)])
 def test_the_disk_while_saving_is_what_the_files_take(
     max_shard: str, linked: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -85,6 +85,7 @@ def runs_of(name: str) -> dict[str, tuple[str, dict]]:
     return dict(list(runs.items())[: None if name in FEW else 2])
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize(("name", "run"), [(name, run) for name in OTHERS for run in runs_of(name)])
 def test_a_run_leaves_a_folder_that_answers_as_the_model_does(name: str, run: str, tmp_path: Path) -> None:
     model = ALL_MODELS[name](num_hidden_layers=3)

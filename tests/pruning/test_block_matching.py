@@ -97,6 +97,7 @@ def test_every_kept_weight_moves(name: str) -> None:
             assert float((after[key] != weight)[kept].float().mean()) > 0.9, key
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("name", TINY_MODELS)
 def test_the_report_says_what_a_pass_of_the_written_block_says(name: str, policy: str) -> None:
@@ -180,6 +181,7 @@ def test_where_a_norm_comes_last_the_metric_is_not_that(monkeypatch: pytest.Monk
     assert seen == [None, None]
 
 
+@pytest.mark.e2e
 def test_fewer_tokens_are_as_many_as_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     honest = refinement.match_block
@@ -300,6 +302,7 @@ def test_it_asks_for_what_it_needs() -> None:
         )
 
 
+@pytest.mark.e2e
 def test_states_in_a_file_give_the_same_bytes(tmp_path: Path) -> None:
     models = [TINY_MODELS["qwen2"]() for _ in range(2)]
     for model, states in zip(models, ("device", "disk"), strict=True):

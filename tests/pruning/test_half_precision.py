@@ -48,6 +48,7 @@ def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     )
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("name", ANY_MODEL)
 def test_every_recipe_prunes_a_bfloat16_checkpoint_streamed_as_in_memory(name: str, tmp_path: Path) -> None:
     folder, recipe = half(tmp_path), load_recipe(name, SETTINGS.get(name, {}))
@@ -57,6 +58,7 @@ def test_every_recipe_prunes_a_bfloat16_checkpoint_streamed_as_in_memory(name: s
     assert equal(pruned(open_model(folder), recipe)[1], whole)
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("run", EXACT)
 def test_the_weights_are_those_of_a_run_in_float32_rounded(run: str, dtype: torch.dtype, tmp_path: Path) -> None:

@@ -94,6 +94,7 @@ def test_a_stopped_run_ends_with_the_same_bytes(run: str, kind: type, number: in
     )
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("architecture", TINY_MODELS)
 @pytest.mark.parametrize("run", ["fasp", "alps under intra", "fasp under cross", "depth"])
 def test_a_model_read_block_by_block_goes_on_too(run: str, architecture: str, tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ RUNS = [
 ]
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize(
     ("recipe", "settings"), RUNS, ids=["alps", "sparsegpt", "fasp", "metric", "recovery", "permuted"]
 )

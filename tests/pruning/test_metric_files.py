@@ -71,6 +71,7 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return made
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("stop", [between_blocks, before_the_division])
 @pytest.mark.parametrize("run", RUNS)
 def test_a_resumed_run_measures_no_metric(
@@ -152,6 +153,7 @@ def test_what_is_not_there_any_more_is_measured_again(
     assert same(whole, resumed)
 
 
+@pytest.mark.e2e
 def test_statistics_that_runs_share_outlive_the_folder_of_one(tmp_path: Path, passes: list[int]) -> None:
     statistics, recipe = Statistics(), load_recipe(*RUNS["sparse_best"])
     first, second = tiny(), tiny()

@@ -28,6 +28,7 @@ def problems_of(recipe, model):
     return seen, report
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("make", TINY_MODELS.values(), ids=TINY_MODELS)
 @pytest.mark.parametrize("kind", ["none", "diagonal", "full"])
 def test_every_layer_has_the_metric_of_the_dense_model(kind, make):
@@ -89,6 +90,7 @@ def test_units_are_pruned_under_the_metric_of_the_dense_model(kind):
     assert all(layer.relative_error < 1 for layer in report.layers)
 
 
+@pytest.mark.e2e
 def test_layers_wider_than_the_recipe_says_get_the_diagonal_and_a_note():
     model = tiny_llama()
     widths = {path: Decoder(model).layer(0, path).out_features for path in Decoder(model).architecture.layers}

@@ -86,6 +86,7 @@ RECIPES = {
 }
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("policy", [*POLICIES, AllAtOnce()], ids=str)
 @pytest.mark.parametrize(
     ("name", "recipe"), [*((name, recipe) for name in TINY_MODELS for recipe in RECIPES), ("sliding window", "fasp")]

@@ -129,6 +129,7 @@ def test_the_held_out_error_is_that_of_a_pass() -> None:
         assert errors[f"{architecture.blocks}.0.{path}"] == pytest.approx(error, rel=1e-3)
 
 
+@pytest.mark.e2e
 def test_all_is_in_place_with_recovery_matching_and_a_budget() -> None:
     model = uneven(tiny_qwen2())
     fields = {

@@ -83,6 +83,7 @@ def test_a_worker_has_the_threads_of_its_parent_whatever_it_began_with(
             prune(tiny(), batches(), recipe, workers=two)
 
 
+@pytest.mark.e2e
 def test_a_kit_says_how_many_threads_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.get_num_threads", lambda: 7)
     assert WorkerContext.of(Decoder(tiny())).threads == 7

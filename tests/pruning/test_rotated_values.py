@@ -33,6 +33,7 @@ def attention_outputs(model: PreTrainedModel, block: int) -> list[Tensor]:
     return [answer for _, answer in heard(model, decoder.layer(block, decoder.architecture.output))]
 
 
+@pytest.mark.e2e
 @by_model
 @pytest.mark.parametrize("policy", POLICIES)
 def test_every_layer_loses_less_than_by_coordinates(make, policy: str) -> None:

@@ -95,6 +95,7 @@ def quiet(event: Event) -> None:
     pass
 
 
+@pytest.mark.e2e
 def test_a_run_that_was_stopped_goes_on_with_any_number_of_processes(tmp_path: Path) -> None:
     whole = tiny_llama()
     expected = run(whole, "alps", PartialSums(4))
@@ -127,6 +128,7 @@ class Unasked(DenseStatistics):
         raise AssertionError("the metrics are in the run folder")
 
 
+@pytest.mark.e2e
 def test_processes_that_go_on_are_told_the_metrics_in_the_folder(tmp_path: Path) -> None:
     whole = tiny_llama()
     expected = run(whole, "metric", PartialSums(4))
@@ -150,6 +152,7 @@ def test_processes_that_go_on_are_told_the_metrics_in_the_folder(tmp_path: Path)
     assert len(models) == 2 and all(same(model, whole) for model in models.values())
 
 
+@pytest.mark.e2e
 def test_where_hidden_states_wait_changes_no_byte_of_a_shared_run_in_half_precision() -> None:
     one, models = tiny_llama().bfloat16(), dict[int, PreTrainedModel]()
     expected = run(one, "recovery in a metric", PartialSums(4), states="device")
@@ -210,6 +213,7 @@ def test_impossible_partial_sums_are_refused(tmp_path: Path) -> None:
     together(2, shared)
 
 
+@pytest.mark.e2e
 def test_the_partial_sums_of_one_process_go_to_workers_too() -> None:
     one, shared = tiny_llama(), tiny_llama()
     expected = run(one, "alps", PartialSums(3))

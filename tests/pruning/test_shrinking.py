@@ -153,6 +153,7 @@ def test_a_budget_that_is_not_met_is_told_and_an_error_in_strict_mode(settings: 
         prune(tiny_llama(), batches(), Recipe(**settings, strict=True))
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("sparsity", [0.253, 0.777])
 @pytest.mark.parametrize("pattern", ["unstructured", "rows"])
 def test_rounding_is_no_missed_budget(pattern: str, sparsity: float) -> None:

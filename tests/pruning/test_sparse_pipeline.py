@@ -69,6 +69,7 @@ def test_better_solvers_leave_smaller_errors() -> None:
     assert errors["fistapruner_plus"] < errors["sparsegpt"]
 
 
+@pytest.mark.e2e
 def test_audit_measures_a_folder_that_prune_wrote(tmp_path: Path) -> None:
     save_model(tiny_llama(), tmp_path / "dense", tokenizer=tiny_tokenizer())
     (tmp_path / "text.txt").write_text("The committee met on Monday and talked about prices. " * 400)

@@ -65,6 +65,7 @@ def fetched(place: type) -> Iterator[list[int]]:
         yield seen
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize(
     ("name", "policy"), [*(("llama", policy) for policy in POLICIES), ("opt", "cross"), ("qwen2", "intra")]
 )
@@ -136,6 +137,7 @@ def test_the_file_grows_no_larger_than_what_is_kept_at_a_time(tmp_path: Path, mo
     assert file.closed
 
 
+@pytest.mark.e2e
 def test_recovery_keeps_no_more_calls_than_it_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     decoder = Decoder(tiny_llama())
     with calibrating(decoder):

@@ -28,6 +28,7 @@ def with_dropout() -> torch.nn.Module:
     return tiny_opt(dropout=0.5, attention_dropout=0.5)
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_pruning_does_the_same_in_training_mode(recipe: str) -> None:
     models = with_dropout().eval(), with_dropout().train()

@@ -7,7 +7,7 @@ from optprune.testing.quadratic import exact_objective
 from tests.helpers.bound_cases import SOLVERS, case, good_points
 
 
-@pytest.mark.parametrize("seeds", [range(5), pytest.param(range(5, 60), marks=pytest.mark.e2e)], ids=str)
+@pytest.mark.parametrize("seeds", [range(5), pytest.param(range(5, 60), marks=pytest.mark.slow)], ids=str)
 @pytest.mark.parametrize("kind", SOLVERS)
 def test_no_bound_exceeds_a_point(kind, seeds):
     for seed in seeds:

@@ -37,6 +37,7 @@ def test_conjugate_gradients_agree_with_restoration(problem):
     assert rough.steps <= 4 * problem.loss.weight.shape[1]
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_conjugate_gradients_on_a_singular_mask_stay_small(dtype):
     """Fewer tokens than inputs: what lies outside their directions is left alone, however rounding falls."""

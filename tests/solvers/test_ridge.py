@@ -172,6 +172,7 @@ def test_a_planted_fault_is_noticed(fault: str, monkeypatch: pytest.MonkeyPatch)
             check_choice("columns", seed)
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize(
     ("name", "recipe"), [("llama", "fasp"), ("opt", "fasp"), ("qwen2", "spap_plus"), ("llama", "alps")]

@@ -42,8 +42,8 @@ from tests.helpers.solver_table import (
 # Where the laws themselves are not at stake, and where nothing is degenerate, fewer examples show as much.
 FEWER = settings(max_examples=max(settings().max_examples // 4, 1))
 EXAMPLES = settings().max_examples
-# `make test` draws a third of the examples, `make test-e2e` all of them.
-by_examples = pytest.mark.parametrize("examples", [EXAMPLES // 3, pytest.param(EXAMPLES, marks=pytest.mark.e2e)])
+# `make test` draws a third of the examples, `make test-all` all of them.
+by_examples = pytest.mark.parametrize("examples", [EXAMPLES // 3, pytest.param(EXAMPLES, marks=pytest.mark.slow)])
 
 
 def up_to(examples):
@@ -100,7 +100,7 @@ def test_an_infeasible_start_never_comes_back_as_an_answer(kind, solver, example
 def test_the_default_device_is_not_used(kind, solver, examples):
     """Under a default device that holds no numbers the answer is the same: everything made is where the problem is."""
 
-    @up_to(examples // 4)
+    @up_to(examples // 10)
     @given(st.sampled_from(METRIC_KINDS).flatmap(lambda metric: weighted(kind, metric)))
     def check(problem):
         if solver.refusal(problem.in_output_basis()[0]) is not None or laws.refused_as_singular(problem, solver):

@@ -74,6 +74,7 @@ def test_answers_end_near_the_exhaustive_optimum(name, kind):
     assert 100 * mean_excess(CHAINS[name], kind) <= STATED[name, kind][0]
 
 
+@pytest.mark.e2e
 @by_kind
 def test_depth_never_ends_higher_than_plain_exchanges(kind):
     for problem, _ in optima(kind):
@@ -134,6 +135,7 @@ def test_the_bound_does_not_suffer_from_couplings_of_units_that_stay():
     assert 0.98 <= solve(problem, RemovalBound()).certificate.lower_bound <= optimum * (1 + 1e-9)
 
 
+@pytest.mark.e2e
 def test_hypothesis_draws_are_solved_to_the_stated_shares():
     """Generic draws of up to 12 units: with and without biases, dense inputs, ties of two columns, two slots."""
     excess = {name: [] for name in CHAINS}

@@ -101,6 +101,7 @@ def test_several_heads_lose_less_in_turns(seed: int) -> None:
     assert turned < by_coordinates(loss, link, keep)
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("seed", range(3))
 def test_turns_come_near_the_best_directions_there_are(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """One direction of three in one slot of two heads: all of them are tried, on a sphere."""

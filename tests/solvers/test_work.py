@@ -145,6 +145,7 @@ def test_no_more_products_are_made_than_declared(solver):
         assert counter.get_total_flops() <= solver.work(out, width).flops, problem.kind
 
 
+@pytest.mark.e2e
 @told
 @pytest.mark.parametrize("recipe", ["fasp", pytest.param("structured_best", marks=pytest.mark.slow)])
 def test_a_solve_takes_the_memory_that_its_solver_declares(recipe):

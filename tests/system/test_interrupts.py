@@ -166,6 +166,7 @@ def test_the_first_file_is_told_of_when_the_second_is_interrupted(tmp_path: Path
     assert done_sentence() == "the first is written"
 
 
+@pytest.mark.e2e
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # what a generator swallows at its end
 def test_an_interrupt_after_the_first_still_finds_everything_cleaned(tmp_path: Path) -> None:
     model = tiny_llama()

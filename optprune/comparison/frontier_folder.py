@@ -1,0 +1,71 @@
+"""Folder of a frontier: finished rows, the files that are timed, pruned models, and the final page."""
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from optprune.comparison.frontier import Frontier, FrontierRow, Speed
+from optprune.system.files import real_path
+from optprune.system.folders import ManifestFolder
+
+ROWS, FILES, PRUNED, MODELS = "rows", "files", "pruned", "models"
+JSON, TABLE, PAGE, SPEEDS = "frontier.json", "frontier.md", "frontier.html", "speeds.json"
+ROW, SPEEDS_OF = TypeAdapter(FrontierRow), TypeAdapter(dict[str, Speed])
+
+
+class FrontierFolder(ManifestFolder):
+    """Folder with the options of a frontier, and a file for each finished row."""
+
+    noun = "frontier"
+    begin_anew = "choose another output"
+    written = (f"{ROWS}/*.json", JSON, TABLE, PAGE, SPEEDS)
+
+    def __init__(self, folder: str | Path) -> None:
+        """Take a folder that is new, empty, or holds a frontier. Raises InputError otherwise."""
+        super().__init__(real_path(Path(folder)))
+
+    def row(self, name: str, make: Callable[[], FrontierRow]) -> FrontierRow:
+        """Return a row: the stored one, or a new one, which is stored."""
+        file = f"{ROWS}/{name}.json"
+        if self.holds(file):
+            return self._as(ROW, file)
+        made = make()
+        self.subfolder(ROWS)
+        self.write(file, asdict(made))
+        return made
+
+    def has(self, name: str) -> bool:
+        """Return whether a row is finished."""
+        return self.holds(f"{ROWS}/{name}.json")
+
+    def speeds(self, names: list[str], make: Callable[[], dict[str, Speed]]) -> dict[str, Speed]:
+        """Return the speeds of all rows: the stored ones if they are of these rows, or new ones, which are stored."""
+        if self.holds(SPEEDS):
+            found = self._as(SPEEDS_OF, SPEEDS)
+            if set(found) == set(names):
+                return found
+        made = make()
+        self.write(SPEEDS, {name: asdict(speed) for name, speed in made.items()})
+        return made
+
+    def conclude(self, found: Frontier) -> None:
+        """Write the tables and the page, each file whole or not at all, and delete the files that were timed."""
+        for name, text in {JSON: found.to_json(), TABLE: found.markdown(), PAGE: found.page()}.items():
+            self.keep(name, lambda stream, text=text: stream.write(text.encode()))
+        self.remove_subfolder(FILES)
+
+    def close(self) -> None:
+        """Release the folder, or delete it where the frontier did not begin."""
+        if self.begun:
+            self.release()
+        else:
+            self.discard()
+
+    def _as(self, kind: TypeAdapter[Any], name: str) -> Any:
+        try:
+            return kind.validate_python(self.read(name))
+        except ValidationError as error:
+            raise self.damaged(name) from error

@@ -1,0 +1,48 @@
+"""Weights of a GGUF file, decoded into the model that the file was written from: its quality without llama.cpp."""
+
+from pathlib import Path
+
+import gguf
+import torch
+from transformers import PreTrainedModel
+
+from optprune.errors import OptpruneError
+from optprune.export.exporter import ModelSource
+from optprune.export.gguf_file import GgufFile
+from optprune.export.gguf_tensors import Target
+from optprune.models import Decoder
+from optprune.models.gguf import PlainReader
+
+
+@torch.no_grad()
+def decode_into(model: PreTrainedModel, file: Path, source: ModelSource, exporter: GgufFile) -> None:
+    """Replace the matrices of a model by those of a GGUF file, which `exporter` wrote from the folder `source`.
+
+    `model` is loaded from that folder. Rows and columns return to their places in the model, and zeros that fill up
+    blocks are left out, so that the model computes with the numbers that llama.cpp reads. Vectors, which files hold in
+    float32, stay. Raises OptpruneError where a tensor is not in the file.
+    """
+    parameters = dict(Decoder(model).model.named_parameters())
+    stored = {tensor.name: tensor for tensor in PlainReader(file).tensors}
+    for target in exporter.targets(source):
+        if len(target.shape) < 2 or not target.sources:
+            continue
+        if target.name not in stored:
+            raise OptpruneError(f"{file} has no tensor {target.name}: export the model again")
+        tensor = stored[target.name]
+        plain = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy()).reshape(target.shape)
+        for (name, _), part in zip(target.sources, _in_their_places(target, plain), strict=True):
+            parameters[name].copy_(part)
+
+
+def _in_their_places(target: Target, plain: torch.Tensor) -> list[torch.Tensor]:
+    """Return the model's tensors from the tensor of the file, by the places that numbers have in the file."""
+    shapes = [torch.Size(stored.shape) for _, stored in target.sources]
+    total = sum(shape.numel() for shape in shapes)
+    # Number one stands for the first entry: zeros in the file are no entry of the model.
+    numbers = torch.arange(1, total + 1).split([shape.numel() for shape in shapes])
+    places = target.arranged([part.view(shape) for part, shape in zip(numbers, shapes, strict=True)]).flatten()
+    found = plain.new_empty(total)
+    found[places[places > 0] - 1] = plain.flatten()[places > 0]
+    parts = found.split([shape.numel() for shape in shapes])
+    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
