@@ -223,7 +223,7 @@ def config_faults(before: StoredModel, stored: StoredModel) -> list[Fault]:
     faults = []
     for name in KEPT_FIELDS:
         was, now = (getattr(each.config, name, None) for each in (before, stored))
-        fewer_tokens = name == "vocab_size" and now < was
+        fewer_tokens = name == "vocab_size" and was is not None and now is not None and now < was
         if was != now and not fewer_tokens:
             faults.append(f"{name} is {shown(now)} in config.json, and {shown(was)} in {before.source}")
     original = original_from_model(before, stored)

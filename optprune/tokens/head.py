@@ -18,17 +18,19 @@ SMALLEST = 1e-3
 
 @dataclass(frozen=True, eq=False)
 class HeadMatching:
-    """minimise  sum_n w_n D(q_n || p_n(V)) / sum_n w_n + ridge / 2 * tr((V - V0) A (V - V0)^T) / scale   over V
+    """minimise  sum_n w_n D(q_n || p_n(V)) / sum_n w_n + ridge / 2 * tr(C (V - V0) A (V - V0)^T)   over V
 
-        p_n(V)_i = exp(v_i h_n + b_i) / (exp(z0_n) + sum_j exp(v_j h_n + b_j)),    A = sum_n w_n h_n h_n^T / sum_n w_n
+        p_n(V)_i = exp(v_i h_n + b_i) / (exp(z0_n) + sum_j exp(v_j h_n + b_j))
+        A = sum_n w_n h_n h_n^T / sum_n w_n,    C = diag(c),    c = sum_n w_n q_n / sum_n w_n
 
     V [receiving, hidden] are the rows of the head that receive the probability of removed tokens, h_n its inputs, q_n
     the targets, and z0_n the logarithm of what all other tokens take, whose rows stay. D is the Kullback-Leibler
-    divergence in nats; the targets and the other tokens are one distribution. `scale` divides the ridge by the number
-    of rows, so that it is a mean square change of logits.
+    divergence in nats; the targets and the other tokens are one distribution. C and A are its curvature at the
+    targets as a product, as in K-FAC (Martens and Grosse 2015, arXiv 1503.05671), so that the ridge is a mean square
+    change of logits, weighed by the probability of the token.
 
-    Convex, since logarithms of sums of exponentials are. A token's own row sees few states, so without the ridge it
-    would fit them alone.
+    Convex, since logarithms of sums of exponentials are. A row is probable in few states, and without the ridge it
+    would fit these alone.
     """
 
     states: States
@@ -39,9 +41,16 @@ class HeadMatching:
     ridge: float = 0.0
     gram: Tensor = field(init=False)
     """A [hidden, hidden], float32"""
+    probable: Tensor = field(init=False)
+    """c [receiving], float32"""
 
     def __post_init__(self) -> None:
         hidden, weights = self.states.hidden, self.states.weights
+        total = sum(
+            part.t().float() @ weight
+            for part, weight in zip(self.states.targets.split(AT_ONCE), weights.split(AT_ONCE), strict=True)
+        )
+        object.__setattr__(self, "probable", total / weights.sum())
         object.__setattr__(self, "gram", (hidden * weights[:, None]).t() @ hidden / weights.sum())
 
     def divergence(self, rows: Tensor, states: States | None = None) -> float:
@@ -60,7 +69,8 @@ class HeadMatching:
     def objective(self, rows: Tensor) -> float:
         """Return the value to minimise."""
         change = rows - self.start
-        return self.divergence(rows) + self.ridge / 2 * float(((change @ self.gram) * change).sum()) / len(rows)
+        squares = ((change @ self.gram) * change).sum(1)
+        return self.divergence(rows) + self.ridge / 2 * float(self.probable @ squares)
 
     def logits(self, states: States, rows: Tensor) -> Tensor:
         """Return the logits [n, receiving] of some states for rows V."""
@@ -87,7 +97,7 @@ class MatchedHead:
 @torch.no_grad()
 @full_precision()
 def match_head(
-    problem: HeadMatching, held_out: States, *, epochs: int = 3, change: float = 1.0, batch: int = 512, seed: int = 0
+    problem: HeadMatching, held_out: States, *, epochs: int = 3, change: float = 0.5, batch: int = 512, seed: int = 0
 ) -> MatchedHead:
     """Return the rows with the least divergence on held-out states among those after each pass, and the start.
 
@@ -110,7 +120,7 @@ def match_head(
             inputs = part.hidden @ whiten
             logits = problem.logits(part, problem.start).addmm_(inputs, moved.t())
             slope = problem.slopes(part, logits).t() @ inputs / len(places)
-            slope += problem.ridge / len(moved) * moved
+            slope += problem.ridge * problem.probable[:, None] * moved
             step += 1
             mean.lerp_(slope, 0.1)
             square.mul_(0.99).addcmul_(slope, slope, value=0.01)

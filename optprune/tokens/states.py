@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -58,70 +59,87 @@ def read_states(
 ) -> States:
     """Return the states of the dense model behind the pieces of windows of old token ids [n, length].
 
-    A text has few of the removed tokens, and each only seldom. So some of its tokens are replaced by removed tokens,
-    drawn from the dense model's predictions there, and the states inside these weigh less by as much.
+    They are the states behind each token of the text, and states behind the first pieces of removed tokens. A text has
+    few of these tokens, and each only seldom. So some of its tokens are replaced by removed tokens, drawn from the
+    dense model's predictions there, and the states inside these weigh as much as the model expects of the text.
     """
     rows, model = TokenRows.of(loaded.model), loaded.model
     generator = torch.Generator().manual_seed(seed)
     found, done = list[States](), 0
     with evaluating(model), loaded.decoder().running():
         for batch in windows.split(max(1, TOKENS_AT_ONCE // windows.shape[1])):
-            _, logits = _passed(loaded, rows.head, batch)
+            reading = _Reading(loaded, push, rows)
+            hidden, logits = reading.passed(batch)
             replaced = [_replaced(push, ids, scores, generator) for ids, scores in zip(batch, logits, strict=True)]
-            _, logits = _passed(loaded, rows.head, torch.stack([ids for ids, _ in replaced]))
-            found += _of_windows(loaded, push, rows, replaced, logits)
+            inside = reading.inside([ids for ids, _ in replaced], [weights for _, weights in replaced])
+            behind = (reading.behind(*each) for each in zip(batch, hidden, logits, strict=True))
+            found += [States.joined(pair) for pair in zip(behind, inside, strict=True)]
             done += len(batch)
             on_window(done, len(windows))
     return States.joined(found)
 
 
 def _replaced(push: PushForward, ids: Tensor, logits: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Return the ids [length] with some replaced by removed tokens, and the weight of the inside of each token."""
+    """Return the ids [length] with some replaced by removed tokens, and the weights of these tokens, 0 for others."""
     among = push.probabilities(logits[:-1])[:, push.removed.to(logits.device)].cpu()
     chance = among.sum(1)
     hit = (REPLACED * chance / chance.mean().clamp(min=1e-30)).clamp(max=MOST)
     places = (torch.rand(len(hit), generator=generator) < hit).nonzero()[:, 0]
-    new, weights = ids.clone(), torch.ones(len(ids))
+    new, weights = ids.clone(), torch.zeros(len(ids))
     for place in places.tolist():
         new[place + 1] = push.removed[torch.multinomial(among[place], 1, generator=generator)]
         weights[place + 1] = chance[place] / hit[place]
     return new, weights
 
 
-def _of_windows(
-    loaded: LoadedModel, push: PushForward, rows: TokenRows, replaced: Sequence[tuple[Tensor, Tensor]], logits: Tensor
-) -> Iterator[States]:
-    """Yield the states of each window, from the dense model's logits and a pass over the pieces."""
-    kept = torch.tensor(push.vocabulary.kept)
-    new = [push.new_ids(ids) for ids, _ in replaced]
-    padded = nn.utils.rnn.pad_sequence(new, batch_first=True)
-    hidden, own = _passed(loaded, rows.head, kept[padded])
-    others = torch.ones(push.rows, dtype=torch.bool, device=own.device)
-    others[kept[push.receiving].to(own.device)] = False
-    others[push.removed.to(own.device)] = False
-    others &= ~push.without_token.to(own.device)
-    for number, (ids, inside) in enumerate(replaced):
-        count = len(new[number])
-        ends, weights = _ends(push, ids, inside)
-        scores = own[number, :count]
-        targets = push.targets(ids, push.probabilities(logits[number]), push.probabilities(scores[~ends]))
-        rest = scores.float().masked_fill(~others, -torch.inf).logsumexp(-1)
-        yield States(hidden[number, :count].float(), targets.bfloat16(), rest, weights.to(rest.device))
+@dataclass(frozen=True, eq=False)
+class _Reading:
+    """Passes of a dense model, and the states in them."""
 
+    loaded: LoadedModel
+    push: PushForward
+    rows: TokenRows
 
-def _ends(push: PushForward, ids: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
-    """Return for each piece of tokens [n] whether it ends its token, and its weight: `inside` where it does not."""
-    counts = torch.tensor([len(push.vocabulary.pieces[token]) for token in ids.tolist()])
-    ends = torch.zeros(int(counts.sum()), dtype=torch.bool)
-    ends[counts.cumsum(0) - 1] = True
-    return ends, torch.where(ends, 1.0, inside.repeat_interleave(counts))
+    def passed(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the inputs of the head [batch, length, hidden] and the model's logits [batch, length, rows]."""
+        with _inputs_of(self.rows.head) as found:
+            logits = self.loaded.model(input_ids=ids.to(self.loaded.model.device), use_cache=False).logits
+        return found[0], logits
 
+    def behind(self, ids: Tensor, hidden: Tensor, logits: Tensor) -> States:
+        """Return the states behind each token of a text of ids [length]."""
+        ends = self.push.ends(ids)
+        unused = logits.new_zeros(int((~ends).sum()), self.push.rows, dtype=torch.float32)
+        targets = self.push.targets(ids, self.push.probabilities(logits), unused)[ends.to(logits.device)]
+        return self._states(hidden, logits, targets, torch.ones(len(ids)))
 
-def _passed(loaded: LoadedModel, head: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the inputs of the head [batch, length, hidden] and the model's logits [batch, length, rows]."""
-    with _inputs_of(head) as found:
-        logits = loaded.model(input_ids=ids.to(loaded.model.device), use_cache=False).logits
-    return found[0], logits
+    def inside(self, texts: Sequence[Tensor], weights: Sequence[Tensor]) -> list[States]:
+        """Return for each text the states behind the first pieces of its tokens with a weight."""
+        _, dense = self.passed(torch.stack(list(texts)))
+        kept, new = torch.tensor(self.push.vocabulary.kept), [self.push.new_ids(ids) for ids in texts]
+        hidden, logits = self.passed(kept[nn.utils.rnn.pad_sequence(new, batch_first=True)])
+        found = list[States]()
+        for number, (ids, weight) in enumerate(zip(texts, weights, strict=True)):
+            ends = self.push.ends(ids)
+            own, every = logits[number, : len(ends)], weight.repeat_interleave(self.push.counts(ids))
+            between = self.push.probabilities(own[~ends])
+            targets = self.push.targets(ids, self.push.probabilities(dense[number]), between)
+            taken = ~ends & (every > 0)
+            found.append(self._states(hidden[number, : len(ends)][taken], own[taken], targets[taken], every[taken]))
+        return found
+
+    def _states(self, hidden: Tensor, logits: Tensor, targets: Tensor, weights: Tensor) -> States:
+        rest = logits.float().masked_fill(~self._others.to(logits.device), -torch.inf).logsumexp(-1)
+        return States(hidden.float(), targets.bfloat16(), rest, weights.to(rest.device))
+
+    @cached_property
+    def _others(self) -> Tensor:
+        """A mask [rows] of the kept tokens that receive nothing."""
+        push = self.push
+        others = ~push.without_token
+        others[torch.tensor(push.vocabulary.kept)[push.receiving]] = False
+        others[push.removed] = False
+        return others
 
 
 @contextmanager

@@ -96,6 +96,15 @@ class PushForward:
         pieces = self.vocabulary.pieces
         return torch.tensor([piece for token in old.tolist() for piece in pieces[token]])
 
+    def counts(self, old: Tensor) -> Tensor:
+        """Return the number of pieces of each of the old ids [n]."""
+        return torch.tensor([len(self.vocabulary.pieces[token]) for token in old.tolist()])
+
+    def ends(self, old: Tensor) -> Tensor:
+        """Return for each piece of old ids [n] whether it is the last one of its token."""
+        last = self.counts(old).cumsum(0) - 1
+        return torch.zeros(int(last[-1]) + 1, dtype=torch.bool).index_fill(0, last, True)
+
     def targets(self, old: Tensor, probabilities: Tensor, between: Tensor) -> Tensor:
         """Return the probabilities [pieces, receiving] of the pieces behind each piece of the tokens `old` [n].
 

@@ -67,7 +67,8 @@ def objective(problem: HeadMatching, rows: Tensor) -> Tensor:
     targets = torch.cat([s.targets, 1 - s.targets.sum(1, keepdim=True)], 1).double()
     apart = (torch.xlogy(targets, targets) - targets * logits.log_softmax(1)).sum(1)
     gram = (s.hidden * s.weights[:, None]).t() @ s.hidden / s.weights.sum()
-    pull = problem.ridge / 2 * torch.einsum("ik,kl,il->", change, gram, change) / len(rows)
+    probable = (s.targets * s.weights[:, None]).sum(0) / s.weights.sum()
+    pull = problem.ridge / 2 * torch.einsum("i,ik,kl,il->", probable, change, gram, change)
     return (s.weights * apart).sum() / s.weights.sum() + pull
 
 
