@@ -1,7 +1,7 @@
 """Loss of whole models in 4 bits: llama.cpp's own q4_0, rounding, compensated errors, and a 2:4 mask with q4_0.
 
-`python -m benchmarks.bits` writes benchmarks/results/bits.md. Only the linear layers of the blocks are quantised, so that
-all rows have the same embedding and head. Rows have the same calibration windows and evaluation windows.
+`python -m benchmarks.bits` writes benchmarks/results/bits.md. Only the linear layers of the blocks are quantised, so
+that all rows have the same embedding and head. Rows have the same calibration windows and evaluation windows.
 """
 
 import argparse
@@ -88,8 +88,8 @@ def main() -> None:
     options = parser.parse_args()
     base = setting(options.samples, options.seq_length, options.windows, 0)
     title = (
-        f"SmolLM2-135M-Instruct in 4 bits: {options.samples} windows of {options.seq_length} tokens of news to calibrate, "
-        f"{options.windows} windows of other news to evaluate, seed 0"
+        f"SmolLM2-135M-Instruct in 4 bits: calibrated on {options.samples} windows of {options.seq_length} tokens of "
+        f"news, evaluated on {options.windows} windows of other news, seed 0"
     )
     found = list[dict[str, Any]]()
     for name, make in rows(base):
