@@ -81,9 +81,10 @@ def compare_command(
     reporter = start()
     from optprune.comparison import compare
     from optprune.comparison.grid import MOST_DRAWS
-    from optprune.comparison.kept_folder import JSON, PICTURE, TABLE
+    from optprune.comparison.kept_folder import JSON, PAGE, TABLE
     from optprune.comparison.run import NO_PICTURE
     from optprune.measure import SpeedWorkload
+    from optprune.report.drawings import can_draw
 
     check_json(json_file, models=[model])
     fields = {"propagation": propagation, "units": units, "units.weights": pattern, "strict": strict or None}
@@ -114,9 +115,8 @@ def compare_command(
         )
     write_json(json_file, found.to_json(), f"the comparison is in {output}")
     echo(str(found))
-    picture = (output / PICTURE).is_file()
-    echo(f"{output}: {TABLE}, {JSON}{f', {PICTURE}' if picture else ''}")
-    if not picture:
+    echo(f"{output}: {TABLE}, {JSON}, {PAGE}")
+    if not can_draw():
         echo(NO_PICTURE)
     if found.failures:
         raise typer.Exit(FAILED)

@@ -17,7 +17,7 @@ from optprune.system.folders import ManifestFolder
 CELLS, WORK, MODELS = "cells", "work", "models"
 Value = TypeVar("Value")
 RESULT, FIGURES = TypeAdapter(CellResult), TypeAdapter(Figures)
-JSON, TABLE, PICTURE = "comparison.json", "comparison.md", "comparison.svg"
+JSON, TABLE, PAGE = "comparison.json", "comparison.md", "comparison.html"
 
 
 class ComparisonFolder(ManifestFolder):
@@ -25,7 +25,7 @@ class ComparisonFolder(ManifestFolder):
 
     noun = "comparison"
     begin_anew = "choose another output"
-    written = (f"{CELLS}/*.json", JSON, TABLE, PICTURE)
+    written = (f"{CELLS}/*.json", JSON, TABLE, PAGE)
 
     def __init__(self, folder: str | Path) -> None:
         """Take a folder that is new, empty, or holds a comparison. Raises InputError otherwise."""
@@ -87,12 +87,10 @@ class ComparisonFolder(ManifestFolder):
         """Store the figures of the dense model."""
         self._keep(DENSE, asdict(figures))
 
-    def conclude(self, comparison: Comparison, picture: bytes | None) -> None:
-        """Write the tables of a comparison, each file whole or not at all."""
-        texts = {JSON: comparison.to_json().encode(), TABLE: comparison.markdown().encode(), PICTURE: picture}
-        for name, data in texts.items():
-            if data is not None:
-                self.keep(name, lambda stream, data=data: stream.write(data))
+    def conclude(self, comparison: Comparison) -> None:
+        """Write the tables and the page of a comparison, each file whole or not at all."""
+        for name, text in {JSON: comparison.to_json(), TABLE: comparison.markdown(), PAGE: comparison.page()}.items():
+            self.keep(name, lambda stream, text=text: stream.write(text.encode()))
 
     def _keep(self, name: str, content: dict[str, Any]) -> None:
         self.subfolder(CELLS)

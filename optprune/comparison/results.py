@@ -1,12 +1,21 @@
 """Results of a comparison: by cell, averaged over seeds, as a table and as a picture."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import mean, stdev
 from typing import Any
 
 from optprune.comparison.grid import Cell
-from optprune.report.drawings import picture_bytes, plot_settings
+from optprune.report.drawings import (
+    COLOURS,
+    PAGE_SETTINGS,
+    STYLES,
+    can_draw,
+    inline_svg,
+    picture_bytes,
+    plot_settings,
+)
+from optprune.report.simple_page import SimplePage
 from optprune.system.files import json_text
 
 DENSE = "dense"
@@ -14,6 +23,8 @@ QUALITY = ("perplexity", "divergence", "agreement")
 AGAINST = ("weights", "bytes", "seconds")
 SCALES = {"weights": 1e6, "bytes": 2**20}
 """units of the axes"""
+MARKS = (".", "s", "^", "D", "x")
+"""marks of the recipes, one after another where colours repeat"""
 
 
 @dataclass(frozen=True)
@@ -142,6 +153,38 @@ class Comparison:
             {"model": self.model, "options": self.options, "dense": asdict(self.dense), "rows": rows, "cells": cells}
         )
 
+    def verdict(self) -> str:
+        """Return, for each sparsity, the recipe whose predictions are closest to the dense model's, in sentences."""
+        _, *rows = self.rows()
+        sentences = [f"The dense model has a perplexity of {self.dense.perplexity:.2f}."]
+        for sparsity in dict.fromkeys(row.sparsity for row in rows):
+            there = [row for row in rows if row.sparsity == sparsity and row.figures]
+            if not there:
+                sentences.append(f"At a sparsity of {sparsity:g} no recipe gave a model.")
+                continue
+            best, *others = sorted(there, key=lambda row: row.mean("divergence") or 0.0)
+            beside = f", before {others[0].recipe} with {_formatted(others[0], 'divergence')}" if others else ""
+            sentences.append(
+                f"At a sparsity of {sparsity:g} {best.recipe} is closest to it, {_formatted(best, 'divergence')} nats "
+                f"a prediction{beside}; its perplexity is {_formatted(best, 'perplexity')}."
+            )
+        return " ".join(sentences)
+
+    def page(self) -> str:
+        """Return the page as HTML, in one file without scripts; without matplotlib it has no picture."""
+        head, *body = self._cells()
+        title = f"{self.model}: recipes compared"
+        pictures = ((_page_picture(self, title), "A point for each sparsity."),) if can_draw() else ()
+        return SimplePage(
+            title=title,
+            lead=self.verdict(),
+            pictures=pictures,
+            caption="Recipes at each sparsity",
+            head=tuple(head),
+            rows=tuple(map(tuple, body)),
+            sentences=tuple(self._sentences()),
+        ).html()
+
     def __str__(self) -> str:
         rows = self._cells()
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -189,36 +232,50 @@ def picture_of(comparison: Comparison) -> bytes:
 
     There is a line for each recipe and a point for each sparsity: the mean over the seeds, with the standard deviation.
     """
+    with plot_settings():
+        return picture_bytes(_drawn(comparison, [f"C{number}" for number in range(10)], "grey"), "svg")
+
+
+def _page_picture(comparison: Comparison, title: str) -> str:
+    """Return the picture as an <svg> element in the colours of the page."""
+    with plot_settings(PAGE_SETTINGS):
+        drawn = _drawn(comparison, [COLOURS[name] for name, _ in STYLES], COLOURS["muted"])
+        return inline_svg(drawn, "comparison", title, "The table below has the numbers.")
+
+
+def _drawn(comparison: Comparison, colours: Sequence[str], line: str) -> Any:
+    """Return the figure, with the recipes in these colours in turn, in other marks where colours repeat."""
     from matplotlib.figure import Figure  # without pyplot there is no window and no global state
 
-    with plot_settings():
-        figure = Figure(figsize=(12, 10), layout="constrained")
-        grid: Any = figure.subplots(len(QUALITY), len(AGAINST), sharey="row", sharex="col")
-        dense, *rows = comparison.rows()
-        recipes: dict[str, list[Row]] = {}
-        for row in rows:
-            recipes.setdefault(row.recipe, []).append(row)
-        for across, against in enumerate(AGAINST):
-            for down, quality in enumerate(QUALITY):
-                axes = grid[down][across]
-                for name, own in recipes.items():
-                    _draw(axes, name, [row for row in own if row.figures], against, quality)
-                level = dense.mean(quality)
-                axes.axhline(level, color="grey", linestyle=":", label="dense")
-            grid[-1][across].set_xlabel(_heading(against))
+    figure = Figure(figsize=(12, 10), layout="constrained")
+    grid: Any = figure.subplots(len(QUALITY), len(AGAINST), sharey="row", sharex="col")
+    dense, *rows = comparison.rows()
+    recipes: dict[str, list[Row]] = {}
+    for row in rows:
+        recipes.setdefault(row.recipe, []).append(row)
+    for across, against in enumerate(AGAINST):
         for down, quality in enumerate(QUALITY):
-            grid[down][0].set_ylabel(_heading(quality))
-        grid[0][0].legend(fontsize=8)
-        figure.suptitle(comparison.model)
-        return picture_bytes(figure, "svg")
+            axes = grid[down][across]
+            for number, (name, own) in enumerate(recipes.items()):
+                style = colours[number % len(colours)], MARKS[number // len(colours) % len(MARKS)]
+                _draw(axes, name, [row for row in own if row.figures], against, quality, style)
+            level = dense.mean(quality)
+            axes.axhline(level, color=line, linestyle=":", label="dense")
+        grid[-1][across].set_xlabel(_heading(against))
+    for down, quality in enumerate(QUALITY):
+        grid[down][0].set_ylabel(_heading(quality))
+    grid[0][0].legend(fontsize=8)
+    figure.suptitle(comparison.model)
+    return figure
 
 
-def _draw(axes: Any, name: str, rows: list[Row], against: str, quality: str) -> None:
+def _draw(axes: Any, name: str, rows: list[Row], against: str, quality: str, style: tuple[str, str]) -> None:
     scale = SCALES.get(against, 1.0)
     places = [(row.mean(against) or 0.0) / scale for row in rows]
     values = [row.mean(quality) for row in rows]
     errors = [row.deviation(quality) or 0.0 for row in rows]
-    axes.errorbar(places, values, yerr=errors, fmt=".-", capsize=2, label=name)
+    colour, mark = style
+    axes.errorbar(places, values, yerr=errors, fmt=f"{mark}-", color=colour, capsize=2, label=name)
 
 
 def _heading(figure: str) -> str:

@@ -3,7 +3,6 @@
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from optprune.calibration.statistics_cache import digest_of_weights
 from optprune.comparison.dense import dense_source
 from optprune.comparison.grid import Grid
 from optprune.comparison.kept_folder import ComparisonFolder
-from optprune.comparison.results import Comparison, picture_of
+from optprune.comparison.results import Comparison
 from optprune.comparison.session import Session
 from optprune.errors import InputError
 from optprune.measure import SpeedWorkload
@@ -44,7 +43,7 @@ from optprune.texts import (
     tokenise,
 )
 
-NO_PICTURE = "there is no picture, which needs matplotlib: pip install 'optprune[plot]'"
+NO_PICTURE = "the page has no picture, which needs matplotlib: pip install 'optprune[plot]'"
 
 
 def compare(
@@ -79,9 +78,9 @@ def compare(
     of a seed share the statistics of the dense model (see `collect`). A cell that fails has its sentence in the table.
 
     With a `folder`, finished cells are stored, a second call with the same options resumes, and the table is written
-    there as comparison.md, comparison.json and, with matplotlib, comparison.svg. `keep_models` saves the models there
-    in models/. Speed is measured only with a `Work`. `architecture` is as in `load_model`. `say` is called with
-    sentences about finished steps, `on_event` with the events of each run.
+    there as comparison.md, comparison.json and comparison.html, with a picture by matplotlib. `keep_models` saves the
+    models there in models/. Speed is measured only with a `Work`. `architecture` is as in `load_model`. `say` is called
+    with sentences about finished steps, `on_event` with the events of each run.
     """
     grid = Grid.of(recipes, sparsities, seeds, settings)
     check_dtype(dtype)
@@ -127,7 +126,7 @@ def compare(
         place.begin(options)
         session = Session(grid, source, place, drawn, held, keep_models, speed, say, on_event, dense)
         comparison = Comparison(source.source, session.dense(), session.measure(), options)
-        place.conclude(comparison, picture_of(comparison) if find_spec("matplotlib") else None)
+        place.conclude(comparison)
     return comparison
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from optprune.cli import main
-from optprune.comparison import run
 from tests.helpers.two_texts import TwoTexts
 
 
@@ -34,7 +33,7 @@ def test_a_table_is_told_and_a_second_call_tells_the_same(
     lines = told.splitlines()
     assert [line.split()[0] for line in lines[1:6]] == ["dense", "wanda", "wanda", "magnitude", "magnitude"]
     assert all("±" in line for line in lines[2:6])
-    assert lines[-1] == f"{output}: comparison.md, comparison.json, comparison.svg"
+    assert lines[-1] == f"{output}: comparison.md, comparison.json, comparison.html"
     assert re.search(r"^wanda at 0.4, seed 1: perplexity [\d.]+, pruned in ", progress, re.MULTILINE)
     data = json.loads(record.read_text())
     assert data == json.loads((output / "comparison.json").read_text())
@@ -51,13 +50,15 @@ def test_a_table_is_told_and_a_second_call_tells_the_same(
 def test_a_failed_cell_is_an_exit_status(
     texts: TwoTexts, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run, "find_spec", lambda name: None)
+    monkeypatch.setattr("optprune.report.drawings.can_draw", lambda: False)
+    monkeypatch.setattr("optprune.comparison.results.can_draw", lambda: False)
     asked = command(texts, tmp_path / "out", recipes="magnitude,structured_best")
     asked[asked.index("0.4,0.5")] = "0.2,0.7"
     assert main(asked) == 1
     told = capsys.readouterr().out
     assert "failed: structured_best at 0.7, seed 0: a sparsity of 0.7 is out of reach" in told
-    assert told.splitlines()[-1] == "there is no picture, which needs matplotlib: pip install 'optprune[plot]'"
+    assert "<svg" not in (tmp_path / "out" / "comparison.html").read_text()
+    assert told.splitlines()[-1] == "the page has no picture, which needs matplotlib: pip install 'optprune[plot]'"
 
 
 @pytest.mark.parametrize(

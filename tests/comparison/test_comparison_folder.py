@@ -11,9 +11,11 @@ import pytest
 from filelock import FileLock
 
 import optprune
-from optprune.comparison import Comparison, run, session
+from optprune.comparison import Comparison, picture_of, run, session
 from optprune.comparison.kept_folder import ComparisonFolder
 from optprune.errors import InputError
+from tests.helpers.html_pages import ids, parsed, references
+from tests.helpers.html_pages import loaded as loaded_by
 from tests.helpers.two_texts import TwoTexts, loaded
 
 RECIPES, SPARSITIES = ["fasp", "magnitude"], [0.2, 0.3]
@@ -38,14 +40,19 @@ def finished(texts: TwoTexts, tmp_path_factory: pytest.TempPathFactory) -> tuple
 def test_it_holds_the_table_the_figures_and_the_picture(finished: tuple[Path, Comparison]) -> None:
     place, found = finished
     assert {file.name for file in place.iterdir()} == {
-        *("cells", "comparison.json", "comparison.md", "comparison.svg", "run.json"),
+        *("cells", "comparison.json", "comparison.md", "comparison.html", "run.json"),
     }
     assert (place / "comparison.md").read_text() == found.markdown()
     assert (place / "comparison.json").read_text() == found.to_json()
-    picture = (place / "comparison.svg").read_text()
-    assert ElementTree.fromstring(picture).tag.endswith("svg")
-    for word in ("fasp", "magnitude", "dense", "seconds of pruning"):
-        assert f"<!-- {word} -->" in picture
+    page = (place / "comparison.html").read_text()
+    root = parsed(page)
+    assert page == found.page() and loaded_by(root) == [] and references(root) <= set(ids(root))
+    [picture] = root.all("svg")
+    assert {"fasp", "magnitude", "dense", "seconds of pruning"} <= {part.text for part in picture.all("text")}
+    assert next(iter(root.tables().values()))[0][0] == "recipe"
+    best = min((row for row in found.rows() if row.sparsity == 0.2), key=lambda row: row.mean("divergence") or 0.0)
+    assert f"At a sparsity of 0.2 {best.recipe} is closest to it" in root.text
+    assert ElementTree.fromstring(picture_of(found)).tag.endswith("svg")
 
 
 def test_a_finished_one_measures_nothing_again(
@@ -225,6 +232,8 @@ def test_a_cell_of_an_infinite_perplexity_has_failed(
 def test_without_matplotlib_there_is_a_table_all_the_same(
     texts: TwoTexts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run, "find_spec", lambda name: None)
+    monkeypatch.setattr("optprune.comparison.results.can_draw", lambda: False)
     compared(texts, tmp_path / "out", recipes=["magnitude"], sparsities=[0.2])
-    assert {file.suffix for file in (tmp_path / "out").glob("comparison.*")} == {".md", ".json"}
+    assert {file.suffix for file in (tmp_path / "out").glob("comparison.*")} == {".md", ".json", ".html"}
+    page = (tmp_path / "out" / "comparison.html").read_text()
+    assert "<svg" not in page and "magnitude" in page
