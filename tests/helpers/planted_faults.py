@@ -50,6 +50,77 @@ class Fault:
 
 
 FAULTS = [
+    # Grids
+    Fault(
+        "gptq: no compensation within a group",
+        "solvers/gridded.py",
+        "inner[:, j + 1 :].addr_(errors[:, j], local[j, j + 1 :], alpha=-1)",
+        "inner[:, j + 1 :].addr_(errors[:, j], local[j, j + 1 :], alpha=0)",
+        "solvers/test_gridded.py",
+    ),
+    Fault(
+        "gptq: no compensation of later groups",
+        "solvers/gridded.py",
+        "weight[:, last:] -= errors @ upper[first:last, last:]",
+        "weight[:, last:] -= 0 * errors @ upper[first:last, last:]",
+        "solvers/test_gridded.py",
+    ),
+    Fault(
+        "gptq: weights outside the mask are kept",
+        "solvers/gridded.py",
+        "grid.round(inner[:, j], scales, lows) * kept[:, first + j]",
+        "grid.round(inner[:, j], scales, lows)",
+        "solvers/test_gridded.py",
+    ),
+    Fault(
+        "grid descent: half a step to the best integer",
+        "solvers/gridded.py",
+        "self.grid.round(self.weight[:, j] - step, self.scales, self.lows)",
+        "self.grid.round(self.weight[:, j] - step / 2, self.scales, self.lows)",
+        "solvers/test_gridded.py",
+    ),
+    Fault(
+        "grid descent: scales never move",
+        "solvers/gridded.py",
+        "wanted = self.grid.stored(self.scales - torch.where(curvature > 0, slope / curvature, 0.0))",
+        "wanted = self.scales",
+        "solvers/test_gridded.py",
+    ),
+    Fault(
+        "grid descent: the residual is not updated",
+        "solvers/gridded.py",
+        "self.residual.addr_(change, self.gram[column])",
+        "self.residual.addr_(change, self.gram[column], alpha=0)",
+        "solvers/test_gridded.py",
+    ),
+    Fault(
+        "grids: one scale is tried",
+        "grids.py",
+        "TRIED = 19",
+        "TRIED = 2",
+        "solvers/test_gridded.py",
+    ),
+    Fault(
+        "grids: scales are not rounded to what is stored",
+        "grids.py",
+        "return scales.clamp(-most, most).to(self.scale_dtype).to(scales.dtype)",
+        "return scales.clamp(-most, most)",
+        "solvers/test_gridded.py",
+    ),
+    Fault(
+        "q4_0: nibbles exchanged",
+        "export/ggml.py",
+        "low | high << 4",
+        "high | low << 4",
+        "export/test_gguf_packing.py",
+    ),
+    Fault(
+        "packed folders: words from the highest bits",
+        "export/packed_folder.py",
+        "places = BITS * torch.arange(PER_WORD)\n    return (raised",
+        "places = BITS * torch.arange(PER_WORD).flip(0)\n    return (raised",
+        "export/test_packed_folder.py",
+    ),
     # Penalties, patterns and moments
     Fault(
         "l1: half the threshold",

@@ -1,0 +1,109 @@
+"""Loss of whole models in 4 bits: llama.cpp's own q4_0, rounding, compensated errors, and a 2:4 mask with q4_0.
+
+`python -m benchmarks.bits` writes benchmarks/results/bits.md. Only the linear layers of the blocks are quantised, so
+that all rows have the same embedding and head. Rows have the same calibration windows and evaluation windows.
+"""
+
+import argparse
+import copy
+import math
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import gguf
+import torch
+from gguf import GGMLQuantizationType
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from benchmarks.common import Setting, setting, with_earlier, write_table
+from optprune.calibration.input_squares import mean_squares
+from optprune.export.ggml import packed
+from optprune.measure import perplexity
+from optprune.models import Decoder
+from optprune.pruning import prune
+from optprune.recipe import Recipe
+
+Q4_0 = GGMLQuantizationType.Q4_0
+CHAIN = ["gptq", "grid_descent"]
+ALPS = {"units": {"weights": "2:4"}, "sparsity": 0.5, "solver": ["admm", {"conjugate_gradients": {"tolerance": 1e-3}}]}
+
+
+def layers(model: PreTrainedModel) -> Iterator[tuple[str, torch.nn.Linear]]:
+    """Yield the linear layers of the blocks, with their names."""
+    decoder = Decoder(model)
+    for index in range(len(decoder.blocks)):
+        for path in decoder.paths(index):
+            yield decoder.name(index, path), decoder.layer(index, path)
+
+
+@torch.no_grad()
+def by_ggml(model: PreTrainedModel, importance: dict[str, Tensor] | None) -> PreTrainedModel:
+    """Return the model with its layers as llama.cpp's quantiser leaves them, zeros kept as ggml keeps them."""
+    for name, layer in layers(model):
+        weights = None if importance is None else importance[name]
+        layer.weight.copy_(torch.from_numpy(gguf.dequantize(packed(layer.weight, Q4_0, weights), Q4_0)))
+    return model
+
+
+def pruned(base: Setting, **settings: Any) -> PreTrainedModel:
+    """Return a copy of the model after a run with these settings."""
+    model = copy.deepcopy(base.loaded.model)
+    prune(model, base.batches, Recipe({"units": "weights", "sparsity": 0.0, **settings}))
+    return model
+
+
+def rows(base: Setting) -> Iterator[tuple[str, Callable[[], PreTrainedModel]]]:
+    """Yield the name of each row and a function that makes its model."""
+    dense = base.loaded.model
+    squares: dict[str, Tensor] = {}
+
+    def importance() -> dict[str, Tensor]:
+        if not squares:
+            squares.update(mean_squares(Decoder(copy.deepcopy(dense)), base.batches))
+        return squares
+
+    def bits(solver: Any) -> dict[str, Any]:
+        return {"kind": "q4_0", "solver": solver}
+
+    yield "dense", lambda: dense
+    yield "q4_0 of llama.cpp", lambda: by_ggml(copy.deepcopy(dense), None)
+    yield "q4_0 of llama.cpp, importance matrix", lambda: by_ggml(copy.deepcopy(dense), importance())
+    yield "round_to_nearest", lambda: pruned(base, bits=bits("round_to_nearest"), propagation="dense")
+    yield "gptq", lambda: pruned(base, bits=bits("gptq"))
+    yield "gptq, grid_descent", lambda: pruned(base, bits=bits(CHAIN))
+    yield "2:4 (ALPS)", lambda: pruned(base, **ALPS)
+    yield "2:4, then q4_0 by rounding", lambda: pruned(base, **ALPS, bits=bits("round_to_nearest"))
+    yield "2:4 with q4_0", lambda: pruned(base, **ALPS, bits=bits(CHAIN))
+
+
+def main() -> None:
+    """Measure the rows, and write the table after each."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--seq-length", type=int, default=512)
+    parser.add_argument("--windows", type=int, default=40)
+    parser.add_argument("--only", nargs="*", help="names of rows to measure; others stay as they are in the table")
+    options = parser.parse_args()
+    base = setting(options.samples, options.seq_length, options.windows, 0)
+    title = (
+        f"SmolLM2-135M-Instruct in 4 bits: calibrated on {options.samples} windows of {options.seq_length} tokens of "
+        f"news, evaluated on {options.windows} windows of other news, seed 0"
+    )
+    found = list[dict[str, Any]]()
+    for name, make in rows(base):
+        if options.only and name not in options.only:
+            continue
+        began = time.perf_counter()
+        model = make()
+        seconds = round(time.perf_counter() - began)
+        evaluation = perplexity(model, base.windows)
+        loss = round(math.log(evaluation.perplexity), 4)
+        found.append({"weights of the blocks": name, "nats per token": loss, "seconds to make": seconds})
+        every = with_earlier("bits", found, ["weights of the blocks"])
+        print(write_table("bits", title, every).splitlines()[-1], flush=True)
+
+
+if __name__ == "__main__":
+    main()
