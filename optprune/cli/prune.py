@@ -45,7 +45,7 @@ from optprune.cli.outputs import check_json, echo, start, started, write_json
 from optprune.cli.prune_run import WholeRun, shared_run
 from optprune.cli.request import Options
 from optprune.cli.run_folder import FINISHED, Output
-from optprune.cli.tokens import calibration_for, vocabulary_for
+from optprune.cli.tokens import calibration_of
 from optprune.system.wording import counted
 
 if TYPE_CHECKING:
@@ -153,11 +153,7 @@ def prune_command(
         with reporter.events(expected) as on_event:
             phases = PhaseRecorder(device_of(device), on_event)
             with phases.step(TOKENISING, f"tokenising {calibration}"):
-                smaller = vocabulary_for(model, resolved.config, texts, chosen.vocabulary, program.seed)
-                tokenizer = None if smaller is None else smaller.vocabulary.tokenizer
-                drawn = calibration_for(
-                    model, resolved.config, texts, samples, seq_length, program.seed, sequences, tokenizer
-                )
+                smaller, drawn = calibration_of(resolved, texts, sequences)
             del texts
             done = shared_run(
                 replace(whole, vocabulary=smaller),

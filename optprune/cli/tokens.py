@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
+    from optprune.cli.request import Resolved
     from optprune.recipe.groups import SmallerVocabulary
     from optprune.texts import Document, DrawnWindows, Text
     from optprune.tokens import VocabularyPruning
@@ -28,24 +29,21 @@ def tokens_for(
     return tokens
 
 
-def calibration_for(
-    model: str,
-    config: "PretrainedConfig",
-    texts: "Sequence[Text]",
-    samples: int,
-    seq_length: int,
-    seed: int,
-    sequences: str = "packed",
-    tokenizer: "Tokenizer | None" = None,
-) -> "DrawnWindows":
-    """Return the calibration windows that are drawn from texts by a tokenizer, by default the model's."""
+def calibration_of(
+    resolved: "Resolved", texts: "Sequence[Text]", sequences: str = "packed"
+) -> "tuple[VocabularyPruning | None, DrawnWindows]":
+    """Return the smaller vocabulary of a run, if its recipe has one, and the calibration windows in its tokens."""
     from optprune.texts import check_vocabulary, draw_windows
 
-    with _tokenizer_of(model) as own:
-        drawn = draw_windows(tokenizer or own, texts, samples, seq_length, seed, sequences=sequences)
+    program, config = resolved.program, resolved.config
+    request, seed = program.request, program.seed
+    smaller = vocabulary_for(resolved.model, config, texts, request.recipe.vocabulary, seed)
+    with _tokenizer_of(resolved.model) as own:
+        tokenizer = own if smaller is None else smaller.vocabulary.tokenizer
+        drawn = draw_windows(tokenizer, texts, request.samples, request.seq_length, seed, sequences=sequences)
     for tokens in (drawn.first, *drawn.batches):
         check_vocabulary(config, tokens.flatten())
-    return drawn
+    return smaller, drawn
 
 
 def vocabulary_for(
