@@ -96,5 +96,5 @@ def check_alike(
     if not same:
         raise InputError(
             f"{model} and {against} have different tokens, so their predictions cannot be compared: name the model "
-            "before pruning"
+            "before pruning, or evaluate each alone and compare their bits per byte"
         )

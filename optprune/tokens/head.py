@@ -97,7 +97,7 @@ class MatchedHead:
 @torch.no_grad()
 @full_precision()
 def match_head(
-    problem: HeadMatching, held_out: States, *, epochs: int = 3, change: float = 0.5, batch: int = 512, seed: int = 0
+    problem: HeadMatching, held_out: States, *, epochs: int = 2, change: float = 0.3, batch: int = 512, seed: int = 0
 ) -> MatchedHead:
     """Return the rows with the least divergence on held-out states among those after each pass, and the start.
 

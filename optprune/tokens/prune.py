@@ -25,7 +25,7 @@ LENGTH = 256
 """the length of the windows that rows are refitted on, in tokens"""
 HELD_OUT = 8
 """one of so many windows is held out, and decides when to stop"""
-RIDGE = 100.0
+RIDGE = 0.0
 """the ridge of the rows, in nats for a mean square change of logits of one"""
 
 
