@@ -359,8 +359,8 @@ FAULTS = [
     Fault(
         "operations: attention is free",
         "allocation/currency.py",
-        "2 * (_met(decoder, shape) + attention)",
-        "2 * _met(decoder, shape)",
+        "2 * (_weights_used(decoder, shape) + attention)",
+        "2 * _weights_used(decoder, shape)",
         "allocation/test_prices.py",
     ),
     Fault(
