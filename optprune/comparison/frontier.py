@@ -127,13 +127,17 @@ class Frontier:
         """Return whether another row is no larger and no worse, and better in one of both."""
         return any(other.dominates(row) for other in self.rows)
 
+    def best_dense(self) -> list[FrontierRow]:
+        """Return the dense rows that no other dense row dominates."""
+        every = [row for row in self.rows if row.is_dense]
+        return [row for row in every if not any(other.dominates(row) for other in every)]
+
     def pairs(self) -> list[Pair]:
         """Return each pruned row beside the dense rows next to it in size, unless it is smaller than all of them.
 
         Dense rows that another dense row dominates are left out.
         """
-        every = [row for row in self.rows if row.is_dense]
-        dense = [row for row in every if not any(other.dominates(row) for other in every)]
+        dense = self.best_dense()
         found = list[Pair]()
         for row in self.rows:
             smaller = [one for one in dense if one.bytes <= SAME_SIZE * row.bytes]
@@ -145,7 +149,7 @@ class Frontier:
 
     def verdict(self) -> str:
         """Return in sentences whether pruning pays, and where, as far as the rows show it."""
-        dense = [row for row in self.rows if row.is_dense]
+        dense = self.best_dense()
         pruned = [row for row in self.rows if not row.is_dense]
         if not dense or not pruned:
             return "There is nothing to compare: the frontier needs dense rows and pruned ones."
