@@ -187,8 +187,8 @@ def test_where_pruning_loses_the_verdict_says_so_and_by_how_much() -> None:
     found = Frontier("m", (*DENSE, row("p", "f16", 250, 1.08), row("p", "q8_0", 80, 1.21)))
     assert found.verdict() == (
         "Pruning does not pay here: in as many bytes the dense model in fewer bits is better. Closest, p in f16 at "
-        "250.0 MiB has 1.0800 bits per byte, the dense model 1.0000 (dense in f16, 200.0 MiB), 8.0% more for the pruned "
-        "one."
+        "250.0 MiB has 1.0800 bits per byte, the dense model 1.0000 (dense in f16, 200.0 MiB), 8.0% more for the "
+        "pruned one."
     )
     assert [one.name for one in found.rows if found.dominated(one)] == ["p-f16", "p-q8_0"]
 
