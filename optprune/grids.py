@@ -6,7 +6,7 @@ from functools import cached_property
 from typing import final
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from optprune.errors import InputError
@@ -166,17 +166,17 @@ class Grid:
 
     def encode(self, weight: Float[Tensor, "rows in"]) -> Codes:
         """Return the codes of a weight that is on the grid. Raise InputError where a block is not."""
-        codes, off = self._codes(weight)
+        codes, off = self.find(weight)
         if bool(off.any()):
             raise InputError(f"{int(off.sum())} of {off.numel()} blocks are not on a grid of {self.bits} bits")
         return codes
 
     def off(self, weight: Float[Tensor, "rows in"]) -> int:
         """Return the number of blocks that are not on the grid."""
-        return int(self._codes(weight)[1].sum())
+        return int(self.find(weight)[1].sum())
 
-    def _codes(self, weight: Float[Tensor, "rows in"]) -> tuple[Codes, Tensor]:
-        """Return codes, and the mask [rows, blocks] of the blocks that no codes hold.
+    def find(self, weight: Float[Tensor, "rows in"]) -> tuple[Codes, Bool[Tensor, "rows blocks"]]:
+        """Return codes, and the mask of the blocks that no codes hold.
 
         The largest weight of a block is an integer of the grid times its scale, so each integer gives one scale to try.
         """

@@ -65,6 +65,14 @@ Allocation = Annotated[
         help="uniform, global (one budget for the model), or a FILE.json such as a report. [default: the recipe's]",
     ),
 ]
+Vocabulary = Annotated[
+    float | None,
+    typer.Option(
+        "--vocabulary",
+        metavar="TOKENS",
+        help="Keep this many tokens of the vocabulary, or this share of them. [default: the recipe's, else all]",
+    ),
+]
 Runs = Annotated[
     str | None,
     typer.Option(

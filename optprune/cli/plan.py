@@ -31,6 +31,7 @@ from optprune.cli.options import (
     States,
     Strict,
     Units,
+    Vocabulary,
     WidthMultiple,
     Workers,
 )
@@ -78,6 +79,7 @@ def plan_command(
     pattern: Pattern = None,
     bits: Bits = None,
     allocation: Allocation = None,
+    vocabulary: Vocabulary = None,
     width_multiple: WidthMultiple = None,
     target: Runs = None,
     architecture: Architecture = None,

@@ -37,6 +37,7 @@ from optprune.cli.options import (
     States,
     Strict,
     Units,
+    Vocabulary,
     WidthMultiple,
     Workers,
 )
@@ -44,7 +45,7 @@ from optprune.cli.outputs import check_json, echo, start, started, write_json
 from optprune.cli.prune_run import WholeRun, shared_run
 from optprune.cli.request import Options
 from optprune.cli.run_folder import FINISHED, Output
-from optprune.cli.tokens import calibration_for
+from optprune.cli.tokens import calibration_of
 from optprune.system.wording import counted
 
 if TYPE_CHECKING:
@@ -75,6 +76,7 @@ def prune_command(
     pattern: Pattern = None,
     bits: Bits = None,
     allocation: Allocation = None,
+    vocabulary: Vocabulary = None,
     width_multiple: WidthMultiple = None,
     target: Runs = None,
     architecture: Architecture = None,
@@ -151,10 +153,10 @@ def prune_command(
         with reporter.events(expected) as on_event:
             phases = PhaseRecorder(device_of(device), on_event)
             with phases.step(TOKENISING, f"tokenising {calibration}"):
-                drawn = calibration_for(model, resolved.config, texts, samples, seq_length, program.seed, sequences)
+                smaller, drawn = calibration_of(resolved, texts, sequences)
             del texts
             done = shared_run(
-                whole,
+                replace(whole, vocabulary=smaller),
                 program,
                 drawn.batches,
                 partial_sums=partial_sums,
@@ -200,6 +202,8 @@ def _summarise(program: "Program", report: "Report", saved: "SavedModel") -> Non
     )
     for line in Allocation.from_dict(report.allocation).lines():
         echo(line)
+    if report.vocabulary is not None:
+        echo(report.vocabulary.in_words())
     echo(
         f"{duration(report.seconds)} on {report.tokens} tokens, of which the two calibration passes take "
         f"{duration(report.floor_seconds)}"

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from optprune.pruning import PartialSums, Workers
     from optprune.report import PhaseRecorder, Report
     from optprune.report.progress import Reporter
+    from optprune.tokens import VocabularyPruning
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,8 @@ class WholeRun:
     states: str
     architecture: Path | None = None
     """the draft of the model's architecture"""
+    vocabulary: "VocabularyPruning | None" = None
+    """the smaller vocabulary, where the recipe has one"""
 
     def check(self) -> None:
         """Raise InputError unless the options are valid, whatever the model and the text."""
@@ -90,6 +93,10 @@ class WholeRun:
         with keep_or_delete(self.output.run_folder(Journal, reporter.say), reporter.say) as journal:
             with phases.step(LOADING, f"loading {self.model}", ends=OPENED):
                 loaded = self.opened(journal.sink, journal.scratch)
+            change = None
+            if self.vocabulary is not None:
+                with phases.phase(LOADING):
+                    loaded, change = self.vocabulary.apply(loaded, phases.on_event)
             every = check_batches(loaded.model.config, batches)
             if may_be_finished:
                 with phases.phase(LOADING):
@@ -107,7 +114,7 @@ class WholeRun:
                 workers=self.workers,
                 partial_sums=partial_sums,
             )
-            report = replace(report, phases=joined(phases.done, report.phases))
+            report = replace(report.with_vocabulary(change), phases=joined(phases.done, report.phases))
             reporter.say(f"saving to {self.output.folder}, and reloading it in a fresh process to compare logits")
             saved = save_model(
                 loaded,
@@ -168,6 +175,8 @@ def _take_part(whole: WholeRun, program: "Program", batches: "Sequence[Tensor]",
 
     may_be_finished = whole.output.may_be_finished
     loaded = whole.opened(NullSink())
+    if whole.vocabulary is not None:
+        loaded, _ = whole.vocabulary.apply(loaded)
     if may_be_finished and partial_sums.peers.all_gather(None)[0]:
         return  # the first process found the output finished
     every = check_batches(loaded.model.config, batches)

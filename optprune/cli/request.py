@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 FIELDS = {
-    **{name: name for name in ("sparsity", "seed", "propagation", "units", "bits")},
+    **{name: name for name in ("sparsity", "seed", "propagation", "units", "bits", "vocabulary")},
     "pattern": "units.weights",
     "width_multiple": "allocation.multiple",
 }
@@ -137,13 +137,14 @@ class Options:
             max_shard=size_of(self.max_shard_size),
             **places_of(self.model, shapes, self.device, self.dtype),
         )
-        return Resolved(resolve(shapes, request), config, runtime, notes)
+        return Resolved(self.model, resolve(shapes, request), config, runtime, notes)
 
 
 @dataclass(frozen=True, eq=False)
 class Resolved:
     """A program with the config, the runtime and the notes of its resolution."""
 
+    model: str
     program: "Program"
     config: "PretrainedConfig"
     runtime: "Runtime | None" = None

@@ -11,7 +11,10 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
+    from optprune.cli.request import Resolved
+    from optprune.recipe.groups import SmallerVocabulary
     from optprune.texts import Document, DrawnWindows, Text
+    from optprune.tokens import VocabularyPruning
 
 
 def tokens_for(
@@ -26,23 +29,38 @@ def tokens_for(
     return tokens
 
 
-def calibration_for(
+def calibration_of(
+    resolved: "Resolved", texts: "Sequence[Text]", sequences: str = "packed"
+) -> "tuple[VocabularyPruning | None, DrawnWindows]":
+    """Return the smaller vocabulary of a run, if its recipe has one, and the calibration windows in its tokens."""
+    from optprune.texts import check_vocabulary, draw_windows
+
+    program, config = resolved.program, resolved.config
+    request, seed = program.request, program.seed
+    smaller = vocabulary_for(resolved.model, config, texts, request.recipe.vocabulary, seed)
+    with _tokenizer_of(resolved.model) as own:
+        tokenizer = own if smaller is None else smaller.vocabulary.tokenizer
+        drawn = draw_windows(tokenizer, texts, request.samples, request.seq_length, seed, sequences=sequences)
+    for tokens in (drawn.first, *drawn.batches):
+        check_vocabulary(config, tokens.flatten())
+    return smaller, drawn
+
+
+def vocabulary_for(
     model: str,
     config: "PretrainedConfig",
     texts: "Sequence[Text]",
-    samples: int,
-    seq_length: int,
+    setting: "SmallerVocabulary | None",
     seed: int,
-    sequences: str = "packed",
-) -> "DrawnWindows":
-    """Return the calibration windows that are drawn from texts by a model's tokenizer."""
-    from optprune.texts import check_vocabulary, draw_windows
+) -> "VocabularyPruning | None":
+    """Return the smaller vocabulary that a recipe asks for, chosen by texts; None where it asks for none."""
+    if setting is None:
+        return None
+    from optprune.tokens import VocabularyPruning
 
     with _tokenizer_of(model) as tokenizer:
-        drawn = draw_windows(tokenizer, texts, samples, seq_length, seed, sequences=sequences)
-    for tokens in (drawn.first, *drawn.batches):
-        check_vocabulary(config, tokens.flatten())
-    return drawn
+        keep, tokens = setting.keep, setting.tokens
+        return VocabularyPruning.planned(tokenizer, config, texts, keep, tokens=tokens, seed=seed)
 
 
 @contextmanager
@@ -78,5 +96,5 @@ def check_alike(
     if not same:
         raise InputError(
             f"{model} and {against} have different tokens, so their predictions cannot be compared: name the model "
-            "before pruning"
+            "before pruning, or evaluate each alone and compare their bits per byte"
         )

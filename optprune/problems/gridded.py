@@ -77,7 +77,8 @@ class GridLeastSquares(Problem):
     def codes(self, weight: Float[Tensor, "out in"]) -> Codes:
         """Return the codes of a feasible weight, and of its projection for another one."""
         inside = torch.where(self.kept, weight, 0.0)
-        return self.grid.nearest(inside) if self.grid.off(inside) else self.grid.encode(inside)
+        codes, off = self.grid.find(inside)
+        return self.grid.nearest(inside) if bool(off.any()) else codes
 
     def inputs(self, weight: Float[Tensor, "out in"]) -> Bool[Tensor, " in"]:
         """Return the inputs that the mask leaves to some output."""

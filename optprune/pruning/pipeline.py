@@ -74,6 +74,11 @@ def prune(
       folder if there is one), or auto, the first of these with enough room.
     - `on_event` receives the events of the run, and `progress` shows them on stderr with the time left.
     """
+    if recipe.vocabulary is not None:
+        raise InputError(
+            "a recipe with a smaller vocabulary needs the text, not its tokens: call prune_vocabulary first, and then "
+            "prune with vocabulary none, on tokens of the new tokenizer"
+        )
     began, decoder = time.perf_counter(), Decoder(model, store)
     every = check_batches(model.config, batches)
     request = Request(

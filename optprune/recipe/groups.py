@@ -191,6 +191,16 @@ class LowBits(Group):
         return replace(grid, block=self.group) if self.kind.startswith("w4a16") else grid
 
 
+class SmallerVocabulary(Group):
+    """Smaller vocabulary: the tokens that the text needs least are removed, with their rows of embedding and head."""
+
+    keep: float = Field(gt=0)
+    """tokens that stay: a number of them, or a share below 1; bytes and special tokens are always among them"""
+    tokens: int = Field(default=32768, ge=0)
+    """about how many tokens of the calibration text the rows that stay are refitted on, so that they take over the
+    probability of the removed tokens; 0 refits nothing"""
+
+
 @dataclass(frozen=True)
 class Choice:
     """A group of fields, or one of several groups, selected by the value of a switch."""
@@ -238,6 +248,7 @@ GROUPS = {
     "allocation": Choice("kind", (UniformShares, GlobalBudget, DepthSearch, GivenBlocks), "uniform"),
     "metric": Choice("kind", (FisherMetric,)),
     "bits": Choice("kind", (LowBits,)),
+    "vocabulary": Choice("keep", (SmallerVocabulary,)),
     "refit": Choice("held_out", (Refit,)),
     "refit.recovery": Choice("rounds", (Recovery,)),
     "refit.matching": Choice("epochs", (Matching,)),

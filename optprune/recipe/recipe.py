@@ -35,6 +35,7 @@ from optprune.recipe.groups import (
     Group,
     LowBits,
     Refit,
+    SmallerVocabulary,
     UniformShares,
 )
 from optprune.recipe.names import (
@@ -107,6 +108,8 @@ class Recipe(Displayed, BaseModel):
     bits: LowBits | None = None
     """low-bit format of the weights that stay: none, or a grid on which all linear layers of the blocks are put, with
     errors compensated; requires units weights, and takes a sparsity of 0 too"""
+    vocabulary: SmallerVocabulary | None = None
+    """tokens that stay in the vocabulary: all, or so many, in any recipe, before the blocks are pruned"""
     metric: FisherMetric | None = None
     """output metric: none, or the Fisher information of the outputs"""
     refit: Refit | None = None
@@ -208,7 +211,7 @@ class Recipe(Displayed, BaseModel):
             raise ValueError(f"the pattern {pattern} has a sparsity of {1 - share:g}, not {self.sparsity:g}")
         return self
 
-    @field_serializer("bits", "metric", "refit")
+    @field_serializer("bits", "metric", "refit", "vocabulary")
     def _none(self, group: Group | None) -> Any:
         return NONE if group is None else group.model_dump(mode="json")
 

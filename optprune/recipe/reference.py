@@ -142,7 +142,11 @@ class Kind:
 
 
 KINDS = (
-    Kind("whole units: a smaller model, faster everywhere", lambda recipe: bool(recipe.units.kinds)),
+    Kind(
+        "whole units: a smaller model, faster everywhere",
+        lambda recipe: bool(recipe.units.kinds) and recipe.vocabulary is None,
+    ),
+    Kind("vocabulary: rows of the embedding and the head", lambda recipe: recipe.vocabulary is not None),
     Kind(
         "single weights: zeros in a folder of the same size, faster where a runtime has a kernel for them",
         lambda recipe: recipe.units.family is not None,

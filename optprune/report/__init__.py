@@ -26,7 +26,7 @@ from optprune.report.reading import (
     read_report,
     read_speed,
 )
-from optprune.report.records import BlockChange, LayerReport, RecoveredPart, RemovedPart, Report
+from optprune.report.records import BlockChange, LayerReport, RecoveredPart, RemovedPart, Report, VocabularyChange
 from optprune.report.stored import Fault, ModelSummary, Original, original_from_report, shares_kept, summarise_model
 from optprune.report.zeros import BrokenGroups, DeadUnits, LayerPattern, broken_groups, layer_pattern, model_patterns
 
@@ -58,6 +58,7 @@ __all__ = [
     "RemovedPart",
     "Report",
     "SpeedReport",
+    "VocabularyChange",
     "audit",
     "broken_groups",
     "joined",

@@ -117,7 +117,8 @@ def _texts(
         "title": f"{name}, pruned by {recipe}",
         "lead": f"{report.sparsity_reached:.2%} of the linear weights of its decoder blocks are removed "
         f"({report.sparsity_requested:.2%} requested), by optprune {report.versions.get('optprune', '')}".strip()
-        + ".",
+        + "."
+        + ("" if report.vocabulary is None else f" {report.vocabulary.in_words()}."),
         "summary": " ".join(
             f"{one_line(text).rstrip('.')}." for key in ("summary", "source") if (text := report.recipe.get(key))
         ),

@@ -1,6 +1,6 @@
 """Records of a pruning run: layers, blocks, recovered sub-modules, and the whole report."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from optprune.models import BlockShape
@@ -86,6 +86,35 @@ class RecoveredPart:
     seconds: float
 
 
+@dataclass(frozen=True)
+class VocabularyChange:
+    """Removal of tokens from the vocabulary, and the refit of the rows that stay."""
+
+    before: int
+    """the rows of the embedding"""
+    after: int
+    parameters_removed: int
+    tokens: int
+    """the tokens of the text that the rows were refitted on; 0 where they were not"""
+    divergence_before: float | None
+    """the mean divergence from the dense model's predictions of the same texts, on held-out states, in nats"""
+    divergence_after: float | None
+    seconds: float
+
+    def in_words(self) -> str:
+        """Return the change as a line."""
+        line = (
+            f"{self.after:,} of {self.before:,} tokens stay in the vocabulary ({self.parameters_removed:,} parameters"
+        )
+        line += " removed)"
+        if self.divergence_before is None or self.divergence_after is None:
+            return f"{line}; their rows were not refitted"
+        return (
+            f"{line}; refitted rows lower the divergence from the dense model's predictions of the same text from "
+            f"{self.divergence_before:.4f} to {self.divergence_after:.4f} nats"
+        )
+
+
 @dataclass(frozen=True, repr=False)
 class Report(Displayed):
     """Report of a pruning run, written as report.json beside the weights."""
@@ -115,11 +144,21 @@ class Report(Displayed):
     """the change of each block of the dense model"""
     phases: tuple[PhaseReport, ...] = ()
     """the phases of the run; the report.json of a checked folder has all of them"""
+    vocabulary: VocabularyChange | None = None
+    """the removal of tokens, where the recipe has one"""
     parameters_before: int | None = None
     """the parameters of the dense model; None in reports of earlier versions"""
     run_facts: dict[str, Any] = field(default_factory=dict)
     """the facts that determine the weights of a run with a journal (digests of the model and the tokens, the recipe,
     the machine); `--resume` compares them with those of the command"""
+
+    def with_vocabulary(self, change: VocabularyChange | None) -> "Report":
+        """Return the report of a run that removed tokens before its blocks were pruned."""
+        if change is None:
+            return self
+        before = self.parameters_before
+        whole = None if before is None else before + change.parameters_removed
+        return replace(self, vocabulary=change, parameters_before=whole)
 
     def __repr__(self) -> str:
         removed = f"{self.sparsity_reached:.2%} removed, {self.sparsity_requested:.2%} requested"
@@ -139,6 +178,8 @@ class Report(Displayed):
             ),
             ("seconds", f"{self.seconds:.1f}, of which the two calibration passes take {self.floor_seconds:.1f}"),
         ]
+        if self.vocabulary is not None:
+            facts.append(("vocabulary", self.vocabulary.in_words()))
         if errors:
             mean = f"{sum(errors) / len(errors):.3g} over {counted(len(errors), 'layer')}"
             facts.append(("mean relative error", mean))

@@ -189,8 +189,9 @@ class GridDescent(Solver[GridLeastSquares, DescentState]):
 
     def step(self, problem: GridLeastSquares, state: DescentState) -> DescentState:
         grid, loss, kept = problem.grid, problem.loss, problem.kept
-        weight, scales, gain = state.weight.clone(), state.scales.clone(), 0.0
+        weight, scales = state.weight.clone(), state.scales.clone()
         moved = torch.zeros((), dtype=torch.bool, device=weight.device)
+        total = torch.zeros((), dtype=torch.float64, device=weight.device)
         size = max(1, self.columns // grid.block) * grid.block
         for first in range(0, weight.shape[1], size):
             group = slice(first, min(first + size, weight.shape[1]))
@@ -206,9 +207,10 @@ class GridDescent(Solver[GridLeastSquares, DescentState]):
                     *(residual, gram, block),
                 )
                 lowered, changed = found.improve()
-                gain += lowered
-                moved = moved | changed
-        return replace(state, weight=weight, scales=scales, gains=(*state.gains, gain), still=not bool(moved))
+                total, moved = total + lowered, moved | changed
+        # Both are read together, so that a GPU is waited for once.
+        gain, changed = linalg.numbers(total, moved.to(total))
+        return replace(state, weight=weight, scales=scales, gains=(*state.gains, gain), still=not changed)
 
     def done(self, problem: GridLeastSquares, state: DescentState) -> Status | None:
         if not state.gains:
@@ -237,12 +239,12 @@ class _Block:
     columns: slice
     """the columns of the block in its group"""
 
-    def improve(self) -> tuple[float, Bool[Tensor, ""]]:
+    def improve(self) -> tuple[Float[Tensor, ""], Bool[Tensor, ""]]:
         """Return the decrease of f by one pass over integers and scales, and whether any of them changed."""
         before = self.weight.clone()
         gains = [self._integer(j) for j in range(self.weight.shape[1])]
         gains.append(self._scale())
-        return float(torch.stack(gains).sum()), (self.weight != before).any()
+        return torch.stack(gains).sum(), (self.weight != before).any()
 
     def _integer(self, j: int) -> Float[Tensor, ""]:
         column = self.columns.start + j

@@ -62,6 +62,7 @@ def put_together(dense: nn.Module, pruned: nn.Module, what: str) -> nn.Module:
     return model
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("policy", POLICIES)
 def test_the_second_block_sees_what_its_policy_says(policy: str) -> None:
     dense = tiny_llama()

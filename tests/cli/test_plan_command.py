@@ -89,7 +89,7 @@ def stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(*_: object) -> None:
         raise InputError("this is behind the plan")
 
-    monkeypatch.setattr("optprune.cli.prune.calibration_for", stop)
+    monkeypatch.setattr("optprune.cli.prune.calibration_of", stop)
 
 
 @pytest.mark.usefixtures("stopped")

@@ -113,6 +113,7 @@ def begun(prune: Callable[..., int], stop_at, monkeypatch: pytest.MonkeyPatch, *
     monkeypatch.undo()
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize(
     ("other", "named"),
     [

@@ -266,6 +266,7 @@ RUN, EACH = 7.0, 100.0
 """the seconds that every run is said to take, and everything that it need not measure"""
 
 
+@pytest.mark.e2e
 def test_a_cell_takes_its_run_and_what_was_measured_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prune, calls = session.prune, list[int]()
 

@@ -96,6 +96,7 @@ def test_a_finished_one_measures_nothing_again(
     assert {file: file.read_bytes() for file in place.rglob("*") if file.is_file()} == before
 
 
+@pytest.mark.e2e
 def test_one_that_was_stopped_goes_on_with_its_rows(
     finished: tuple[Path, Frontier], texts: TwoTexts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -280,6 +280,7 @@ def test_mean_squares_are_the_diagonals_of_gram_matrices(family: str) -> None:
     assert statistics is not None
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe", "gpt2"])
 def test_the_importance_stands_in_the_file_s_columns(family: str, tmp_path: Path) -> None:
     """What is given as the importance arrives at the tensor whose columns it is of, filled up as they are."""

@@ -125,6 +125,7 @@ def test_an_uneven_folder(uneven: Exported) -> None:
     assert own(text)["input_ids"] == tiny_tokenizer()(text)["input_ids"]
 
 
+@pytest.mark.e2e
 def test_a_stock_folder_by_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, folder = save_tiny(tiny_llama(num_hidden_layers=1), tmp_path / "model"), tmp_path / "new" / "onnx"
     words = ["export", str(source), "--format", "onnx", "--output", str(folder)]

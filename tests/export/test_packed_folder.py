@@ -68,6 +68,7 @@ def test_the_config_says_what_is_packed_and_nothing_of_sparsity(tmp_path: Path) 
     assert config["config_groups"]["group_0"]["weights"]["group_size"] == 32
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("name", ["opt", "qwen2"])
 def test_other_families(name: str, tmp_path: Path) -> None:
     folder = on_grid(tmp_path / "model", name)

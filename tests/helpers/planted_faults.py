@@ -583,6 +583,56 @@ FAULTS = [
         "rising = 0",
         "healing/test_heal.py",
     ),
+    # Tokens
+    Fault(
+        "tokens: a kept token without its parts",
+        "tokens/token_models.py",
+        "        return found[::-1]\n",
+        "        return [text]\n",
+        "tokens/test_smaller_tokenizer.py",
+    ),
+    Fault(
+        "tokens: parts are needed less for their tokens",
+        "tokens/token_models.py",
+        "needed[self._ids[part]] += needed[self._ids[text]]",
+        "needed[self._ids[part]] -= needed[self._ids[text]]",
+        "tokens/test_smaller_tokenizer.py",
+    ),
+    Fault(
+        "tokens: the first token of a text keeps its old id",
+        "tokens/tokenizer.py",
+        "[new[index] for index in value] if name",
+        "value if name",
+        "tokens/test_smaller_tokenizer.py",
+    ),
+    Fault(
+        "tokens: the padding row keeps its number",
+        "tokens/rows.py",
+        "vocabulary.new_ids.get(padding)",
+        "padding",
+        "tokens/test_rows.py",
+    ),
+    Fault(
+        "tokens: a piece behind a token as if none went on",
+        "tokens/targets.py",
+        "(now * (ended / whole))",
+        "now",
+        "tokens/test_targets.py",
+    ),
+    Fault(
+        "tokens: the states of the head weigh alike",
+        "tokens/head.py",
+        "- states.targets) * states.weights[:, None]",
+        "- states.targets)",
+        "tokens/test_refitted_rows.py",
+    ),
+    Fault(
+        "tokens: the refit is left out",
+        "tokens/prune.py",
+        "            rows.head.weight.data[kept] = matched.rows.to(rows.head.weight.dtype)\n",
+        "",
+        "tokens/test_refitted_rows.py",
+    ),
 ]
 
 

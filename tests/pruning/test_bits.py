@@ -103,6 +103,7 @@ def test_settings_that_do_not_go_together_are_refused(settings: dict[str, Any], 
         run(tiny_llama(), **{"bits": "q4_0", **settings})
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("name", TINY_MODELS)
 def test_other_families_too(name: str) -> None:
     model = TINY_MODELS[name]()

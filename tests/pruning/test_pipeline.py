@@ -357,6 +357,7 @@ def test_what_shapes_rule_out_is_refused_before_the_metric(
         prune(TINY_MODELS[name](), batches(), load_recipe(recipe, settings))
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("name", [name for name in ANY_MODEL if name != "depth"])
 def test_nothing_of_a_layer_outlives_its_answer(name: str) -> None:
     """Reference counts alone free a problem with its moments: the garbage collector comes when it likes."""

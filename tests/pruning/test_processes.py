@@ -67,6 +67,7 @@ def counting(context: LayerContext) -> Problem:
     raise InputError(f"{torch.get_num_threads()} threads")
 
 
+@pytest.mark.e2e
 def test_a_worker_has_the_threads_of_its_parent_whatever_it_began_with(
     two: Lasting, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -57,6 +57,7 @@ def check_one_layer(name: str, path: str, layers: tuple[str, ...], turn: int) ->
     assert -1e-9 * before <= error_of(module, calls) - least <= 1e-5 * before
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("turn", [0, 1])
 @pytest.mark.parametrize(("name", "path", "layers"), PARTS)
 def test_a_turn_ends_at_the_least_squares_error(name: str, path: str, layers: tuple[str, ...], turn: int) -> None:
@@ -69,6 +70,7 @@ def some_metric(full: bool) -> OutputMetric:
     return OutputMetric.from_samples(gradients, full=full)
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("turn", [0, 1])
 @pytest.mark.parametrize("full", [False, True])
 def test_a_metric_weighs_the_error(full: bool, turn: int) -> None:

@@ -69,6 +69,7 @@ STATED = {
 CHAINS = {"spap": Chain((Spap(), Restore())), "spap_plus": Chain((GreedyObs(), ChannelSwaps(), Restore()))}
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize(("name", "kind"), STATED)
 def test_answers_end_near_the_exhaustive_optimum(name, kind):
     assert 100 * mean_excess(CHAINS[name], kind) <= STATED[name, kind][0]
@@ -83,6 +84,7 @@ def test_depth_never_ends_higher_than_plain_exchanges(kind):
         assert deep <= plain * (1 + 1e-9)
 
 
+@pytest.mark.e2e
 @by_kind
 def test_the_removal_bound_holds_and_says_something(kind):
     gaps = []

@@ -6,12 +6,14 @@ How much a solver looks must not grow with the rows or columns of the layer, so 
 import pytest
 import torch
 
+from optprune.grids import Grid
 from optprune.moments import InputMoments
 from optprune.numerics.tensors import kth_largest, median_among, places
 from optprune.patterns import NM, RowWise, Unstructured
 from optprune.penalties import L1, ColumnGroups
 from optprune.problems import (
     ChannelGroups,
+    GridLeastSquares,
     LayerLoss,
     MaskedLeastSquares,
     PenalisedLeastSquares,
@@ -27,6 +29,7 @@ from optprune.solvers import (
     FistaPath,
     FistaPruner,
     GreedyObs,
+    GridDescent,
     HardThreshold,
     ProximalAdmm,
     Spap,
@@ -60,6 +63,7 @@ def problems(out, width):
         "pairs of two heads": StructuredLeastSquares(layer, pairs, width // 4),
         "l1": PenalisedLeastSquares(layer, L1(0.3 * largest)),
         "groups": PenalisedLeastSquares(layer, ColumnGroups(0.3 * largest)),
+        "grid": GridLeastSquares(layer, Grid(4, 8), layer.weight.abs() > 0.5),
     }
     return moved(tuple(kinds.items()), set_up())
 
@@ -82,14 +86,19 @@ MOST = {
     FistaPruner: 2,
     # The mask, whether it is the one before.
     HardThreshold: 2,
+    # How much a sweep gains, and whether anything moves.
+    GridDescent: 1,
     # Which rows gain, how many weights move between rows and which rows those are.
     Swaps: 3,
 }
 """looks a step, beside those before the first"""
+CODES = 2 * 16 + 2
+"""looks for the codes of a start on a grid of 16 integers: which blocks have a scale, and which are left"""
 DIRECT = 18
 """looks of a solver without steps, all in all: at the scores, and at what is factorised"""
-PROVING = {Fista: 10, ProximalAdmm: 10}
-"""looks beside those, of a solver that measures a gap: at Cholesky factors that prove what is regular, and a bound"""
+MORE = {Fista: 10, ProximalAdmm: 10, GridDescent: CODES}
+"""looks beside those, of a solver that measures a gap: at Cholesky factors that prove what is regular, and a bound; and
+of one that begins with the codes of its start"""
 
 
 def looks(problem, solver):
@@ -113,7 +122,7 @@ def test_a_solver_waits_for_the_device_a_few_times_at_most(solver):
         if isinstance(solver, Spap):
             continue
         before, later, steps = looks(problem, solver)
-        assert before <= DIRECT + PROVING.get(type(solver), 0), name
+        assert before <= DIRECT + MORE.get(type(solver), 0), name
         assert later <= MOST.get(type(solver), 0) * steps, name
 
 

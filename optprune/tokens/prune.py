@@ -1,0 +1,145 @@
+"""Pruning of a vocabulary: tokens chosen by a text, and rows of embedding and head refitted on it."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from optprune.errors import InputError
+from optprune.models import LoadedModel, need_tokenizer
+from optprune.report import Event, PhaseAdvanced, VocabularyChange
+from optprune.report.phases import LOADING
+from optprune.texts import Text, tokenise
+from optprune.texts.windows import drawn_windows
+from optprune.tokens.head import HeadMatching, match_head
+from optprune.tokens.rows import TokenRows, config_ids, keep_rows
+from optprune.tokens.states import States, read_states
+from optprune.tokens.targets import PushForward
+from optprune.tokens.tokenizer import SmallerVocabulary, choose_tokens, weighted_counts
+
+LENGTH = 256
+"""the length of the windows that rows are refitted on, in tokens"""
+HELD_OUT = 8
+"""one of so many windows is held out, and decides when to stop"""
+RIDGE = 0.0
+"""the ridge of the rows, in nats for a mean square change of logits of one"""
+
+
+@dataclass(frozen=True, eq=False)
+class VocabularyPruning:
+    """A smaller vocabulary for a model that need not be loaded yet, and the text that its rows are refitted on."""
+
+    vocabulary: SmallerVocabulary
+    windows: Tensor | None
+    """windows [n, length] of old token ids; None where nothing is refitted"""
+    seed: int = 0
+
+    @classmethod
+    def planned(
+        cls,
+        tokenizer: Tokenizer,
+        config: PretrainedConfig,
+        texts: Sequence[Text],
+        keep: float,
+        *,
+        tokens: int = 32768,
+        seed: int = 0,
+    ) -> "VocabularyPruning":
+        """Return the pruning to `keep` tokens, or that share, by texts; `tokens` of them are for refitting.
+
+        InputError where the tokenizer cannot have fewer tokens, or `keep` is too small or too large; and for models
+        whose logits are no linear function of the rows of the head, unless `tokens` is 0.
+        """
+        if tokens and getattr(config, "final_logit_softcapping", None):
+            raise InputError(
+                "the logits of the model are capped, so that the rows of its head cannot be refitted: set "
+                "vocabulary.tokens to 0"
+            )
+        read = [(tokenise(tokenizer, text.documents), float(text.share)) for text in texts]
+        counts = weighted_counts(read, int(config.vocab_size))
+        vocabulary = choose_tokens(tokenizer, counts, keep, also=config_ids(config))
+        if not tokens or len(vocabulary.kept) == len(vocabulary.pieces):
+            return cls(vocabulary, None, seed)
+        length = min(LENGTH, getattr(config, "max_position_embeddings", None) or LENGTH)
+        return cls(vocabulary, _windows(read, tokens // length, length, seed), seed)
+
+    def apply(
+        self, loaded: LoadedModel, on_event: Callable[[Event], None] = lambda event: None
+    ) -> tuple[LoadedModel, VocabularyChange]:
+        """Prune the vocabulary of a loaded model in place, and return it with its new tokenizer and a record."""
+        began, rows = time.perf_counter(), TokenRows.of(loaded.model)
+        parameters = loaded.model.num_parameters()
+        matched = states = None
+        if self.windows is not None:
+            push = PushForward(self.vocabulary, rows.count)
+            states = self._states(loaded, push, on_event)
+            kept = torch.tensor(self.vocabulary.kept)[push.receiving].to(rows.head.weight.device)
+            bias = None if rows.head.bias is None else rows.head.bias.detach()[kept].float()
+            fitted, held_out = _held_out(states)
+            problem = HeadMatching(fitted, rows.head.weight.detach()[kept].float(), bias, RIDGE)
+            matched = match_head(problem, held_out, seed=self.seed)
+            rows.head.weight.data[kept] = matched.rows.to(rows.head.weight.dtype)
+        before = rows.count
+        smaller = keep_rows(loaded, self.vocabulary)
+        return smaller, VocabularyChange(
+            before=before,
+            after=len(self.vocabulary.kept),
+            parameters_removed=parameters - smaller.model.num_parameters(),
+            tokens=0 if self.windows is None else self.windows.numel(),
+            divergence_before=None if matched is None else matched.before,
+            divergence_after=None if matched is None else matched.after,
+            seconds=time.perf_counter() - began,
+        )
+
+    def _states(self, loaded: LoadedModel, push: PushForward, on_event: Callable[[Event], None]) -> States:
+        assert self.windows is not None
+        step = "reading predictions of the removed tokens"
+
+        def on_window(done: int, windows: int) -> None:
+            on_event(PhaseAdvanced(LOADING, step, "window", done, windows))
+
+        on_window(0, len(self.windows))
+        return read_states(loaded, push, self.windows, seed=self.seed, on_window=on_window)
+
+
+def prune_vocabulary(
+    loaded: LoadedModel, texts: Sequence[Text], keep: float, *, tokens: int = 32768, seed: int = 0
+) -> tuple[LoadedModel, VocabularyChange]:
+    """Prune the vocabulary of a loaded model in place, and return it with its new tokenizer and a record of the change.
+
+    The `keep` tokens that the texts need most stay, or that share of all tokens; about `tokens` tokens of the texts
+    decide how the rows that stay take over the probability of the others (0: they do not). InputError as in
+    `VocabularyPruning.planned`.
+    """
+    tokenizer = need_tokenizer(loaded.tokenizer, loaded.source)
+    config = loaded.model.config
+    return VocabularyPruning.planned(tokenizer, config, texts, keep, tokens=tokens, seed=seed).apply(loaded)
+
+
+def _windows(read: Sequence[tuple[Tensor, float]], count: int, length: int, seed: int) -> Tensor:
+    """Return about `count` windows [n, length] of texts of token ids [tokens] by their shares, or as many as there are.
+
+    InputError where there are fewer than two.
+    """
+    found = list[Tensor]()
+    for ids, share in read:
+        samples = min(max(1, round(count * share)), len(ids) // length)
+        if samples:
+            found.append(drawn_windows(ids, samples, length, seed))
+    if sum(map(len, found)) < 2:
+        raise InputError(
+            f"the text is too short to refit the rows of the vocabulary, for which two windows of {length} tokens are "
+            "the least: give a longer text, or set vocabulary.tokens to 0"
+        )
+    windows = torch.cat(found)
+    return windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))]
+
+
+def _held_out(states: States) -> tuple[States, States]:
+    """Return the states to fit, and the last of them, which are held out."""
+    fitted = len(states) - len(states) // HELD_OUT
+    return states[slice(0, fitted)], states[slice(fitted, len(states))]

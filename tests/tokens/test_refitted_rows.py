@@ -1,0 +1,104 @@
+"""Rows that take over the probability of removed tokens: the problem, its solver, and the text that is predicted."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from optprune.models import LoadedModel
+from optprune.texts import Text, demo_articles
+from optprune.tokens import HeadMatching, States, match_head, prune_vocabulary
+from tests.helpers.tiny_models import tiny_tokenizer
+from tests.helpers.trained_tiny import trained
+
+KEEP, TOKENS = 380, 8192
+
+
+def bits_per_byte(loaded: LoadedModel, articles: list[str]) -> float:
+    """The bits of the beginnings of articles for each byte, with a special token before each."""
+    bits, count = 0.0, 0
+    for article in articles:
+        text, tokenizer = article[:300], loaded.tokenizer
+        assert tokenizer is not None
+        ids = torch.tensor([tokenizer(f"<s>{text}")["input_ids"]])
+        with torch.no_grad():
+            scores = loaded.model(input_ids=ids).logits[0, :-1].double().log_softmax(-1)
+        bits -= float(scores.gather(1, ids[0, 1:, None]).sum()) / math.log(2)
+        count += len(text.encode())
+    return bits / count
+
+
+def loaded(model: PreTrainedModel) -> LoadedModel:
+    return LoadedModel(copy.deepcopy(model), tiny_tokenizer(), "tiny")
+
+
+def test_refitted_rows_predict_other_text_better() -> None:
+    texts = [Text("news", demo_articles("calibration")[:40])]
+    model, articles = trained(200), demo_articles("evaluation")[:60]
+    dense = bits_per_byte(loaded(model), articles)
+    plain, _ = prune_vocabulary(loaded(model), texts, KEEP, tokens=0)
+    fitted, change = prune_vocabulary(loaded(model), texts, KEEP, tokens=TOKENS)
+    assert change.divergence_before is not None and change.divergence_after is not None
+    assert change.divergence_after < 0.8 * change.divergence_before
+    without, refitted = bits_per_byte(plain, articles), bits_per_byte(fitted, articles)
+    assert refitted - dense < 0.8 * (without - dense)
+
+
+def states(count: int, seed: int = 0) -> States:
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(count, 6, generator=generator)
+    truth = hidden @ torch.randn(6, 5, generator=torch.Generator().manual_seed(9))
+    others = torch.ones(count)
+    targets = (truth - torch.logaddexp(truth.logsumexp(1), others)[:, None]).exp()
+    return States(hidden, targets, others, 0.5 + torch.rand(count, generator=generator))
+
+
+def problem(ridge: float = 0.0) -> HeadMatching:
+    return HeadMatching(states(300), torch.zeros(5, 6), ridge=ridge)
+
+
+def objective(problem: HeadMatching, rows: Tensor) -> Tensor:
+    """The objective by its formula."""
+    s, change = problem.states, rows - problem.start
+    logits = torch.cat([s.hidden @ rows.t(), s.others[:, None]], 1).double()
+    targets = torch.cat([s.targets, 1 - s.targets.sum(1, keepdim=True)], 1).double()
+    apart = (torch.xlogy(targets, targets) - targets * logits.log_softmax(1)).sum(1)
+    gram = (s.hidden * s.weights[:, None]).t() @ s.hidden / s.weights.sum()
+    probable = (s.targets * s.weights[:, None]).sum(0) / s.weights.sum()
+    pull = problem.ridge / 2 * torch.einsum("i,ik,kl,il->", probable, change, gram, change)
+    return (s.weights * apart).sum() / s.weights.sum() + pull
+
+
+@pytest.mark.parametrize("ridge", [0.0, 0.3])
+def test_the_problem_measures_its_formula(ridge: float) -> None:
+    stated = problem(ridge)
+    for seed in range(3):
+        rows = torch.randn(5, 6, generator=torch.Generator().manual_seed(seed))
+        assert stated.objective(rows) == pytest.approx(float(objective(stated, rows)), rel=1e-5)
+    rows = rows.requires_grad_()
+    slopes = stated.slopes(stated.states, stated.logits(stated.states, rows.detach()))
+    (expected,) = torch.autograd.grad(objective(problem(), rows), rows)
+    found = slopes.t() @ stated.states.hidden / stated.states.weights.sum()
+    assert torch.allclose(found, expected.float(), atol=1e-6)
+
+
+def test_rows_that_give_the_targets_are_found() -> None:
+    matched = match_head(problem(), states(100, seed=1), epochs=60, batch=32)
+    assert matched.before > 0.3
+    assert matched.after < 0.01 * matched.before
+    assert torch.allclose(matched.rows, torch.randn(6, 5, generator=torch.Generator().manual_seed(9)).t(), atol=0.15)
+
+
+def test_rows_that_fit_stay() -> None:
+    truth = torch.randn(6, 5, generator=torch.Generator().manual_seed(9)).t().contiguous()
+    matched = match_head(HeadMatching(states(300), truth), states(100, seed=1), epochs=2)
+    assert matched.epochs == 0
+    assert torch.equal(matched.rows, truth)
+
+
+def test_a_ridge_pulls_towards_the_start() -> None:
+    free, pulled = (match_head(problem(ridge), states(100, seed=1), epochs=20, batch=32) for ridge in (0.0, 10.0))
+    assert float(pulled.rows.norm()) < 0.5 * float(free.rows.norm())
