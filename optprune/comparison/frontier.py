@@ -67,22 +67,48 @@ class FrontierRow:
         return f"{self.model} in {self.kind}{' by importance' if self.importance else ''}"
 
     def dominates(self, other: "FrontierRow") -> bool:
-        """Return whether this is no larger and no worse than another row, and better in one of both."""
-        size, loss = (self.bytes, other.bytes), (self.bits_per_byte, other.bits_per_byte)
-        return size[0] <= size[1] and loss[0] <= loss[1] and (size[0] < size[1] or loss[0] < loss[1])
+        """Return whether this is no larger and no worse than another row, and better in one of both.
+
+        Sizes count as equal within a fifth of a percent: an importance adds its name to the metadata of a file.
+        """
+        if self.bytes > SAME_SIZE * other.bytes or self.bits_per_byte > other.bits_per_byte:
+            return False
+        return self.bits_per_byte < other.bits_per_byte or self.bytes * SAME_SIZE < other.bytes
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A pruned row beside the best dense row that is no larger."""
+    """A pruned row beside the dense rows that are next to it in size."""
 
     pruned: FrontierRow
-    dense: FrontierRow
+    smaller: FrontierRow
+    """the next dense row that is no larger"""
+    larger: FrontierRow | None
+    """the next dense row that is larger, None where there is none"""
+
+    @property
+    def expected(self) -> float:
+        """The bits per byte of the dense model at this size, on the straight line between the two rows.
+
+        A file between two types has some of its matrices in one and the rest in the other, so that a pruned row does
+        not win where it only lies in a gap between types.
+        """
+        if self.larger is None:
+            return self.smaller.bits_per_byte
+        share = (self.pruned.bytes - self.smaller.bytes) / (self.larger.bytes - self.smaller.bytes)
+        rise = self.larger.bits_per_byte - self.smaller.bits_per_byte
+        return self.smaller.bits_per_byte + max(share, 0.0) * rise
 
     @property
     def excess(self) -> float:
-        """The bits per byte of the pruned row over those of the dense row, as a share; negative where pruning wins."""
-        return self.pruned.bits_per_byte / self.dense.bits_per_byte - 1
+        """The bits per byte of the pruned row over those of the dense model, as a share; negative where it wins."""
+        return self.pruned.bits_per_byte / self.expected - 1
+
+    def __str__(self) -> str:
+        if self.larger is None:
+            return f"{self.expected:.4f} ({self.smaller}, {_mib(self.smaller)} MiB)"
+        both = f"{self.smaller}, {_mib(self.smaller)} MiB, and {self.larger}, {_mib(self.larger)} MiB"
+        return f"{self.expected:.4f} (on the line between {both})"
 
 
 @dataclass(frozen=True)
@@ -101,19 +127,29 @@ class Frontier:
         """Return whether another row is no larger and no worse, and better in one of both."""
         return any(other.dominates(row) for other in self.rows)
 
+    def best_dense(self) -> list[FrontierRow]:
+        """Return the dense rows that no other dense row dominates."""
+        every = [row for row in self.rows if row.is_dense]
+        return [row for row in every if not any(other.dominates(row) for other in every)]
+
     def pairs(self) -> list[Pair]:
-        """Return each pruned row with the best dense row that is no larger, where there is one."""
-        dense = [row for row in self.rows if row.is_dense]
+        """Return each pruned row beside the dense rows next to it in size, unless it is smaller than all of them.
+
+        Dense rows that another dense row dominates are left out.
+        """
+        dense = self.best_dense()
         found = list[Pair]()
         for row in self.rows:
-            fitting = [one for one in dense if one.bytes <= SAME_SIZE * row.bytes]
-            if not row.is_dense and fitting:
-                found.append(Pair(row, min(fitting, key=lambda one: one.bits_per_byte)))
+            smaller = [one for one in dense if one.bytes <= SAME_SIZE * row.bytes]
+            larger = [one for one in dense if one.bytes > SAME_SIZE * row.bytes]
+            if not row.is_dense and smaller:
+                above = min(larger, key=lambda one: one.bytes, default=None)
+                found.append(Pair(row, max(smaller, key=lambda one: one.bytes), above))
         return found
 
     def verdict(self) -> str:
         """Return in sentences whether pruning pays, and where, as far as the rows show it."""
-        dense = [row for row in self.rows if row.is_dense]
+        dense = self.best_dense()
         pruned = [row for row in self.rows if not row.is_dense]
         if not dense or not pruned:
             return "There is nothing to compare: the frontier needs dense rows and pruned ones."
@@ -124,17 +160,16 @@ class Frontier:
         if not pairs:
             return ""
         best = min(pairs, key=lambda pair: pair.excess)
-        both = f"{_mib(best.pruned)} MiB {best.pruned} has {best.pruned.bits_per_byte:.4f} bits per byte, and"
-        beside = f"{best.dense} {best.dense.bits_per_byte:.4f} at {_mib(best.dense)} MiB"
+        at = f"{best.pruned} at {_mib(best.pruned)} MiB has {best.pruned.bits_per_byte:.4f} bits per byte"
         if best.excess < 0:
             won = sum(pair.excess < 0 for pair in pairs)
             return (
-                f"Pruning pays: {won} of {len(pairs)} pruned rows beat every dense row of at most their size. "
-                f"At {both} the best of the dense ones, {beside} ({-best.excess:.1%} fewer)."
+                f"Pruning pays: {won} of {len(pairs)} pruned rows are better than the dense model in as many bytes. "
+                f"{at}, the dense model {best}, {-best.excess:.1%} fewer for the pruned one."
             )
         return (
-            f"Pruning does not pay here: at every size the dense model in fewer bits is better. Closest, at {both} "
-            f"{beside} ({best.excess:.1%} more bits for the pruned one)."
+            f"Pruning does not pay here: in as many bytes the dense model in fewer bits is better. Closest, {at}, the "
+            f"dense model {best}, {best.excess:.1%} more for the pruned one."
         )
 
     def _below(self, dense: Sequence[FrontierRow], pruned: Sequence[FrontierRow]) -> str:

@@ -185,32 +185,39 @@ DENSE = (row("dense", "f16", 200, 1.0), row("dense", "q8_0", 100, 1.01), row("de
 
 
 def test_where_pruning_loses_the_verdict_says_so_and_by_how_much() -> None:
-    found = Frontier("m", (*DENSE, row("p", "f16", 150, 1.08), row("p", "q8_0", 80, 1.21)))
+    found = Frontier("m", (*DENSE, row("p", "f16", 250, 1.08), row("p", "q8_0", 80, 1.21)))
     assert found.verdict() == (
-        "Pruning does not pay here: at every size the dense model in fewer bits is better. Closest, at 150.0 MiB p in "
-        "f16 has 1.0800 bits per byte, and dense in q8_0 1.0100 at 100.0 MiB (6.9% more bits for the pruned one)."
+        "Pruning does not pay here: in as many bytes the dense model in fewer bits is better. Closest, p in f16 at "
+        "250.0 MiB has 1.0800 bits per byte, the dense model 1.0000 (dense in f16, 200.0 MiB), 8.0% more for the "
+        "pruned one."
     )
     assert [one.name for one in found.rows if found.dominated(one)] == ["p-f16", "p-q8_0"]
 
 
 def test_where_pruning_wins_it_says_at_which_size() -> None:
-    found = Frontier("m", (*DENSE, row("p", "q8_0", 80, 1.05), row("p", "q4_0", 50, 1.3)))
+    found = Frontier("m", (*DENSE, row("p", "q8_0", 80, 1.04), row("p", "q4_0", 50, 1.3)))
     assert found.verdict() == (
-        "Pruning pays: 1 of 1 pruned rows beat every dense row of at most their size. At 80.0 MiB p in q8_0 has 1.0500 "
-        "bits per byte, and the best of the dense ones, dense in q4_0 1.1000 at 60.0 MiB (4.5% fewer). Below 60.0 MiB, "
-        "the size of dense in q4_0 (1.1000), only pruned files are left; the best is p in q4_0, with 1.3000 at 50.0 "
-        "MiB."
+        "Pruning pays: 1 of 1 pruned rows are better than the dense model in as many bytes. p in q8_0 at 80.0 MiB has "
+        "1.0400 bits per byte, the dense model 1.0550 (on the line between dense in q4_0, 60.0 MiB, and dense in q8_0, "
+        "100.0 MiB), 1.4% fewer for the pruned one. Below 60.0 MiB, the size of dense in q4_0 (1.1000), only pruned "
+        "files are left; the best is p in q4_0, with 1.3000 at 50.0 MiB."
     )
     assert not any(found.dominated(one) for one in found.rows)
 
 
-def test_a_pruned_row_is_beside_the_best_dense_row_of_its_size() -> None:
-    """Not beside the nearest: a smaller file with fewer bits per byte is what a user would take."""
-    worse = row("dense", "q5_0", 95, 1.5)
+def test_a_row_in_a_gap_between_types_does_not_win() -> None:
+    """It is better than the next smaller dense file, and worse than dense files of mixed types would be there."""
+    gap = row("p", "q8_0", 99, 1.05)
+    [pair] = Frontier("m", (*DENSE, gap)).pairs()
+    assert pair.smaller.bits_per_byte > gap.bits_per_byte > pair.expected == pytest.approx(1.1 - 0.09 * 39 / 40)
+    assert "Pruning does not pay" in Frontier("m", (*DENSE, gap)).verdict()
+
+
+def test_a_dominated_dense_row_is_no_neighbour() -> None:
+    worse = row("dense", "q5_0", 105, 1.5)
     [pair] = Frontier("m", (*DENSE, worse, row("p", "q8_0", 99.9, 1.2))).pairs()
-    assert isinstance(pair, Pair) and pair.dense.kind == "q8_0"  # as large, to a fifth of a percent
-    [pair] = Frontier("m", (*DENSE, worse, row("p", "q8_0", 99.0, 1.2))).pairs()
-    assert pair.dense.kind == "q4_0" and pair.excess == pytest.approx(1.2 / 1.1 - 1)
+    assert isinstance(pair, Pair) and pair.smaller.kind == "q8_0"  # as large, to a fifth of a percent
+    assert pair.larger is not None and pair.larger.kind == "f16" and pair.excess == pytest.approx(1.2 / 1.01 - 1)
     assert "nothing to compare" in Frontier("m", DENSE).verdict()
 
 
@@ -218,6 +225,8 @@ def test_equal_rows_do_not_dominate_each_other() -> None:
     one, same, larger = row("a", "f16", 5, 1.0), row("b", "f16", 5, 1.0), row("c", "f16", 6, 1.0)
     assert not one.dominates(same) and not same.dominates(one)
     assert one.dominates(larger) and not larger.dominates(one)
+    with_a_name = replace(row("a", "f16", 5, 0.9), bytes=one.bytes + 60)
+    assert with_a_name.dominates(one) and not one.dominates(with_a_name)
 
 
 def test_the_page_divides_texts_where_they_part_and_escapes_them() -> None:

@@ -513,17 +513,17 @@ FAULTS = [
         "export/test_gguf_decoded.py",
     ),
     Fault(
-        "frontier: a pruned row beside the nearest dense one",
+        "frontier: a row in a gap between types wins",
         "comparison/frontier.py",
-        "min(fitting, key=lambda one: one.bits_per_byte)",
-        "max(fitting, key=lambda one: one.bytes)",
+        "return self.smaller.bits_per_byte + max(share, 0.0) * rise",
+        "return self.smaller.bits_per_byte",
         "comparison/test_frontier.py",
     ),
     Fault(
         "frontier: a row dominates its equal",
         "comparison/frontier.py",
-        " and (size[0] < size[1] or loss[0] < loss[1])",
-        "",
+        "return self.bits_per_byte < other.bits_per_byte or self.bytes * SAME_SIZE < other.bytes",
+        "return True",
         "comparison/test_frontier.py",
     ),
     Fault(
