@@ -1,6 +1,6 @@
 """Least squares on a grid: the weights that a low-bit format can store, on a fixed mask."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, final
 
 import torch
@@ -87,6 +87,11 @@ class GridLeastSquares(Problem):
     def in_output_basis(self) -> "tuple[Problem, OutputBasis | None]":
         """Return the problem itself: another basis of the outputs would leave the grid."""
         return self, None
+
+    def in_moderate_units(self) -> tuple[Problem, float, float]:
+        # Weights keep their unit, in which scales are stored.
+        loss, weights, objective = self.loss.in_moderate_units(of_weights=False)
+        return (self if loss is self.loss else replace(self, loss=loss)), weights, objective
 
     def trivial_solution(self, start: Tensor) -> Tensor | None:
         return self.codes(start).values() if self.loss.dead else None

@@ -142,14 +142,16 @@ class LayerLoss:
         """Whether A is zero: every weight costs the same."""
         return not bool(self._statistics.covariance.any() or self._statistics.mean.any() or self.damping.any())
 
-    def in_moderate_units(self) -> "tuple[LayerLoss, float, float]":
+    def in_moderate_units(self, *, of_weights: bool = True) -> "tuple[LayerLoss, float, float]":
         """Return the loss in units of weights and inputs in which no square leaves the range of float32.
 
         Also return the factors of the weights and of f. They are powers of two, so nothing is rounded. Unless its
-        numbers are extreme, the loss is returned unchanged.
+        numbers are extreme, the loss is returned unchanged. The unit of weights may have to stay (not `of_weights`).
         """
         size = float(self._statistics.mean_square.double().mean()) ** 0.5
-        inputs, weights = excess(size, MODERATE_INPUTS), excess(float(self.weight.abs().max()), MODERATE_WEIGHTS)
+        inputs, weights = excess(size, MODERATE_INPUTS), 1.0
+        if of_weights:
+            weights = excess(float(self.weight.abs().max()), MODERATE_WEIGHTS)
         if inputs == weights == 1:
             return self, 1.0, 1.0
         moments = self.moments if inputs == 1 else self.moments.times(inputs)

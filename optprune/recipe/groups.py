@@ -179,8 +179,8 @@ class LowBits(Group):
     with a scale and a minimum (w4a16_shifted)"""
     group: int = Field(default=128, ge=1)
     """weights that share a scale, for w4a16 and w4a16_shifted"""
-    solver: Annotated[Solver, BeforeValidator(read_solver), PlainSerializer(write_solver)] = Chain(
-        (Gptq(), GridDescent())
+    solver: Annotated[Solver, BeforeValidator(read_solver), PlainSerializer(write_solver)] = Field(
+        default_factory=lambda: Chain((Gptq(), GridDescent()))
     )
     """solver of the problem on the grid: round_to_nearest, gptq, grid_descent, or a list of those"""
 

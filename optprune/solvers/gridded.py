@@ -10,7 +10,7 @@ from torch import Tensor
 from optprune.errors import NumericalError
 from optprune.grids import Grid
 from optprune.numerics import linalg
-from optprune.problems import GridLeastSquares
+from optprune.problems import GridLeastSquares, MaskedLeastSquares
 from optprune.solvers.base import Answer, Certificate, DirectSolver, Solver, Status, check_options, measuring, unfitted
 from optprune.solvers.conjugate_gradients import ConjugateGradients
 from optprune.solvers.inverse import inverse_gram
@@ -35,11 +35,13 @@ def relaxed_bound(problem: GridLeastSquares, value: Float[Tensor, "out in"]) -> 
     """Return the lower bound of the problem without its grid, by some steps of conjugate gradients from a value."""
     if problem.mask is None and problem.loss.pull is None:
         return Certificate(0.0, "the original weights have no loss without the grid")
-    relaxed, solver, steps = problem.relaxed, ConjugateGradients(), 0
-    state = solver.init(relaxed, value)
+    solver, steps = ConjugateGradients(), 0
+    relaxed, size, _ = problem.relaxed.in_moderate_units()
+    assert isinstance(relaxed, MaskedLeastSquares)
+    state = solver.init(relaxed, value * size)
     while solver.done(relaxed, state) is None and steps < PROVING:
         state, steps = solver.step(relaxed, state), steps + 1
-    return restored_bound(relaxed, solver.value(relaxed, state))
+    return restored_bound(problem.relaxed, solver.value(relaxed, state) / size)
 
 
 @final
