@@ -44,6 +44,9 @@ def packed(weight: Tensor, kind: GGMLQuantizationType, importance: Tensor | None
     if not bool(plain.isfinite().all()):
         raise InputError("a weight holds NaN or infinity, which has no place in a quantised file: prune again")
     matrices = plain.reshape(-1, *plain.shape[-2:])
+    # ggml reads as many importances as there are columns, whatever there is.
+    if importance is not None and importance.shape[-1] != plain.shape[-1]:
+        raise OptpruneError(f"{importance.shape[-1]} importances for {plain.shape[-1]} columns: please report this")
     every = [None] * len(matrices) if importance is None else _floored(importance, len(matrices))
     parts = [_quantised(matrix.numpy(), kind, one) for matrix, one in zip(matrices, every, strict=True)]
     return np.concatenate(parts).reshape(*plain.shape[:-1], -1)

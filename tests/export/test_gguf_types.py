@@ -13,7 +13,7 @@ from torch import Tensor
 import optprune
 from optprune.calibration.input_squares import mean_squares
 from optprune.cli import main
-from optprune.errors import InputError
+from optprune.errors import InputError, OptpruneError
 from optprune.export import GgufFile, Importance, export, ggml, importance_of
 from optprune.export.ggml import packed
 from optprune.export.gguf_families import FAMILIES
@@ -182,6 +182,8 @@ def test_by_an_importance_what_counts_loses_less(kind: Kind) -> None:
 def test_what_cannot_be_packed_is_refused() -> None:
     with pytest.raises(InputError, match="rows of 40 numbers are no multiple of 32"):
         packed(torch.ones(2, 40), Kind.Q4_0)
+    with pytest.raises(OptpruneError, match="40 importances for 64 columns"):
+        packed(torch.randn(2, 64, generator=torch.Generator().manual_seed(0)), Kind.Q4_0, torch.ones(40))
     with pytest.raises(InputError, match="NaN or infinity"):
         packed(torch.full((2, 32), float("nan")), Kind.Q4_0)
 
