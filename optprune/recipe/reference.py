@@ -76,7 +76,12 @@ def _group(path: str, parent: FieldInfo) -> Iterator[RecipeField]:
         elif name != choice.switch or not choice.kinds:
             every = len(owners) == len(choice.models)
             prefix = "" if every else f"of {either([owner.model_fields[choice.switch].default for owner in owners])}: "
-            yield _field(inner, info, "" if info.is_required() else _in_words(info.get_default(call_default_factory=True)), prefix)
+            yield _field(
+                inner,
+                info,
+                "" if info.is_required() else _in_words(info.get_default(call_default_factory=True)),
+                prefix,
+            )
 
 
 def _field(path: str, info: FieldInfo, default: str, prefix: str = "") -> RecipeField:
