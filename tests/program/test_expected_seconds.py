@@ -34,6 +34,8 @@ def test_every_recipe_has_an_expectation_of_every_phase(architecture: str) -> No
         recipe = load_recipe(name)
         if any(kind.field in decoder.architecture.indivisible for kind in recipe.units.kinds):
             continue  # it is refused
+        if recipe.vocabulary is not None:
+            continue  # it removes nothing of the blocks
         found = expected_seconds(program_of(recipe, samples=128, decoder=decoder), 10**6, CPU)
         assert sorted(found) == sorted(PHASES)
         assert all(0 <= seconds < 1e4 for seconds in found.values()), name
