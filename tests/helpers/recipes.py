@@ -2,5 +2,9 @@
 
 from optprune.recipe import load_recipe, recipe_names
 
-ANY_MODEL = [name for name in recipe_names() if load_recipe(name).units.name != "experts"]
-"""the recipes for models without a router too"""
+ANY_MODEL = [
+    name
+    for name in recipe_names()
+    if (recipe := load_recipe(name)).units.name != "experts" and recipe.vocabulary is None
+]
+"""the recipes that prune blocks, for models without a router too"""
