@@ -19,6 +19,8 @@ from tests.helpers.short_runs import batches
 from tests.helpers.tiny_models import TINY_MODELS, tiny_llama
 from tests.helpers.weights import weights_of
 
+USUAL = ("alps", "fasp", "gptq", "sparse_best", "structured_best")
+"""the recipes of each structure; `make test-all` has the others"""
 SETTINGS: dict[str, dict[str, Any]] = {
     "depth": {"sparsity": 0.3},
     "structured_best": {"sparsity": 0.3, "allocation.least": 0.2, "allocation.probe_tokens": 50},
@@ -49,7 +51,9 @@ def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 
 @pytest.mark.e2e
-@pytest.mark.parametrize("name", ANY_MODEL)
+@pytest.mark.parametrize(
+    "name", [name if name in USUAL else pytest.param(name, marks=pytest.mark.slow) for name in ANY_MODEL]
+)
 def test_every_recipe_prunes_a_bfloat16_checkpoint_streamed_as_in_memory(name: str, tmp_path: Path) -> None:
     folder, recipe = half(tmp_path), load_recipe(name, SETTINGS.get(name, {}))
     report, whole = pruned(load_model(folder), recipe)
