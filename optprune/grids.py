@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import final
 
 import torch
@@ -17,6 +16,8 @@ TRIED = 19
 """number of scales of each sign that are tried in a block"""
 MOST_DIGITS = 11
 """binary digits of a float16"""
+FIRST = 4
+"""number of rows that are looked at first: those of a weight that was never rounded are off the grid"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +53,7 @@ class Grid:
     block: int
     shifted: bool = False
     scale_dtype: torch.dtype = torch.float16
-    digits: int = 11
+    digits: int = MOST_DIGITS
     """the most binary digits of a scale"""
 
     def __post_init__(self) -> None:
@@ -83,11 +84,6 @@ class Grid:
     def steps(self) -> int:
         """The largest integer of a block less its least."""
         return 2**self.bits - 1
-
-    @cached_property
-    def bits_per_weight(self) -> float:
-        """Stored bits for a weight: those of its integer, and its share of the scale and of the minimum."""
-        return self.bits + (16 + (self.bits if self.shifted else 0)) / self.block
 
     def check_width(self, inputs: int) -> None:
         """Raise InputError where rows are not whole blocks."""
@@ -170,6 +166,13 @@ class Grid:
         if bool(off.any()):
             raise InputError(f"{int(off.sum())} of {off.numel()} blocks are not on a grid of {self.bits} bits")
         return codes
+
+    def codes(self, weight: Float[Tensor, "rows in"]) -> Codes | None:
+        """Return the codes of a weight that is on the grid; None where a block is not, or rows are not whole blocks."""
+        if weight.shape[1] % self.block or self.off(weight[:FIRST]):
+            return None
+        codes, off = self.find(weight)
+        return None if bool(off.any()) else codes
 
     def off(self, weight: Float[Tensor, "rows in"]) -> int:
         """Return the number of blocks that are not on the grid."""

@@ -21,8 +21,6 @@ from optprune.measure.llama_cpp_binding import binding
 
 WITHOUT_GGML = (GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.Q8_0)
 """types that gguf's functions pack as ggml does; the rounding of q8_0 does not depend on an importance"""
-FIRST = 4
-"""number of rows that are looked at first"""
 FLOOR = 1e-6
 """least importance of a column, as a share of the mean: ggml divides by sums of importances"""
 
@@ -55,13 +53,7 @@ def packed(weight: Tensor, kind: GGMLQuantizationType, importance: Tensor | None
 def codes_of(weight: Tensor, kind: GGMLQuantizationType) -> Codes | None:
     """Return the codes of a float32 weight [..., columns] that is on the grid of a type; None where it is not."""
     grid = GRIDS.get(kind.name.lower())
-    if grid is None or weight.ndim < 2 or weight.shape[-1] % grid.block:
-        return None
-    rows = weight.flatten(0, -2)
-    # Rows that were never rounded are off the grid from the first.
-    if not bool(rows.isfinite().all()) or grid.off(rows[:FIRST]) or grid.off(rows):
-        return None
-    return grid.encode(rows)
+    return None if grid is None or weight.ndim < 2 else grid.codes(weight.flatten(0, -2))
 
 
 def pack(codes: Codes, kind: GGMLQuantizationType) -> NDArray[np.uint8]:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from optprune.errors import OptpruneError
 from optprune.export.exporter import Draft, Exporter, ModelSource, OnEvent
 from optprune.export.folder import write_rest
-from optprune.export.shards import MAX_SHARD_SIZE
+from optprune.export.shards import MAX_SHARD_SIZE, tensors_of
 from optprune.export.source_files import origin_of
 from optprune.grids import GRIDS, Codes, Grid
 from optprune.measure.speed import file_bytes
@@ -70,8 +70,7 @@ class PackedFolder(Exporter):
         config = json.loads((draft / CONFIG).read_text(encoding="utf-8"))
         (draft / CONFIG).write_text(json_text({**config, "quantization_config": packed.config()}), encoding="utf-8")
         write_rest(loaded, draft, origin_of(source.name).licence_files)
-        kept = [name for name in packed.plain if name not in packed.outside]
-        notes = ()
+        notes, kept = (), packed.plain
         if kept:
             notes = (f"{counted(len(kept), 'layer')} on no 4-bit grid, such as {kept[0]}, stay as they are",)
         summary = f"4 bits in groups of {packed.grid.block}, {counted(len(packed.layers), 'layer')}"
@@ -111,9 +110,9 @@ class _Packed:
     layers: tuple[str, ...]
     """names of the packed layers"""
     plain: tuple[str, ...]
-    """names of the linear layers that are not packed"""
-    outside: tuple[str, ...] = field(default=())
-    """those of them that are in no block, such as the head"""
+    """names of the linear layers of blocks that are not packed"""
+    outside: tuple[str, ...]
+    """names of the linear layers outside of blocks, such as the head"""
 
     @classmethod
     def of(cls, decoder: Decoder) -> "_Packed":
@@ -137,15 +136,9 @@ class _Packed:
             raise OptpruneError(
                 "no layer is on a 4-bit grid: prune with --bits w4a16 first, and export the folder that this writes"
             )
-        outside = tuple(_outside(decoder))
-        state = decoder.model.state_dict()
         blocks = f"{decoder.architecture.blocks}."
-        seen = set[int]()
-        for name, parameter in decoder.model.named_parameters():
-            if not name.startswith(blocks) and id(parameter) not in seen:
-                seen.add(id(parameter))
-                tensors[name] = state[name].detach().clone()
-        return cls(grid, tensors, tuple(layers), (*plain, *outside), outside)
+        outside = {name: tensor for name, tensor in tensors_of(decoder).items() if not name.startswith(blocks)}
+        return cls(grid, {**tensors, **outside}, tuple(layers), tuple(plain), tuple(_outside(decoder)))
 
     def config(self) -> dict[str, Any]:
         """Return the quantization_config of the folder, without a sparsity_config, which vLLM refuses."""
@@ -161,7 +154,7 @@ class _Packed:
             "format": "pack-quantized",
             "quantization_status": "compressed",
             "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
-            "ignore": list(self.plain),
+            "ignore": [*self.plain, *self.outside],
         }
         # transformers 5.24 reads packed zero points only where it decodes the weights as it loads them.
         return {**config, "dequantize": True} if self.grid.shifted else config
@@ -172,9 +165,9 @@ def _codes(weight: Tensor, grid: Grid | None) -> tuple[Codes | None, Grid | None
     plain = GRIDS["w4a16"]
     candidates = [replace(plain, block=size, shifted=shifted) for size in GROUPS for shifted in (False, True)]
     for each in [grid] if grid is not None else candidates:
-        # Rows that were never rounded are off the grid from the first.
-        if weight.shape[1] % each.block == 0 and not each.off(weight[:4]) and not each.off(weight):
-            return each.encode(weight), each
+        codes = each.codes(weight)
+        if codes is not None:
+            return codes, each
     return None, grid
 
 

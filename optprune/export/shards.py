@@ -50,7 +50,7 @@ def write_weights(
     Where one file is not enough, files `made` that hold a block each, under its names, are linked instead of copied.
     `on_tensor` is called with the number of tensors written and the number of all tensors.
     """
-    tensors, done = _tensors(decoder), 0
+    tensors, done = tensors_of(decoder), 0
 
     def written(more: int) -> None:
         nonlocal done
@@ -82,7 +82,7 @@ def write_weights(
         write_whole(folder / SAFE_WEIGHTS_INDEX_NAME, lambda stream: stream.write(text))
 
 
-def _tensors(decoder: Decoder) -> dict[str, Tensor]:
+def tensors_of(decoder: Decoder) -> dict[str, Tensor]:
     """Return the tensors of a folder: every parameter once, under one of its names, and the persistent buffers."""
     model = decoder.model
     parameters, state = dict(model.named_parameters()), model.state_dict()

@@ -7,7 +7,6 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from optprune.errors import InputError
 from optprune.grids import Codes, Grid
 from optprune.metric import OutputBasis
 from optprune.problems.base import Problem
@@ -35,13 +34,8 @@ class GridLeastSquares(Problem):
     mask: Bool[Tensor, "rows in"] | None = None
 
     def __post_init__(self) -> None:
-        rows, width = self.loss.weight.shape
-        self.grid.check_width(width)
-        if self.mask is not None and self.mask.shape not in ((rows, width), (1, width)):
-            raise InputError(
-                f"the mask of a [{rows}, {width}] weight must be [{rows}, {width}] or [1, {width}], "
-                f"not {list(self.mask.shape)}"
-            )
+        self.grid.check_width(self.loss.weight.shape[1])
+        _ = self.relaxed  # which checks the mask
 
     @property
     def kept(self) -> Bool[Tensor, "rows in"]:
@@ -56,11 +50,10 @@ class GridLeastSquares(Problem):
         return MaskedLeastSquares(self.loss, self.kept)
 
     def objective(self, weight: Float[Tensor, "out in"]) -> float:
-        # In float64 on every device, as the bounds are, which are compared with it to a millionth.
-        return self.loss.exact_value(weight)
+        return self.relaxed.objective(weight)
 
     def measuring_error(self, weight: Float[Tensor, "out in"]) -> float:
-        return self.loss.exact.measuring_error(weight) / 2
+        return self.relaxed.measuring_error(weight)
 
     def violation(self, weight: Float[Tensor, "out in"]) -> float:
         """Return the number of blocks off the grid plus that of non-zero entries outside the mask."""
@@ -82,7 +75,7 @@ class GridLeastSquares(Problem):
 
     def inputs(self, weight: Float[Tensor, "out in"]) -> Bool[Tensor, " in"]:
         """Return the inputs that the mask leaves to some output."""
-        return self.kept.any(0)
+        return self.relaxed.inputs(weight)
 
     def in_output_basis(self) -> "tuple[Problem, OutputBasis | None]":
         """Return the problem itself: another basis of the outputs would leave the grid."""

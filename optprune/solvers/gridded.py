@@ -204,11 +204,17 @@ class GridDescent(Solver[GridLeastSquares, DescentState]):
             for start in range(0, gram.shape[0], grid.block):
                 block = slice(start, start + grid.block)
                 inside, number = slice(first + start, first + start + grid.block), (first + start) // grid.block
-                found = _Block(
-                    *(grid, weight[:, inside], scales[:, number], state.lows[:, number], kept[:, inside]),
-                    *(residual, gram, block),
+                columns = _Block(
+                    grid=grid,
+                    weight=weight[:, inside],
+                    scales=scales[:, number],
+                    lows=state.lows[:, number],
+                    kept=kept[:, inside],
+                    residual=residual,
+                    gram=gram,
+                    columns=block,
                 )
-                lowered, changed = found.improve()
+                lowered, changed = columns.improve()
                 total, moved = total + lowered, moved | changed
         # Both are read together, so that a GPU is waited for once.
         gain, changed = linalg.numbers(total, moved.to(total))
@@ -261,7 +267,7 @@ class _Block:
         return gain.clamp(min=0).sum(dtype=torch.float64)
 
     def _scale(self) -> Float[Tensor, ""]:
-        q = torch.where(self.scales == 0, 0.0, (self.weight.T / self.scales)).nan_to_num_(0.0).round_().T
+        q = self.grid.round(self.weight, self.scales[:, None], self.lows[:, None])
         rows = self.gram[self.columns]
         slope = (self.residual[:, self.columns] * q).sum(1)
         curvature = (q @ rows[:, self.columns] * q).sum(1)
