@@ -194,10 +194,19 @@ def run_block(
     return caught, first_output(output)
 
 
-def advance(block: nn.Module, stream: Stream) -> None:
-    """Replace the hidden states of a stream by the outputs of the block, and move on to the next block."""
+def advance(
+    block: nn.Module,
+    stream: Stream,
+    taps: Sequence[str] = (),
+    on_inputs: Callable[[dict[str, Tensor]], None] = lambda inputs: None,
+) -> None:
+    """Replace the hidden states of a stream by the outputs of the block, and move on to the next block.
+
+    `on_inputs` is called with the inputs of the tapped layers, by path, for each batch.
+    """
     for index, (hidden, arguments) in enumerate(zip(stream.hidden, stream.arguments, strict=True)):
-        _, output = run_block(block, hidden, arguments)
+        inputs, output = run_block(block, hidden, arguments, taps)
+        on_inputs(inputs)
         if not bool(torch.isfinite(output).all()):
             raise NumericalError(
                 "a block's output holds NaN or infinity: look for damaged weights, or use --dtype float32"

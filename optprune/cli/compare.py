@@ -21,6 +21,7 @@ from optprune.cli.options import (
     Settings,
     Strict,
     Units,
+    Windows,
 )
 from optprune.cli.outputs import check_json, echo, start, write_json
 from optprune.cli.request import overrides
@@ -55,9 +56,7 @@ def compare_command(
     samples: Samples = 128,
     seq_length: SeqLength = 2048,
     sequences: Sequences = "packed",
-    windows: Annotated[
-        int | None, typer.Option("--windows", help="Number of windows to evaluate on. [default: all]")
-    ] = None,
+    windows: Windows = None,
     propagation: Propagation = None,
     units: Units = None,
     pattern: Pattern = None,

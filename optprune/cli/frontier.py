@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from optprune.cli.compare import FAILED, listed
-from optprune.cli.options import JsonFile, Model, Samples, SeqLength, Sequences, Settings, Units
+from optprune.cli.options import JsonFile, Model, Samples, SeqLength, Sequences, Settings, Units, Windows
 from optprune.cli.outputs import check_json, echo, start, write_json
 from optprune.cli.request import overrides
 
@@ -55,9 +55,7 @@ def frontier_command(
     samples: Samples = 128,
     seq_length: SeqLength = 2048,
     sequences: Sequences = "packed",
-    windows: Annotated[
-        int | None, typer.Option("--windows", help="Number of windows to evaluate on. [default: all]")
-    ] = None,
+    windows: Windows = None,
     units: Units = None,
     settings: Settings = None,
     no_speed: Annotated[bool, typer.Option("--no-speed", help="Time nothing.")] = False,

@@ -41,6 +41,7 @@ Sparsity = Annotated[
     ),
 ]
 Samples = Annotated[int, typer.Option("--samples", help="Number of calibration windows.")]
+Windows = Annotated[int | None, typer.Option("--windows", help="Number of windows to evaluate on. [default: all]")]
 Seed = Annotated[int | None, typer.Option("--seed", help="Seed of all random draws. [default: the recipe's, or 0]")]
 Units = Annotated[
     str | None,

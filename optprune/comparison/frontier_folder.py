@@ -3,9 +3,8 @@
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
 from optprune.comparison.frontier import Frontier, FrontierRow, Speed
 from optprune.system.files import real_path
@@ -31,20 +30,16 @@ class FrontierFolder(ManifestFolder):
         """Return a row: the stored one, or a new one, which is stored."""
         file = f"{ROWS}/{name}.json"
         if self.holds(file):
-            return self._as(ROW, file)
+            return self.read_as(file, ROW.validate_python)
         made = make()
         self.subfolder(ROWS)
         self.write(file, asdict(made))
         return made
 
-    def has(self, name: str) -> bool:
-        """Return whether a row is finished."""
-        return self.holds(f"{ROWS}/{name}.json")
-
     def speeds(self, names: list[str], make: Callable[[], dict[str, Speed]]) -> dict[str, Speed]:
         """Return the speeds of all rows: the stored ones if they are of these rows, or new ones, which are stored."""
         if self.holds(SPEEDS):
-            found = self._as(SPEEDS_OF, SPEEDS)
+            found = self.read_as(SPEEDS, SPEEDS_OF.validate_python)
             if set(found) == set(names):
                 return found
         made = make()
@@ -53,19 +48,5 @@ class FrontierFolder(ManifestFolder):
 
     def conclude(self, found: Frontier) -> None:
         """Write the tables and the page, each file whole or not at all, and delete the files that were timed."""
-        for name, text in {JSON: found.to_json(), TABLE: found.markdown(), PAGE: found.page()}.items():
-            self.keep(name, lambda stream, text=text: stream.write(text.encode()))
+        self.keep_texts({JSON: found.to_json(), TABLE: found.markdown(), PAGE: found.page()})
         self.remove_subfolder(FILES)
-
-    def close(self) -> None:
-        """Release the folder, or delete it where the frontier did not begin."""
-        if self.begun:
-            self.release()
-        else:
-            self.discard()
-
-    def _as(self, kind: TypeAdapter[Any], name: str) -> Any:
-        try:
-            return kind.validate_python(self.read(name))
-        except ValidationError as error:
-            raise self.damaged(name) from error

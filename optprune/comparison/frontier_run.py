@@ -13,18 +13,26 @@ from optprune.calibration.statistics_cache import digest_of_weights
 from optprune.comparison.frontier import DENSE, Frontier, with_speeds
 from optprune.comparison.frontier_folder import MODELS, PRUNED, FrontierFolder
 from optprune.comparison.frontier_session import LLAMA, FrontierSession, Wanted
-from optprune.comparison.run import compare, texts_apart
+from optprune.comparison.run import compare, texts_apart, windows_to_evaluate
 from optprune.errors import InputError
 from optprune.export import Importance, importance_of, save_model
 from optprune.measure import SpeedWorkload
 from optprune.measure.llama_cpp_binding import binding
-from optprune.models import LoadedModel, is_gguf, load_config, load_model, load_tokenizer, need_tokenizer
+from optprune.models import (
+    LoadedModel,
+    is_gguf,
+    load_config,
+    load_model,
+    load_tokenizer,
+    need_tokenizer,
+    using_tokenizer,
+)
 from optprune.models.sources import DEMO, DEMO_NAME
 from optprune.report import Event
 from optprune.system.environment import machine, versions
 from optprune.system.files import real_path
 from optprune.system.folders import check_manifest_folder
-from optprune.texts import check_seq_length, check_vocabulary, evaluation_windows, read_documents, tokenise
+from optprune.texts import check_seq_length, read_documents
 
 BY_DECODING = (
     "the weights of each file, decoded exactly, in transformers in float32; llama.cpp also rounds the inputs of "
@@ -33,8 +41,8 @@ BY_DECODING = (
 AS_THEY_ARE = "the weights of each folder in transformers in float32"
 
 
-@dataclass(frozen=True)
-class Request:
+@dataclass(frozen=True, kw_only=True)
+class FrontierRequest:
     """Options of a frontier, checked before anything is loaded."""
 
     model: str
@@ -73,9 +81,9 @@ class Request:
         """Return the evaluation windows [n, length]."""
         calibration = self.calibration
         documents = read_documents(self.text) if calibration is None else texts_apart(calibration, self.text)[1]
-        tokens = tokenise(need_tokenizer(load_tokenizer(self.model), self.model), documents)
-        check_vocabulary(load_config(self.model), tokens)
-        return evaluation_windows(tokens, self.seq_length, self.windows)
+        tokenizer, config = need_tokenizer(load_tokenizer(self.model), self.model), load_config(self.model)
+        with using_tokenizer(self.model):
+            return windows_to_evaluate(tokenizer, config, documents, self.seq_length, self.windows)
 
     def facts(self, dense: LoadedModel, held: Tensor) -> dict[str, Any]:
         """Return the options that determine all results."""
@@ -172,20 +180,20 @@ def frontier(
     with the same options resumes. Raises InputError where the options do not fit together.
     """
     wanted = Wanted.of(types, pruned_types, runtime, importance=calibration is not None)
-    request = Request(
-        str(model),
-        text,
-        tuple(map(str, against)),
-        tuple(recipes),
-        tuple(sparsities),
-        calibration,
-        wanted,
-        samples,
-        seq_length,
-        sequences,
-        windows,
-        dict(settings or {}),
-        speed,
+    request = FrontierRequest(
+        model=str(model),
+        text=text,
+        against=tuple(map(str, against)),
+        recipes=tuple(recipes),
+        sparsities=tuple(sparsities),
+        calibration=calibration,
+        wanted=wanted,
+        samples=samples,
+        seq_length=seq_length,
+        sequences=sequences,
+        windows=windows,
+        settings=dict(settings or {}),
+        speed=speed,
     )
     request.check()
     check_manifest_folder(real_path(Path(folder)), FrontierFolder.noun)

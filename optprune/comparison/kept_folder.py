@@ -5,9 +5,9 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
 from optprune.comparison.grid import Cell
 from optprune.comparison.results import DENSE, CellResult, Comparison, Figures
@@ -15,7 +15,6 @@ from optprune.system.files import is_own_folder, real_path
 from optprune.system.folders import ManifestFolder
 
 CELLS, WORK, MODELS = "cells", "work", "models"
-Value = TypeVar("Value")
 RESULT, FIGURES = TypeAdapter(CellResult), TypeAdapter(Figures)
 JSON, TABLE, PAGE = "comparison.json", "comparison.md", "comparison.html"
 
@@ -60,10 +59,7 @@ class ComparisonFolder(ManifestFolder):
             self.remove_subfolder(WORK)
         elif self._own is not None:
             shutil.rmtree(self._own)  # those of a comparison that was killed stay where this one is refused
-        if self.begun:
-            self.release()
-        else:
-            self.discard()
+        super().close()
 
     def has(self, cell: Cell) -> bool:
         """Return whether a cell is finished."""
@@ -71,7 +67,7 @@ class ComparisonFolder(ManifestFolder):
 
     def cell(self, cell: Cell) -> CellResult | None:
         """Return the result of a cell, or None where it is not finished."""
-        return self._as(RESULT, _file_of(cell.name)) if self.has(cell) else None
+        return self.read_as(_file_of(cell.name), RESULT.validate_python) if self.has(cell) else None
 
     def finish(self, result: CellResult) -> None:
         """Store the result of a cell, unless it failed: the next call tries that again."""
@@ -81,7 +77,7 @@ class ComparisonFolder(ManifestFolder):
     def dense(self) -> Figures | None:
         """Return the figures of the dense model, or None where they are not stored."""
         name = _file_of(DENSE)
-        return self._as(FIGURES, name) if self.holds(name) else None
+        return self.read_as(name, FIGURES.validate_python) if self.holds(name) else None
 
     def keep_dense(self, figures: Figures) -> None:
         """Store the figures of the dense model."""
@@ -89,18 +85,11 @@ class ComparisonFolder(ManifestFolder):
 
     def conclude(self, comparison: Comparison) -> None:
         """Write the tables and the page of a comparison, each file whole or not at all."""
-        for name, text in {JSON: comparison.to_json(), TABLE: comparison.markdown(), PAGE: comparison.page()}.items():
-            self.keep(name, lambda stream, text=text: stream.write(text.encode()))
+        self.keep_texts({JSON: comparison.to_json(), TABLE: comparison.markdown(), PAGE: comparison.page()})
 
     def _keep(self, name: str, content: dict[str, Any]) -> None:
         self.subfolder(CELLS)
         self.write(_file_of(name), content)
-
-    def _as(self, kind: TypeAdapter[Value], name: str) -> Value:
-        try:
-            return kind.validate_python(self.read(name))
-        except ValidationError as error:
-            raise self.damaged(name) from error
 
 
 def _file_of(name: str) -> str:

@@ -100,7 +100,7 @@ def compare(
     with using_tokenizer(source.source):
         # A text that is too short is refused before anything is loaded.
         drawn = _drawn(tokenizer, config, texts, sequences, samples, seq_length, grid.seeds)
-        held = _to_evaluate_on(tokenizer, config, documents, seq_length, windows)
+        held = windows_to_evaluate(tokenizer, config, documents, seq_length, windows)
     with ExitStack() as contexts:
         place = _folder(folder, contexts)
         say(f"loading {source.source}")
@@ -137,10 +137,10 @@ def _folder(folder: str | Path | None, contexts: ExitStack) -> ComparisonFolder:
     return place
 
 
-def _to_evaluate_on(
+def windows_to_evaluate(
     tokenizer: Tokenizer, config: PretrainedConfig, documents: list[Document], seq_length: int, windows: int | None
 ) -> Tensor:
-    """Return the windows [n, seq_length] of the evaluation text."""
+    """Return the first windows [n, seq_length] of the evaluation text, or all; only as many documents are tokenised."""
     tokens = tokenise(tokenizer, documents, None if windows is None else max(windows, 1) * seq_length)
     check_vocabulary(config, tokens)
     return evaluation_windows(tokens, seq_length, windows)

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 from filelock import FileLock, Timeout
 
@@ -21,6 +21,7 @@ MANIFEST, LOCK = "run.json", "in-use"
 MARK, FORMAT = "optprune", 1
 FACTS, FILES, FOLDERS, MADE, DIGEST = "facts", "files", "folders", "made", "digest"
 """the entries of a manifest"""
+Value = TypeVar("Value")
 
 
 class ManifestFolder:
@@ -132,6 +133,11 @@ class ManifestFolder:
         write_whole(file, write, commit=commit)
         self._valid[name] = True
 
+    def keep_texts(self, texts: Mapping[str, str]) -> None:
+        """Write texts to files of the folder by name, each as a whole or not at all."""
+        for name, text in texts.items():
+            self.keep(name, lambda stream, text=text: stream.write(text.encode()))
+
     def write(self, name: str, content: Any) -> None:
         """Write plain data to a file of the folder as JSON."""
         # NaN and infinity are written in the form that Python reads.
@@ -145,6 +151,17 @@ class ManifestFolder:
         try:
             return read_json((self.folder / name).read_text(encoding="utf-8"), f"{name} of {self.folder}")
         except (OSError, UnicodeDecodeError, InputError) as error:
+            raise self.damaged(name) from error
+
+    def read_as(self, name: str, parse: Callable[[Any], Value]) -> Value:
+        """Return what `parse` makes of the plain data in a file.
+
+        Raises InputError where the file was changed, or `parse` raises ValueError.
+        """
+        plain = self.read(name)
+        try:
+            return parse(plain)
+        except ValueError as error:
             raise self.damaged(name) from error
 
     def lists(self, name: str) -> bool:
@@ -215,6 +232,13 @@ class ManifestFolder:
         if is_own_file(self.folder / LOCK):
             (self.folder / LOCK).unlink()
         self._lock.release(force=True)
+
+    def close(self) -> None:
+        """Release the folder, or delete it where `begin` was not called."""
+        if self.begun:
+            self.release()
+        else:
+            self.discard()
 
     def discard(self) -> list[str]:
         """Delete all written files, and the created folders that are then empty.
