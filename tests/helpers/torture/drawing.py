@@ -125,8 +125,11 @@ READING: list[Callable[[Drawn], Case]] = [
 
 
 def damaged_json(drawn: Drawn, file: Path) -> None:
-    """Spoil a JSON file of a run, so that it may still be JSON."""
-    data = json.loads(file.read_text())
+    """Spoil a JSON file of a run, so that it may still be JSON; one that is spoiled already stays."""
+    try:
+        data = json.loads(file.read_text())
+    except ValueError:
+        return
     if isinstance(data, dict) and data and drawn.rng.random() < 0.3:
         key = drawn.rng.choice(list(data))
         data[key] = drawn.spoil.value()
