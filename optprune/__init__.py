@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from optprune.measure import perplexity
     from optprune.models import load_model, open_model
     from optprune.objectives import LayerContext
-    from optprune.pruning import collect, layer_loss, layer_problem, prune
+    from optprune.pruning import collect, find_sparsity, layer_loss, layer_problem, prune
     from optprune.recipe import Recipe, load_recipe
     from optprune.report import Audit, audit
     from optprune.solvers import choose, solve
@@ -47,6 +47,7 @@ _HOMES = {
     "collect": "optprune.pruning",
     "compare": "optprune.comparison",
     "evaluation_windows": "optprune.texts",
+    "find_sparsity": "optprune.pruning",
     "heal": "optprune.healing",
     "keep_zeros": "optprune.healing",
     "layer_loss": "optprune.pruning",
@@ -81,6 +82,7 @@ __all__ = [
     "collect",
     "compare",
     "evaluation_windows",
+    "find_sparsity",
     "heal",
     "keep_zeros",
     "layer_loss",

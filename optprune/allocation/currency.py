@@ -143,8 +143,5 @@ def _without(decoder: Decoder, block: int, stream: Stream, kind: LinkedUnits) ->
 def _narrower(decoder: Decoder, block: int, stream: Stream, kind: LinkedUnits, count: int) -> float:
     with ExitStack() as narrowed:
         for layers in kind.layers(decoder, block):
-            slots = layers.link.slots
-            # Each slot keeps the same number.
-            place = torch.arange(len(slots), device=slots.device) % (len(slots) // layers.link.slot_count)
-            narrowed.enter_context(decoder.narrowed(block, layers, place < count))
+            narrowed.enter_context(decoder.narrowed(block, layers, layers.link.first(count)))
         return _seconds(decoder, block, stream)

@@ -84,7 +84,12 @@ Runs = Annotated[
     ),
 ]
 Strict = Annotated[
-    bool, typer.Option("--strict", help="Treat fallbacks, too few tokens and a missed budget as errors.")
+    bool,
+    typer.Option(
+        "--strict",
+        help="Treat fallbacks, too few tokens and a missed budget as errors.",
+        rich_help_panel=ADVANCED,
+    ),
 ]
 Workers = Annotated[
     int | None,

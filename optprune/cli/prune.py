@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from optprune.cli.goal import GoalOptions, resolve_for
 from optprune.cli.help import ADVANCED
 from optprune.cli.log import LogFile
 from optprune.cli.options import (
@@ -64,6 +65,38 @@ def prune_command(
     output: Annotated[Path, typer.Option("--output", metavar="DIR", help="The folder to write.")],
     recipe: RecipeName = "fasp",
     sparsity: Sparsity = None,
+    to: Annotated[
+        str | None,
+        typer.Option(
+            "--to",
+            metavar="GOAL",
+            help="Choose the sparsity by a goal: a size of the weights in the folder such as 200MiB, or a speed of "
+            "decoding over the dense model's on this machine such as 1.5x.",
+        ),
+    ] = None,
+    to_quality: Annotated[
+        float | None,
+        typer.Option(
+            "--to-quality",
+            metavar="RATIO",
+            help="Choose the largest sparsity whose bits per byte on --text are at most this many times the dense "
+            "model's, such as 1.05.",
+            rich_help_panel=ADVANCED,
+        ),
+    ] = None,
+    text: Annotated[
+        str | None,
+        typer.Option(
+            "--text",
+            metavar="TEXT",
+            help="The text for --to-quality; same forms as --calibration.",
+            rich_help_panel=ADVANCED,
+        ),
+    ] = None,
+    windows: Annotated[
+        int | None,
+        typer.Option("--windows", help="Number of windows for --to-quality. [default: all]", rich_help_panel=ADVANCED),
+    ] = None,
     samples: Samples = 128,
     seq_length: SeqLength = 2048,
     sequences: Sequences = "packed",
@@ -137,7 +170,8 @@ def prune_command(
     check_json(json_file, output=output, models=[model])
     lines.check(output, model)
     check_sequences(sequences)
-    resolved = options.resolve(chosen)
+    goal = GoalOptions.of(to, to_quality, text, windows, calibration, sequences)
+    resolved = resolve_for(goal, options, chosen, whole=whole, say=reporter.say)
     program = resolved.program
     whole.check_run(program)
     texts = read_texts(calibration)
@@ -204,6 +238,8 @@ def _summarise(program: "Program", report: "Report", saved: "SavedModel") -> Non
         echo(line)
     if report.vocabulary is not None:
         echo(report.vocabulary.in_words())
+    if report.goal is not None:
+        echo(report.goal.in_words())
     echo(
         f"{duration(report.seconds)} on {report.tokens} tokens, of which the two calibration passes take "
         f"{duration(report.floor_seconds)}"

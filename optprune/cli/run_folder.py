@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from optprune.errors import InputError, OptpruneError, WorkerError, is_out_of_memory, no_room, no_room_behind
 from optprune.system.environment import differences, is_first
 from optprune.system.files import read_json, real_path
-from optprune.system.folders import RunFolder
+from optprune.system.folders import FACTS, RunFolder, check_manifest_folder
 from optprune.system.interrupts import NOTHING, done_sentence, record_done
 from optprune.system.wording import shown
 
@@ -63,6 +63,14 @@ class Output:
         kind.check(run_folder_of(self.folder), resume=self.resume, restart=self.restart, facts=known)
         if self.may_be_finished:
             self._is_of(known)
+
+    def earlier_facts(self, kind: type[RunFolder]) -> Mapping[str, Any] | None:
+        """Return the facts of the run that --resume continues, or of the finished output; None where there is none."""
+        if not self.resume:
+            return None
+        manifest = check_manifest_folder(run_folder_of(self.folder), kind.noun)
+        begun = None if manifest is None else manifest[FACTS]
+        return begun or (self._stored() if self.may_be_finished else None)
 
     def run_folder(self, kind: type[Folder], say: Callable[[str], None]) -> Folder:
         """Delete the drafts of killed runs and return the run folder."""

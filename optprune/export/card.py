@@ -96,6 +96,8 @@ class ModelCard:
         lines = [f"- calibration: {report.tokens:,} tokens{text}, seed {report.seed}"]
         if report.vocabulary is not None:
             lines.append(f"- {report.vocabulary.in_words()}")
+        if report.goal is not None:
+            lines.append(f"- {report.goal.in_words()}")
         errors = [layer.relative_error for layer in report.layers]
         held_out = [layer.held_out_error for layer in report.layers if layer.held_out_error is not None]
         if errors:

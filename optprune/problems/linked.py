@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar, final
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from optprune.errors import InputError
@@ -33,6 +33,11 @@ class Link(Channels):
         for rows in self.rows:
             if len(rows) != self.units:
                 raise InputError(f"a link of {self.units} units has {len(rows)} rows: give one for each unit")
+
+    def first(self, keep: int) -> Bool[Tensor, " units"]:
+        """Return the mask of the first `keep` units of each slot."""
+        place = torch.arange(self.units, device=self.slots.device) % (self.units // self.slot_count)
+        return place < keep
 
     def to(self, device: torch.device) -> "Link":
         """Return the same link on another device."""

@@ -11,6 +11,7 @@ from optprune.models import BlockAllocation, Decoder, Target, Units
 from optprune.objectives import Objective
 from optprune.recipe import Recipe
 from optprune.recipe.groups import Matching, Recovery
+from optprune.report import GoalReached
 from optprune.solvers import ExpertSolver, Solver
 
 MAX_SHARD = 5 * 10**9
@@ -24,6 +25,8 @@ class Request:
     recipe: Recipe
     allocation: Allocation | None = None
     """what every block keeps, in place of the recipe's sparsity"""
+    goal: GoalReached | None = None
+    """the goal that the recipe's sparsity was chosen for"""
     samples: int = 128
     """calibration sequences"""
     seq_length: int = 2048

@@ -5,7 +5,7 @@ Preflight, plan, progress, executors, journal and report read it; nothing of it 
 
 import math
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
@@ -72,8 +72,9 @@ class Program:
 
     def facts(self) -> dict[str, Any]:
         """Return what the request decides of a run's bytes, before a model or a text is read."""
-        recipe, allocation = self.request.recipe.to_dict(), self.allocation
+        recipe, allocation, goal = self.request.recipe.to_dict(), self.allocation, self.request.goal
         return {
+            **({} if goal is None else {"the goal": asdict(goal)}),
             # The summary is text about the other fields.
             "the recipe": {name: value for name, value in recipe.items() if name != "summary"},
             "the allocation": None if allocation is None else allocation.to_dict(),
@@ -382,3 +383,26 @@ class Program:
         """Bytes of the pruned blocks: zeros are counted, removed units are not."""
         kept = 1.0 if self.units.family is not None else 1 - self.sparsity
         return round(kept * sum(self.block_numbers)) * self.itemsize
+
+    @property
+    def dense_numbers(self) -> int:
+        """The numbers in all parameters of the dense model, of which those that are tied count once."""
+        return self.resident_numbers + sum(self.block_numbers)
+
+    @property
+    def vocabulary_removed(self) -> int:
+        """About how many numbers a smaller vocabulary removes from embedding and head."""
+        smaller, model = self.request.recipe.vocabulary, self.decoder.model
+        if smaller is None:
+            return 0
+        kept = smaller.keep if smaller.keep > 1 else smaller.keep * self.vocabulary
+        inner, outer = model.get_input_embeddings(), model.get_output_embeddings()
+        tables = {id(table.weight) for table in (inner, outer) if table is not None}
+        return round((self.vocabulary - kept) * len(tables) * self.hidden)
+
+    @property
+    def pruned_numbers(self) -> int:
+        """The numbers in all parameters of the pruned model; exact but for biases where shapes are known before."""
+        sparsity = self.sparsity if self._known is None else self._known.sparsity
+        removed = 0 if self.units.family is not None else sparsity * self.decoder.linear_weights()
+        return round(self.dense_numbers - self.vocabulary_removed - removed)

@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from optprune.calibration.partial_sums import PartialSums
     from optprune.calibration.peers import joined
     from optprune.pruning.collecting import collect
+    from optprune.pruning.goal import find_sparsity
     from optprune.pruning.journal import Journal
     from optprune.pruning.measured_plan import Measuring, plan
     from optprune.pruning.one_layer import layer_loss, layer_problem
@@ -27,6 +28,7 @@ __all__ = [
     "Workers",
     "check_states",
     "collect",
+    "find_sparsity",
     "joined",
     "layer_loss",
     "layer_problem",
@@ -43,6 +45,7 @@ __getattr__, __dir__ = lazy_names(
         "calibration.partial_sums": ("PartialSums",),
         "calibration.peers": ("joined",),
         "pruning.collecting": ("collect",),
+        "pruning.goal": ("find_sparsity",),
         "pruning.journal": ("Journal",),
         "pruning.measured_plan": ("Measuring", "plan"),
         "pruning.one_layer": ("layer_loss", "layer_problem"),

@@ -176,6 +176,7 @@ def run_program(
         recovered=tuple(part for record in records for part in record.recovered),
         blocks=blocks,
         phases=phases.done,
+        goal=program.request.goal,
         parameters_before=parameters_before,
         run_facts=run.facts,
     )

@@ -267,6 +267,10 @@ class Recipe(Displayed, BaseModel):
         found = {"allocation": GivenBlocks.of(allocation), "sparsity": allocation.sparsity}
         return self.model_copy(update=found)
 
+    def with_sparsity(self, sparsity: float) -> "Recipe":
+        """Return the recipe with another sparsity."""
+        return self.model_copy(update={"sparsity": sparsity})
+
     def as_run(self, reported: Mapping[str, Any]) -> "Recipe":
         """Return the resolved recipe, with the listed allocation of the recipe in a report where that has one."""
         recipe = self.resolved() if self.propagation is None else self

@@ -26,7 +26,15 @@ from optprune.report.reading import (
     read_report,
     read_speed,
 )
-from optprune.report.records import BlockChange, LayerReport, RecoveredPart, RemovedPart, Report, VocabularyChange
+from optprune.report.records import (
+    BlockChange,
+    GoalReached,
+    LayerReport,
+    RecoveredPart,
+    RemovedPart,
+    Report,
+    VocabularyChange,
+)
 from optprune.report.stored import Fault, ModelSummary, Original, original_from_report, shares_kept, summarise_model
 from optprune.report.zeros import BrokenGroups, DeadUnits, LayerPattern, broken_groups, layer_pattern, model_patterns
 
@@ -42,6 +50,7 @@ __all__ = [
     "EvaluationReport",
     "Event",
     "Fault",
+    "GoalReached",
     "HealingReport",
     "LayerPattern",
     "LayerReport",

@@ -115,6 +115,30 @@ class VocabularyChange:
         )
 
 
+@dataclass(frozen=True)
+class GoalReached:
+    """Goal in place of a sparsity, and the sparsity that was chosen for it."""
+
+    asked: str
+    """the goal as the user wrote it"""
+    unit: str
+    """the unit of the figures, in words"""
+    sparsity: float
+    reached: float
+    """the figure at this sparsity: bytes, or a ratio to the dense model's speed or bits per byte"""
+    tried: tuple[tuple[float, float], ...] = ()
+    """the sparsities that were tried, each with its figure"""
+
+    def in_words(self) -> str:
+        """Return the goal and its figure as a line."""
+        figure = f"{self.reached / 2**20:.1f} MiB" if self.unit == BYTES else f"{self.reached:.4g}"
+        return f"for the goal {one_line(self.asked)}, a sparsity of {self.sparsity:.4f} gives {figure} {self.unit}"
+
+
+BYTES = "of weights"
+"""the unit of a size"""
+
+
 @dataclass(frozen=True, repr=False)
 class Report(Displayed):
     """Report of a pruning run, written as report.json beside the weights."""
@@ -146,6 +170,8 @@ class Report(Displayed):
     """the phases of the run; the report.json of a checked folder has all of them"""
     vocabulary: VocabularyChange | None = None
     """the removal of tokens, where the recipe has one"""
+    goal: GoalReached | None = None
+    """the goal that the sparsity was chosen for, if any"""
     parameters_before: int | None = None
     """the parameters of the dense model; None in reports of earlier versions"""
     run_facts: dict[str, Any] = field(default_factory=dict)
@@ -180,6 +206,8 @@ class Report(Displayed):
         ]
         if self.vocabulary is not None:
             facts.append(("vocabulary", self.vocabulary.in_words()))
+        if self.goal is not None:
+            facts.append(("goal", self.goal.in_words()))
         if errors:
             mean = f"{sum(errors) / len(errors):.3g} over {counted(len(errors), 'layer')}"
             facts.append(("mean relative error", mean))

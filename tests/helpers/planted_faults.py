@@ -633,6 +633,41 @@ FAULTS = [
         "",
         "tokens/test_refitted_rows.py",
     ),
+    Fault(
+        "goals: a size is not asked for again when widths are rounded",
+        "pruning/goal.py",
+        "            if size <= self.bytes:\n",
+        "            if tried:\n",
+        "pruning/test_goals.py",
+    ),
+    Fault(
+        "goals: a smaller vocabulary is not counted in a size",
+        "program/program.py",
+        "self.dense_numbers - self.vocabulary_removed - removed",
+        "self.dense_numbers - removed",
+        "pruning/test_goals.py",
+    ),
+    Fault(
+        "goals: the first model that is timed is taken",
+        "pruning/goal.py",
+        "            slope = (1 - 1 / factor) / sparsity\n",
+        "            break\n",
+        "pruning/test_goals.py",
+    ),
+    Fault(
+        "goals: a loss above the goal is taken",
+        "pruning/goal.py",
+        "if one[1] <= self.ratio]",
+        "]",
+        "pruning/test_goals.py",
+    ),
+    Fault(
+        "goals: a run that is continued searches again",
+        "cli/goal.py",
+        "        if earlier is not None:\n",
+        "        if False:\n",
+        "pruning/test_goals.py",
+    ),
 ]
 
 
