@@ -46,6 +46,8 @@ from optprune.solvers import FaspMetric, Magnitude
 from optprune.system.wording import amount
 from optprune.work import Work
 
+MOST_TOKENS, MOST_LOGITS = 128, 2**23
+"""the most tokens, and the most logits of all of them, with which the head is timed"""
 TOKENS_OVER_WIDTH = 1.25
 """the tokens of a probe over the inputs of the widest layer, so that its Gram matrix has full rank as in a run"""
 
@@ -297,7 +299,7 @@ class BlockProbe:
 
     def head(self) -> float:
         """Return the seconds of a token through the head."""
-        hidden = self.hidden[0].flatten(0, -2)[:128]
+        hidden = self.hidden[0].flatten(0, -2)[: max(1, min(MOST_TOKENS, MOST_LOGITS // self.program.vocabulary))]
         self.decoder.logits(hidden)
         return _timed(self.device, lambda: self.decoder.logits(hidden).log_softmax(-1)) / len(hidden)
 
