@@ -17,7 +17,8 @@ PHASES = ["loading", "tokenising", "metric", "budget", "pruning", "saving", "che
 SMALL = ("--samples", "8", "--seq-length", "64", "--device", "cpu")
 ONLY_PLAN, ONLY_PRUNE = (
     {"--no-probe"},
-    {"--overwrite", "--resume", "--restart", "--no-plan", "--log", "--lanes", "--partial-sums"},
+    {"--overwrite", "--resume", "--restart", "--no-plan", "--log", "--lanes", "--partial-sums"}
+    | {"--to", "--to-quality", "--text", "--windows"},
 )
 
 
