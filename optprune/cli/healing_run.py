@@ -10,13 +10,17 @@ from optprune.cli.run_folder import Output, keep_or_delete
 from optprune.cli.tokens import check_alike, tokens_for
 
 if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
     from optprune.calibration.peers import Peers
     from optprune.export import SavedModel
     from optprune.healing import HealingSettings, HealReport
+    from optprune.measure.teacher import Teacher
     from optprune.models import Decoder, LoadedModel
     from optprune.report import Event, PhaseRecorder
     from optprune.report.progress import Reporter
     from optprune.texts import TrainingText
+    from optprune.tokens import SmallerVocabulary
 
 
 HEALING = "healing"
@@ -83,17 +87,28 @@ class HealingRun:
                 sizes = {"seq_length": seq_length, "batch_size": batch_size, "held_out": held_out}
                 drawn = {"tokens": tokens, "most": most, "seed": self.settings.seed}
                 parts = split_held_out(documents, lambda some: tokens_for(self.model, config, some), **sizes, **drawn)
-                few = documents[:8]
-                check_alike(
-                    self.model,
-                    config,
-                    self.teacher,
-                    tokens_for(self.model, config, few),
-                    lambda other: tokens_for(self.teacher, other, few),
-                )
+                smaller, few = self._smaller_vocabulary(config, dense), documents[:8]
+                if smaller is None:
+                    check_alike(
+                        self.model,
+                        config,
+                        self.teacher,
+                        tokens_for(self.model, config, few),
+                        lambda other: tokens_for(self.teacher, other, few),
+                    )
             del documents
             phases.on_event(PhasesExpected(self._expected(parts, *shapes)))
-            return self._healed(reporter, phases, parts, peers)
+            return self._healed(reporter, phases, parts, peers, smaller)
+
+    def _smaller_vocabulary(self, config: "PretrainedConfig", dense: "PretrainedConfig") -> "SmallerVocabulary | None":
+        """Return the vocabulary of the model where it is a part of its teacher's, which has more tokens."""
+        from optprune.models import load_tokenizer
+        from optprune.tokens import SmallerVocabulary
+
+        if config.get_text_config().vocab_size >= dense.get_text_config().vocab_size:
+            return None
+        before, after = load_tokenizer(self.teacher), load_tokenizer(self.model)
+        return None if before is None or after is None else SmallerVocabulary.between(before, after)
 
     def _expected(self, parts: "TrainingText", own: "Decoder", dense: "Decoder") -> dict[str, float]:
         """Return the expected seconds of the training, once its text is known."""
@@ -106,7 +121,12 @@ class HealingRun:
         return {PHASE: flops / operations_per_second(device_of(self.device))}
 
     def _healed(
-        self, reporter: "Reporter", phases: "PhaseRecorder", parts: "TrainingText", peers: "Peers"
+        self,
+        reporter: "Reporter",
+        phases: "PhaseRecorder",
+        parts: "TrainingText",
+        peers: "Peers",
+        smaller: "SmallerVocabulary | None",
     ) -> "HealedOutput | None":
         from optprune.export import save_model
         from optprune.healing import HealingFolder, heal
@@ -120,16 +140,17 @@ class HealingRun:
                     keep_or_delete(self.output.run_folder(HealingFolder, reporter.say), reporter.say)
                 )
             student, dense = self._loaded(phases)
+            teacher = self._teacher(dense, smaller)
             if may_be_finished:
                 tokens = parts.batches, parts.held_out
                 done = folder is not None and self.output.is_finished(
-                    folder, healing_facts(student.model, dense.model, *tokens, self.settings, peers)
+                    folder, healing_facts(student.model, teacher, *tokens, self.settings, peers)
                 )
                 if peers.all_gather(done)[0]:
                     return self._section() if first else None
             report = heal(
                 student.model,
-                dense.model,
+                teacher,
                 parts.batches,
                 held_out=parts.held_out,
                 settings=self.settings,
@@ -150,6 +171,16 @@ class HealingRun:
                 on_event=phases.on_event,
             )
         return HealedOutput(report.to_dict(), report, saved)
+
+    def _teacher(self, dense: "LoadedModel", smaller: "SmallerVocabulary | None") -> "Teacher":
+        from optprune.healing.distillation import Reader
+        from optprune.healing.heal import precision_of
+        from optprune.tokens import PushedTeacher
+
+        precision = precision_of(self.settings, dense.model.device)
+        if smaller is None:
+            return Reader(dense.model, precision)
+        return PushedTeacher(dense.model, smaller=smaller, precision=precision)
 
     def _section(self) -> "HealedOutput":
         """Return the healed folder with the healing section of its report."""

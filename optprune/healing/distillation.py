@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from optprune.errors import InputError
+from optprune.measure.teacher import Teacher
 from optprune.models import scale_logits
 from optprune.numerics.tensors import divergence_terms
 
@@ -28,11 +28,14 @@ Precision = Callable[[], AbstractContextManager]
 
 
 @dataclass(frozen=True, eq=False)
-class Reader:
+class Reader(Teacher):
     """Causal language model, split into the part that computes hidden states and the head."""
 
-    model: PreTrainedModel
     precision: Precision
+
+    @property
+    def vocabulary(self) -> int:
+        return self.model.config.get_text_config().vocab_size
 
     def hidden(self, ids: Tensor) -> Tensor:
         """Return the last hidden states [windows, length, hidden] for token ids [windows, length]."""
@@ -49,6 +52,7 @@ class Reader:
     @torch.no_grad()
     def check(self, ids: Tensor) -> None:
         """Raise InputError where the model's logits differ from its head applied to its last hidden states."""
+        ids = ids[:1, :8]
         with self.precision():
             expected = self.model(input_ids=ids.to(self.model.device), use_cache=False).logits.float().log_softmax(-1)
         difference = float((self.log_probabilities(self.hidden(ids)) - expected).abs().max())
@@ -59,7 +63,7 @@ class Reader:
             )
 
 
-def add_gradient(student: Reader, teacher: Reader, ids: Tensor, predictions: int) -> float:
+def add_gradient(student: Reader, teacher: Teacher, ids: Tensor, predictions: int) -> float:
     """Add the gradients of windows [n, length] to the student's, and return their part of the mean divergence.
 
     The mean is over `predictions`, which may include those of further calls: so a step can have more windows than fit
@@ -89,7 +93,7 @@ def divergence(log_q: Tensor, log_p: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def surprise_and_divergence(student: Reader, teacher: Reader, ids: Tensor, expected: Tensor) -> Tensor:
+def surprise_and_divergence(student: Reader, teacher: Teacher, ids: Tensor, expected: Tensor) -> Tensor:
     """Return float64 sums [3] over the predictions of windows [n, length]: both models' surprise, and the divergence.
 
     `expected` [n, length, hidden] are the teacher's hidden states for the windows.

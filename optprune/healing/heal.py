@@ -14,13 +14,14 @@ from transformers import PreTrainedModel
 from optprune.calibration.peers import Peers, SingleProcess, TorchPeers
 from optprune.calibration.stream import SLOW, head_weights
 from optprune.errors import InputError
-from optprune.healing.distillation import Reader
+from optprune.healing.distillation import Precision, Reader
 from optprune.healing.generated import generated_windows, mixed
 from optprune.healing.run_folder import HealingFolder, Progress
 from optprune.healing.settings import HealingSettings
 from optprune.healing.training import Clock, HeldOut, Training, Windows, gradient_checkpointing, trainable
 from optprune.healing.zeros import masks
 from optprune.measure.evaluate import check_windows, evaluating
+from optprune.measure.teacher import Teacher
 from optprune.models import Decoder
 from optprune.models.surgery import parameters_in
 from optprune.numerics.fingerprint import fingerprint
@@ -83,7 +84,7 @@ class HealReport:
 
 def heal(
     model: PreTrainedModel,
-    teacher: PreTrainedModel,
+    teacher: PreTrainedModel | Teacher,
     batches: Sequence[Tensor],
     *,
     held_out: Tensor,
@@ -100,7 +101,8 @@ def heal(
     learning rate that warms up and falls along a cosine. The `held_out` windows [n, length], of other documents than
     the batches, are measured every few steps. The model gets the state with the smallest divergence, and the training
     ends after `patience` measurements without a smaller one. Further epochs visit the batches in seeded orders.
-    Windows that the teacher generates from pieces of the batches are mixed in (after LLM-QAT, arXiv 2305.17888).
+    Windows that the teacher generates from pieces of the batches are mixed in (after LLM-QAT, arXiv 2305.17888). For a
+    model with a smaller vocabulary, the teacher is an `optprune.tokens.PushedTeacher` of the dense model.
 
     Weights are float32 during the training and in the model's own dtype afterwards. All parameters are trained, except
     exact zeros in the linear weights of the blocks; widths and ties stay. A `folder` stores a checkpoint after each
@@ -111,33 +113,33 @@ def heal(
     """
     settings = _with_deprecated(settings, deprecated)
     peers = peers or (TorchPeers() if distributed.is_available() and distributed.is_initialized() else SingleProcess())
-    _check(model, teacher, batches, held_out)
+    precision = precision_of(settings, model.device)
+    student, dense = Reader(model, precision), teacher if isinstance(teacher, Teacher) else Reader(teacher, precision)
+    _check(model, dense, batches, held_out, settings)
     facts: dict[str, Any] = {}
     if folder is not None:
-        facts = healing_facts(model, teacher, batches, held_out, settings, peers)
+        facts = healing_facts(model, dense, batches, held_out, settings, peers)
         folder.begin(facts)
     phases, stored = PhaseRecorder(model.device, on_event), model.dtype
     devices = [model.device] if model.device.type == "cuda" else []
-    precision = partial(torch.autocast, model.device.type, torch.bfloat16, enabled=settings.dtype == "bfloat16")
-    student, dense = Reader(model, precision), Reader(teacher, precision)
     with phases.phase(HEALING), ExitStack() as contexts:
         for context in (
             trainable(model),
-            evaluating(teacher),
+            evaluating(dense.model),
             parameters_in(torch.float32, model),
             gradient_checkpointing(model, settings.gradient_checkpointing),
             torch.random.fork_rng(devices),
         ):
             contexts.enter_context(context)
         for reader in (student, dense):
-            reader.check(held_out[:1, :8])
+            reader.check(held_out)
         generation = GENERATION * settings.generated
         generation /= generation + STEP * settings.epochs * (sum(map(len, batches)) + settings.generated)
 
         def on_part(done: int, total: int) -> None:
             on_event(PhaseAdvanced(HEALING, "generating text", "part", done, total, 0.0, generation))
 
-        text = _with_generated(teacher, batches, settings, peers, folder, on_part)
+        text = _with_generated(dense.model, batches, settings, peers, folder, on_part)
         text = in_epochs(text, settings.epochs, settings.seed)
         training = Training(student, dense, masks(model), settings, peers)
         run = _Run(training, text, Windows.of(dense, held_out, peers), folder, on_event, generation)
@@ -301,11 +303,22 @@ class _Run:
         self.on_event(PhaseAdvanced(HEALING, step, "step", done, total, *bounds))
 
 
-def _check(model: PreTrainedModel, teacher: PreTrainedModel, batches: Sequence[Tensor], held_out: Tensor) -> None:
+def precision_of(settings: HealingSettings, device: torch.device) -> Precision:
+    """Return a function that returns the context in which models are run on a device."""
+    return partial(torch.autocast, device.type, torch.bfloat16, enabled=settings.dtype == "bfloat16")
+
+
+def _check(
+    model: PreTrainedModel, teacher: Teacher, batches: Sequence[Tensor], held_out: Tensor, settings: HealingSettings
+) -> None:
     """Raise InputError where the models or the texts do not go together."""
-    if model is teacher:
+    if model is teacher.model:
         raise InputError("the model is its own teacher: load the dense model and pass that")
-    own, other = model.config.get_text_config().vocab_size, teacher.config.get_text_config().vocab_size
+    own, other = model.config.get_text_config().vocab_size, teacher.vocabulary
+    if settings.generated and other != teacher.model.config.get_text_config().vocab_size:
+        raise InputError(
+            "the teacher generates text in its own tokens, which are more than the model's: leave out generated text"
+        )
     if own != other:
         raise InputError(
             f"the model has a vocabulary of {own} tokens and its teacher one of {other}: give the model before pruning "
@@ -326,7 +339,7 @@ def _check(model: PreTrainedModel, teacher: PreTrainedModel, batches: Sequence[T
 
 def healing_facts(
     model: PreTrainedModel,
-    teacher: PreTrainedModel,
+    teacher: Teacher,
     batches: Sequence[Tensor],
     held_out: Tensor,
     settings: HealingSettings,
@@ -335,7 +348,7 @@ def healing_facts(
     """Return the facts that decide the bytes of the healed weights."""
     return {
         "the model": fingerprint(list(model.state_dict().items())),
-        "the dense model": fingerprint(list(teacher.state_dict().items())),
+        "the dense model": teacher.digest(),
         "the text": fingerprint([*batches, held_out]),
         "the settings": asdict(settings),
         "the processes": peers.size,

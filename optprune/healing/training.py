@@ -15,6 +15,7 @@ from optprune.healing.distillation import Reader, add_gradient, surprise_and_div
 from optprune.healing.settings import HealingSettings
 from optprune.healing.zeros import Masks, keep_zeros
 from optprune.measure.evaluate import TOKENS_AT_ONCE, evaluating, perplexity_from_nll
+from optprune.measure.teacher import Teacher
 
 BETAS = (0.9, 0.95)
 """decay rates of AdamW's moments; the usual 0.999 would average over more steps than the training has"""
@@ -46,7 +47,7 @@ class Windows:
 
     @classmethod
     @torch.no_grad()
-    def of(cls, teacher: Reader, windows: Tensor, peers: Peers) -> "Windows":
+    def of(cls, teacher: Teacher, windows: Tensor, peers: Peers) -> "Windows":
         """Return this process's part of the windows [n, length]."""
         own = _at_once(windows[peers.rank :: peers.size])
         return cls(own, [teacher.hidden(ids) for ids in own], windows.shape[0] * (windows.shape[1] - 1))
@@ -55,7 +56,9 @@ class Windows:
 class Training:
     """Student in float32, its teacher and the optimizer. Each of several processes has a part of every batch."""
 
-    def __init__(self, student: Reader, teacher: Reader, masks: Masks, settings: HealingSettings, peers: Peers) -> None:
+    def __init__(
+        self, student: Reader, teacher: Teacher, masks: Masks, settings: HealingSettings, peers: Peers
+    ) -> None:
         self.student, self.teacher, self.masks, self.settings, self.peers = student, teacher, masks, settings, peers
         self.parameters: dict[str, nn.Parameter] = dict(student.model.named_parameters())
         for parameter in self.parameters.values():

@@ -5,12 +5,14 @@ from optprune.tokens.prune import VocabularyPruning, prune_vocabulary
 from optprune.tokens.rows import keep_rows
 from optprune.tokens.states import States
 from optprune.tokens.targets import PushForward
+from optprune.tokens.teacher import PushedTeacher
 from optprune.tokens.tokenizer import SmallerVocabulary, choose_tokens
 
 __all__ = [
     "HeadMatching",
     "MatchedHead",
     "PushForward",
+    "PushedTeacher",
     "SmallerVocabulary",
     "States",
     "VocabularyPruning",

@@ -29,6 +29,8 @@ class PushForward:
     vocabulary: SmallerVocabulary
     rows: int
     """the number of embeddings of the dense model"""
+    every: bool = False
+    """whether predictions are of all tokens that stay, and not of the receiving ones alone"""
 
     @cached_property
     def removed(self) -> Tensor:
@@ -39,6 +41,8 @@ class PushForward:
     @cached_property
     def receiving(self) -> Tensor:
         """The new ids of the pieces of removed tokens, the rows that receive probability, in increasing order."""
+        if self.every:
+            return torch.arange(len(self.vocabulary.kept))
         pieces = self.vocabulary.pieces
         return torch.tensor(sorted({piece for old in self.removed.tolist() for piece in pieces[old]}))
 
@@ -95,6 +99,30 @@ class PushForward:
         """Return the pieces of old ids [n], one after the other."""
         pieces = self.vocabulary.pieces
         return torch.tensor([piece for token in old.tolist() for piece in pieces[token]])
+
+    def old_ids(self, new: Tensor) -> Tensor:
+        """Return old ids with these pieces [n]: of the tokens that can begin at a piece, the one with most pieces."""
+        ids, found, place = tuple(new.tolist()), list[int](), 0
+        while place < len(ids):
+            token, count = self.vocabulary.kept[ids[place]], 1
+            for longer in range(min(self._longest, len(ids) - place), 1, -1):
+                if removed := self._removed_with.get(ids[place : place + longer]):
+                    token, count = removed, longer
+                    break
+            found.append(token)
+            place += count
+        return torch.tensor(found)
+
+    @cached_property
+    def _removed_with(self) -> dict[Pieces, int]:
+        """The old id of the removed token with exactly these pieces; of several the first."""
+        pieces = self.vocabulary.pieces
+        return {pieces[old]: old for old in reversed(self.removed.tolist())}
+
+    @cached_property
+    def _longest(self) -> int:
+        """The largest number of pieces of a token."""
+        return max(map(len, self._removed_with), default=1)
 
     def counts(self, old: Tensor) -> Tensor:
         """Return the number of pieces of each of the old ids [n]."""

@@ -47,6 +47,24 @@ class SmallerVocabulary:
         order = tuple(sorted(kept))
         return cls(order, _reduced(tokenizer, order), tokenizer)
 
+    @classmethod
+    def between(cls, before: Tokenizer, after: Tokenizer) -> "SmallerVocabulary | None":
+        """Return the vocabulary of which the one tokenizer has all tokens and the other the kept ones.
+
+        None where the other is no tokenizer that `of` makes of the first.
+        """
+        try:
+            old, new = ({**token_model(data).ids, **_added(data)} for data in map(_data, (before, after)))
+        except InputError:
+            return None
+        if len(new) >= len(old) or not new.keys() <= old.keys() or sorted(new.values()) != list(range(len(new))):
+            return None
+        kept = tuple(old[token] for token in sorted(new, key=lambda token: new[token]))
+        if list(kept) != sorted(set(kept)):
+            return None
+        same = _data(_reduced(before, kept))["model"] == _data(after)["model"]
+        return cls(kept, after, before) if same else None
+
     @cached_property
     def new_ids(self) -> dict[int, int]:
         """The new ids by the old ones."""
@@ -56,7 +74,7 @@ class SmallerVocabulary:
     def pieces(self) -> dict[int, tuple[int, ...]]:
         """The new ids of the pieces of every old token, by its old id; a kept token is its only piece."""
         after = _data(self.tokenizer)
-        added = {token["content"]: token["id"] for token in after["added_tokens"]}
+        added = _added(after)
         ids, segments = token_model(after).ids, _backend(self.tokenizer).model
         found = dict[int, tuple[int, ...]]()
         for text, old in token_model(_data(self.before)).ids.items():
@@ -97,6 +115,11 @@ def choose_tokens(tokenizer: Tokenizer, counts: Counts, keep: float, *, also: It
     if wanted > len(every):
         raise InputError(f"a vocabulary of {wanted} tokens is larger than that of the model, {len(every)}")
     return SmallerVocabulary.of(tokenizer, model.choose(counts, wanted, always))
+
+
+def _added(data: Mapping[str, Any]) -> dict[str, int]:
+    """Return the ids of the added tokens of a tokenizer by their texts."""
+    return {token["content"]: int(token["id"]) for token in data["added_tokens"]}
 
 
 def _count(keep: float, tokens: int) -> int:

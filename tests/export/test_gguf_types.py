@@ -283,7 +283,9 @@ def test_mean_squares_are_the_diagonals_of_gram_matrices(family: str) -> None:
 
 
 @pytest.mark.e2e
-@pytest.mark.parametrize("family", ["llama", "qwen3_moe", "gpt2"])
+@pytest.mark.parametrize(
+    "family", ["gpt2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("llama", "qwen3_moe"))]
+)
 def test_the_importance_stands_in_the_file_s_columns(family: str, tmp_path: Path) -> None:
     """What is given as the importance arrives at the tensor whose columns it is of, filled up as they are."""
     model = tiny_llama(num_hidden_layers=4) if family == "llama" else made(family)

@@ -29,7 +29,7 @@ def test_every_descent_is_in_the_table() -> None:
     assert {cls for cls in concrete(Descent) if not inspect.isabstract(cls)} == {type(one) for one in DESCENTS.values()}
 
 
-@pytest.mark.parametrize("examples", [4, pytest.param(10, marks=pytest.mark.e2e)])
+@pytest.mark.parametrize("examples", [4, pytest.param(10, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("solver", DESCENTS.values(), ids=DESCENTS)
 def test_it_keeps_every_law(solver: Descent, examples: int) -> None:
     check_descent(solver, examples=examples)

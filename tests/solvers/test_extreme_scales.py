@@ -26,7 +26,7 @@ def readable(loss):
     return all(bool(torch.isfinite(part).all()) for part in (loss.gram, loss.weight, loss.linear))
 
 
-@pytest.mark.e2e
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "solver", [Fista(), ProximalAdmm(), ProximalAdmm(rho=1e-12)], ids=["fista", "admm", "small rho"]
 )

@@ -83,7 +83,7 @@ def test_fistapruner_is_the_literal_loop(pattern, seed):
 FISTAPRUNER_SHARES = {"unstructured": 0.7, "rows": 0.7, "2:4": 0.99}
 
 
-@pytest.mark.e2e
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern", FISTAPRUNER_SHARES)
 def test_fistapruner_improves_on_sparsegpt_by_the_stated_share(pattern):
     ours, theirs = [], []
@@ -197,7 +197,7 @@ FAULTS = {
 }
 
 
-@pytest.mark.e2e
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_fault_is_noticed(fault, monkeypatch):
     noticed(monkeypatch, *FAULTS[fault])

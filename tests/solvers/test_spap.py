@@ -126,7 +126,7 @@ def test_a_unit_is_worth_what_its_absence_costs_and_a_set_the_change_it_makes(ma
         assert moved.cost - tableau.cost == pytest.approx(change, rel=1e-7)
 
 
-@pytest.mark.e2e
+@pytest.mark.slow
 @by_problem
 @by_kind
 def test_where_the_choice_settles_no_exchange_lowers_the_penalised_loss(make, kind):
@@ -220,7 +220,7 @@ def test_many_units_change_places_in_one_step():
     assert max(moved) > 2
 
 
-@pytest.mark.e2e
+@pytest.mark.slow
 @CORRELATED
 def test_each_part_brings_the_choice_nearer_to_the_optimum(kind):
     """The last penalty, exchanges that look at pairs, and the search of the core; without all it is a ranking."""

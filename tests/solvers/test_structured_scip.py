@@ -7,7 +7,7 @@ from optprune.testing.references import exhaustive, mixed_integer
 from tests.helpers.structured_cases import KINDS, channels, grouped_query
 
 
-@pytest.mark.e2e
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("problem", ["channels", "grouped_query"])
 def test_scip_finds_the_exhaustive_optimum(problem, kind):

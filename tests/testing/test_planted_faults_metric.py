@@ -72,7 +72,7 @@ def test_faults_are_noticed_by_the_laws(fault, monkeypatch):
         keep_laws(solver, kind, metric)
 
 
-@pytest.mark.e2e
+@pytest.mark.slow
 def test_the_faults_are_what_fails():
     """The same checks pass without a fault; test_metric_laws has more of them."""
     for _, _, _, solver, kind, metric in LAW_FAULTS.values():

@@ -94,7 +94,7 @@ FISTA_FAULTS = {
 }
 
 
-@pytest.mark.e2e
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FISTA_FAULTS)
 def test_faults_in_fista_are_noticed_by_the_laws(fault, monkeypatch):
     monkeypatch.setattr(*FISTA_FAULTS[fault])
@@ -102,7 +102,7 @@ def test_faults_in_fista_are_noticed_by_the_laws(fault, monkeypatch):
         check_solver(Fista(), examples=40, shrink=False)
 
 
-@pytest.mark.e2e
+@pytest.mark.slow
 def test_a_doubled_step_for_all_columns_is_noticed_by_the_laws(monkeypatch):
     monkeypatch.setattr(fista, "largest_eigenvalue_bound", half_the_bound)
     with pytest.raises(AssertionError, match=r"promises|bound|worse|below|NaN"):
@@ -153,7 +153,7 @@ LAW_FAULTS = {
 }
 
 
-@pytest.mark.e2e
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", LAW_FAULTS)
 def test_faults_in_sparse_solvers_are_noticed_by_the_laws(fault, monkeypatch):
     owner, name, what, solver, message = LAW_FAULTS[fault]
@@ -176,7 +176,7 @@ def test_a_wrong_gain_of_an_exchange_between_rows_makes_good_starts_worse(monkey
     assert made_worse() > 3
 
 
-@pytest.mark.e2e
+@pytest.mark.slow
 def test_without_a_fault_the_laws_hold():
     for solver in (Fista(), Swaps(), PerspectiveBound(20), Chain((Admm(), ConjugateGradients()))):
         check_solver(solver, examples=5)

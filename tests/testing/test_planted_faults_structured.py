@@ -40,13 +40,13 @@ FAULTS = {
 }
 
 
-@pytest.mark.e2e
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_planted_faults_are_noticed(fault, monkeypatch):
     noticed(monkeypatch, *FAULTS[fault])
 
 
-@pytest.mark.e2e
+@pytest.mark.slow
 def test_without_a_fault_the_laws_hold():
     for solver in (GreedyObs(), ChannelSwaps(), Spap(), FlapMetric()):
         check_solver(solver, examples=8)
