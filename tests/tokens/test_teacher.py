@@ -1,0 +1,168 @@
+"""The dense model as the teacher of a model with fewer tokens, and healing by it."""
+
+import contextlib
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from optprune import heal
+from optprune.cli import main
+from optprune.errors import InputError
+from optprune.healing import HealingSettings
+from optprune.models import LoadedModel
+from optprune.texts import Text, demo_articles, tokenise
+from optprune.tokens import PushedTeacher, PushForward, SmallerVocabulary, prune_vocabulary
+from tests.helpers.tiny_models import save_tiny, tiny_llama, tiny_tokenizer
+from tests.helpers.token_kinds import KINDS, tokenizer_of
+from tests.helpers.trained_tiny import trained
+from tests.tokens.test_refitted_rows import KEEP, bits_per_byte, loaded
+
+LENGTH = 64
+
+
+def smaller_of(kind: str, step: int = 2) -> SmallerVocabulary:
+    """The tokens of a kind's tokenizer without some that were merged last."""
+    tokenizer = tokenizer_of(kind)
+    kept = [*range(400), *range(400, len(tokenizer), step), len(tokenizer) - 1]
+    return SmallerVocabulary.of(tokenizer, dict.fromkeys(kept))
+
+
+def teacher_of(student: LoadedModel, dense: LoadedModel) -> PushedTeacher:
+    assert student.tokenizer is not None and dense.tokenizer is not None
+    smaller = SmallerVocabulary.between(dense.tokenizer, student.tokenizer)
+    assert smaller is not None
+    return PushedTeacher(dense.model, smaller=smaller, precision=contextlib.nullcontext)
+
+
+# -- from pieces to tokens
+
+
+@given(ids=st.lists(st.integers(3, 690), min_size=1, max_size=30))
+def test_any_ids_are_the_pieces_of_the_tokens_that_they_are_read_as(ids: list[int]) -> None:
+    push = PushForward(smaller_of("merged bytes"), 720)
+    new = push.new_ids(torch.tensor(ids))
+    old = push.old_ids(new)
+    assert push.new_ids(old).tolist() == new.tolist()
+    assert len(old) <= len(ids), "the longest tokens are taken"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_is_refused_where_few_tokens_are_written_by_their_pieces(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    smaller = smaller_of(kind, step=4)
+    teacher = PushedTeacher(tiny_llama(vocab_size=720), smaller=smaller, precision=contextlib.nullcontext)
+    text = "".join(demo_articles("evaluation")[:5])
+    ids = torch.tensor(smaller.tokenizer(text, add_special_tokens=False)["input_ids"])
+    windows = ids[: len(ids) // LENGTH * LENGTH].view(-1, LENGTH)
+    teacher.check(windows)
+    if "scored" in kind:
+        return  # the removed tokens of these are rare
+    monkeypatch.setattr(PushForward, "old_ids", lambda self, new: torch.tensor(self.vocabulary.kept)[new])
+    with pytest.raises(InputError, match=r"only \d+% of the teacher's tokens in a text are written by their pieces"):
+        teacher.check(windows)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_vocabulary_between_two_tokenizers_is_the_one_that_made_them(kind: str) -> None:
+    smaller = smaller_of(kind)
+    found = SmallerVocabulary.between(smaller.before, smaller.tokenizer)
+    assert found is not None and found.kept == smaller.kept
+    assert found.pieces == smaller.pieces
+    assert SmallerVocabulary.between(smaller.before, smaller.before) is None
+    assert SmallerVocabulary.between(smaller.tokenizer, smaller.before) is None
+    others = {other: tokenizer_of(other) for other in KINDS if other != kind}
+    assert all(SmallerVocabulary.between(other, smaller.tokenizer) is None for other in others.values())
+
+
+# -- its predictions
+
+
+@pytest.fixture(scope="module")
+def dense() -> LoadedModel:
+    return loaded(trained(200))
+
+
+@pytest.fixture(scope="module")
+def student(dense: LoadedModel) -> LoadedModel:
+    """The dense model with fewer tokens, whose rows are not refitted."""
+    texts = [Text("news", demo_articles("calibration")[:40])]
+    return prune_vocabulary(copy.deepcopy(dense), texts, KEEP, tokens=0)[0]
+
+
+def windows(student: LoadedModel, first: int, last: int) -> torch.Tensor:
+    assert student.tokenizer is not None
+    ids = tokenise(student.tokenizer, demo_articles("calibration")[first:last]).long()
+    return ids[: len(ids) // LENGTH * LENGTH].view(-1, LENGTH)
+
+
+def test_the_predictions_are_the_dense_models_of_the_same_text(student: LoadedModel, dense: LoadedModel) -> None:
+    """At each whole token they are the sums over the tokens that begin with a piece."""
+    teacher, ids = teacher_of(student, dense), windows(student, 50, 52)[:2]
+    found = teacher.log_probabilities(teacher.hidden(ids)).exp()
+    assert found.shape == (*ids.shape, KEEP) and teacher.vocabulary == KEEP
+    assert torch.allclose(found.sum(-1), torch.ones(found.shape[:2]), atol=1e-5)
+    push = teacher.push
+    for window, targets in zip(ids, found, strict=True):
+        old = push.old_ids(window)
+        assert len(old) < len(window), "some tokens were removed"
+        with torch.no_grad():
+            whole = dense.model(input_ids=old[None]).logits[0].softmax(-1)
+        ends, written = push.ends(old).nonzero()[:, 0].tolist(), set(push.vocabulary.pieces.values())
+        pieces = push.vocabulary.pieces
+        begins = {piece[:count] for piece in written for count in range(1, len(piece))}
+        checked = 0
+        for number, place in enumerate(ends):
+            if pieces[int(old[number])] in begins and number:
+                continue  # a longer token may go on here
+            expected = torch.zeros(KEEP)
+            for token, own in pieces.items():
+                expected[own[0]] += whole[number, token]
+            torch.testing.assert_close(targets[place], expected, atol=1e-5, rtol=1e-4)
+            checked += 1
+        assert checked > 5
+
+
+def test_healing_by_it_brings_the_bits_per_byte_back(student: LoadedModel, dense: LoadedModel) -> None:
+    articles, healed = demo_articles("evaluation")[:60], copy.deepcopy(student)
+    text = list(windows(student, 0, 60)[:240].split(8))
+    settings = HealingSettings(learning_rate=1e-3)
+    report = heal(
+        healed.model, teacher_of(student, dense), text, held_out=windows(student, 60, 70)[:16], settings=settings
+    )
+    assert report.after.divergence < 0.7 * report.before.divergence
+    whole, before, after = (bits_per_byte(each, articles) for each in (dense, student, healed))
+    assert after - whole < 0.6 * (before - whole)
+
+
+def test_it_generates_no_text_in_tokens_that_the_model_lacks(student: LoadedModel, dense: LoadedModel) -> None:
+    text = list(windows(student, 0, 10)[:8].split(4))
+    with pytest.raises(InputError, match="the teacher generates text in its own tokens"):
+        heal(
+            copy.deepcopy(student.model),
+            teacher_of(student, dense),
+            text,
+            held_out=windows(student, 60, 64)[:4],
+            settings=HealingSettings(generated=4),
+        )
+
+
+def test_a_folder_of_fewer_tokens_is_healed_from_the_shell(tmp_path: Path) -> None:
+    save_tiny(trained(200), tmp_path / "dense")
+    (tmp_path / "text.txt").write_text("\n".join(demo_articles("calibration")[:40]))
+    text = str(tmp_path / "text.txt")
+    given = ["--samples", "8", "--seq-length", "64", "--set", "vocabulary.tokens=0"]
+    prune = ["prune", str(tmp_path / "dense"), "--recipe", "vocabulary", "--vocabulary", str(KEEP), *given]
+    assert main([*prune, "--calibration", text, "--output", str(tmp_path / "small")]) == 0
+    given = ["--seq-length", "32", "--batch-size", "4", "--held-out", "4", "--tokens", "2048"]
+    healing = ["heal", str(tmp_path / "small"), "--teacher", str(tmp_path / "dense"), "--text", text, *given]
+    assert main([*healing, "--output", str(tmp_path / "healed")]) == 0
+    section = json.loads((tmp_path / "healed" / "report.json").read_text())["healing"]
+    assert section["after"]["divergence"] < section["before"]["divergence"]
+    assert main([*healing, "--output", str(tmp_path / "healed"), "--resume"]) == 0
+    assert main([*healing, "--output", str(tmp_path / "more"), "--generated", "4"]) == 2
+    assert not (tmp_path / "more").exists()
+    assert tiny_tokenizer().vocab_size > KEEP
