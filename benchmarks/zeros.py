@@ -76,8 +76,8 @@ def in_onnxruntime(every: Weights, threads: int) -> Run:
 
 def in_openvino(every: Weights, threads: int, *, precision: str, rate: float | None = None) -> Run:
     """Return a run of OpenVINO in f32, bf16 or i8; `rate` switches sparse weights on from that share of zeros."""
-    import openvino
-    from openvino import opset13 as ops
+    import openvino  # pyright: ignore[reportMissingImports]
+    from openvino import opset13 as ops  # pyright: ignore[reportMissingImports]
 
     width = len(every[0])
     parameter = ops.parameter([-1, width], np.float32)

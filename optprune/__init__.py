@@ -24,10 +24,11 @@ if TYPE_CHECKING:
     from optprune.measure import perplexity
     from optprune.models import load_model, open_model
     from optprune.objectives import LayerContext
+    from optprune.problems import load_problem, save_problem
     from optprune.pruning import collect, find_sparsity, layer_loss, layer_problem, prune
     from optprune.recipe import Recipe, load_recipe
     from optprune.report import Audit, audit
-    from optprune.solvers import choose, solve
+    from optprune.solvers import choose, load_solution, save_solution, solve
     from optprune.texts import calibration_batches, evaluation_windows, read_documents, tokenise
 
 _HOMES = {
@@ -53,14 +54,18 @@ _HOMES = {
     "layer_loss": "optprune.pruning",
     "layer_problem": "optprune.pruning",
     "load_model": "optprune.models",
+    "load_problem": "optprune.problems",
     "load_recipe": "optprune.recipe",
+    "load_solution": "optprune.solvers",
     "masks": "optprune.healing",
     "open_model": "optprune.models",
     "perplexity": "optprune.measure",
     "prune": "optprune.pruning",
     "read_documents": "optprune.texts",
     "save_model": "optprune.export",
+    "save_problem": "optprune.problems",
     "save_pruned": "optprune.export",
+    "save_solution": "optprune.solvers",
     "solve": "optprune.solvers",
     "tokenise": "optprune.texts",
 }
@@ -88,14 +93,18 @@ __all__ = [
     "layer_loss",
     "layer_problem",
     "load_model",
+    "load_problem",
     "load_recipe",
+    "load_solution",
     "masks",
     "open_model",
     "perplexity",
     "prune",
     "read_documents",
     "save_model",
+    "save_problem",
     "save_pruned",
+    "save_solution",
     "solve",
     "tokenise",
 ]

@@ -21,6 +21,7 @@ from optprune.cli.plan import plan_command
 from optprune.cli.prune import prune_command
 from optprune.cli.recipes import recipes_command
 from optprune.cli.report import report_command
+from optprune.cli.solve import solve_command
 from optprune.system.interrupts import raise_on_signals
 
 app = typer.Typer(
@@ -59,6 +60,7 @@ COMMANDS = {
     "report": (report_command, "Make the report page of a pruned folder, with later measurements."),
     "export": (export_command, "Write a model folder for llama.cpp (GGUF) or as ONNX."),
     "benchmark-model": (benchmark_model_command, "Measure a model's speed and memory, alone or against another."),
+    "solve": (solve_command, "Solve a layer's problem that was saved to a file."),
     "recipes": (recipes_command, "List the recipes, or print one as YAML."),
     "demo": (demo_command, "Prune, save and reload a small model on packaged data, in minutes."),
 }

@@ -2,6 +2,7 @@
 
 from optprune.problems.base import Problem
 from optprune.problems.experts import ExpertChoice
+from optprune.problems.files import load_problem, origin_of, save_problem
 from optprune.problems.gridded import GridLeastSquares
 from optprune.problems.linked import Link, LinkedLeastSquares
 from optprune.problems.loss import LayerLoss
@@ -32,4 +33,7 @@ __all__ = [
     "SparseLeastSquares",
     "StructuredLeastSquares",
     "StructuredProblem",
+    "load_problem",
+    "origin_of",
+    "save_problem",
 ]

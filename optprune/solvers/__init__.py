@@ -17,6 +17,7 @@ from optprune.solvers.experts import (
     Reap,
     choose_experts,
 )
+from optprune.solvers.files import load_solution, save_solution
 from optprune.solvers.fista import Fista
 from optprune.solvers.fista_path import FistaPath
 from optprune.solvers.fistapruner import FistaPruner
@@ -85,8 +86,10 @@ __all__ = [
     "channel_order",
     "choose",
     "choose_experts",
+    "load_solution",
     "match",
     "nested_basis",
     "removal_curve",
+    "save_solution",
     "solve",
 ]

@@ -1,38 +1,15 @@
 """Rows that take over the probability of removed tokens: the problem, its solver, and the text that is predicted."""
 
-import copy
-import math
-
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from optprune.models import LoadedModel
 from optprune.texts import Text, demo_articles
 from optprune.tokens import HeadMatching, States, match_head, prune_vocabulary
-from tests.helpers.tiny_models import tiny_tokenizer
+from tests.helpers.fewer_tokens import KEEP, bits_per_byte, loaded
 from tests.helpers.trained_tiny import trained
 
-KEEP, TOKENS = 380, 8192
-
-
-def bits_per_byte(loaded: LoadedModel, articles: list[str]) -> float:
-    """The bits of the beginnings of articles for each byte, with a special token before each."""
-    bits, count = 0.0, 0
-    for article in articles:
-        text, tokenizer = article[:300], loaded.tokenizer
-        assert tokenizer is not None
-        ids = torch.tensor([tokenizer(f"<s>{text}")["input_ids"]])
-        with torch.no_grad():
-            scores = loaded.model(input_ids=ids).logits[0, :-1].double().log_softmax(-1)
-        bits -= float(scores.gather(1, ids[0, 1:, None]).sum()) / math.log(2)
-        count += len(text.encode())
-    return bits / count
-
-
-def loaded(model: PreTrainedModel) -> LoadedModel:
-    return LoadedModel(copy.deepcopy(model), tiny_tokenizer(), "tiny")
+TOKENS = 8192
 
 
 def test_refitted_rows_predict_other_text_better() -> None:

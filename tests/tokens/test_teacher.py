@@ -17,10 +17,10 @@ from optprune.healing import HealingSettings
 from optprune.models import LoadedModel
 from optprune.texts import Text, demo_articles, tokenise
 from optprune.tokens import PushedTeacher, PushForward, SmallerVocabulary, prune_vocabulary
+from tests.helpers.fewer_tokens import KEEP, bits_per_byte, loaded
 from tests.helpers.tiny_models import save_tiny, tiny_llama, tiny_tokenizer
 from tests.helpers.token_kinds import KINDS, tokenizer_of
 from tests.helpers.trained_tiny import trained
-from tests.tokens.test_refitted_rows import KEEP, bits_per_byte, loaded
 
 LENGTH = 64
 

@@ -1,0 +1,246 @@
+"""Problems as files: one safetensors file with a header of plain data, and no code.
+
+The metadata of the file holds a JSON text: the format's version, the kind of problem, its fingerprint, where it comes
+from, and its fields. A field is plain data, a tensor by its name in the file, or a part such as the moments with fields
+of its own. Of a symmetric matrix the upper triangle is stored, row by row, which loses nothing.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from optprune.errors import InputError, OptpruneError
+from optprune.grids import Grid
+from optprune.metric import OutputMetric
+from optprune.moments import Drift, InputMoments
+from optprune.numerics.fingerprint import fingerprint
+from optprune.patterns import NM, RowWise, SlotWise, Unstructured
+from optprune.penalties import L1, ColumnGroups, ElasticNet, WeightedL1
+from optprune.problems.base import Problem
+from optprune.problems.experts import ExpertChoice
+from optprune.problems.gridded import GridLeastSquares
+from optprune.problems.linked import Link, LinkedLeastSquares
+from optprune.problems.loss import LayerLoss
+from optprune.problems.masked import MaskedLeastSquares
+from optprune.problems.penalised import PenalisedLeastSquares
+from optprune.problems.rotation import Permutation, Rotation
+from optprune.problems.sparse import SparseLeastSquares
+from optprune.problems.structured import ChannelGroups, StructuredLeastSquares
+from optprune.system.files import read_json, real_path, write_whole
+from optprune.system.wording import either, shown
+
+FORMAT = 1
+"""the version of the format"""
+HEADER = "optprune"
+"""the entry of the file's metadata"""
+Saved = Problem | ExpertChoice | Rotation | Permutation
+"""what a file can hold"""
+KINDS: dict[str, type] = {
+    "masked": MaskedLeastSquares,
+    "sparse": SparseLeastSquares,
+    "penalised": PenalisedLeastSquares,
+    "structured": StructuredLeastSquares,
+    "linked": LinkedLeastSquares,
+    "grid": GridLeastSquares,
+    "expert choice": ExpertChoice,
+    "rotation": Rotation,
+    "permutation": Permutation,
+}
+"""the kinds by their names in files"""
+PARTS: dict[str, type] = {
+    part.__name__: part
+    for part in (
+        LayerLoss, InputMoments, Drift, OutputMetric, Unstructured, RowWise, NM, SlotWise, L1, WeightedL1, ElasticNet,
+        ColumnGroups, Grid, Link, ChannelGroups,
+    )
+}  # fmt: skip
+"""the parts of problems by their names in files"""
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
+"""the dtypes that a field may name"""
+BITS = {dtype: getattr(torch, f"int{8 * dtype.itemsize}") for dtype in DTYPES.values()}
+"""the integers with the bits of each dtype"""
+WIDEST = 2**20
+"""the largest width of a matrix in a file"""
+REFUSED = (OptpruneError, TypeError, ValueError, RuntimeError, AttributeError, LookupError, OverflowError)
+"""the errors of fields that are none of a problem"""
+Fields = dict[str, Any]
+
+
+def save_problem(problem: Saved, path: str | Path, *, origin: Mapping[str, str | int | float] | None = None) -> None:
+    """Write a problem to a file, as a whole or not at all.
+
+    `origin` says where it comes from, such as the model, the layer and the recipe. InputError for a problem with a
+    class of one's own, as a pattern or a penalty: a file holds no code.
+    """
+    names = [name for name, kind in KINDS.items() if type(problem) is kind]
+    if not names:
+        raise InputError(
+            f"a {type(problem).__name__} cannot be saved: a file holds one of the kinds {either(list(KINDS))}"
+        )
+    tensors = dict[str, Tensor]()
+    fields = _encoded_fields(problem, names[0].replace(" ", "_"), tensors)
+    content = {
+        "format": FORMAT,
+        "kind": names[0],
+        "fingerprint": fingerprint(problem),
+        "origin": dict(origin or {}),
+        "fields": fields,
+    }
+    header = json.dumps(content | {"digest": _digest(content)})
+    data = save(tensors, {HEADER: header})
+    write_whole(real_path(Path(path)), lambda stream: stream.write(data))
+
+
+def load_problem(path: str | Path) -> Any:
+    """Return the problem in a file, on the CPU; InputError where the file is not a problem, or is damaged.
+
+    It is a `Problem`, or else an `ExpertChoice`, a `Rotation` or a `Permutation`.
+    """
+    with _opened(Path(path)) as file:
+        header = _header(Path(path), file.metadata())
+        kind = KINDS.get(header["kind"])
+        if kind is None:
+            raise InputError(f"{path} holds a problem of the kind {shown(header['kind'])}, which this optprune lacks")
+        try:
+            problem = _decoded_fields(kind, header["fields"], file)
+            same = fingerprint(problem) == header["fingerprint"]
+        except (*REFUSED, SafetensorError) as error:
+            raise InputError(f"{path} is damaged: its fields are no {header['kind']} problem; save it again") from error
+    if not same:
+        raise InputError(f"{path} is damaged: it is not the problem that was saved; save it again")
+    return problem
+
+
+def origin_of(path: str | Path) -> dict[str, Any]:
+    """Return where the problem in a file comes from, by the file; InputError where the file is not a problem."""
+    with _opened(Path(path)) as file:
+        return dict(_header(Path(path), file.metadata())["origin"])
+
+
+def _opened(path: Path) -> Any:
+    """Return a context of an open file."""
+    try:
+        return safe_open(path, "pt", device="cpu")
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path} cannot be read as a problem: {error}") from error
+
+
+def _header(path: Path, metadata: Mapping[str, str] | None) -> Fields:
+    """Return the header of a file. InputError where it is missing, damaged or of another version."""
+    text = (metadata or {}).get(HEADER)
+    if text is None:
+        raise InputError(f"{path} is not a problem that optprune saved: it has no header")
+    read = read_json(text, f"the header of {path}")
+    header = cast(Fields, read) if isinstance(read, dict) else {}
+    version: Any = header.get("format")
+    if version != FORMAT:
+        raise InputError(f"{path} is of the format {shown(version)}, and this optprune reads the format {FORMAT}")
+    digest = header.pop("digest", None)
+    if digest != _digest(header) or not {"kind", "fingerprint", "origin", "fields"} <= header.keys():
+        raise InputError(f"{path} is damaged: its header was changed; save it again")
+    return header
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+# -- fields
+
+
+def _encoded_fields(part: Any, name: str, tensors: dict[str, Tensor]) -> Fields:
+    """Return the fields of a part as plain data, and put its tensors into the dictionary."""
+    return {
+        field.name: _encoded(getattr(part, field.name), f"{name}.{field.name}", tensors)
+        for field in dataclasses.fields(part)
+        if field.init and field.compare
+    }
+
+
+def _encoded(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Tensor):
+        whole = value.detach().cpu()
+        triangle = whole.ndim == 2 and len(whole) > 1 and whole.shape[0] == whole.shape[1] and _symmetric(whole)
+        tensors[name] = _triangle_of(whole) if triangle else whole.clone(memory_format=torch.contiguous_format)
+        return {"triangle": name, "width": len(whole)} if triangle else {"tensor": name}
+    if isinstance(value, torch.dtype):
+        return {"dtype": str(value).removeprefix("torch.")}
+    if isinstance(value, tuple):
+        every = cast("tuple[Any, ...]", value)
+        return {"tuple": [_encoded(each, f"{name}.{number}", tensors) for number, each in enumerate(every)]}
+    if PARTS.get(type(value).__name__) is type(value):
+        return {"part": type(value).__name__, "fields": _encoded_fields(value, name, tensors)}
+    raise InputError(
+        f"a problem with a {type(value).__name__} cannot be saved, because a file holds no code: state it with "
+        f"{either(sorted(PARTS))}"
+    )
+
+
+def _decoded_fields(kind: type, fields: Fields, file: Any) -> Any:
+    """Return a part of a kind from its fields. Raises InputError or another of REFUSED where they are none of it."""
+    known = {field.name for field in dataclasses.fields(kind) if field.init and field.compare}
+    if fields.keys() != known:
+        raise InputError(f"the fields are {sorted(fields)} and not {sorted(known)}")
+    return kind(**{name: _decoded(value, file) for name, value in fields.items()})
+
+
+def _decoded(value: Any, file: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    entry = cast(Fields, value)
+    if "tensor" in entry:
+        return file.get_tensor(entry["tensor"])
+    if "triangle" in entry:
+        return _from_triangle(file.get_tensor(entry["triangle"]), entry["width"])
+    if "dtype" in entry:
+        return DTYPES[entry["dtype"]]
+    if "tuple" in entry:
+        return tuple(_decoded(each, file) for each in entry["tuple"])
+    return _decoded_fields(PARTS[entry["part"]], entry["fields"], file)
+
+
+# -- symmetric matrices
+
+
+def _symmetric(matrix: Tensor) -> bool:
+    """Return whether a matrix [n, n] is symmetric bit for bit, without a copy of all of it."""
+    if not matrix.is_floating_point():
+        return False
+    bits = matrix.view(BITS[matrix.dtype])  # -0.0 and 0.0 are equal as numbers
+    parts = (slice(first, first + 1024) for first in range(0, len(bits), 1024))
+    return all(torch.equal(bits[part], bits[:, part].t()) for part in parts)
+
+
+def _triangle_of(matrix: Tensor) -> Tensor:
+    """Return the upper triangle of a matrix [n, n], row by row."""
+    width = len(matrix)
+    found, place = matrix.new_empty(width * (width + 1) // 2), 0
+    for row in range(width):
+        found[place : place + width - row] = matrix[row, row:]
+        place += width - row
+    return found
+
+
+def _from_triangle(triangle: Tensor, width: Any) -> Tensor:
+    """Return the symmetric matrix [n, n] of an upper triangle. InputError where the sizes differ."""
+    fits = isinstance(width, int) and 0 < width <= WIDEST and triangle.ndim == 1
+    if not fits or triangle.numel() != math.comb(width + 1, 2):
+        raise InputError(f"a triangle of {triangle.numel()} numbers has no width {shown(width)}")
+    found, place = triangle.new_empty(width, width), 0
+    for row in range(width):
+        part = triangle[place : place + width - row]
+        found[row, row:] = part
+        found[row:, row] = part
+        place += width - row
+    return found

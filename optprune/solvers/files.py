@@ -1,0 +1,70 @@
+"""Solutions as files, measured again by their problem when they are read."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from optprune.errors import InputError
+from optprune.problems import Problem
+from optprune.solvers.base import Certificate, Solution, Status
+from optprune.system.files import read_json, real_path, write_whole
+
+FORMAT = 1
+"""the version of the format"""
+HEADER, VALUE = "optprune solution", "value"
+"""the entry of the file's metadata, and the name of the weight"""
+
+
+def save_solution(solution: Solution, problem: Problem, path: str | Path) -> None:
+    """Write a solution of a problem to a safetensors file, as a whole or not at all; its history is left out."""
+    proof = solution.certificate
+    header = {
+        "format": FORMAT,
+        "problem": problem.fingerprint(),
+        "objective": solution.objective,
+        "violation": solution.violation,
+        "status": solution.status.name,
+        "steps": solution.steps,
+        "seconds": solution.seconds,
+        "certificate": None if proof is None else [proof.lower_bound, proof.proof],
+        "notes": list(solution.notes),
+    }
+    data = save({VALUE: solution.value.detach().cpu().contiguous()}, {HEADER: json.dumps(header)})
+    write_whole(real_path(Path(path)), lambda stream: stream.write(data))
+
+
+def load_solution(path: str | Path, problem: Problem) -> Solution:
+    """Return the solution of a problem in a file, with the objective and the violation that the problem measures now.
+
+    InputError where the file is no solution, is one of another problem, or differs from these measurements by more
+    than rounding.
+    """
+    try:
+        opened: Any = safe_open(path, "pt", device="cpu")
+        with opened as file:
+            metadata: dict[str, str] = file.metadata() or {}
+            header: Any = read_json(metadata[HEADER], f"the header of {path}")
+            value: Tensor = file.get_tensor(VALUE).to(problem.loss.weight.device)
+        status, proof = Status[header["status"]], header["certificate"]
+        certificate = None if proof is None else Certificate(float(proof[0]), str(proof[1]))
+        numbers = float(header["objective"]), int(header["steps"]), float(header["seconds"])
+        same, notes = header["problem"] == problem.fingerprint(), tuple(map(str, header["notes"]))
+    except (OSError, SafetensorError, LookupError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{path} is not a solution that optprune saved, or is damaged: solve the problem again"
+        ) from error
+    if not same:
+        raise InputError(f"{path} is the solution of another problem: load the one that it was saved with")
+    stated, steps, seconds = numbers
+    if value.shape != problem.loss.weight.shape or value.dtype != problem.loss.weight.dtype:
+        raise InputError(f"{path} is damaged: its weight is {list(value.shape)} in {value.dtype}; solve it again")
+    objective = problem.objective(value)
+    error = problem.measuring_error(value)
+    if not math.isclose(objective, stated, rel_tol=0.0, abs_tol=2 * error):
+        raise InputError(f"{path} is damaged: its objective is {objective:.6g} and not {stated:.6g}; solve it again")
+    return Solution(value, objective, problem.violation(value), status, steps, seconds, certificate, notes=notes)

@@ -1,0 +1,210 @@
+"""Problems as files: the same content in any process, half of a symmetric matrix, and a sentence for a damaged file."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from optprune.errors import InputError
+from optprune.numerics.fingerprint import fingerprint
+from optprune.patterns import Pattern
+from optprune.penalties import L1
+from optprune.problems import (
+    ChannelGroups,
+    ExpertChoice,
+    LayerLoss,
+    Link,
+    LinkedLeastSquares,
+    Permutation,
+    Problem,
+    Rotation,
+    SparseLeastSquares,
+)
+from optprune.problems.files import FORMAT, HEADER, KINDS, load_problem, origin_of, save_problem
+from optprune.testing.strategies import STRATEGIES
+from tests.helpers.sparse_cases import correlated
+
+WIDTH = 12
+LINK = Link(torch.arange(WIDTH)[:, None], torch.zeros(WIDTH, dtype=torch.long), (torch.arange(WIDTH)[:, None],))
+
+
+def loss(seed: int = 0, dtype: torch.dtype = torch.float32) -> LayerLoss:
+    return correlated(seed, 8, WIDTH, "2:4", dtype=dtype).loss
+
+
+@pytest.mark.parametrize("kind", STRATEGIES, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@given(data=st.data())
+def test_a_problem_is_the_same_in_its_file(kind, dtype, tmp_path_factory, data: st.DataObject) -> None:
+    problem = data.draw(STRATEGIES[kind](dtype=dtype))
+    file = tmp_path_factory.mktemp("files") / "problem.safetensors"
+    save_problem(problem, file, origin={"layer": "model.layers.0.mlp.down_proj", "tokens": 128})
+    loaded = load_problem(file)
+    assert type(loaded) is type(problem) and repr(loaded) == repr(problem)
+    assert fingerprint(loaded) == problem.fingerprint()
+    assert isinstance(loaded, Problem)
+    value = problem.start()
+    assert loaded.objective(value) == problem.objective(value)
+    assert loaded.violation(value) == problem.violation(value)
+    assert origin_of(file) == {"layer": "model.layers.0.mlp.down_proj", "tokens": 128}
+
+
+def others() -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(0)
+    groups = ChannelGroups.of(WIDTH, 3)
+    matrices = torch.linalg.qr(torch.randn(1, 4, 4, generator=generator))[0]
+    answers = torch.randn(5, 4, 6, generator=generator)
+    return {
+        "rotation": Rotation.of(matrices, groups),
+        "permutation": Permutation.of(torch.tensor([2, 0, 3, 1]), groups, WIDTH),
+        "expert choice": ExpertChoice.of(torch.randn(5, 4, generator=generator), answers, 2, True, 3),
+    }
+
+
+@pytest.mark.parametrize("kind", ["rotation", "permutation", "expert choice"])
+def test_what_is_no_layer_problem_is_the_same_in_its_file(kind: str, tmp_path: Path) -> None:
+    value = others()[kind]
+    save_problem(value, tmp_path / "file")
+    loaded = load_problem(tmp_path / "file")
+    assert type(loaded) is type(value) and fingerprint(loaded) == fingerprint(value)
+
+
+def test_every_kind_has_a_file() -> None:
+    assert set(KINDS.values()) == {*STRATEGIES, Rotation, Permutation, ExpertChoice}
+
+
+def test_another_process_with_other_threads_finds_the_same_problem(tmp_path: Path) -> None:
+    problem = correlated(1, 8, 16, "2:4", dtype=torch.float32)
+    save_problem(problem, tmp_path / "file")
+    code = (
+        "import sys, torch, optprune; torch.set_num_threads(2); p = optprune.load_problem(sys.argv[1]); "
+        "print(p.fingerprint(), p.objective(p.start()).hex())"
+    )
+    words = [sys.executable, "-c", code, str(tmp_path / "file")]
+    found = subprocess.run(
+        words, capture_output=True, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "2"}
+    )
+    assert found.stdout.split() == [problem.fingerprint(), problem.objective(problem.start()).hex()]
+
+
+def test_of_a_symmetric_matrix_half_is_stored(tmp_path: Path) -> None:
+    problem = correlated(0, 2, 200, "2:4", dtype=torch.float32)
+    save_problem(problem, tmp_path / "file")
+    matrix = 4 * 200**2
+    assert (tmp_path / "file").stat().st_size < 0.56 * matrix + 8000
+    drifted = correlated(1, 2, 200, "2:4", dtype=torch.float32)
+    save_problem(drifted, tmp_path / "drifted")
+    assert drifted.loss.moments.drift is not None
+    assert fingerprint(load_problem(tmp_path / "drifted")) == drifted.fingerprint(), "the cross moments are whole"
+
+
+@dataclass(frozen=True)
+class Own(Pattern):
+    """A pattern of one's own."""
+
+    def project(self, score):
+        return torch.ones_like(score, dtype=torch.bool)
+
+    def admits(self, mask):
+        return bool(mask.all())
+
+
+def test_a_class_of_ones_own_is_no_data(tmp_path: Path, as_users_run: None) -> None:
+    with pytest.raises(InputError, match="a problem with a Own cannot be saved, because a file holds no code"):
+        save_problem(SparseLeastSquares(loss(), Own()), tmp_path / "file")
+    with pytest.raises(InputError, match="a L1 cannot be saved"):
+        save_problem(L1(0.1), tmp_path / "file")  # type: ignore[arg-type]
+    assert not list(tmp_path.iterdir())
+
+
+def damaged_bytes(file: Path, how: str, rng: random.Random) -> None:
+    """Spoil the bytes of a file."""
+    data = bytearray(file.read_bytes())
+    length = int.from_bytes(data[:8], "little")
+    first, last = (8, 8 + length) if how == "header" else (8 + length, len(data))
+    if how in ("header", "flip"):
+        data[rng.randrange(first, last)] ^= 1 << rng.randrange(7)
+    file.write_bytes({"cut": data[: rng.randrange(len(data))], "empty": b"", "more": data + b"\0"}.get(how, data))
+
+
+def damaged_content(file: Path, how: str, rng: random.Random) -> None:
+    """Spoil the header or the tensors of a file that stays a safetensors file."""
+    data = file.read_bytes()
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    content, tensors = json.loads(header["__metadata__"][HEADER]), load_file(file)
+    numbers = [key for key, value in tensors.items() if value.is_floating_point()]
+    name = rng.choice(numbers)
+    if how == "field":
+        content["fields"][rng.choice(list(content["fields"]))] = rng.choice([None, "x", -1, [], {"tensor": "x"}, {}])
+    elif how == "kind":
+        content["kind"] = rng.choice([*KINDS, "other", None, 3])
+    elif how == "nan":
+        tensors[name].view(-1)[0] = rng.choice([float("nan"), float("inf"), -1e30])
+    elif how == "width":
+        width = rng.choice(["0", "-3", "1000000000", "13", '"x"'])
+        content = json.loads(json.dumps(content).replace(f'"width": {WIDTH}', f'"width": {width}'))
+    elif how == "shape":
+        tensors[name] = tensors[name].view(-1)[:1]
+    else:
+        tensors[name] = tensors[name] + 1
+    save_file(tensors, file, {HEADER: json.dumps(content)})
+
+
+BYTES, CONTENT = ("cut", "flip", "header", "empty", "more"), ("field", "kind", "nan", "width", "shape", "number")
+
+
+@pytest.mark.parametrize("part", range(4))
+def test_damaged_files_are_sentences(part: int, tmp_path: Path, as_users_run: None) -> None:
+    problems = [
+        correlated(0, 8, WIDTH, "2:4", dtype=torch.float32),
+        correlated(1, 8, WIDTH, "unstructured"),
+        LinkedLeastSquares(loss(2), LINK, 6),
+        others()["expert choice"],
+    ]
+    rng, seen = random.Random(part), set[str]()
+    for _ in range(50):
+        file = tmp_path / "file"
+        save_problem(problems[part], file)
+        before = file.read_bytes()
+        how = rng.choice(BYTES + CONTENT)
+        (damaged_bytes if how in BYTES else damaged_content)(file, how, rng)
+        if file.read_bytes() == before:
+            continue
+        seen.add(how)
+        with pytest.raises(InputError) as raised:
+            load_problem(file)
+        assert str(raised.value).startswith((str(file), f"the header of {file}")) and "\n" not in str(raised.value)
+    assert len(seen) >= 8
+
+
+@pytest.mark.parametrize(
+    ("header", "sentence"),
+    [
+        (None, "is not a problem that optprune saved: it has no header"),
+        ("{", "is not valid JSON"),
+        ("[]", "is of the format"),
+        (
+            json.dumps({"format": FORMAT + 1}),
+            f"is of the format {FORMAT + 1}, and this optprune reads the format {FORMAT}",
+        ),
+        (json.dumps({"format": FORMAT}), "its header was changed"),
+    ],
+)
+def test_other_files_are_sentences(header: str | None, sentence: str, tmp_path: Path) -> None:
+    save_file({"x": torch.zeros(1)}, tmp_path / "file", None if header is None else {HEADER: header})
+    with pytest.raises(InputError, match=sentence):
+        load_problem(tmp_path / "file")
+    with pytest.raises(InputError, match="cannot be read as a problem"):
+        load_problem(tmp_path / "missing")
+    with pytest.raises(InputError, match="cannot be read as a problem"):
+        load_problem(tmp_path)
