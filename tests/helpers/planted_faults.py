@@ -668,6 +668,55 @@ FAULTS = [
         "        if False:\n",
         "pruning/test_goals.py",
     ),
+    Fault(
+        "files: a matrix with -0.0 and 0.0 counts as symmetric",
+        "problems/files.py",
+        "    bits = matrix.view(BITS[matrix.dtype])",
+        "    bits = matrix",
+        "problems/test_problem_files.py",
+    ),
+    Fault(
+        "files: the fingerprint is not compared",
+        "problems/files.py",
+        "    if not same:\n",
+        "    if False:\n",
+        "problems/test_problem_files.py",
+    ),
+    Fault(
+        "files: the digest of the header is not compared",
+        "problems/files.py",
+        "    if digest != _digest(header) or",
+        "    if",
+        "problems/test_problem_files.py",
+    ),
+    Fault(
+        "files: the triangle is read one column late",
+        "problems/files.py",
+        "        found[row:, row] = part\n",
+        "        found[row:, row] = part.roll(1)\n",
+        "problems/test_problem_files.py",
+    ),
+    Fault(
+        "solutions: the objective is not measured again",
+        "solvers/files.py",
+        "    if not math.isclose(objective, stated, rel_tol=0.0, abs_tol=2 * error):\n",
+        "    if False:\n",
+        "solvers/test_solution_files.py",
+    ),
+    Fault(
+        "teacher: a window is read by single pieces",
+        "tokens/targets.py",
+        "range(min(self._longest, len(ids) - place), 1, -1)",
+        "range(1, 1, -1)",
+        "tokens/test_teacher.py",
+    ),
+    Fault(
+        "teacher: what is inside of a token is read from its end",
+        "tokens/teacher.py",
+        "inside = ~push.ends(tokens)",
+        "inside = push.ends(tokens)",
+        "tokens/test_teacher.py",
+    ),
 ]
 
 

@@ -126,6 +126,35 @@ def test_the_predictions_are_the_dense_models_of_the_same_text(student: LoadedMo
         assert checked > 5
 
 
+def test_inside_of_a_token_it_predicts_what_goes_on(student: LoadedModel, dense: LoadedModel) -> None:
+    """By the definition: the tokens that go on with a piece, and else what the dense model says behind the pieces."""
+    teacher, window = teacher_of(student, dense), windows(student, 50, 52)[0]
+    found, push = teacher.log_probabilities(teacher.hidden(window[None])).exp()[0], teacher.push
+    pieces, kept = push.vocabulary.pieces, torch.tensor(push.vocabulary.kept)
+    old = push.old_ids(window)
+    with torch.no_grad():
+        whole = dense.model(input_ids=old[None]).logits[0].softmax(-1)
+        apart = dense.model(input_ids=kept[window][None]).logits[0].softmax(-1)
+    place = checked = 0
+    for number, token in enumerate(old.tolist()):
+        own = pieces[token]
+        if len(own) == 2 and number:
+            going_on = {
+                other: written for other, written in pieces.items() if written[:1] == own[:1] and len(written) > 1
+            }
+            ended = whole[number - 1, [other for other, written in pieces.items() if written == own[:1]]].sum()
+            expected = torch.zeros(KEEP)
+            for other, written in pieces.items():
+                expected[written[0]] += ended * apart[place, other]
+            for other, written in going_on.items():
+                expected[written[1]] += whole[number - 1, other]
+            expected /= ended + whole[number - 1, list(going_on)].sum()
+            torch.testing.assert_close(found[place], expected, atol=1e-5, rtol=1e-4)
+            checked += 1
+        place += len(own)
+    assert checked > 3
+
+
 def test_healing_by_it_brings_the_bits_per_byte_back(student: LoadedModel, dense: LoadedModel) -> None:
     articles, healed = demo_articles("evaluation")[:60], copy.deepcopy(student)
     text = list(windows(student, 0, 60)[:240].split(8))
