@@ -18,6 +18,7 @@ from optprune.cli.heal import heal_command
 from optprune.cli.help import Command
 from optprune.cli.inspect import inspect_command
 from optprune.cli.plan import plan_command
+from optprune.cli.problems import problems_command
 from optprune.cli.prune import prune_command
 from optprune.cli.recipes import recipes_command
 from optprune.cli.report import report_command
@@ -60,6 +61,7 @@ COMMANDS = {
     "report": (report_command, "Make the report page of a pruned folder, with later measurements."),
     "export": (export_command, "Write a model folder for llama.cpp (GGUF) or as ONNX."),
     "benchmark-model": (benchmark_model_command, "Measure a model's speed and memory, alone or against another."),
+    "problems": (problems_command, "Write the problems of a model's layers to files."),
     "solve": (solve_command, "Solve a layer's problem that was saved to a file."),
     "recipes": (recipes_command, "List the recipes, or print one as YAML."),
     "demo": (demo_command, "Prune, save and reload a small model on packaged data, in minutes."),

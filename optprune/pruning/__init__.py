@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from optprune.pruning.pipeline import prune, run_program, workers_of
     from optprune.pruning.ray_workers import RayWorkers
     from optprune.pruning.run import check_states
+    from optprune.pruning.saved_problems import save_problems
     from optprune.pruning.workers import Layers, Processes, Serial, Workers
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "plan",
     "prune",
     "run_program",
+    "save_problems",
     "workers_of",
 ]
 
@@ -52,6 +54,7 @@ __getattr__, __dir__ = lazy_names(
         "pruning.pipeline": ("prune", "run_program", "workers_of"),
         "pruning.ray_workers": ("RayWorkers",),
         "pruning.run": ("check_states",),
+        "pruning.saved_problems": ("save_problems",),
         "pruning.workers": ("Layers", "Processes", "Serial", "Workers"),
     },
     renamed={"Lanes": "PartialSums"},
