@@ -143,6 +143,14 @@ def of_page(place: Path) -> str | None:
     return None if text.rstrip().endswith("</html>") else "the page is not whole"
 
 
+def of_solution(place: Path) -> str | None:
+    """What is wrong with a file of a solution."""
+    import torch
+    from safetensors.torch import load_file
+
+    return None if bool(torch.isfinite(load_file(place)["value"]).all()) else "the answer is not finite"
+
+
 LOADS = {
     "model": of_model,
     "gguf": of_gguf,
@@ -151,6 +159,7 @@ LOADS = {
     "json": of_json,
     "comparison": of_comparison,
     "page": of_page,
+    "solution": of_solution,
 }
 
 

@@ -380,6 +380,47 @@ def plan(drawn: Drawn) -> Case:
     return drawn.plan()
 
 
+def goal(drawn: Drawn) -> Case:
+    """A goal that may be any text or number, beside options that it may not go with."""
+    sizes = [
+        "900KiB",
+        "1KiB",
+        "0MiB",
+        "-1MB",
+        "1e9GB",
+        "9" * 30 + "GB",
+        "1.0x",
+        "1e-9x",
+        "nanx",
+        "infMiB",
+        "1.2 x",
+        "x",
+    ]
+    more = drawn.rng.choice(
+        [[], ["--resume"], ["--recipe=wanda"], ["--recipe=depth"], ["--vocabulary=400"], ["--sparsity=0.2"]]
+    )
+    if drawn.rng.random() < 0.5:
+        return drawn.prune(f"--to={drawn.rng.choice([*sizes, drawn.spoil.word()])}", *more)
+    ratio = drawn.rng.choice(["1.5", "1", "nan", "inf", "-1", "1e30", "1.0000000001", drawn.spoil.word()])
+    text = drawn.rng.choice([drawn.stock.held, drawn.stock.text, drawn.stock.model, ""])
+    return drawn.prune(
+        f"--to-quality={ratio}", f"--text={text}", f"--windows={drawn.rng.choice(['2', '0', '-1'])}", *more
+    )
+
+
+def problem(drawn: Drawn) -> Case:
+    """A file of a problem that is spoiled, or solved by any solver."""
+    file = drawn.sandbox.copied(drawn.stock.problem)
+    if drawn.rng.random() < 0.6:
+        drawn.spoil.safetensors(file)
+    name = drawn.rng.choice(
+        ["auto", "wanda", "[wanda, swaps]", "reap", "os:getcwd", "x:y", json.dumps(solver(drawn)), ""]
+    )
+    words = ["solve", str(file), f"--solver={name}", f"--max-steps={drawn.rng.choice(['5', '0', '-1', '9' * 20])}"]
+    answer = drawn.output.with_name("answer.safetensors")
+    return Case([*words, f"--output={answer}"], files={answer: "solution"}, statuses=(0, 1, 2))
+
+
 def damaged_run(drawn: Drawn) -> Case:
     """A run that was stopped, whose folder is not as it was left."""
     name = drawn.rng.choice(list(RUNS))
@@ -426,6 +467,6 @@ KINDS: dict[str, Callable[[Drawn], Case]] = {
     kind.__name__: kind
     for kind in (
         config, weights, index, tokenizer, gguf, against, recipe, allocation, text, option, output, drafts, heal,
-        compare, report, audit, evaluate, export, plan, damaged_run,
+        compare, report, audit, evaluate, export, plan, damaged_run, goal, problem,
     )
 }  # fmt: skip

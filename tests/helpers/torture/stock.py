@@ -38,6 +38,7 @@ PLACES = {
     "questions": "questions.jsonl",
     "evaluation": "evaluation.json",
     "speed": "speed.json",
+    "problem": "problem.safetensors",
     "runs": "runs",
     "whole": "whole",
 }
@@ -51,7 +52,9 @@ def make(folder: Path) -> None:
     import pyarrow
     from pyarrow import parquet
 
+    from optprune.problems import save_problem
     from optprune.texts import demo_articles
+    from tests.helpers.sparse_cases import correlated
     from tests.helpers.tiny_gguf import write_gguf
     from tests.helpers.tiny_models import save_tiny, tiny_llama
     from tests.helpers.torture.calls import command
@@ -63,6 +66,7 @@ def make(folder: Path) -> None:
     (stock.sharded / "model.safetensors").unlink()
     tiny_llama().save_pretrained(stock.sharded, max_shard_size="200KB")
     write_gguf(tiny_llama(), stock.gguf)
+    save_problem(correlated(1, 8, 12, "2:4"), stock.problem, origin={"layer": "a.b"})
     stock.plain.write_text("\n\n".join(articles[:5]), encoding="utf-8")
     for file, documents in ((stock.text, articles[:12]), (stock.held, articles[12:15])):
         file.write_text("\n".join(json.dumps({"text": document}) for document in documents), encoding="utf-8")
