@@ -28,9 +28,9 @@ class Setting:
     windows: Tensor
 
 
-def setting(samples: int, seq_length: int, windows: int, seed: int) -> Setting:
-    """The packaged model, calibrated on one half of the news articles and evaluated on the other."""
-    loaded = load_model("demo")
+def setting(samples: int, seq_length: int, windows: int, seed: int, model: str = "demo") -> Setting:
+    """The packaged model or another, calibrated on one half of the news articles and evaluated on the other."""
+    loaded = load_model(model)
     tokenizer = tokenizer_of(loaded)
     tokens = tokenise(tokenizer, read_documents("demo:calibration"))
     held_out = tokenise(tokenizer, read_documents("demo:evaluation"))

@@ -48,15 +48,16 @@ SHAPE = {
 }
 
 
-def new_model(architecture: str) -> PreTrainedModel:
-    """A model with random weights."""
+def new_model(architecture: str, untied: bool = False) -> PreTrainedModel:
+    """A model with random weights; an untied one has a head of its own beside the embedding (Qwen2 only)."""
     if architecture == "opt":
         return OPTForCausalLM(OPTConfig(**SHAPE, ffn_dim=512, word_embed_proj_dim=128, dropout=0.0))
     if architecture == "qwen3_moe":
         experts = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 128, "norm_topk_prob": True}
         shape = {**SHAPE, "head_dim": 32, "num_key_value_heads": 2, "router_aux_loss_coef": 0.01, **experts}
         return Qwen3MoeForCausalLM(Qwen3MoeConfig(**shape))
-    return Qwen2ForCausalLM(Qwen2Config(**SHAPE, num_key_value_heads=2, intermediate_size=384))
+    shape = {**SHAPE, "tie_word_embeddings": not untied}
+    return Qwen2ForCausalLM(Qwen2Config(**shape, num_key_value_heads=2, intermediate_size=384))
 
 
 def new_tokenizer(documents: list[str], vocabulary: int = VOCABULARY) -> PreTrainedTokenizerFast:
@@ -74,6 +75,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("architecture", choices=["opt", "qwen2", "qwen3_moe"])
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--untied", action="store_true", help="give the Qwen2 a head of its own")
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--rate", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
@@ -82,7 +84,7 @@ def main() -> None:
     documents = demo_articles("calibration")
     tokenizer = new_tokenizer(documents)
     windows = evaluation_windows(tokenise(tokenizer, documents), LENGTH)
-    model = new_model(options.architecture).train()
+    model = new_model(options.architecture, options.untied).train()
     optimiser = torch.optim.AdamW(model.parameters(), lr=options.rate, betas=(0.9, 0.95), weight_decay=0.1)
     schedule = get_cosine_schedule_with_warmup(optimiser, options.steps // 20, options.steps)
     # The loss that sends experts equally many tokens, without which some would learn nothing.
