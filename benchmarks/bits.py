@@ -27,7 +27,12 @@ from optprune.recipe import Recipe
 
 Q4_0 = GGMLQuantizationType.Q4_0
 CHAIN = ["gptq", "grid_descent"]
-ALPS = {"units": {"weights": "2:4"}, "sparsity": 0.5, "solver": ["admm", {"conjugate_gradients": {"tolerance": 1e-3}}]}
+ALPS = {
+    "propagation": "cross",
+    "units": {"weights": "2:4"},
+    "sparsity": 0.5,
+    "solver": ["admm", {"conjugate_gradients": {"tolerance": 1e-3}}],
+}
 
 
 def layers(model: PreTrainedModel) -> Iterator[tuple[str, torch.nn.Linear]]:
@@ -71,8 +76,9 @@ def rows(base: Setting) -> Iterator[tuple[str, Callable[[], PreTrainedModel]]]:
     yield "q4_0 of llama.cpp", lambda: by_ggml(copy.deepcopy(dense), None)
     yield "q4_0 of llama.cpp, importance matrix", lambda: by_ggml(copy.deepcopy(dense), importance())
     yield "round_to_nearest", lambda: pruned(base, bits=bits("round_to_nearest"), propagation="dense")
-    yield "gptq", lambda: pruned(base, bits=bits("gptq"))
-    yield "gptq, grid_descent", lambda: pruned(base, bits=bits(CHAIN))
+    yield "gptq, grid_descent, inputs of the rounded model", lambda: pruned(base, bits=bits(CHAIN))
+    yield "gptq", lambda: pruned(base, bits=bits("gptq"), propagation="cross")
+    yield "gptq, grid_descent", lambda: pruned(base, bits=bits(CHAIN), propagation="cross")
     yield "2:4 (ALPS)", lambda: pruned(base, **ALPS)
     yield "2:4, then q4_0 by rounding", lambda: pruned(base, **ALPS, bits=bits("round_to_nearest"))
     yield "2:4 with q4_0", lambda: pruned(base, **ALPS, bits=bits(CHAIN))

@@ -93,7 +93,7 @@ class Recipe(Displayed, BaseModel):
     propagation: Annotated[
         Propagation | None, BeforeValidator(read_propagation), PlainSerializer(write_propagation)
     ] = POLICIES["pruned"]
-    """propagation policy of the hidden states; auto is intra under N:M, and pruned elsewhere"""
+    """propagation policy of the hidden states; auto is intra under N:M, cross with bits, and pruned elsewhere"""
     sparsity: float = Field(default=0.2, ge=0, lt=1)
     """share of the decoder blocks' linear weights to remove; 0 leaves the model as it is"""
     damping: float = Field(default=0.01, ge=0)
@@ -251,7 +251,10 @@ class Recipe(Displayed, BaseModel):
         """The propagation policy of a run."""
         if self.propagation is not None:
             return self.propagation
-        return POLICIES["pruned" if self.only_share is None else "intra"]
+        if self.only_share is not None:
+            return POLICIES["intra"]
+        # Rounding moves every weight, so errors add up from block to block unless the dense outputs are the targets.
+        return POLICIES["pruned" if self.bits is None else "cross"]
 
     def resolved(self) -> "Recipe":
         """Return the recipe with the propagation policy that it leaves to the pattern."""

@@ -11,7 +11,7 @@ from optprune.errors import OptpruneError, StrictError
 from optprune.grids import Grid
 from optprune.models import Decoder
 from optprune.pruning import prune
-from optprune.recipe import Recipe
+from optprune.recipe import Recipe, load_recipe
 from tests.helpers.short_runs import batches
 from tests.helpers.tiny_models import TINY_MODELS, tiny_llama
 
@@ -42,6 +42,15 @@ def test_every_layer_is_on_the_grid_as_stored(name: str, dtype: torch.dtype) -> 
     for layer, weight in found.items():
         assert weight.dtype == dtype
         assert grid.off(weight.float()) == 0, layer
+
+
+def test_the_targets_are_the_outputs_of_the_dense_model() -> None:
+    """Unless the recipe or N:M decide otherwise: without that, the errors of rounding add up over the blocks."""
+    assert load_recipe("gptq").policy.name == "cross"
+    assert load_recipe("gptq", {"propagation": "pruned"}).policy.name == "pruned"
+    assert load_recipe("alps", {"bits": "q4_0", "propagation": "auto"}).policy.name == "cross"
+    assert load_recipe("alps", {"bits": "q4_0", "propagation": "auto", "units.weights": "2:4"}).policy.name == "intra"
+    assert load_recipe("alps", {"propagation": "auto"}).policy.name == "pruned"
 
 
 def test_nothing_else_changes() -> None:
