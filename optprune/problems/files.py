@@ -68,6 +68,8 @@ DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch
 """the dtypes that a field may name"""
 BITS = {dtype: getattr(torch, f"int{8 * dtype.itemsize}") for dtype in DTYPES.values()}
 """the integers with the bits of each dtype"""
+LARGEST_INDEX = 2**24
+"""the largest index of a column, a row or a slot in a file"""
 WIDEST = 2**20
 """the largest width of a matrix in a file"""
 REFUSED = (OptpruneError, TypeError, ValueError, RuntimeError, AttributeError, LookupError, OverflowError)
@@ -94,6 +96,7 @@ def save_problem(problem: Saved, path: str | Path, *, origin: Mapping[str, str |
         "fingerprint": fingerprint(problem),
         "origin": dict(origin or {}),
         "fields": fields,
+        "tensors": fingerprint(sorted(tensors.items())),
     }
     header = json.dumps(content | {"digest": _digest(content)})
     data = save(tensors, {HEADER: header})
@@ -110,13 +113,16 @@ def load_problem(path: str | Path) -> Any:
         kind = KINDS.get(header["kind"])
         if kind is None:
             raise InputError(f"{path} holds a problem of the kind {shown(header['kind'])}, which this optprune lacks")
-        try:
-            problem = _decoded_fields(kind, header["fields"], file)
-            same = fingerprint(problem) == header["fingerprint"]
-        except (*REFUSED, SafetensorError) as error:
-            raise InputError(f"{path} is damaged: its fields are no {header['kind']} problem; save it again") from error
-    if not same:
-        raise InputError(f"{path} is damaged: it is not the problem that was saved; save it again")
+        tensors = {name: cast(Tensor, file.get_tensor(name)) for name in sorted(file.keys())}
+    # Before anything is made of them: a changed index might ask for any amount of memory.
+    if fingerprint(list(tensors.items())) != header["tensors"]:
+        raise InputError(f"{path} is damaged: its numbers were changed; save it again")
+    try:
+        problem = _decoded_fields(kind, header["fields"], tensors)
+    except REFUSED as error:
+        raise InputError(f"{path} is damaged: its fields are no {header['kind']} problem; save it again") from error
+    if fingerprint(problem) != header["fingerprint"]:
+        raise InputError(f"{path} was written by another version of optprune: save it again")
     return problem
 
 
@@ -145,7 +151,7 @@ def _header(path: Path, metadata: Mapping[str, str] | None) -> Fields:
     if version != FORMAT:
         raise InputError(f"{path} is of the format {shown(version)}, and this optprune reads the format {FORMAT}")
     digest = header.pop("digest", None)
-    if digest != _digest(header) or not {"kind", "fingerprint", "origin", "fields"} <= header.keys():
+    if digest != _digest(header) or not {"kind", "fingerprint", "origin", "fields", "tensors"} <= header.keys():
         raise InputError(f"{path} is damaged: its header was changed; save it again")
     return header
 
@@ -187,27 +193,36 @@ def _encoded(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     )
 
 
-def _decoded_fields(kind: type, fields: Fields, file: Any) -> Any:
+def _decoded_fields(kind: type, fields: Fields, tensors: Mapping[str, Tensor]) -> Any:
     """Return a part of a kind from its fields. Raises InputError or another of REFUSED where they are none of it."""
     known = {field.name for field in dataclasses.fields(kind) if field.init and field.compare}
     if fields.keys() != known:
         raise InputError(f"the fields are {sorted(fields)} and not {sorted(known)}")
-    return kind(**{name: _decoded(value, file) for name, value in fields.items()})
+    return kind(**{name: _decoded(value, tensors) for name, value in fields.items()})
 
 
-def _decoded(value: Any, file: Any) -> Any:
+def _decoded(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     if not isinstance(value, dict):
         return value
     entry = cast(Fields, value)
     if "tensor" in entry:
-        return file.get_tensor(entry["tensor"])
+        return _checked(tensors[entry["tensor"]])
     if "triangle" in entry:
-        return _from_triangle(file.get_tensor(entry["triangle"]), entry["width"])
+        return _from_triangle(tensors[entry["triangle"]], entry["width"])
     if "dtype" in entry:
         return DTYPES[entry["dtype"]]
     if "tuple" in entry:
-        return tuple(_decoded(each, file) for each in entry["tuple"])
-    return _decoded_fields(PARTS[entry["part"]], entry["fields"], file)
+        return tuple(_decoded(each, tensors) for each in entry["tuple"])
+    return _decoded_fields(PARTS[entry["part"]], entry["fields"], tensors)
+
+
+def _checked(tensor: Tensor) -> Tensor:
+    """Return a tensor; InputError for an index that no problem has, which might ask for any amount of memory."""
+    if tensor.dtype == torch.long and tensor.numel():
+        least, most = (int(end) for end in torch.aminmax(tensor))
+        if least < 0 or most > LARGEST_INDEX:
+            raise InputError(f"an index is {least if least < 0 else most}")
+    return tensor
 
 
 # -- symmetric matrices

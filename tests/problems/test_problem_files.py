@@ -5,7 +5,7 @@ import os
 import random
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -208,3 +208,23 @@ def test_other_files_are_sentences(header: str | None, sentence: str, tmp_path: 
         load_problem(tmp_path / "missing")
     with pytest.raises(InputError, match="cannot be read as a problem"):
         load_problem(tmp_path)
+
+
+@pytest.mark.parametrize("index", [-1, 2**40])
+def test_an_index_that_asks_for_all_memory_is_a_sentence(index: int, tmp_path: Path, as_users_run: None) -> None:
+    problem = LinkedLeastSquares(loss(2), replace(LINK), 6)
+    object.__setattr__(problem.link, "slots", problem.link.slots.index_fill(0, torch.tensor([3]), index))
+    save_problem(problem, tmp_path / "file")
+    with pytest.raises(InputError, match="its fields are no linked problem"):
+        load_problem(tmp_path / "file")
+
+
+def test_changed_numbers_are_seen_before_anything_is_made_of_them(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    save_problem(correlated(0, 8, WIDTH, "2:4", dtype=torch.float32), file)
+    data, tensors = file.read_bytes(), load_file(file)
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
+    for name in tensors:
+        save_file(tensors | {name: tensors[name] + 1}, file, header)
+        with pytest.raises(InputError, match="its numbers were changed"):
+            load_problem(file)
