@@ -39,14 +39,12 @@ class GoalOptions:
         windows: int | None,
         calibration: str,
         sequences: str,
-    ) -> "GoalOptions | None":
-        """Return the options of a goal, or None without one; InputError where they do not go together."""
+    ) -> "GoalOptions":
+        """Return the options of a goal; InputError where they do not go together."""
         if quality is None and (text is not None or windows is not None):
             raise InputError("--text and --windows are for --to-quality: leave them out, or give a quality")
         if quality is not None and text is None:
             raise InputError("--to-quality needs a text to measure the quality on: give --text")
-        if to is None and quality is None:
-            return None
         from optprune.pruning.goal import parse_goal
 
         return cls(parse_goal(to, quality), calibration, text, windows, sequences)
@@ -110,14 +108,12 @@ class GoalOptions:
 
 
 def resolve_for(
-    goal: GoalOptions | None, options: "Options", recipe: "Recipe", *, whole: "WholeRun", say: Callable[[str], None]
+    goal: GoalOptions, options: "Options", recipe: "Recipe", *, whole: "WholeRun", say: Callable[[str], None]
 ) -> "Resolved":
-    """Return the program of the options, with the sparsity that reaches the goal, if there is one.
+    """Return the program of the options, with the sparsity that reaches the goal.
 
     InputError, before anything is loaded, where the recipe or --sparsity leave no sparsity to choose.
     """
-    if goal is None:
-        return options.resolve(recipe)
     if options.fields["sparsity"] is not None:
         raise InputError(f"the goal {goal.goal.asked} decides the sparsity: leave out --sparsity, or the goal")
     goal.goal.check(recipe)

@@ -170,8 +170,11 @@ def prune_command(
     check_json(json_file, output=output, models=[model])
     lines.check(output, model)
     check_sequences(sequences)
-    goal = GoalOptions.of(to, to_quality, text, windows, calibration, sequences)
-    resolved = resolve_for(goal, options, chosen, whole=whole, say=reporter.say)
+    if (to, to_quality, text, windows) == (None, None, None, None):
+        resolved = options.resolve(chosen)
+    else:
+        goal = GoalOptions.of(to, to_quality, text, windows, calibration, sequences)
+        resolved = resolve_for(goal, options, chosen, whole=whole, say=reporter.say)
     program = resolved.program
     whole.check_run(program)
     texts = read_texts(calibration)

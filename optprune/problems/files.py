@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, cast
 
@@ -56,17 +57,20 @@ KINDS: dict[str, type] = {
     "permutation": Permutation,
 }
 """the kinds by their names in files"""
-PARTS: dict[str, type] = {
-    part.__name__: part
-    for part in (
-        LayerLoss, InputMoments, Drift, OutputMetric, Unstructured, RowWise, NM, SlotWise, L1, WeightedL1, ElasticNet,
-        ColumnGroups, Grid, Link, ChannelGroups,
-    )
-}  # fmt: skip
+CLASSES: tuple[type, ...] = (
+    LayerLoss, InputMoments, Drift, OutputMetric, Unstructured, RowWise, NM, SlotWise, L1, WeightedL1, ElasticNet,
+    ColumnGroups, Grid, Link, ChannelGroups,
+)  # fmt: skip
+PARTS = dict(zip(map(attrgetter("__name__"), CLASSES), CLASSES, strict=True))
 """the parts of problems by their names in files"""
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 """the dtypes that a field may name"""
-BITS = {dtype: getattr(torch, f"int{8 * dtype.itemsize}") for dtype in DTYPES.values()}
+BITS = {
+    torch.float16: torch.int16,
+    torch.bfloat16: torch.int16,
+    torch.float32: torch.int32,
+    torch.float64: torch.int64,
+}
 """the integers with the bits of each dtype"""
 LARGEST_INDEX = 2**24
 """the largest index of a column, a row or a slot in a file"""

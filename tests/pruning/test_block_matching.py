@@ -266,7 +266,7 @@ def block_answers(block, args, kwargs) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
-@pytest.mark.e2e
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", POLICIES)
 def test_a_block_without_its_attention_aims_at_the_whole_one(policy: str) -> None:
     """What is removed whole is what the rest is matched for."""
@@ -302,7 +302,7 @@ def test_it_asks_for_what_it_needs() -> None:
         )
 
 
-@pytest.mark.e2e
+@pytest.mark.slow
 def test_states_in_a_file_give_the_same_bytes(tmp_path: Path) -> None:
     models = [TINY_MODELS["qwen2"]() for _ in range(2)]
     for model, states in zip(models, ("device", "disk"), strict=True):
