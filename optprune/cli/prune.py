@@ -1,8 +1,9 @@
 """optprune prune: prune a model on a text and write a folder."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
     from optprune.cli.request import Resolved
     from optprune.export import SavedModel
     from optprune.program import Program
+    from optprune.recipe import Recipe
     from optprune.report import Report
 
 DESTROYED = 0.5
@@ -170,11 +172,8 @@ def prune_command(
     check_json(json_file, output=output, models=[model])
     lines.check(output, model)
     check_sequences(sequences)
-    if (to, to_quality, text, windows) == (None, None, None, None):
-        resolved = options.resolve(chosen)
-    else:
-        goal = GoalOptions.of(to, to_quality, text, windows, calibration, sequences)
-        resolved = resolve_for(goal, options, chosen, whole=whole, say=reporter.say)
+    goal = {"to": to, "quality": to_quality, "text": text, "windows": windows}
+    resolved = _resolved(options, chosen, goal, (calibration, sequences), whole=whole, say=reporter.say)
     program = resolved.program
     whole.check_run(program)
     texts = read_texts(calibration)
@@ -205,6 +204,23 @@ def prune_command(
             )
     if done is not None:  # another process has it otherwise
         _finish(resolved, *done, json_file, output)
+
+
+def _resolved(
+    options: Options,
+    recipe: "Recipe",
+    goal: Mapping[str, Any],
+    data: tuple[str, str],
+    *,
+    whole: WholeRun,
+    say: Callable[[str], None],
+) -> "Resolved":
+    """Return the program of the run, with the sparsity that reaches a goal where an option names one."""
+    if all(value is None for value in goal.values()):
+        return options.resolve(recipe)
+    calibration, sequences = data
+    wanted = GoalOptions.of(**goal, calibration=calibration, sequences=sequences)
+    return resolve_for(wanted, options, recipe, whole=whole, say=say)
 
 
 def _finish(

@@ -431,8 +431,8 @@ FAULTS = [
     Fault(
         "comparison: a refusal clears its work",
         "comparison/kept_folder.py",
-        "self._continues = False",
-        "self._continues = True",
+        "        if self._others is None:\n",
+        "        if True:\n",
         "comparison/test_comparison_folder.py",
     ),
     Fault(
