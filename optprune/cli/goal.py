@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from optprune.cli.tokens import calibration_of, tokens_for
+from optprune.cli.tokens import calibration_of, tokenizer_of
 from optprune.errors import InputError
 
 if TYPE_CHECKING:
@@ -95,16 +95,15 @@ class GoalOptions:
 
     def _data(self, resolved: "Resolved") -> "tuple[list[Tensor], Tensor]":
         """Return the calibration batches, and the windows to measure the quality on."""
-        from optprune.comparison.run import texts_apart
-        from optprune.texts import evaluation_windows
+        from optprune.comparison.run import texts_apart, windows_to_evaluate
 
         assert self.text is not None
         texts, documents = texts_apart(self.calibration, self.text)
         length = resolved.program.request.seq_length
-        most = None if self.windows is None else max(self.windows, 1) * length
-        tokens = tokens_for(resolved.model, resolved.config, documents, most)
+        with tokenizer_of(resolved.model) as tokenizer:
+            windows = windows_to_evaluate(tokenizer, resolved.config, documents, length, self.windows)
         _, drawn = calibration_of(resolved, texts, self.sequences)
-        return list(drawn.batches), evaluation_windows(tokens, length, self.windows)
+        return list(drawn.batches), windows
 
 
 def resolve_for(

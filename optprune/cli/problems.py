@@ -1,7 +1,6 @@
 """optprune problems: write the problems of a model's layers to files."""
 
-import shutil
-import tempfile
+import contextlib
 from pathlib import Path
 from typing import Annotated
 
@@ -53,6 +52,7 @@ def problems_command(
     options = Options.of({**NOT_TAKEN, **locals()})
     reporter = start()
     from optprune.cli.tokens import calibration_of
+    from optprune.export.place import Scratch, delete_left_behind, missing_parents, put_in_place
     from optprune.models import open_model
     from optprune.models.store import NullSink
     from optprune.pruning.saved_problems import save_problems, wanted_layers
@@ -67,8 +67,12 @@ def problems_command(
         raise InputError("a recipe with a smaller vocabulary has no problems of its own: prune the vocabulary before")
     wanted_layers(resolved.program, layers)
     _, drawn = calibration_of(resolved, read_texts(calibration))
+    delete_left_behind(place, reporter.say)
+    created = missing_parents(place)
     place.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{place.name}.", dir=place.parent))
+    scratch = Scratch(place)
+    draft = scratch.folder / "problems"
+    draft.mkdir()
     try:
         reporter.say(f"loading {model}")
         loaded = open_model(model, sink=NullSink(), dtype=dtype, device=device)
@@ -83,10 +87,12 @@ def problems_command(
                 origin={"model": model, "calibration": drawn.description},
                 on_event=on_event,
             )
-        draft.rename(place)
-    except BaseException:
-        shutil.rmtree(draft, ignore_errors=True)
-        raise
+        put_in_place(draft, place, overwrite=False)
+    finally:
+        scratch.discard()
+        for parent in () if place.exists() else created:
+            with contextlib.suppress(OSError):  # somebody else has put something into it
+                parent.rmdir()
     size = sum((place / file.name).stat().st_size for file in files)
     echo(f"{output}: {counted(len(files), 'problem')}, {size / 2**20:.1f} MiB; solve one with optprune solve")
 

@@ -23,7 +23,7 @@ def tokens_for(
     """Return the tokens of documents by a model's tokenizer, at most `most`; InputError for an unknown one."""
     from optprune.texts import check_vocabulary, tokenise
 
-    with _tokenizer_of(model) as tokenizer:
+    with tokenizer_of(model) as tokenizer:
         tokens = tokenise(tokenizer, documents, most)
     check_vocabulary(config, tokens)
     return tokens
@@ -38,7 +38,7 @@ def calibration_of(
     program, config = resolved.program, resolved.config
     request, seed = program.request, program.seed
     smaller = vocabulary_for(resolved.model, config, texts, request.recipe.vocabulary, seed)
-    with _tokenizer_of(resolved.model) as own:
+    with tokenizer_of(resolved.model) as own:
         tokenizer = own if smaller is None else smaller.vocabulary.tokenizer
         drawn = draw_windows(tokenizer, texts, request.samples, request.seq_length, seed, sequences=sequences)
     for tokens in (drawn.first, *drawn.batches):
@@ -58,13 +58,14 @@ def vocabulary_for(
         return None
     from optprune.tokens import VocabularyPruning
 
-    with _tokenizer_of(model) as tokenizer:
+    with tokenizer_of(model) as tokenizer:
         keep, tokens = setting.keep, setting.tokens
         return VocabularyPruning.planned(tokenizer, config, texts, keep, tokens=tokens, seed=seed)
 
 
 @contextmanager
-def _tokenizer_of(model: str) -> "Iterator[Tokenizer]":
+def tokenizer_of(model: str) -> "Iterator[Tokenizer]":
+    """Yield the tokenizer of a model source; InputError where there is none, or it fails within the context."""
     from optprune.models import load_tokenizer, need_tokenizer, using_tokenizer
 
     tokenizer = need_tokenizer(load_tokenizer(model), model)

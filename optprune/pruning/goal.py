@@ -30,7 +30,7 @@ SIZES = {"kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb
 MOST_TRIALS = 6
 """the most sparsities that are tried for a speed or a quality"""
 FIRST_TRY = 0.1
-"""the first sparsity that is tried for a quality, where the recipe has a larger one"""
+"""the first sparsity that is tried for a quality"""
 DIGITS = 4
 """decimals of a sparsity"""
 SPEED_WORKLOAD = SpeedWorkload(prompt_tokens=64, new_tokens=32, repeats=5)
@@ -121,12 +121,12 @@ class SizeGoal(Goal):
                 f"the goal {self.asked} is out of reach: {amount(dense - removed - linear)} of the model are outside "
                 "the linear weights of the blocks, which a recipe for units does not remove; see --vocabulary"
             )
-        for _ in range(MOST_TRIALS):
+        while True:
             size = search.program_at(sparsity).pruned_numbers * itemsize
             tried.append((sparsity, float(size)))
             if size <= self.bytes:
                 break
-            # Widths are rounded: ask for the rest too.
+            # Widths are rounded: ask for the rest too, until the units have no more to give, which is an error.
             sparsity = _rounded_up(sparsity + max((size - self.bytes) / linear, 0.002))
         return GoalReached(self.asked, BYTES, sparsity, tried[-1][1], tuple(tried))
 
@@ -161,10 +161,10 @@ class SpeedGoal(Goal):
         inner, outer = dense.get_input_embeddings(), dense.get_output_embeddings()
         tied = outer is None or inner.weight is outer.weight
         separate = 0 if tied else some.vocabulary * some.hidden
-        slope = some.decoder.linear_weights() / (some.dense_numbers - separate)
+        slope, most = some.decoder.linear_weights() / (some.dense_numbers - separate), most_sparsity(search)
         for _ in range(MOST_TRIALS):
             sparsity = round((1 - 1 / self.factor) / slope, DIGITS)
-            if sparsity >= most_sparsity(search):
+            if sparsity >= most:
                 raise InputError(self._too_far(tried))
             factor = self.measured(dense, search.program_at(sparsity))
             tried.append((sparsity, factor))
@@ -195,7 +195,7 @@ class SpeedGoal(Goal):
 @final
 @dataclass(frozen=True)
 class QualityGoal(Goal):
-    """A most loss of the pruned model, over that of the dense model on a text.
+    """Largest loss of the pruned model on a text, over that of the dense model.
 
     With one tokenizer, bits per byte have the ratio of the losses per token. Each trial prunes a copy of the model in
     memory.
@@ -211,7 +211,7 @@ class QualityGoal(Goal):
 
     def reach(self, search: Search) -> GoalReached:
         if search.windows is None:
-            raise InputError(f"the goal {self.asked} needs a text to measure the quality on: give --against")
+            raise InputError(f"the goal {self.asked} needs a text to measure the quality on: give its windows")
         dense, allowed = search.dense, self.ratio - 1
         whole = math.log(perplexity(dense, search.windows).perplexity)
         search.say(f"dense: {whole:.4f} nats per token")

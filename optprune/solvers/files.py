@@ -13,6 +13,7 @@ from optprune.errors import InputError
 from optprune.problems import Problem
 from optprune.solvers.base import Certificate, Solution, Status
 from optprune.system.files import read_json, real_path, write_whole
+from optprune.system.wording import shown
 
 FORMAT = 1
 """the version of the format"""
@@ -53,11 +54,14 @@ def load_solution(path: str | Path, problem: Problem) -> Solution:
         status, proof = Status[header["status"]], header["certificate"]
         certificate = None if proof is None else Certificate(float(proof[0]), str(proof[1]))
         numbers = float(header["objective"]), int(header["steps"]), float(header["seconds"])
+        version = header["format"]
         same, notes = header["problem"] == problem.fingerprint(), tuple(map(str, header["notes"]))
     except (OSError, SafetensorError, LookupError, TypeError, ValueError) as error:
         raise InputError(
             f"{path} is not a solution that optprune saved, or is damaged: solve the problem again"
         ) from error
+    if version != FORMAT:
+        raise InputError(f"{path} is of the format {shown(version)}, and this optprune reads the format {FORMAT}")
     if not same:
         raise InputError(f"{path} is the solution of another problem: load the one that it was saved with")
     stated, steps, seconds = numbers

@@ -106,7 +106,8 @@ class PushForward:
         while place < len(ids):
             token, count = self.vocabulary.kept[ids[place]], 1
             for longer in range(min(self._longest, len(ids) - place), 1, -1):
-                if removed := self._removed_with.get(ids[place : place + longer]):
+                removed = self._removed_with.get(ids[place : place + longer])
+                if removed is not None:
                     token, count = removed, longer
                     break
             found.append(token)

@@ -39,6 +39,10 @@ def test_what_is_no_solution_of_the_problem_is_a_sentence(tmp_path: Path) -> Non
         save_file({"value": spoiled.contiguous()}, file, header)
         with pytest.raises(InputError, match=sentence):
             load_solution(file, problem)
+    later = header[HEADER].replace('"format": 1', '"format": 2')
+    save_file({"value": value}, file, {HEADER: later})
+    with pytest.raises(InputError, match="is of the format 2, and this optprune reads the format 1"):
+        load_solution(file, problem)
     save_file({"value": value}, file, {HEADER: "{}"})
     with pytest.raises(InputError, match="is not a solution that optprune saved"):
         load_solution(file, problem)

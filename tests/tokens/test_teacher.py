@@ -51,6 +51,15 @@ def test_any_ids_are_the_pieces_of_the_tokens_that_they_are_read_as(ids: list[in
     assert len(old) <= len(ids), "the longest tokens are taken"
 
 
+def test_the_token_with_the_id_0_is_read_too() -> None:
+    smaller = smaller_of("merged bytes")
+    first = next(old for old, own in smaller.pieces.items() if len(own) == 2)
+    pieces = {0: smaller.pieces[first]} | {old: own for old, own in smaller.pieces.items() if old not in (0, first)}
+    smaller.__dict__["pieces"] = pieces
+    smaller.__dict__["new_ids"] = {old: new for old, new in smaller.new_ids.items() if old != 0}
+    assert PushForward(smaller, 720).old_ids(torch.tensor(pieces[0])).tolist() == [0]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_is_refused_where_few_tokens_are_written_by_their_pieces(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     smaller = smaller_of(kind, step=4)
