@@ -38,7 +38,7 @@ test-all: test-kernels
 
 test-kernels: setup
 	set -e; for kernel in $(KERNELS); do \
-		echo "== $$kernel"; env $$(echo $$kernel | tr , ' ') $(TESTS) -m "not slow and not e2e" $(NUMERICAL); \
+		echo "== $$kernel"; env $$(echo $$kernel | tr , ' ') $(TESTS) -m "not slow" $(NUMERICAL); \
 	done
 
 # The tests of the mathematics with their problems on a GPU; TEST_DEVICE=cpu is what they are without it.
