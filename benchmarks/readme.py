@@ -264,8 +264,17 @@ TABLES = (
 )
 
 
-PAGES: dict[str, tuple[Table | Published | Families, ...]] = {
+class WhichSolver:
+    """The table of `benchmarks.which_solver`."""
+
+    def markdown(self) -> str:
+        """Return the rows as Markdown."""
+        return markdown(json.loads((RESULTS / "which_solver.json").read_text(encoding="utf-8"))["rows"]).rstrip()
+
+
+PAGES: dict[str, tuple[Table | Published | Families | WhichSolver, ...]] = {
     "README.md": (SHORT,),
+    "docs/results/solvers.md": (WhichSolver(),),
     "docs/results/quality.md": (*TABLES, Published(), Families()),
 }
 REFERENCE: dict[str, Callable[[], list[str]]] = {

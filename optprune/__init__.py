@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from optprune.measure import perplexity
     from optprune.models import load_model, open_model
     from optprune.objectives import LayerContext
-    from optprune.problems import load_problem, save_problem
+    from optprune.problems import load_problem, save_problem, to_cvxpy
     from optprune.pruning import collect, find_sparsity, layer_loss, layer_problem, prune
     from optprune.recipe import Recipe, load_recipe
     from optprune.report import Audit, audit
@@ -67,6 +67,7 @@ _HOMES = {
     "save_pruned": "optprune.export",
     "save_solution": "optprune.solvers",
     "solve": "optprune.solvers",
+    "to_cvxpy": "optprune.problems",
     "tokenise": "optprune.texts",
 }
 
@@ -106,6 +107,7 @@ __all__ = [
     "save_pruned",
     "save_solution",
     "solve",
+    "to_cvxpy",
     "tokenise",
 ]
 

@@ -155,12 +155,15 @@ class InputMoments:
 
     def merge(self, other: "InputMoments") -> "InputMoments":
         """Return the moments of both sets of tokens together."""
+        # Of an expert that no token reaches both counts are zero.
+        return self.mixed(other, other.tokens / max(1, self.tokens + other.tokens))
+
+    def mixed(self, other: "InputMoments", share: float) -> "InputMoments":
+        """Return the moments of a text that has this share of the other's tokens, and else those of this one."""
         if (self.drift is None) != (other.drift is None):
             raise InputError("moments with and without dense inputs cannot be merged: collect both the same way")
         if self.width != other.width:
             raise InputError(f"moments of {self.width} and of {other.width} inputs cannot be merged: take one layer's")
-        tokens = self.tokens + other.tokens
-        share = other.tokens / max(1, tokens)  # of an expert that no token reaches both are zero
         mixed = [torch.lerp(a, b.to(a), share) for a, b in zip(self.parts(), other.parts(), strict=True)]
         # The distance of the means of the two sets adds to the covariance.
         between, apart = share * (1 - share), other.mean.to(self.mean) - self.mean
@@ -172,7 +175,7 @@ class InputMoments:
             mixed[3].addr_(drift_apart, drift_apart, alpha=between)
             drift = Drift(*mixed[2:])
         both = self.proved is self.covariance and other.proved is other.covariance
-        return InputMoments(mixed[0], mixed[1], tokens, drift, mixed[0] if both else None)
+        return InputMoments(mixed[0], mixed[1], self.tokens + other.tokens, drift, mixed[0] if both else None)
 
     def centred(self) -> "InputMoments":
         """Return the moments of x* - E[x*] and x - E[x], those of the loss with a freely fitted bias."""

@@ -80,6 +80,63 @@ class NM(Pattern):
 
 
 @final
+@dataclass(frozen=True)
+class RowLimits(Pattern):
+    """Keep exactly `keep` entries anywhere in the matrix, at least `least` and at most `most` of them in every row."""
+
+    keep: int
+    least: int
+    most: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.least <= self.most:
+            raise InputError(f"the limits of a row must be 0 <= least <= most, not {self.least} and {self.most}")
+
+    def project(self, score: Float[Tensor, "out in"]) -> Bool[Tensor, "out in"]:
+        rows, width = score.shape
+        most = min(self.most, width)
+        if not rows * self.least <= self.keep <= rows * most:
+            raise InputError(
+                f"{rows} rows of {self.least} to {most} entries keep {rows * self.least} to {rows * most}, "
+                f"not {self.keep}"
+            )
+        # The best of every row, and then the best of what the rows have room for: a greedy choice, which is exact here.
+        first = largest(score, self.least)
+        room = largest(score, most) & ~first
+        rest = largest(score[room][None], self.keep - rows * self.least)[0]
+        return first.masked_scatter(room, rest)
+
+    def admits(self, mask: Bool[Tensor, "out in"]) -> bool:
+        counts = mask.sum(1)
+        return int(counts.sum()) == self.keep and bool(((counts >= self.least) & (counts <= self.most)).all())
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class PartlyFixed(Pattern):
+    """Keep the entries of `stays`, drop those of `goes`, and choose the others so that all together fit a pattern."""
+
+    pattern: Pattern
+    stays: Bool[Tensor, "out in"]
+    """the entries that every mask keeps"""
+    goes: Bool[Tensor, "out in"]
+    """the entries that no mask keeps"""
+
+    def project(self, score: Float[Tensor, "out in"]) -> Bool[Tensor, "out in"]:
+        forced = score.masked_fill(self.stays, torch.inf).masked_fill(self.goes, -torch.inf)
+        mask = self.pattern.project(forced)
+        if not self._agrees(mask):
+            raise InputError("no mask of the pattern keeps all that must stay and nothing that must go")
+        return mask
+
+    def admits(self, mask: Bool[Tensor, "out in"]) -> bool:
+        return self._agrees(mask) and self.pattern.admits(mask)
+
+    def _agrees(self, mask: Bool[Tensor, "out in"]) -> bool:
+        return not bool(((self.stays & ~mask) | (self.goes & mask)).any())
+
+
+@final
 @dataclass(frozen=True, eq=False)
 class SlotWise(Pattern):
     """Keep exactly `keep` units in every slot. A slot is a set of units, e.g. the dimensions of one KV head."""

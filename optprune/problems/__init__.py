@@ -1,6 +1,7 @@
 """Pruning problems, one kind per file. A problem measures candidates and knows neither solvers nor models."""
 
-from optprune.problems.base import Problem
+from optprune.problems.base import Measurement, Problem
+from optprune.problems.cvxpy_model import CvxpyModel, to_cvxpy
 from optprune.problems.experts import ExpertChoice
 from optprune.problems.files import load_problem, origin_of, save_problem
 from optprune.problems.gridded import GridLeastSquares
@@ -17,6 +18,7 @@ __all__ = [
     "BlockMatching",
     "ChannelGroups",
     "Channels",
+    "CvxpyModel",
     "Example",
     "Examples",
     "ExpertChoice",
@@ -25,6 +27,7 @@ __all__ = [
     "Link",
     "LinkedLeastSquares",
     "MaskedLeastSquares",
+    "Measurement",
     "PenalisedLeastSquares",
     "Permutation",
     "Problem",
@@ -36,4 +39,5 @@ __all__ = [
     "load_problem",
     "origin_of",
     "save_problem",
+    "to_cvxpy",
 ]

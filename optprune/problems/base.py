@@ -6,9 +6,19 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from optprune.errors import InputError
 from optprune.metric import OutputBasis
 from optprune.numerics.fingerprint import fingerprint
 from optprune.problems.loss import LayerLoss
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What a problem says of a weight, whoever found it."""
+
+    objective: float
+    violation: float
+    """0 exactly where the weight is feasible"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +43,12 @@ class Problem(ABC):
     @abstractmethod
     def start(self) -> Tensor:
         """Return a feasible weight that costs nothing to find."""
+
+    def measure(self, weight: Tensor) -> Measurement:
+        """Return the objective and the violation of a weight [out, in]. InputError for a weight of another shape."""
+        if weight.shape != self.loss.weight.shape:
+            raise InputError(f"the weight must be {list(self.loss.weight.shape)}, not {list(weight.shape)}")
+        return Measurement(self.objective(weight), self.violation(weight))
 
     def measuring_error(self, weight: Tensor) -> float:
         """Return a proven bound of the rounding error of `objective`, for the problem's numbers as stored.

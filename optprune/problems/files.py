@@ -24,7 +24,7 @@ from optprune.grids import Grid
 from optprune.metric import OutputMetric
 from optprune.moments import Drift, InputMoments
 from optprune.numerics.fingerprint import fingerprint
-from optprune.patterns import NM, RowWise, SlotWise, Unstructured
+from optprune.patterns import NM, PartlyFixed, RowLimits, RowWise, SlotWise, Unstructured
 from optprune.penalties import L1, ColumnGroups, ElasticNet, WeightedL1
 from optprune.problems.base import Problem
 from optprune.problems.experts import ExpertChoice
@@ -58,8 +58,8 @@ KINDS: dict[str, type] = {
 }
 """the kinds by their names in files"""
 CLASSES: tuple[type, ...] = (
-    LayerLoss, InputMoments, Drift, OutputMetric, Unstructured, RowWise, NM, SlotWise, L1, WeightedL1, ElasticNet,
-    ColumnGroups, Grid, Link, ChannelGroups,
+    LayerLoss, InputMoments, Drift, OutputMetric, Unstructured, RowWise, NM, RowLimits, PartlyFixed, SlotWise,
+    L1, WeightedL1, ElasticNet, ColumnGroups, Grid, Link, ChannelGroups,
 )  # fmt: skip
 PARTS = dict(zip(map(attrgetter("__name__"), CLASSES), CLASSES, strict=True))
 """the parts of problems by their names in files"""

@@ -1,6 +1,7 @@
 """The loss of all layer problems: the mean squared change of a layer's output, as a quadratic of its weight."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from optprune.errors import InputError
 from optprune.metric import OutputMetric
 from optprune.moments import InputMoments
+from optprune.numerics.fingerprint import fingerprint
 from optprune.numerics.precision import excess, full_precision
 from optprune.numerics.tensors import all_finite
 from optprune.problems.exact import ExactLoss, absolute_product, gram_columns, pull_of
@@ -97,6 +99,28 @@ class LayerLoss:
             raise InputError(f"the damping fraction must be finite and not negative, not {fraction}")
         level = fraction * self._statistics.mean_square.mean()
         return replace(self, damping=torch.full_like(self.damping, float(level)))
+
+    @classmethod
+    def mixture(cls, losses: "Sequence[LayerLoss]", shares: Sequence[float]) -> "LayerLoss":
+        """Return sum_k p_k f_k for losses of one weight on several texts, with the shares p scaled to a sum of one.
+
+        Exact: the moments are averages, and so are their mixtures. Where the bias is fitted, one bias serves all texts.
+        InputError where the weights, the metrics or `fit_bias` differ, or a share is not positive.
+        """
+        first, total = losses[0], sum(shares)
+        if len(losses) != len(shares) or not all(0 < share < math.inf for share in shares):
+            raise InputError(f"{len(losses)} losses need as many shares above zero, not {list(shares)}")
+        for loss in losses[1:]:
+            if not torch.equal(loss.weight, first.weight):
+                raise InputError("the losses of a mixture must be of one weight: theirs differ")
+            if fingerprint(loss.metric) != fingerprint(first.metric) or loss.fit_bias != first.fit_bias:
+                raise InputError("the losses of a mixture must have the same metric and `fit_bias`: theirs differ")
+        moments, damping, sofar = first.moments, first.damping * (shares[0] / total), shares[0]
+        for loss, share in zip(losses[1:], shares[1:], strict=True):
+            sofar += share
+            moments = moments.mixed(loss.moments, share / sofar)
+            damping = damping + loss.damping * (share / total)
+        return replace(first, moments=moments, damping=damping)
 
     @cached_property
     def _statistics(self) -> InputMoments:

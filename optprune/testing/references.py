@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import combinations, product
-from typing import Any
 
 import cvxpy
 import numpy as np
@@ -29,8 +28,9 @@ from optprune.problems import (
     SparseLeastSquares,
     StructuredLeastSquares,
     StructuredProblem,
+    to_cvxpy,
 )
-from optprune.testing.quadratic import Array, Quadratic, array, roots
+from optprune.problems.quadratic import Array, Quadratic, array, roots
 
 PENALISED_ACCURACY = 1e-8
 """relative accuracy of the reference for penalised problems; the tolerance of Clarabel is a tenth"""
@@ -107,25 +107,11 @@ def of_weight(quadratic: Quadratic, answer: Array) -> Reference:
 
 def convex_optimum(problem: MaskedLeastSquares) -> float:
     """Return the optimum of a restoration problem by an interior-point method (cvxpy with Clarabel)."""
-    quadratic = Quadratic.of(problem.loss)
-    mask = np.broadcast_to(problem.mask.cpu().numpy(), quadratic.weight.shape).astype(float)
-    # Solved in units of its own scale, where Clarabel's absolute tolerances mean something.
-    scale = quadratic.terms(quadratic.weight)
-    unit = np.sqrt(scale) if scale > 0 else 1.0
-    weight = cvxpy.Variable(quadratic.weight.shape)
-    program = cvxpy.Problem(cvxpy.Minimize(program_loss(quadratic, cvxpy.multiply(mask, weight), unit)))
-    program.solve(solver=cvxpy.CLARABEL)
-    if program.status != cvxpy.OPTIMAL:
-        raise ArithmeticError(f"Clarabel stopped with status {program.status}")
-    return float(program.value) * unit**2  # pyright: ignore[reportArgumentType]
-
-
-def program_loss(quadratic: Quadratic, weight: cvxpy.Expression, unit: float) -> cvxpy.Expression:
-    """Return the loss of a weight [out, in] in units of unit^2, for cvxpy."""
-    root = quadratic.root
-    error = (quadratic.inputs @ weight.T - quadratic.outputs) @ root.T / unit
-    ridge = cvxpy.multiply(np.sqrt(quadratic.damping)[None] / unit, root @ (weight - quadratic.weight))
-    return (cvxpy.sum_squares(error) + cvxpy.sum_squares(ridge)) / 2
+    model = to_cvxpy(problem)
+    model.program.solve(solver=cvxpy.CLARABEL)
+    if model.program.status != cvxpy.OPTIMAL:
+        raise ArithmeticError(f"Clarabel stopped with status {model.program.status}")
+    return float(model.program.value) * model.unit  # pyright: ignore[reportArgumentType]
 
 
 def penalised(problem: PenalisedLeastSquares) -> Reference:
@@ -135,28 +121,19 @@ def penalised(problem: PenalisedLeastSquares) -> Reference:
     """
     quadratic, penalty = Quadratic.of(problem.loss), problem.penalty
     candidates = [quadratic.weight, np.zeros_like(quadratic.weight)]
-    size = min(quadratic.value(weight) + penalty_value(penalty, weight) for weight in candidates)
-    if size <= 0:
+    if min(quadratic.value(weight) + penalty_value(penalty, weight) for weight in candidates) <= 0:
         return Reference(0.0, max(quadratic.rounding(weight) for weight in candidates))
-    # Sizes of weights vary with the units of the inputs, so the variable is the change from the original weight
-    # in units of the largest contribution; for a dead input, of its largest weight.
-    alive, largest = np.diag(quadratic.gram) > 0, np.abs(quadratic.weight).max(0)
-    made_up = float((largest * quadratic.scale)[alive].max(initial=0.0)) / quadratic.scale
-    length = np.where(alive & (made_up > 0), made_up, np.where(largest > 0, largest, 1.0))
-    change = cvxpy.Variable(quadratic.weight.shape)
-    weight = quadratic.weight + cvxpy.multiply(np.broadcast_to(length, change.shape), change)
-    objective = program_loss(quadratic, weight, np.sqrt(size)) + penalty_expression(penalty, weight) / size
-    program = cvxpy.Problem(cvxpy.Minimize(objective))
+    model = to_cvxpy(problem)
     tolerances = ("tol_gap_abs", "tol_gap_rel", "tol_feas")
     tight = dict.fromkeys(tolerances, PENALISED_ACCURACY / 10)
     # With the status "inaccurate" Clarabel falls back to the accuracy stated here.
     tight |= {f"reduced_{name}": PENALISED_ACCURACY for name in tolerances}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Solution may be inaccurate", UserWarning)
-        program.solve(solver=cvxpy.CLARABEL, max_iter=500, **tight)
-    if program.status not in (cvxpy.OPTIMAL, cvxpy.OPTIMAL_INACCURATE):
-        raise ArithmeticError(f"Clarabel stopped with status {program.status}")
-    found = quadratic.weight + length * np.asarray(change.value)
+        model.program.solve(solver=cvxpy.CLARABEL, max_iter=500, **tight)
+    if model.program.status not in (cvxpy.OPTIMAL, cvxpy.OPTIMAL_INACCURATE):
+        raise ArithmeticError(f"Clarabel stopped with status {model.program.status}")
+    found = np.asarray(model.weight.value)
     optimum = quadratic.value(found) + penalty_value(penalty, found)
     return Reference(optimum, quadratic.rounding(found) + PENALISED_ACCURACY * optimum, found)
 
@@ -172,21 +149,6 @@ def penalty_value(penalty: Penalty, weight: Array) -> float:
             return float(strength * np.abs(weight).sum() + ridge / 2 * np.square(weight).sum())
         case ColumnGroups(strength):
             return float(strength * np.linalg.norm(weight, axis=0).sum())
-    raise TypeError(f"no reference for the penalty {type(penalty).__name__}: add it to {__name__}")
-
-
-def penalty_expression(penalty: Penalty, weight: cvxpy.Expression) -> Any:
-    """Return P(V), for cvxpy."""
-    match penalty:
-        case L1(strength):
-            return strength * cvxpy.sum(cvxpy.abs(weight))
-        case WeightedL1(weights):
-            spread = np.broadcast_to(array(weights), weight.shape)
-            return cvxpy.sum(cvxpy.multiply(spread, cvxpy.abs(weight)))
-        case ElasticNet(strength, ridge):
-            return strength * cvxpy.sum(cvxpy.abs(weight)) + ridge / 2 * cvxpy.sum_squares(weight)
-        case ColumnGroups(strength):
-            return strength * cvxpy.sum(cvxpy.norm(weight, 2, axis=0))
     raise TypeError(f"no reference for the penalty {type(penalty).__name__}: add it to {__name__}")
 
 
@@ -311,44 +273,22 @@ def _factor(direction: Array, wanted: Array, negligible: float) -> Array:
     return np.where(size > negligible**2, np.sum(direction * wanted, 1) / np.where(size > 0, size, 1.0), 0.0)
 
 
-def mixed_integer(problem: StructuredProblem) -> Reference:
-    """Return the optimum of a structured problem by a mixed-integer second-order-cone program (cvxpy with SCIP).
+def mixed_integer(problem: SparseLeastSquares | StructuredProblem) -> Reference:
+    """Return the optimum of a small problem that chooses weights or units, by SCIP through cvxpy.
 
-    |V_c - (V0)_c| <= sqrt(2 (f(start) - f(V0)) (A^-1)_cc) entry by entry for every V as good as some feasible start,
-    which gives valid big-M bounds |V_c| <= M_c z; A must be positive definite. About ten units take a second.
-    The returned optimum is the loss of the chosen units restored by least squares, so it is never too low.
+    A must be positive definite. About ten units take a second. The returned optimum is the loss of the choice restored
+    by least squares, so it is never too low.
     """
-    quadratic = Quadratic.of(problem.loss)
-    columns, slots = problem.channels.columns.cpu().numpy(), problem.channels.slots.cpu().numpy()
-    inverse = np.linalg.inv(quadratic.gram)
-    minimiser = quadratic.target @ inverse
-    first = _mask_of(quadratic, columns, np.isin(np.arange(len(slots)), _first_of_every_slot(problem, slots)))
-    spread = max(quadratic.value(restored(quadratic, first)) - quadratic.value(minimiser), 0.0)
-    most = np.abs(minimiser) + np.sqrt(2 * spread * np.diag(inverse)) * (1 + 1e-9)
-    keep = cvxpy.Variable(len(columns), boolean=True)
-    weight = cvxpy.Variable(quadratic.weight.shape)
-    bounds = [
-        cvxpy.abs(weight[:, column]) <= most[:, column] * keep[unit]
-        for unit, group in enumerate(columns)
-        for column in group
-    ]
-    counts: list[Any] = [
-        cvxpy.sum(keep[slots == slot]) == problem.keep // len(np.unique(slots)) for slot in np.unique(slots)
-    ]
-    # In units of its own scale, where the absolute tolerances of SCIP mean something.
-    unit = np.sqrt(max(spread, 1e-300))
-    program = cvxpy.Problem(cvxpy.Minimize(program_loss(quadratic, weight, unit)), [*bounds, *counts])
-    program.solve(solver=cvxpy.SCIP)
-    if program.status != cvxpy.OPTIMAL:
-        raise ArithmeticError(f"SCIP stopped with status {program.status}")
-    answer = restored(quadratic, _mask_of(quadratic, columns, np.asarray(keep.value) > 0.5))
-    found = of_weight(quadratic, answer)
-    return Reference(found.optimum, found.rounding + SCIP_ACCURACY * spread, answer)
-
-
-def _first_of_every_slot(problem: StructuredProblem, slots: Array) -> Array:
-    each = problem.keep // len(np.unique(slots))
-    return np.concatenate([np.flatnonzero(slots == slot)[:each] for slot in np.unique(slots)])
+    quadratic, model = Quadratic.of(problem.loss), to_cvxpy(problem)
+    assert model.choice is not None
+    model.program.solve(solver=cvxpy.SCIP)
+    if model.program.status != cvxpy.OPTIMAL:
+        raise ArithmeticError(f"SCIP stopped with status {model.program.status}")
+    kept = np.asarray(model.choice.value) > 0.5
+    structured = isinstance(problem, StructuredProblem)
+    mask = _mask_of(quadratic, problem.channels.columns.cpu().numpy(), kept) if structured else kept
+    found = of_weight(quadratic, restored(quadratic, mask))
+    return Reference(found.optimum, found.rounding + SCIP_ACCURACY * model.unit, found.weight)
 
 
 def _mask_of(quadratic: Quadratic, columns: Array, kept: Array) -> Array:

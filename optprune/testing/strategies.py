@@ -21,7 +21,7 @@ from optprune.errors import InputError
 from optprune.grids import Grid
 from optprune.metric import OutputMetric
 from optprune.moments import InputMoments
-from optprune.patterns import NM, Pattern, RowWise, SlotWise, Unstructured
+from optprune.patterns import NM, PartlyFixed, Pattern, RowLimits, RowWise, SlotWise, Unstructured
 from optprune.penalties import L1, ColumnGroups, ElasticNet, Penalty, WeightedL1
 from optprune.problems import (
     ChannelGroups,
@@ -477,10 +477,31 @@ def _slot_wise(draw: st.DrawFn) -> tuple[Pattern, Tensor]:
     return SlotWise(to_chosen_device(torch.tensor(slot_of)), draw(st.integers(0, size))), draw(scores(slots * size))
 
 
+@st.composite
+def _row_limits(draw: st.DrawFn) -> tuple[Pattern, Tensor]:
+    rows, width = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    least = draw(st.integers(0, width))
+    most = draw(st.integers(least, width + 1))
+    keep = draw(st.integers(rows * least, rows * min(most, width)))
+    return RowLimits(keep, least, most), draw(scores(rows, width))
+
+
+@st.composite
+def _partly_fixed(draw: st.DrawFn) -> tuple[Pattern, Tensor]:
+    """Draw a pattern of entries with a part of one of its masks, and of what that mask drops, fixed."""
+    pattern, score = draw(st.one_of(_unstructured(), _row_wise(), _n_of_m(), _row_limits()))
+    mask = pattern.project(draw(scores(*score.shape)))
+    bits = draw(st.lists(st.booleans(), min_size=score.numel(), max_size=score.numel()), label="fixed")
+    fixed = to_chosen_device(torch.tensor(bits).reshape(score.shape))
+    return PartlyFixed(pattern, mask & fixed, ~mask & fixed), score
+
+
 PATTERNS: dict[type[Pattern], st.SearchStrategy[tuple[Pattern, Tensor]]] = {
     Unstructured: _unstructured(),
     RowWise: _row_wise(),
     NM: _n_of_m(),
+    PartlyFixed: _partly_fixed(),
+    RowLimits: _row_limits(),
     SlotWise: _slot_wise(),
 }
 """for each concrete pattern a strategy of (pattern, scores), small enough to list every mask"""

@@ -183,6 +183,7 @@ def test_a_choice_of_depth_can_be_narrowed_further() -> None:
     assert report.sparsity_reached == pytest.approx(both.sparsity, abs=1e-12)
 
 
+@pytest.mark.e2e
 def test_the_command_line_removes_sub_blocks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, text, output = save_tiny(tiny_llama(), tmp_path / "model"), tmp_path / "text.txt", tmp_path / "out"
     text.write_text("Prices rose again in March, the office said. " * 200)

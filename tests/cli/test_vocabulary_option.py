@@ -56,6 +56,7 @@ def test_the_report_says_what_was_removed(attempt: Attempt) -> None:
     assert main(["audit", str(folder), "--against", str(attempt.model)]) == 0
 
 
+@pytest.mark.e2e
 def test_the_recipe_of_the_folder_makes_its_bytes_again(attempt: Attempt) -> None:
     folder = pruned(attempt, "--units", "mlp", "--sparsity", "0.2")
     weights = load_file(folder / "model.safetensors")

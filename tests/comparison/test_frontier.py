@@ -154,6 +154,7 @@ def test_options_that_do_not_fit_change_nothing(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.e2e
 def test_folders_of_pruned_models_in_transformers(
     finished: tuple[Path, Frontier], texts: TwoTexts, tmp_path: Path
 ) -> None:

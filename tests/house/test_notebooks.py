@@ -44,6 +44,7 @@ SMALLER = {
         "[:20]), 256, 3)": "[:20]), 64, 2)",
         "COUNT = 3": "COUNT = 1",
     },
+    "state_it_for_scip": {"samples=8, seq_length=128": "samples=4, seq_length=64"},
     "verify_a_solver": {"samples=8, seq_length=128": "samples=4, seq_length=64", "examples=4": "examples=2"},
 }
 """replacements in the cells of the other notebooks: fewer tokens, a narrower layer, a better condition"""

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from optprune.metric import OutputMetric
 from optprune.moments import InputMoments
 from optprune.problems import LayerLoss, exact
-from optprune.testing.quadratic import Quadratic, array
+from optprune.problems.quadratic import Quadratic, array
 from optprune.testing.strategies import METRIC_KINDS, losses, metrics, weights
 from tests.helpers import measuring
 from tests.helpers.memory import MIB, told
@@ -109,7 +109,8 @@ def test_off_the_cpu_objectives_are_measured_by_float32_products_and_certificate
 
 
 @told
-@pytest.mark.parametrize("full", [pytest.param(False, marks=pytest.mark.e2e), True])
+@pytest.mark.e2e
+@pytest.mark.parametrize("full", [False, True])
 def test_measuring_takes_a_few_blocks_and_no_copy_of_the_layer(full):
     # In a process of its own: what other tests have freed here lies between what is still in use.
     run = [sys.executable, "-m", measuring.__name__, str(int(full))]

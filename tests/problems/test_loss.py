@@ -11,8 +11,9 @@ from optprune.errors import InputError, NumericalError
 from optprune.metric import OutputMetric
 from optprune.moments import InputMoments
 from optprune.problems import LayerLoss
+from optprune.problems.quadratic import Quadratic
 from optprune.testing import laws
-from optprune.testing.quadratic import Quadratic, rounding
+from optprune.testing.quadratic import rounding
 from optprune.testing.strategies import METRIC_KINDS, losses, samples, weights
 from optprune.testing.transformations import in_units
 

@@ -88,6 +88,12 @@ def test_there_is_nothing_to_plan(attempt: Attempt) -> None:
     assert "a sparsity of 0 needs no plan" in attempt.fails(["plan", str(attempt.model), "--sparsity", "0"])
 
 
+def test_a_run_that_only_rounds_has_a_plan(attempt: Attempt) -> None:
+    words = ["--recipe", "gptq", "--no-probe", "--seq-length", "64"]
+    assert main(["plan", str(attempt.model), *words]) == 0
+    assert "pruning" in attempt.capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_from_the_shell(attempt: Attempt) -> None:
     assert main(attempt.command("--sparsity", "0", "--recipe", "sparse_best")) == 0

@@ -190,7 +190,7 @@ def test_no_more_is_under_way_than_workers_soon_need() -> None:
     assert workers.packed[0].most == AHEAD * Packed.count
 
 
-def test_an_errand_holds_what_one_block_takes() -> None:
+def test_a_job_holds_what_one_block_takes() -> None:
     """Of a view of a larger tensor its own part, and of the blocks' arguments those of the one block."""
     sizes = []
     for blocks in (2, 24):

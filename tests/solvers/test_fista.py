@@ -236,6 +236,7 @@ def test_a_penalty_of_the_users_own_works_unchanged(kind, share, damping):
             assert problem.objective(other) >= solution.objective * (1 - 1e-6)
 
 
+@pytest.mark.e2e
 def test_options_do_not_change_the_optimum():
     loss = ill_conditioned(3, dense=False).damped(1e-3)
     problem = PenalisedLeastSquares(loss, penalty_of("l1", loss, 0.05))

@@ -175,6 +175,7 @@ FAULTS = {
 }
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_is_noticed_by_the_laws(fault, monkeypatch):
     monkeypatch.setattr(*FAULTS[fault])

@@ -13,13 +13,14 @@ from optprune.errors import InputError, NumericalError
 from optprune.moments import InputMoments
 from optprune.patterns import RowWise
 from optprune.problems import LayerLoss, MaskedLeastSquares
+from optprune.problems.quadratic import Quadratic
 from optprune.solvers import Restore, Status, solve
 from optprune.solvers.restore import SINGULAR
 from optprune.solvers.run import DEAD, answer
 from optprune.solvers.spectrum import ScaledGram
 from optprune.solvers.verified import VerifiedLoss
 from optprune.testing import check_solver, convex_optimum, reference
-from optprune.testing.quadratic import Quadratic, clearly_regular, exact_objective, rounding
+from optprune.testing.quadratic import clearly_regular, exact_objective, rounding
 from optprune.testing.strategies import masked
 from tests.helpers.barely_apart import barely_apart
 from tests.helpers.faults import noticed, one_scale_for_all

@@ -97,6 +97,7 @@ def test_the_removal_bound_holds_and_says_something(kind):
     assert sum(gaps) / len(gaps) <= 0.65
 
 
+@pytest.mark.e2e
 def test_steps_raise_the_bound(monkeypatch):
     """Four take off a thirtieth of what is left unproved, a tenth with many units; backwards they raise nothing."""
 

@@ -12,6 +12,7 @@ from tests.helpers.trained_tiny import trained
 TOKENS = 8192
 
 
+@pytest.mark.e2e
 def test_refitted_rows_predict_other_text_better() -> None:
     texts = [Text("news", demo_articles("calibration")[:40])]
     model, articles = trained(200), demo_articles("evaluation")[:60]

@@ -325,6 +325,9 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize(
+    "fault",
+    [pytest.param(fault, marks=pytest.mark.e2e if fault == "a step for each row" else []) for fault in FAULTS],
+)
 def test_a_planted_fault_is_noticed(fault, monkeypatch):
     noticed(monkeypatch, *FAULTS[fault])

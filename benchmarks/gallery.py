@@ -1,0 +1,224 @@
+"""The gallery: real layer problems that anybody can make again, as files.
+
+    .venv/bin/python -m benchmarks.gallery gallery
+    .venv/bin/python -m benchmarks.gallery gallery --model small-qwen2 --prefix qwen
+    .venv/bin/python -m benchmarks.gallery gallery --bounds
+
+Layers of an early, a middle and a late block: the query, output, gate and down projections, to be pruned by units,
+patterns and an l1 penalty, with and without an output metric or the drift of a pruned model, and small parts of them
+whose optimum SCIP proves. The digests, and the best values and bounds that are known, are kept in
+benchmarks/results/gallery.json. Another processor may round a sum otherwise, and gives other digests.
+"""
+
+import argparse
+import copy
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import optprune
+from benchmarks.common import RESULTS, machine, setting
+from optprune.models import Decoder
+from optprune.moments import InputMoments
+from optprune.patterns import NM, Unstructured
+from optprune.penalties import L1
+from optprune.problems import (
+    ChannelGroups,
+    LayerLoss,
+    PenalisedLeastSquares,
+    Problem,
+    SelectionProblem,
+    SparseLeastSquares,
+    StructuredLeastSquares,
+    StructuredProblem,
+    load_problem,
+    save_problem,
+)
+from optprune.recipe import Recipe
+from optprune.solvers import Fista, PerspectiveBound, RemovalBound, Restore, Solver, solve
+
+KNOWN = RESULTS / "gallery.json"
+SAMPLES, LENGTH = 32, 256
+QUERY, OUTPUT, GATE, DOWN = "self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"
+TINY_ROWS, TINY_COLUMNS = 4, 10
+
+
+def half(loss: LayerLoss) -> Problem:
+    """Half of the weights, anywhere."""
+    return SparseLeastSquares(loss, Unstructured(loss.weight.numel() // 2))
+
+
+def groups(n: int, m: int) -> Callable[[LayerLoss], Problem]:
+    """An N:M pattern."""
+    return lambda loss: SparseLeastSquares(loss, NM(n, m))
+
+
+def units(share: float) -> Callable[[LayerLoss], Problem]:
+    """A share of the input channels removed."""
+
+    def state(loss: LayerLoss) -> Problem:
+        width = loss.weight.shape[1]
+        return StructuredLeastSquares(loss, ChannelGroups.of(width), width - round(share * width))
+
+    return state
+
+
+def lasso(share: float) -> Callable[[LayerLoss], Problem]:
+    """An l1 penalty, as a share of the strength at which every weight is zero."""
+    return lambda loss: PenalisedLeastSquares(loss, L1(share * float(loss.linear.abs().max())))
+
+
+PLACES: dict[str, tuple[str, ...]] = {
+    "early": (OUTPUT, DOWN),
+    "middle": (QUERY, OUTPUT, GATE, DOWN),
+    "late": (OUTPUT, DOWN),
+}
+STATEMENTS: dict[str, Callable[[LayerLoss], Problem]] = {
+    "units20": units(0.2),
+    "units40": units(0.4),
+    "half": half,
+    "2of4": groups(2, 4),
+    "4of8": groups(4, 8),
+    "l1weak": lasso(0.01),
+    "l1": lasso(0.05),
+    "l1strong": lasso(0.2),
+}
+STATED: dict[tuple[str, str], tuple[str, ...]] = {
+    ("early", OUTPUT): ("half", "2of4"),
+    ("early", DOWN): ("units20", "units40", "2of4"),
+    ("middle", QUERY): ("half", "2of4"),
+    ("middle", OUTPUT): ("half", "l1weak", "l1", "l1strong"),
+    ("middle", GATE): ("half", "4of8"),
+    ("middle", DOWN): ("units20", "units40", "half"),
+    ("late", OUTPUT): ("4of8",),
+    ("late", DOWN): ("units20", "units40", "2of4"),
+}
+
+
+def tiny(loss: LayerLoss) -> LayerLoss:
+    """The loss of the first rows and of the columns with the largest inputs alone."""
+    columns = loss.moments.mean_square.argsort(descending=True, stable=True)[:TINY_COLUMNS].sort().values
+    moments = InputMoments(
+        loss.moments.covariance[columns][:, columns], loss.moments.mean[columns], loss.moments.tokens
+    )
+    return LayerLoss.of(loss.weight[:TINY_ROWS][:, columns].double(), moments.to(torch.float64), 0.01)
+
+
+def instances(model: PreTrainedModel, batches: Sequence[Tensor]) -> Iterator[tuple[str, Problem]]:
+    """Yield the problems of a model with their names."""
+    decoder = Decoder(model)
+    count = len(decoder.blocks)
+    blocks = {"early": 1, "middle": count // 2, "late": count - 2}
+    for (place, path), names in STATED.items():
+        loss = optprune.layer_loss(model, batches, decoder.name(blocks[place], path), "dense")
+        short = f"{place}-{path.split('.')[-1].removesuffix('_proj')}"
+        for name in names:
+            yield f"{short}-{name}", STATEMENTS[name](loss)
+        if path == DOWN:
+            yield f"{short}-tiny-units", units(0.5)(tiny(loss))
+            row = tiny(loss)
+            yield f"{short}-tiny-l1", lasso(0.1)(row)
+        if path == OUTPUT:
+            part = tiny(loss)
+            part = replace(part, weight=part.weight[:1])
+            yield f"{short}-tiny-half", half(part)
+    weighed = Recipe({"units": {"weights": "2:4"}, "sparsity": 0.5, "propagation": "dense", "metric": {"kind": "full"}})
+    yield (
+        "middle-o-2of4-metric",
+        optprune.layer_problem(model, batches, decoder.name(blocks["middle"], OUTPUT), weighed),
+    )
+    values = Recipe({"units": "vo", "sparsity": 0.03, "propagation": "dense"})
+    yield "middle-o-values", optprune.layer_problem(model, batches, decoder.name(blocks["middle"], OUTPUT), values)
+    pruned = halved(copy.deepcopy(model), blocks["middle"])
+    name = decoder.name(blocks["middle"], DOWN)
+    loss = optprune.layer_loss(pruned, batches, name, "cross", dense=model)
+    yield "middle-down-units20-drift", units(0.2)(loss)
+    yield "middle-down-2of4-drift", groups(2, 4)(loss)
+
+
+@torch.no_grad()
+def halved(model: PreTrainedModel, blocks: int) -> PreTrainedModel:
+    """Set the two smaller weights of every four to zero in the first blocks, in place."""
+    decoder = Decoder(model)
+    for index in range(blocks):
+        for path in decoder.paths(index):
+            weight = decoder.layer(index, path).weight
+            weight.mul_(NM(2, 4).project(weight.abs()))
+    return model
+
+
+def make(folder: Path, source: str, prefix: str) -> None:
+    """Write the problems of a model, and their digests into the table of what is known."""
+    base = setting(SAMPLES, LENGTH, 1, 0, source)
+    for name, problem in instances(base.loaded.model, base.batches):
+        file = folder / f"{prefix}-{name}.safetensors"
+        save_problem(problem, file, origin={"model": prefix, "instance": name, "tokens": SAMPLES * LENGTH})
+        entry = {"kind": problem.kind, "shape": list(problem.loss.weight.shape), "fingerprint": problem.fingerprint()}
+        note(file.stem, entry)
+        print(file.stem, problem.kind, entry["shape"], flush=True)
+
+
+def known() -> dict[str, Any]:
+    """Return what is known of the instances: digests, best values and bounds."""
+    return json.loads(KNOWN.read_text(encoding="utf-8")) if KNOWN.exists() else {"instances": {}}
+
+
+def note(name: str, entry: dict[str, Any]) -> None:
+    """Add to what is known of an instance; of another fingerprint all that was known is dropped."""
+    every = known()
+    before = every["instances"].get(name, {})
+    same = entry.get("fingerprint", before.get("fingerprint")) == before.get("fingerprint")
+    every["instances"][name] = ({**before} if same else {}) | entry
+    every["machine"] = machine()
+    KNOWN.write_text(json.dumps(every, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def prove(folder: Path) -> None:
+    """Prove a lower bound of every problem in a folder, by SCIP where it is tiny, and note it."""
+    for file in sorted(folder.glob("*.safetensors")):
+        problem = load_problem(file)
+        bound, proof = proved(problem)
+        note(file.stem, {"bound": bound, "proof": proof})
+        print(file.stem, f"{bound:.6g}", proof, flush=True)
+
+
+def proved(problem: Problem) -> tuple[float, str]:
+    """Return the best lower bound of a problem that its solvers prove, and by what."""
+    if isinstance(problem, SelectionProblem) and problem.loss.weight.shape[1] <= TINY_COLUMNS:
+        model = optprune.to_cvxpy(problem)
+        model.program.solve(solver="SCIP")
+        assert model.choice is not None
+        kept = torch.from_numpy(np.asarray(model.choice.value) > 0.5)
+        # SCIP keeps constraints to a millionth of the unit.
+        return solve(problem.restrict(kept), Restore()).objective - 1e-5 * model.unit, "SCIP, to 1e-5 of its range"
+    by: Solver[Any, Any] = Fista(tolerance=1e-6)
+    if isinstance(problem, SelectionProblem):
+        by = RemovalBound() if isinstance(problem, StructuredProblem) else PerspectiveBound()
+    certificate = solve(problem, by).certificate
+    return (0.0, "a loss is not negative") if certificate is None else (certificate.lower_bound, certificate.proof)
+
+
+def main() -> None:
+    """Make the gallery, or prove its bounds."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--prefix", default="smollm2", help="first part of the names")
+    parser.add_argument("--bounds", action="store_true", help="prove bounds of the problems that are there")
+    options = parser.parse_args()
+    options.folder.mkdir(exist_ok=True)
+    if options.bounds:
+        prove(options.folder)
+    else:
+        make(options.folder, options.model, options.prefix)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What several solvers of others need."""
