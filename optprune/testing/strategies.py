@@ -479,10 +479,10 @@ def _slot_wise(draw: st.DrawFn) -> tuple[Pattern, Tensor]:
 
 @st.composite
 def _row_limits(draw: st.DrawFn) -> tuple[Pattern, Tensor]:
-    rows, width = draw(st.integers(1, 3)), draw(st.integers(1, 3))
-    least = draw(st.integers(0, width))
-    most = draw(st.integers(least, width + 1))
-    keep = draw(st.integers(rows * least, rows * min(most, width)))
+    rows, width = draw(st.integers(1, 3)), draw(st.integers(2, 4))
+    least = draw(st.integers(0, 1))
+    most = draw(st.integers(max(least, 1), width - 1))
+    keep = draw(st.integers(rows * least, rows * most))
     return RowLimits(keep, least, most), draw(scores(rows, width))
 
 
