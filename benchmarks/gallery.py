@@ -71,24 +71,24 @@ def units(share: float) -> Callable[[LayerLoss], Problem]:
 
 
 def lasso(share: float) -> Callable[[LayerLoss], Problem]:
-    """An l1 penalty, as a share of the strength at which every weight is zero."""
-    return lambda loss: PenalisedLeastSquares(loss, L1(share * float(loss.linear.abs().max())))
+    """An l1 penalty that sets about a share of the weights to zero: the quantile of |W_ij| A_jj."""
+
+    def state(loss: LayerLoss) -> Problem:
+        sizes = (loss.weight.abs() * loss.gram.diagonal()).reshape(-1)
+        return PenalisedLeastSquares(loss, L1(float(sizes.kthvalue(round(share * sizes.numel())).values)))
+
+    return state
 
 
-PLACES: dict[str, tuple[str, ...]] = {
-    "early": (OUTPUT, DOWN),
-    "middle": (QUERY, OUTPUT, GATE, DOWN),
-    "late": (OUTPUT, DOWN),
-}
 STATEMENTS: dict[str, Callable[[LayerLoss], Problem]] = {
     "units20": units(0.2),
     "units40": units(0.4),
     "half": half,
     "2of4": groups(2, 4),
     "4of8": groups(4, 8),
-    "l1weak": lasso(0.01),
-    "l1": lasso(0.05),
-    "l1strong": lasso(0.2),
+    "l1weak": lasso(0.3),
+    "l1": lasso(0.5),
+    "l1strong": lasso(0.7),
 }
 STATED: dict[tuple[str, str], tuple[str, ...]] = {
     ("early", OUTPUT): ("half", "2of4"),
@@ -124,7 +124,7 @@ def instances(model: PreTrainedModel, batches: Sequence[Tensor]) -> Iterator[tup
         if path == DOWN:
             yield f"{short}-tiny-units", units(0.5)(tiny(loss))
             row = tiny(loss)
-            yield f"{short}-tiny-l1", lasso(0.1)(row)
+            yield f"{short}-tiny-l1", lasso(0.5)(row)
         if path == OUTPUT:
             part = tiny(loss)
             part = replace(part, weight=part.weight[:1])

@@ -69,6 +69,13 @@ def test_a_dtype_holds_every_weight_of_its_grid(name, dtype):
     assert float((found - weight).norm()) < 0.5 * float(weight.norm())
 
 
+@pytest.mark.parametrize("name", ["q4_0", "w4a16"])
+def test_scales_are_numbers_that_the_format_stores(name):
+    weight = torch.randn(4, 256, generator=torch.Generator().manual_seed(0))
+    scales = GRIDS[name].nearest(weight).scales
+    assert torch.equal(scales.to(GRIDS[name].scale_dtype).to(scales), scales)
+
+
 def test_a_search_of_scales_is_near_the_best_of_many():
     """For one block and equal importance: 19 scales of each sign against ten thousand."""
     generator = torch.Generator().manual_seed(0)
