@@ -11,7 +11,7 @@ from optprune.problems import PenalisedLeastSquares, Problem
 
 
 class Solver(BaseSolver):
-    """Coordinate descent, to a duality gap of 1e-8 of |y|^2."""
+    """Coordinate descent with its own settings (a duality gap of 1e-4 of |y|^2, at most 1000 passes)."""
 
     name = "scikit-learn"
     sampling_strategy = "run_once"
@@ -30,7 +30,7 @@ class Solver(BaseSolver):
 
     def run(self, _: object) -> None:
         """Fit every row."""
-        model = Lasso(self.strength, fit_intercept=False, tol=1e-8, max_iter=100_000)
+        model = Lasso(self.strength, fit_intercept=False, precompute=True)
         self.rows = model.fit(self.inputs, self.outputs).coef_
 
     def get_result(self) -> dict[str, Tensor]:

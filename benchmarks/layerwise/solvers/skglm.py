@@ -12,7 +12,7 @@ from optprune.problems import PenalisedLeastSquares, Problem
 
 
 class Solver(BaseSolver):
-    """Working sets with Anderson acceleration (arXiv 2204.07826)."""
+    """Working sets with Anderson acceleration (arXiv 2204.07826), with its own settings."""
 
     name = "skglm"
     sampling_strategy = "run_once"
@@ -27,7 +27,7 @@ class Solver(BaseSolver):
         """Take the data; making rows of data of the moments is not part of the run."""
         self.problem, (self.inputs, self.outputs) = problem, rows_of_data(problem.loss)
         assert isinstance(problem.penalty, L1)
-        self.model = Lasso(problem.penalty.strength / len(self.inputs), fit_intercept=False, tol=1e-8, max_iter=1000)
+        self.model = Lasso(problem.penalty.strength / len(self.inputs), fit_intercept=False)
 
     def warm_up(self) -> None:
         """Compile, which is not timed."""
