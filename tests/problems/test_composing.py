@@ -115,7 +115,9 @@ SOLVERS = [
 by_pattern = pytest.mark.parametrize("name", PATTERNS)
 
 
-@by_pattern
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.e2e if name in ("rows", "2:4") else []) for name in PATTERNS]
+)
 @pytest.mark.parametrize("solver", SOLVERS, ids=lambda solver: solver.label)
 def test_solvers_keep_the_pattern_and_are_never_below_the_optimum(solver, name):
     for seed in range(2):

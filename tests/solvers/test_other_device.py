@@ -20,6 +20,7 @@ from tests.helpers.token_batches import batches
 FEW = settings(max_examples=2, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("solver", [one for one in SOLVERS if not isinstance(one, Chain)], ids=lambda one: one.label)
 def test_a_solver_gives_the_same_weights_on_the_other_device(solver):
     tried = []

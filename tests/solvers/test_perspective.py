@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -48,6 +49,7 @@ def test_the_diagonal_split_is_the_best_one():
     assert torch.allclose(split_off(known, torch.ones(3).double()), known.matrix.diagonal(), rtol=0.02)
 
 
+@pytest.mark.e2e
 @by_pattern
 def test_the_bound_is_a_good_part_of_the_best_objective(pattern):
     """Of inputs whose covariance has eigenvalues 1, 1/2, 1/3, ..., damped by 1 percent, as activations nearly have."""

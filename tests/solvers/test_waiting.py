@@ -114,6 +114,7 @@ def looks(problem, solver):
     return before, len(found.waits) - before, steps + 1
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("solver", [one for one in SOLVERS if not isinstance(one, Chain)], ids=lambda one: one.label)
 def test_a_solver_waits_for_the_device_a_few_times_at_most(solver):
     accepted = [(name, problem) for name, problem in PROBLEMS if solver.refusal(problem) is None]

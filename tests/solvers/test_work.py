@@ -119,6 +119,7 @@ def test_options_that_ask_for_more_cost_more(less, more):
     assert less.work(OUT, WIDTH).flops < more.work(OUT, WIDTH).flops
 
 
+@pytest.mark.e2e
 @by_working_solver
 def test_no_more_products_are_made_than_declared(solver):
     """Products alone are counted, where flops also hold factorisations and passes over memory: a bound from below.

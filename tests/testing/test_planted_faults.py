@@ -130,6 +130,7 @@ def test_without_a_fault_the_laws_hold():
     check_solver(Restore(), examples=10)
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("fault", FAULTS)
 def test_planted_faults_in_restoration_are_noticed(fault, monkeypatch):
     where, what, message = FAULTS[fault]
@@ -207,6 +208,7 @@ CORE_FAULTS = {
 }
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("fault", CORE_FAULTS)
 def test_planted_faults_in_problems_are_noticed(fault, monkeypatch):
     owner, name, what, solver = CORE_FAULTS[fault]
