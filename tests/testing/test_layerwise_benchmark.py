@@ -1,6 +1,7 @@
 """The benchmark of solvers: benchopt's own tests, and a stranger's solver of one file."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -21,7 +22,9 @@ def benchopt(*arguments, folder):
     """Run a command of benchopt beside a copy of the benchmark."""
     code = "import sys; from benchopt.cli import benchopt; sys.argv[0] = 'benchopt'; benchopt()"
     command = [sys.executable, "-c", code, *arguments]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600, check=False)
+    # It calls pytest by its name.
+    found = {**os.environ, "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])}
+    return subprocess.run(command, cwd=folder, env=found, capture_output=True, text=True, timeout=600, check=False)
 
 
 @pytest.fixture
@@ -41,7 +44,7 @@ def test_it_passes_the_tests_of_benchopt(copied):
 
 @pytest.mark.e2e
 def test_a_strangers_solver_of_one_file_is_measured_by_the_problem(copied):
-    [example] = re.findall(r"```python\n(from benchopt .*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    [example] = re.findall(r"```py\n(from benchopt .*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
     (copied / "layerwise" / "solvers" / "largest.py").write_text(example, encoding="utf-8")
     done = benchopt(
         *(
