@@ -14,7 +14,6 @@ SEEDS = [int(seed) for seed in os.environ.get("OPTPRUNE_FUZZ_SEED", "20261128").
 QUICK, ALL = range(100), range(100, 500)
 
 
-@pytest.mark.e2e
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_hundred_malformed_inputs(seed: int, torture: Suite) -> None:
     assert "\n\n".join(str(tried) for tried in torture.tried(seed, QUICK) if tried.faults) == ""
