@@ -16,12 +16,10 @@ more than asked in each of its blocks of 128 columns.
 import argparse
 import copy
 import importlib.util
-import sys
 import tempfile
 import time
 from dataclasses import dataclass
 from importlib.metadata import version
-from types import ModuleType
 from typing import final
 
 import torch
@@ -31,6 +29,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from benchmarks.common import Setting, evaluation_texts, setting, with_earlier, write_table
 from benchmarks.layers import layers
+from benchmarks.layerwise.benchmark_utils.published import published
 from optprune.allocation.uniform import uniform
 from optprune.measure import perplexity
 from optprune.models import Decoder, Mlp
@@ -110,23 +109,8 @@ class FmchiselAlps(Foreign):
         # They count what a group keeps. Without `verbose` one of their branches uses a name that is not defined.
         kept = m - n
         hessians = {layer: problem.loss.moments.gram.clone()}
-        return Answer(_alps().sparsify_weight(layer, hessians, sparsity, kept, m, DAMPING, verbose=True)[1])
-
-
-def _alps() -> ModuleType:
-    constant = ModuleType("llmcompressor.modifiers.obcq.sgpt_sparsify")
-    constant.SGPT_PRECISION = torch.float32  # type: ignore[attr-defined]
-    sys.modules.setdefault(constant.__name__, constant)
-    package = importlib.util.find_spec("fmchisel")
-    assert package is not None
-    assert package.submodule_search_locations
-    path = f"{package.submodule_search_locations[0]}/pruning/alps/utils/alps_sparsify.py"
-    spec = importlib.util.spec_from_file_location("alps_sparsify", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+        sparsify_weight = published("pruning/alps/utils/alps_sparsify.py").sparsify_weight
+        return Answer(sparsify_weight(layer, hessians, sparsity, kept, m, DAMPING, verbose=True)[1])
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -42,7 +41,8 @@ from optprune.problems import (
     save_problem,
 )
 from optprune.recipe import Recipe
-from optprune.solvers import Fista, PerspectiveBound, RemovalBound, Restore, Solver, solve
+from optprune.solvers import Fista, PerspectiveBound, RemovalBound, Solver, solve
+from optprune.testing.references import mixed_integer
 
 KNOWN = RESULTS / "gallery.json"
 SAMPLES, LENGTH = 32, 256
@@ -192,12 +192,8 @@ def prove(folder: Path) -> None:
 def proved(problem: Problem) -> tuple[float, str]:
     """Return the best lower bound of a problem that its solvers prove, and by what."""
     if isinstance(problem, SelectionProblem) and problem.loss.weight.shape[1] <= TINY_COLUMNS:
-        model = optprune.to_cvxpy(problem)
-        model.program.solve(solver="SCIP")
-        assert model.choice is not None
-        kept = torch.from_numpy(np.asarray(model.choice.value) > 0.5)
-        # SCIP keeps constraints to a millionth of the unit.
-        return solve(problem.restrict(kept), Restore()).objective - 1e-5 * model.unit, "SCIP, to 1e-5 of its range"
+        best = mixed_integer(problem)  # type: ignore[arg-type]
+        return best.optimum - best.rounding, "SCIP, to 1e-5 of its range"
     by: Solver[Any, Any] = Fista(tolerance=1e-6)
     if isinstance(problem, SelectionProblem):
         by = RemovalBound() if isinstance(problem, StructuredProblem) else PerspectiveBound()

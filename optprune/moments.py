@@ -159,7 +159,7 @@ class InputMoments:
         return self.mixed(other, other.tokens / max(1, self.tokens + other.tokens))
 
     def mixed(self, other: "InputMoments", share: float) -> "InputMoments":
-        """Return the moments of a text that has this share of the other's tokens, and else those of this one."""
+        """Return the moments of a mixture of two texts: `share` is that of the other, and the rest is this one."""
         if (self.drift is None) != (other.drift is None):
             raise InputError("moments with and without dense inputs cannot be merged: collect both the same way")
         if self.width != other.width:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 LARGEST = 2 * 10**7
 """the most coefficients of a program: a layer's are the product of its outputs, its inputs and the inputs again"""
+NONE = "a {} problem has no convex or mixed-integer program that cvxpy takes"
 MISSING = "a cvxpy program needs cvxpy: pip install 'optprune[testing]'"
 
 
@@ -86,7 +87,7 @@ def _cvxpy() -> Any:
 
 @singledispatch
 def _model(problem: Problem) -> CvxpyModel:
-    raise InputError(f"a {problem.kind} problem has no convex or mixed-integer program that cvxpy takes")
+    raise InputError(NONE.format(problem.kind))
 
 
 @_model.register
@@ -114,46 +115,42 @@ def _(problem: PenalisedLeastSquares) -> CvxpyModel:
 
 
 @_model.register
-def _(problem: SparseLeastSquares) -> CvxpyModel:
+def _(problem: SelectionProblem) -> CvxpyModel:
     cvxpy = _cvxpy()
+    choice, kept, limits = _choice(problem)
     quadratic = Quadratic.of(problem.loss)
     most, unit = _bounds(problem, quadratic)
-    choice, share = cvxpy.Variable(most.shape, boolean=True), cvxpy.Variable(most.shape)
-    limits = [*_limits(problem.pattern, choice), share <= choice, -share <= choice]
-    return _selection(problem, quadratic, cvxpy.multiply(most, share), limits, (choice, unit))
-
-
-@_model.register
-def _(problem: StructuredProblem) -> CvxpyModel:
-    cvxpy = _cvxpy()
-    quadratic, channels = Quadratic.of(problem.loss), problem.channels
-    most, unit = _bounds(problem, quadratic)
-    choice, share = cvxpy.Variable(channels.units, boolean=True), cvxpy.Variable(most.shape)
-    # Row j has a one at the unit of column j; a column of no unit always stays.
-    units, free = np.zeros((most.shape[1], channels.units)), np.ones(most.shape[1])
-    for unit_number, columns in enumerate(channels.columns.cpu().numpy()):
-        units[columns, unit_number], free[columns] = 1.0, 0.0
-    kept = np.ones((len(most), 1)) @ cvxpy.reshape(units @ choice + free, (1, len(free)), order="C")
-    slots = channels.by_slot.cpu().numpy()
-    limits = [cvxpy.sum(choice[slot]) == problem.pattern.keep for slot in slots]
-    limits += [share <= kept, -share <= kept]
-    return _selection(problem, quadratic, cvxpy.multiply(most, share), limits, (choice, unit))
-
-
-def _selection(
-    problem: Problem,
-    quadratic: Quadratic,
-    weight: "cvxpy.Expression",
-    limits: list[Any],
-    chosen: "tuple[cvxpy.Variable, float]",
-) -> CvxpyModel:
-    cvxpy = _cvxpy()
-    choice, unit = chosen
+    share = cvxpy.Variable(most.shape)
+    weight = cvxpy.multiply(most, share)
+    limits = [*limits, share <= kept, -share <= kept]
     program = cvxpy.Problem(cvxpy.Minimize(_loss(quadratic, weight, unit)), limits)
     return CvxpyModel(problem, program, weight, unit, choice)
 
 
 # -- parts of programs
+
+
+def _choice(problem: SelectionProblem) -> "tuple[cvxpy.Variable, cvxpy.Expression, list[Any]]":
+    """Return the boolean variable of a choice, the mask [out, in] that follows from it, and the constraints on it.
+
+    InputError for a kind of choice of one's own.
+    """
+    cvxpy = _cvxpy()
+    shape = problem.loss.weight.shape
+    if isinstance(problem, SparseLeastSquares):
+        choice = cvxpy.Variable(tuple(shape), boolean=True)
+        return choice, choice, _limits(problem.pattern, choice)
+    if not isinstance(problem, StructuredProblem):
+        raise InputError(NONE.format(problem.kind))
+    channels = problem.channels
+    choice = cvxpy.Variable(channels.units, boolean=True)
+    # Row j has a one at the unit of column j; a column of no unit always stays.
+    units, free = np.zeros((shape[1], channels.units)), np.ones(shape[1])
+    for number, columns in enumerate(channels.columns.cpu().numpy()):
+        units[columns, number], free[columns] = 1.0, 0.0
+    kept = np.ones((shape[0], 1)) @ cvxpy.reshape(units @ choice + free, (1, len(free)), order="C")
+    slots = channels.by_slot.cpu().numpy()
+    return choice, kept, [cvxpy.sum(choice[slot]) == problem.pattern.keep for slot in slots]
 
 
 def _positive(value: float, least: float) -> float:

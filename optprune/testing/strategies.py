@@ -488,7 +488,7 @@ def _row_limits(draw: st.DrawFn) -> tuple[Pattern, Tensor]:
 
 @st.composite
 def _partly_fixed(draw: st.DrawFn) -> tuple[Pattern, Tensor]:
-    """Draw a pattern of entries with a part of one of its masks, and of what that mask drops, fixed."""
+    """Draw a pattern with some entries fixed as in one of its masks, so that a mask fits."""
     pattern, score = draw(st.one_of(_unstructured(), _row_wise(), _n_of_m(), _row_limits()))
     mask = pattern.project(draw(scores(*score.shape)))
     bits = draw(st.lists(st.booleans(), min_size=score.numel(), max_size=score.numel()), label="fixed")

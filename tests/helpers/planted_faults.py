@@ -259,8 +259,8 @@ FAULTS = [
     Fault(
         "cvxpy: bounds from the sign of the minimiser alone",
         "problems/cvxpy_model.py",
-        "[*_limits(problem.pattern, choice), share <= choice, -share <= choice]",
-        "[*_limits(problem.pattern, choice), share <= choice, share >= 0]",
+        "limits = [*limits, share <= kept, -share <= kept]",
+        "limits = [*limits, share <= kept, share >= 0]",
         "problems/test_cvxpy_model.py problems/test_composing.py",
     ),
     Fault(

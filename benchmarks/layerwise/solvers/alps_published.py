@@ -34,8 +34,7 @@ class Solver(BaseSolver):
         layer, grams = arguments(loss)
         options: dict[str, Any] = {"prunen": 0, "prunem": 0}
         if isinstance(pattern, NM):
-            # Their N is the number of zeros.
-            options = {"prunen": pattern.m - pattern.n, "prunem": pattern.m}
+            options = {"prunen": pattern.n, "prunem": pattern.m}  # they count what a group keeps
         kept = pattern.keep / loss.weight.numel() if isinstance(pattern, Unstructured) else pattern.n / pattern.m
         _, weight = PRUNE(layer, grams, sparsity=1 - kept, percdamp=0.0, **options)
         self.weight = weight.detach().to(loss.weight)
