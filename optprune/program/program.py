@@ -117,12 +117,12 @@ class Program:
         """
         return self.metric is not None or self.method.moves_weights_later or self.allocator.probes
 
-    def solver(self, coupled: bool) -> AnySolver:
-        """Return the solver of the layers, chosen by the problem where the recipe leaves it open.
+    def solver(self, coupled: bool, shape: tuple[int, int]) -> AnySolver:
+        """Return the solver of layers of a shape, chosen by the problem where the recipe leaves it open.
 
         `coupled` is whether a whole metric weighs the outputs.
         """
-        return self.method.solver or choose(self.small_problem(coupled))
+        return self.method.solver or choose(self.small_problem(coupled), shape)
 
     def small_problem(self, coupled: bool) -> Problem:
         """Return a problem as the layers have it, with four outputs; `coupled` is whether its metric is a whole one."""
@@ -332,7 +332,9 @@ class Program:
         """Return the bytes of the workspace of a layer's solve, or of the search for its basis, with its metric."""
         layer, coupled = self.decoder.layer(self.largest, target.path), self.coupled(target.path)
         out, width = layer.out_features, layer.in_features
-        work = self.solver(coupled).work(out, width, coupled=coupled) + self.extra_work(target, out, width)
+        work = self.solver(coupled, (out, width)).work(out, width, coupled=coupled) + self.extra_work(
+            target, out, width
+        )
         return round(work.bytes) + (AVERAGE * out**2 if coupled else 0)
 
     def extra_work(self, target: Target, outputs: int, inputs: int) -> Work:
@@ -346,7 +348,8 @@ class Program:
 
     def spectra_bytes(self, stage: Sequence[Target], target: Target) -> int:
         """Return the bytes that solvers keep with the moments of other layers while a layer of a stage is solved."""
-        solver = self.solver(self.coupled(target.path))
+        layer = self.decoder.layer(self.largest, target.path)
+        solver = self.solver(self.coupled(target.path), (layer.out_features, layer.in_features))
         before = stage[: stage.index(target)]
         return solver.cached_bytes * sum(width**2 for tap, width in self.taps(before).items() if tap != target.tap)
 

@@ -164,8 +164,9 @@ def block_solves(program: Program, index: int) -> Work:
     total = Work()
     for target in program.units.candidates(program.decoder, index):
         layer, coupled = program.decoder.layer(index, target.path), program.coupled(target.path)
-        total += program.solver(coupled).work(layer.out_features, layer.in_features, coupled=coupled)
-        total += program.extra_work(target, layer.out_features, layer.in_features)
+        shape = layer.out_features, layer.in_features
+        total += program.solver(coupled, shape).work(*shape, coupled=coupled)
+        total += program.extra_work(target, *shape)
     return total
 
 

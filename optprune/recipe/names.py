@@ -37,6 +37,7 @@ SOLVERS: dict[str, type[Solver] | type[ExpertSolver]] = {
     "proximal_admm": solvers.ProximalAdmm,
     "random": solvers.Random,
     "reap": solvers.Reap,
+    "refitted_swaps": solvers.RefittedSwaps,
     "removal_bound": solvers.RemovalBound,
     "restore": solvers.Restore,
     "round_to_nearest": solvers.RoundToNearest,

@@ -28,6 +28,7 @@ from optprune.solvers.lbfgs import Lbfgs
 from optprune.solvers.perspective import PerspectiveBound
 from optprune.solvers.proximal_admm import ProximalAdmm
 from optprune.solvers.ranking import FaspMetric, FlapMetric, Magnitude, Random, Ranking, UnitRanking, Wanda
+from optprune.solvers.refitted_swaps import RefittedSwaps
 from optprune.solvers.removal_bound import RemovalBound
 from optprune.solvers.restore import Restore
 from optprune.solvers.run import choose, solve
@@ -70,6 +71,7 @@ __all__ = [
     "Ranking",
     "Reap",
     "Record",
+    "RefittedSwaps",
     "RemovalBound",
     "Restore",
     "RoundToNearest",

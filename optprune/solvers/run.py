@@ -22,6 +22,7 @@ from optprune.solvers.conjugate_gradients import ConjugateGradients
 from optprune.solvers.greedy_obs import GreedyObs
 from optprune.solvers.gridded import Gptq, GridDescent
 from optprune.solvers.proximal_admm import ProximalAdmm
+from optprune.solvers.refitted_swaps import RefittedSwaps
 from optprune.solvers.restore import Restore
 from optprune.solvers.swaps import Swaps
 
@@ -32,11 +33,16 @@ GRADIENT_TOLERANCE = 1e-5
 time of restoration"""
 
 
+REFITTED = Chain((Admm(), ConjugateGradients(), RefittedSwaps()))
+"""the solver of small layers with single weights to choose"""
+
+
 def candidates() -> tuple[AnySolver, ...]:
     """Return the solvers that `choose` tries, in this order."""
     return (
         Chain((GreedyObs(), ChannelSwaps(), Restore())),
         ProximalAdmm(),
+        REFITTED,
         Chain((Admm(haste=0.3), ConjugateGradients(), Swaps(), ConjugateGradients())),
         Chain((Admm(haste=0.3), ConjugateGradients())),
         Restore(),
@@ -45,12 +51,18 @@ def candidates() -> tuple[AnySolver, ...]:
     )
 
 
-def choose(problem: Problem) -> AnySolver:
-    """Return the recommended solver for a problem. Raise NoSolver with every candidate's reason for refusing."""
+def choose(problem: Problem, shape: tuple[int, int] | None = None) -> AnySolver:
+    """Return the recommended solver for a problem. Raise NoSolver with every candidate's reason for refusing.
+
+    `shape` is that of the layer for which the problem stands, by default its own.
+    """
     if isinstance(problem, MaskedLeastSquares) and _costly_to_factorise(problem):
         return ConjugateGradients(GRADIENT_TOLERANCE)
     reasons: list[str] = []
+    rows, inputs = shape or problem.loss.weight.shape
     for solver in candidates():
+        if solver is REFITTED and rows * inputs**3 > ROW_FACTORS:
+            continue
         reason = solver.refusal(problem)
         if reason is None:
             return solver

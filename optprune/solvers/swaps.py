@@ -68,12 +68,7 @@ class Swaps(Solver[SparseLeastSquares, SwapsState]):
         return Work(flops, unfitted(outputs, inputs, coupled=coupled))
 
     def unsupported(self, problem: SparseLeastSquares) -> str | None:
-        pattern = problem.pattern
-        if not isinstance(pattern, Unstructured | RowWise | NM):
-            return f"it does not know which exchanges the pattern {type(pattern).__name__} allows"
-        if problem.loss.coupled:
-            return "it exchanges weights row by row, and the full output metric couples the rows: take its diagonal"
-        return None
+        return exchanges_refused(problem)
 
     def monotone(self, problem: SparseLeastSquares) -> bool:
         return True
@@ -191,15 +186,34 @@ def _between_rows(state: SwapsState, gram: Float[Tensor, "in in"]) -> Int[Tensor
     """Move weights, in place, from rows that lose little to rows that gain more, one per row; return those rows."""
     cost, leaving = torch.where(state.mask, _removal_cost(state, gram), torch.inf).min(1)
     gain, entering = _entry_gain(state, gram).max(1)
-    givers, takers = cost.argsort(stable=True), gain.argsort(descending=True, stable=True)
-    # The t cheapest and the t most gainful rows: every pairing of them gains. No row gives and takes.
-    first = (cost[givers] + state.threshold < gain[takers]).long().cumprod(0).bool()
-    gives = torch.zeros_like(first).index_put_((givers,), first)
-    free = first & ~gives[takers]
-    count = int(free.sum())
-    if count == 0:
-        return givers[:0]
-    givers, takers = givers[:count], takers[places(free, count)]
+    givers, takers = pairs_of_rows(cost, gain, state.threshold)
+    if len(givers) == 0:
+        return givers
     _drop(state, gram, givers, leaving[givers])
     _enter(state, gram, takers, entering[takers])
     return torch.cat([givers, takers])
+
+
+def pairs_of_rows(
+    cost: Float[Tensor, " out"], gain: Float[Tensor, " out"], threshold: Float[Tensor, ""] | float
+) -> tuple[Int[Tensor, " k"], Int[Tensor, " k"]]:
+    """Return rows that give a weight away and as many others that take one: the least costs, the largest gains.
+
+    Every pair lowers the loss by more than the threshold. No row gives and takes.
+    """
+    givers, takers = cost.argsort(stable=True), gain.argsort(descending=True, stable=True)
+    # The t cheapest and the t most gainful rows: every pairing of them gains.
+    first = (cost[givers] + threshold < gain[takers]).long().cumprod(0).bool()
+    gives = torch.zeros_like(first).index_put_((givers,), first)
+    free = first & ~gives[takers]
+    count = int(free.sum())
+    return givers[:count], takers[places(free, count)]
+
+
+def exchanges_refused(problem: SparseLeastSquares) -> str | None:
+    """Return why single weights of a problem cannot be exchanged row by row, in one sentence; None when they can."""
+    if not isinstance(problem.pattern, Unstructured | RowWise | NM):
+        return f"it does not know which exchanges the pattern {type(problem.pattern).__name__} allows"
+    if problem.loss.coupled:
+        return "it exchanges weights row by row, and the full output metric couples the rows: take its diagonal"
+    return None

@@ -55,6 +55,7 @@ DTYPES = [torch.float64, torch.float32]
 by_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 by_solver = pytest.mark.parametrize("solver", SOLVERS, ids=lambda solver: solver.label or "empty chain")
 
+SPARSE = ("FistaPath", "FistaPruner", "RefittedSwaps", "SparseGpt", "Swaps", "Wanda")
 # Which pairs are accepted, in full: a solver that starts to refuse what it solved would otherwise pass every test.
 ACCEPTED = {
     ("MaskedLeastSquares", "Restore"),
@@ -90,7 +91,7 @@ ACCEPTED = {
             "Restore",
         )
     ),
-    *(("SparseLeastSquares", solver) for solver in ("FistaPath", "FistaPruner", "SparseGpt", "Swaps", "Wanda")),
+    *(("SparseLeastSquares", solver) for solver in SPARSE),
     ("SparseLeastSquares", "Wanda > ConjugateGradients"),
     ("SparseLeastSquares", "Admm > ConjugateGradients > Swaps > Restore"),
 }

@@ -1,6 +1,5 @@
 """README.md and docs/: the Python runs, the commands exist, and generated parts are current."""
 
-import copy
 import importlib
 import re
 import shlex
@@ -18,10 +17,8 @@ from optprune.cli.app import app
 from optprune.models import ARCHITECTURES, LoadedModel
 from optprune.recipe import Recipe, load_recipe, recipe_names
 from optprune.recipe.reference import recipe_fields
-from tests.helpers.pages import BLOCKS, RECIPE_FILES, ROOT, TEXTS, copied
+from tests.helpers.pages import BLOCKS, RECIPE_FILES, ROOT, TEXTS, copied, narrow
 
-FIRST_BLOCKS = 2
-"""the number of blocks that the pages prune; `notebooks/quickstart.ipynb` prunes the whole model"""
 NAMES = {field.path for field in recipe_fields()}
 EXTEND = "docs/guide/extend.md"
 SECTIONS = [re.findall(r"^## (.+)$", TEXTS[EXTEND].partition(block)[0], re.MULTILINE)[-1] for block in BLOCKS[EXTEND]]
@@ -44,14 +41,9 @@ LINES = [
 
 
 @pytest.fixture(scope="session")
-def first_blocks(demo: LoadedModel) -> LoadedModel:
-    """The demo model with its first blocks alone."""
-    loaded, layers = copy.copy(demo), demo.model.model.layers
-    demo.model.model.layers = layers[:FIRST_BLOCKS]
-    object.__setattr__(loaded, "model", copy.deepcopy(demo.model))
-    demo.model.model.layers = layers
-    loaded.model.config.num_hidden_layers = FIRST_BLOCKS
-    return loaded
+def small(demo: LoadedModel) -> LoadedModel:
+    """A narrow model; `make demo` prunes the real one."""
+    return narrow(demo)
 
 
 def run(code: str, name: str, demo: LoadedModel, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,12 +62,12 @@ def run(code: str, name: str, demo: LoadedModel, place: Path, monkeypatch: pytes
 def test_a_block_of_python_runs_by_itself(
     page: str,
     number: int,
-    first_blocks: LoadedModel,
+    small: LoadedModel,
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    run(BLOCKS[page][number], f"{page}, block {number}", first_blocks, tmp_path, monkeypatch)
+    run(BLOCKS[page][number], f"{page}, block {number}", small, tmp_path, monkeypatch)
     assert capsys.readouterr().out.strip()
 
 
@@ -83,7 +75,7 @@ def test_a_block_of_python_runs_by_itself(
 @pytest.mark.parametrize("number", range(len(BLOCKS[EXTEND])), ids=SECTIONS)
 def test_an_extension_works_from_a_package_of_a_stranger(
     number: int,
-    first_blocks: LoadedModel,
+    small: LoadedModel,
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -94,7 +86,7 @@ def test_an_extension_works_from_a_package_of_a_stranger(
     (package / "extension.py").write_text(BLOCKS[EXTEND][number], encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(optprune, "load_model", lambda name: copied(first_blocks), raising=False)
+    monkeypatch.setattr(optprune, "load_model", lambda name: copied(small), raising=False)
     known = dict(ARCHITECTURES)
     try:
         importlib.import_module(f"stranger{number}.extension")

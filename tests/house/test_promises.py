@@ -90,7 +90,7 @@ def test_every_promise_of_a_page_has_a_test() -> None:
         assert SAID.findall(text) == [], page
 
 
-@pytest.mark.e2e
+@pytest.mark.slow
 @pytest.mark.parametrize("threads", [2])
 def test_the_promises_hold_with_so_many_threads(threads: int) -> None:
     names = [f"tests/{name}" for name in dict.fromkeys(PROMISES.values())]

@@ -23,7 +23,7 @@ from optprune.problems import (
     SparseLeastSquares,
     to_cvxpy,
 )
-from optprune.solvers import Admm, Chain, ChannelSwaps, ConjugateGradients, Fista, Restore, Spap, Swaps, solve
+from optprune.solvers import Admm, Chain, ChannelSwaps, ConjugateGradients, Fista, RefittedSwaps, Restore, Spap, solve
 from tests.helpers.convex_cases import PENALTY_NAMES, penalty_of
 from tests.helpers.structured_cases import KINDS, channels, grouped_query, structured_loss
 
@@ -69,7 +69,7 @@ def entries(seed):
 def units(seed):
     """A choice of single channels, or of the dimensions of two KV heads."""
     kind = KINDS[seed % 3]
-    return grouped_query(seed, kind) if seed % 4 == 3 else channels(seed, kind, units=8, keep=4)
+    return grouped_query(seed, kind) if seed % 4 == 3 else channels(seed, kind, units=6, keep=3)
 
 
 def optimum(problem):
@@ -96,8 +96,10 @@ def test_spap_and_exchanges_reach_the_channels_that_scip_proves_to_be_best():
 
 
 @pytest.mark.e2e
-def test_no_choice_of_weights_is_better_than_what_scip_proves():
-    assert min(ratios(entries, Chain((Admm(), ConjugateGradients(), Swaps(), ConjugateGradients())))) >= 1 - 1e-5
+def test_exchanges_with_a_refit_reach_the_weights_that_scip_proves_to_be_best():
+    found = ratios(entries, Chain((Admm(), ConjugateGradients(), RefittedSwaps())))
+    assert min(found) >= 1 - 1e-5
+    assert sum(ratio <= 1 + 1e-5 for ratio in found) >= 18
 
 
 def test_scip_keeps_a_pattern_and_the_bounds_hold_its_answer():

@@ -110,7 +110,7 @@ def test_off_the_cpu_objectives_are_measured_by_float32_products_and_certificate
 
 @told
 @pytest.mark.e2e
-@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("full", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_measuring_takes_a_few_blocks_and_no_copy_of_the_layer(full):
     # In a process of its own: what other tests have freed here lies between what is still in use.
     run = [sys.executable, "-m", measuring.__name__, str(int(full))]

@@ -112,7 +112,7 @@ def test_a_head_of_many_words_is_what_a_metric_takes() -> None:
     assert metric[1] == 128 * 50_000 * 24 > metric[0]
 
 
-@pytest.mark.e2e
+@pytest.mark.slow
 @told
 def test_a_block_takes_what_is_planned_whatever_is_the_most() -> None:
     # As in benchmarks/workspace.py: what the C library keeps of what is freed is no part of the plan.

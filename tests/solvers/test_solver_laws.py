@@ -172,6 +172,7 @@ MONOTONE = {
     "HardThreshold",
     "PerspectiveBound",
     "ProximalAdmm",
+    "RefittedSwaps",
     "RemovalBound",
     "Restore",
     "Swaps",

@@ -32,6 +32,7 @@ from optprune.solvers import (
     GridDescent,
     HardThreshold,
     ProximalAdmm,
+    RefittedSwaps,
     Spap,
     SparseGpt,
     Swaps,
@@ -88,6 +89,8 @@ MOST = {
     HardThreshold: 2,
     # How much a sweep gains, and whether anything moves.
     GridDescent: 1,
+    # How many rows gain, where those that end are, how much the rows lose, and which exchange weights.
+    RefittedSwaps: 4,
     # Which rows gain, how many weights move between rows and which rows those are.
     Swaps: 3,
 }

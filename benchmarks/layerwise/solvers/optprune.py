@@ -32,6 +32,7 @@ class Solver(BaseSolver):
             "sparsegpt",
             "[admm, conjugate_gradients]",
             "[admm, conjugate_gradients, swaps, conjugate_gradients]",
+            "[admm, conjugate_gradients, refitted_swaps]",
             "[greedy_obs, restore]",
             "[spap, restore]",
             "[fasp_metric, restore]",
