@@ -2,19 +2,24 @@
 
     .venv/bin/python -m benchmarks.gallery gallery
     .venv/bin/python -m benchmarks.gallery gallery --model small-qwen2 --prefix qwen
+    .venv/bin/python -m benchmarks.gallery gallery --check --workers 2
     .venv/bin/python -m benchmarks.gallery gallery --bounds
 
 Layers of an early, a middle and a late block: the query, output, gate and down projections, to be pruned by units,
 patterns and an l1 penalty, with and without an output metric or the drift of a pruned model, and small parts of them
 whose optimum SCIP proves. The digests, and the best values and bounds that are known, are kept in
-benchmarks/results/gallery.json. Another processor may round a sum otherwise, and gives other digests.
+benchmarks/results/gallery.json. `--check` makes the problems again and compares their digests with those. Another
+processor may round a sum otherwise, and gives other digests.
 """
 
 import argparse
 import copy
 import json
-from collections.abc import Callable, Iterator, Sequence
+import multiprocessing
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -111,36 +116,56 @@ def tiny(loss: LayerLoss) -> LayerLoss:
     return LayerLoss.of(loss.weight[:TINY_ROWS][:, columns].double(), moments.to(torch.float64), 0.01)
 
 
-def instances(model: PreTrainedModel, batches: Sequence[Tensor]) -> Iterator[tuple[str, Problem]]:
-    """Yield the problems of a model with their names."""
-    decoder = Decoder(model)
-    count = len(decoder.blocks)
-    blocks = {"early": 1, "middle": count // 2, "late": count - 2}
-    for (place, path), names in STATED.items():
-        loss = optprune.layer_loss(model, batches, decoder.name(blocks[place], path), "dense")
-        short = f"{place}-{path.split('.')[-1].removesuffix('_proj')}"
-        for name in names:
-            yield f"{short}-{name}", STATEMENTS[name](loss)
-        if path == DOWN:
-            yield f"{short}-tiny-units", units(0.5)(tiny(loss))
-            row = tiny(loss)
-            yield f"{short}-tiny-l1", lasso(0.5)(row)
-        if path == OUTPUT:
-            part = tiny(loss)
-            part = replace(part, weight=part.weight[:1])
-            yield f"{short}-tiny-half", half(part)
-    weighed = Recipe({"units": {"weights": "2:4"}, "sparsity": 0.5, "propagation": "dense", "metric": {"kind": "full"}})
-    yield (
-        "middle-o-2of4-metric",
-        optprune.layer_problem(model, batches, decoder.name(blocks["middle"], OUTPUT), weighed),
-    )
-    values = Recipe({"units": "vo", "sparsity": 0.03, "propagation": "dense"})
-    yield "middle-o-values", optprune.layer_problem(model, batches, decoder.name(blocks["middle"], OUTPUT), values)
-    pruned = halved(copy.deepcopy(model), blocks["middle"])
-    name = decoder.name(blocks["middle"], DOWN)
-    loss = optprune.layer_loss(pruned, batches, name, "cross", dense=model)
-    yield "middle-down-units20-drift", units(0.2)(loss)
-    yield "middle-down-2of4-drift", groups(2, 4)(loss)
+class Layers:
+    """The problems of a model, each made by itself; a loss that several of them share is measured once."""
+
+    def __init__(self, model: PreTrainedModel, batches: Sequence[Tensor]) -> None:
+        self.model, self.batches, self.decoder = model, batches, Decoder(model)
+        count = len(self.decoder.blocks)
+        self.blocks = {"early": 1, "middle": count // 2, "late": count - 2}
+        self.loss = cache(self._loss)
+        self.drifted = cache(self._drifted)
+
+    def name(self, place: str, path: str) -> str:
+        """Return the name of a layer of an early, middle or late block."""
+        return self.decoder.name(self.blocks[place], path)
+
+    def _loss(self, place: str, path: str) -> LayerLoss:
+        return optprune.layer_loss(self.model, self.batches, self.name(place, path), "dense")
+
+    def _drifted(self) -> LayerLoss:
+        pruned = halved(copy.deepcopy(self.model), self.blocks["middle"])
+        return optprune.layer_loss(pruned, self.batches, self.name("middle", DOWN), "cross", dense=self.model)
+
+    def of_recipe(self, place: str, path: str, recipe: dict[str, Any]) -> Problem:
+        """Return the problem that a recipe states for a layer."""
+        return optprune.layer_problem(self.model, self.batches, self.name(place, path), Recipe(recipe))
+
+    def instances(self) -> dict[str, Callable[[], Problem]]:
+        """Return what makes each problem, by its name."""
+        found = dict[str, Callable[[], Problem]]()
+        for (place, path), names in STATED.items():
+            loss = partial(self.loss, place, path)
+            short = f"{place}-{path.split('.')[-1].removesuffix('_proj')}"
+            for name in names:
+                found[f"{short}-{name}"] = partial(lambda state, loss: state(loss()), STATEMENTS[name], loss)
+            if path == DOWN:
+                found[f"{short}-tiny-units"] = partial(lambda loss: units(0.5)(tiny(loss())), loss)
+                found[f"{short}-tiny-l1"] = partial(lambda loss: lasso(0.5)(tiny(loss())), loss)
+            if path == OUTPUT:
+                found[f"{short}-tiny-half"] = partial(lambda loss: half(first_row(tiny(loss()))), loss)
+        weighed = {"units": {"weights": "2:4"}, "sparsity": 0.5, "propagation": "dense", "metric": {"kind": "full"}}
+        found["middle-o-2of4-metric"] = partial(self.of_recipe, "middle", OUTPUT, weighed)
+        values = {"units": "vo", "sparsity": 0.03, "propagation": "dense"}
+        found["middle-o-values"] = partial(self.of_recipe, "middle", OUTPUT, values)
+        found["middle-down-units20-drift"] = lambda: units(0.2)(self.drifted())
+        found["middle-down-2of4-drift"] = lambda: groups(2, 4)(self.drifted())
+        return found
+
+
+def first_row(loss: LayerLoss) -> LayerLoss:
+    """Return the loss of the first output alone."""
+    return replace(loss, weight=loss.weight[:1])
 
 
 @torch.no_grad()
@@ -154,15 +179,35 @@ def halved(model: PreTrainedModel, blocks: int) -> PreTrainedModel:
     return model
 
 
-def make(folder: Path, source: str, prefix: str) -> None:
-    """Write the problems of a model, and their digests into the table of what is known."""
+def make(folder: Path, source: str, prefix: str, part: int, parts: int) -> dict[str, dict[str, Any]]:
+    """Write every so many of the problems of a model, and return what is noted of each."""
     base = setting(SAMPLES, LENGTH, 1, 0, source)
-    for name, problem in instances(base.loaded.model, base.batches):
-        file = folder / f"{prefix}-{name}.safetensors"
+    entries = dict[str, dict[str, Any]]()
+    for name, state in list(Layers(base.loaded.model, base.batches).instances().items())[part::parts]:
+        file, problem = folder / f"{prefix}-{name}.safetensors", state()
         save_problem(problem, file, origin={"model": prefix, "instance": name, "tokens": SAMPLES * LENGTH})
-        entry = {"kind": problem.kind, "shape": list(problem.loss.weight.shape), "fingerprint": problem.fingerprint()}
-        note(file.stem, entry)
-        print(file.stem, problem.kind, entry["shape"], flush=True)
+        shape = list(problem.loss.weight.shape)
+        entries[file.stem] = {"kind": problem.kind, "shape": shape, "fingerprint": problem.fingerprint()}
+        print(file.stem, problem.kind, shape, flush=True)
+    return entries
+
+
+def made(folder: Path, source: str, prefix: str, workers: int) -> dict[str, dict[str, Any]]:
+    """Write the problems of a model, in so many processes, and return what is noted of each."""
+    if workers == 1:
+        return make(folder, source, prefix, 0, 1)
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        parts = [pool.submit(make, folder, source, prefix, part, workers) for part in range(workers)]
+        return {name: entry for each in parts for name, entry in each.result().items()}
+
+
+def check(entries: dict[str, dict[str, Any]]) -> None:
+    """Compare digests with the known ones; leave with the names of those that differ."""
+    before = known()["instances"]
+    other = [name for name, entry in entries.items() if entry["fingerprint"] != before[name]["fingerprint"]]
+    print(f"{len(entries) - len(other)} of {len(entries)} digests are those of {KNOWN.name}")
+    if other:
+        raise SystemExit(f"these differ: {', '.join(other)}")
 
 
 def known() -> dict[str, Any]:
@@ -207,13 +252,20 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--model", default="demo")
     parser.add_argument("--prefix", default="smollm2", help="first part of the names")
+    parser.add_argument("--workers", type=int, default=1, help="processes that make them")
+    parser.add_argument("--check", action="store_true", help="compare digests with the known ones, and note nothing")
     parser.add_argument("--bounds", action="store_true", help="prove bounds of the problems that are there")
     options = parser.parse_args()
     options.folder.mkdir(exist_ok=True)
     if options.bounds:
         prove(options.folder)
-    else:
-        make(options.folder, options.model, options.prefix)
+        return
+    entries = made(options.folder, options.model, options.prefix, options.workers)
+    if options.check:
+        check(entries)
+        return
+    for name, entry in entries.items():
+        note(name, entry)
 
 
 if __name__ == "__main__":
