@@ -9,7 +9,8 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from optprune.healing.training import HeldOut
-from optprune.models.checkpoint import stored_tensors, write_tensors
+from optprune.models.checkpoint import stored_tensors
+from optprune.numerics.tensor_file import write_tensors
 from optprune.system.folders import RunFolder
 from optprune.system.wording import counted
 

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
@@ -158,26 +157,6 @@ def stored_tensors(file: Path, source: str) -> dict[str, StoredTensor]:
     if end != size:
         raise InputError(f"{what} has {size - end} bytes after its last tensor, so it was changed: {FETCH}")
     return found
-
-
-def write_tensors(stream: BinaryIO, tensors: Mapping[str, Tensor], values: Iterable[Tensor] | None = None) -> None:
-    """Write tensors in the format of a safetensors file, one at a time.
-
-    `tensors` may be on the meta device; then `values` gives their contents in the same order.
-    """
-    kinds = {dtype: name for name, dtype in FLOATS.items()}
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, tensor in tensors.items():
-        begin, end = end, end + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": kinds[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # so that the numbers are aligned
-    stream.write(struct.pack("<Q", len(text)) + text)
-    for name, tensor in zip(tensors, tensors.values() if values is None else values, strict=True):
-        assert tensor.shape == tensors[name].shape and tensor.dtype == tensors[name].dtype
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        stream.write(flat.view(torch.uint8).numpy().data)
 
 
 def _version(stream: BinaryIO) -> tuple[int, int, int]:

@@ -24,7 +24,8 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 
 from optprune.errors import InputError
-from optprune.models.checkpoint import Checkpoint, stored_tensors, write_tensors
+from optprune.models.checkpoint import Checkpoint, stored_tensors
+from optprune.numerics.tensor_file import write_tensors
 from optprune.system.files import digest_of_file, is_own_file, write_whole
 
 CONVERTED = "converted"

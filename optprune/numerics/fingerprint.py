@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+PART = 1 << 22
+"""the number of entries of a tensor that are copied at a time"""
+
 
 def fingerprint(value: Any) -> str:
     """Return a SHA-256 hex digest of the content of a dataclass, the same on every device."""
@@ -18,9 +21,9 @@ def fingerprint(value: Any) -> str:
 def _feed(digest: "hashlib._Hash", value: Any) -> None:
     if isinstance(value, Tensor):
         digest.update(f"tensor {value.dtype} {tuple(value.shape)}".encode())
-        # A copy, because a single number counts as contiguous with any stride, and then cannot be viewed as bytes.
-        flat = value.detach().cpu().reshape(-1).clone(memory_format=torch.contiguous_format)
-        digest.update(flat.view(torch.uint8).numpy().tobytes())
+        for part in torch.split(value.detach().cpu().reshape(-1), PART):
+            # A copy, because a single number counts as contiguous with any stride, and then cannot be viewed as bytes.
+            digest.update(part.clone(memory_format=torch.contiguous_format).view(torch.uint8).numpy().data)
     elif dataclasses.is_dataclass(value):
         digest.update(type(value).__name__.encode())
         for field in dataclasses.fields(value):

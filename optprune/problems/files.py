@@ -16,7 +16,6 @@ from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from optprune.errors import InputError, OptpruneError
@@ -24,6 +23,7 @@ from optprune.grids import Grid
 from optprune.metric import OutputMetric
 from optprune.moments import Drift, InputMoments
 from optprune.numerics.fingerprint import fingerprint
+from optprune.numerics.tensor_file import write_tensors
 from optprune.patterns import NM, PartlyFixed, RowLimits, RowWise, SlotWise, Unstructured
 from optprune.penalties import L1, ColumnGroups, ElasticNet, WeightedL1
 from optprune.problems.base import Problem
@@ -103,8 +103,7 @@ def save_problem(problem: Saved, path: str | Path, *, origin: Mapping[str, str |
         "tensors": fingerprint(sorted(tensors.items())),
     }
     header = json.dumps(content | {"digest": _digest(content)})
-    data = save(tensors, {HEADER: header})
-    write_whole(real_path(Path(path)), lambda stream: stream.write(data))
+    write_whole(real_path(Path(path)), lambda stream: write_tensors(stream, tensors, metadata={HEADER: header}))
 
 
 def load_problem(path: str | Path) -> Any:
@@ -182,7 +181,7 @@ def _encoded(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, Tensor):
         whole = value.detach().cpu()
         triangle = whole.ndim == 2 and len(whole) > 1 and whole.shape[0] == whole.shape[1] and _symmetric(whole)
-        tensors[name] = _triangle_of(whole) if triangle else whole.clone(memory_format=torch.contiguous_format)
+        tensors[name] = _triangle_of(whole) if triangle else whole
         return {"triangle": name, "width": len(whole)} if triangle else {"tensor": name}
     if isinstance(value, torch.dtype):
         return {"dtype": str(value).removeprefix("torch.")}

@@ -28,10 +28,11 @@ from optprune.calibration.partial_sums import PartialSums
 from optprune.calibration.statistics_cache import Key
 from optprune.metric import Metrics, MetricSums
 from optprune.models import Decoder
-from optprune.models.checkpoint import Checkpoint, stored_tensors, write_tensors
+from optprune.models.checkpoint import Checkpoint, stored_tensors
 from optprune.models.gguf import CONVERTED
 from optprune.models.store import ShardSink
 from optprune.numerics.fingerprint import fingerprint
+from optprune.numerics.tensor_file import write_tensors
 from optprune.problems import ExpertChoice, LayerLoss, LinkedLeastSquares
 from optprune.pruning.block import BlockRecord, BlockResult
 from optprune.report import RemovedPart
