@@ -1,19 +1,21 @@
 """The gallery: real layer problems that anybody can make again, as files.
 
     .venv/bin/python -m benchmarks.gallery gallery
-    .venv/bin/python -m benchmarks.gallery gallery --model small-qwen2 --prefix qwen
+    .venv/bin/python -m benchmarks.gallery gallery --model small-qwen2 --prefix qwen2 --only 'middle-*'
+    .venv/bin/python -m benchmarks.gallery gallery --model small-opt --prefix opt --only 'middle-*'
     .venv/bin/python -m benchmarks.gallery gallery --check --workers 2
     .venv/bin/python -m benchmarks.gallery gallery --bounds
 
-Layers of an early, a middle and a late block: the query, output, gate and down projections, to be pruned by units,
-patterns and an l1 penalty, with and without an output metric or the drift of a pruned model, and small parts of them
-whose optimum SCIP proves. The digests, and the best values and bounds that are known, are kept in
-benchmarks/results/gallery.json. `--check` makes the problems again and compares their digests with those. Another
-processor may round a sum otherwise, and gives other digests.
+Small models are trained by benchmarks.train_small. Layers of an early, a middle and a late block: the query, output,
+gate and down projections, to be pruned by units, patterns and an l1 penalty, with and without an output metric or the
+drift of a pruned model, and small parts of them whose optimum SCIP proves. The digests, and the best values and bounds
+that are known, are kept in benchmarks/results/gallery.json. `--check` makes the problems again and compares their
+digests with those. Another processor may round a sum otherwise, and gives other digests.
 """
 
 import argparse
 import copy
+import fnmatch
 import json
 import multiprocessing
 from collections.abc import Callable, Sequence
@@ -51,7 +53,10 @@ from optprune.testing.references import mixed_integer
 
 KNOWN = RESULTS / "gallery.json"
 SAMPLES, LENGTH = 32, 256
-QUERY, OUTPUT, GATE, DOWN = "self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"
+QUERY, OUTPUT, GATE, DOWN = "q", "o", "gate", "down"
+PATHS = {QUERY: "self_attn.q_proj", OUTPUT: "self_attn.o_proj", GATE: "mlp.gate_proj", DOWN: "mlp.down_proj"}
+"""the layers of a Llama, and of what is built like it"""
+OPT_PATHS = {QUERY: "self_attn.q_proj", OUTPUT: "self_attn.out_proj", GATE: "fc1", DOWN: "fc2"}
 TINY_ROWS, TINY_COLUMNS = 4, 10
 
 
@@ -122,37 +127,38 @@ class Layers:
     def __init__(self, model: PreTrainedModel, batches: Sequence[Tensor]) -> None:
         self.model, self.batches, self.decoder = model, batches, Decoder(model)
         count = len(self.decoder.blocks)
-        self.blocks = {"early": 1, "middle": count // 2, "late": count - 2}
+        self.blocks = {"early": 1, "middle": count // 2, "late": max(count - 2, count // 2 + 1)}
+        self.paths = OPT_PATHS if model.config.model_type == "opt" else PATHS
         self.loss = cache(self._loss)
         self.drifted = cache(self._drifted)
 
-    def name(self, place: str, path: str) -> str:
+    def name(self, place: str, layer: str) -> str:
         """Return the name of a layer of an early, middle or late block."""
-        return self.decoder.name(self.blocks[place], path)
+        return self.decoder.name(self.blocks[place], self.paths[layer])
 
-    def _loss(self, place: str, path: str) -> LayerLoss:
-        return optprune.layer_loss(self.model, self.batches, self.name(place, path), "dense")
+    def _loss(self, place: str, layer: str) -> LayerLoss:
+        return optprune.layer_loss(self.model, self.batches, self.name(place, layer), "dense")
 
     def _drifted(self) -> LayerLoss:
         pruned = halved(copy.deepcopy(self.model), self.blocks["middle"])
         return optprune.layer_loss(pruned, self.batches, self.name("middle", DOWN), "cross", dense=self.model)
 
-    def of_recipe(self, place: str, path: str, recipe: dict[str, Any]) -> Problem:
+    def of_recipe(self, place: str, layer: str, recipe: dict[str, Any]) -> Problem:
         """Return the problem that a recipe states for a layer."""
-        return optprune.layer_problem(self.model, self.batches, self.name(place, path), Recipe(recipe))
+        return optprune.layer_problem(self.model, self.batches, self.name(place, layer), Recipe(recipe))
 
     def instances(self) -> dict[str, Callable[[], Problem]]:
         """Return what makes each problem, by its name."""
         found = dict[str, Callable[[], Problem]]()
-        for (place, path), names in STATED.items():
-            loss = partial(self.loss, place, path)
-            short = f"{place}-{path.split('.')[-1].removesuffix('_proj')}"
+        for (place, layer), names in STATED.items():
+            loss = partial(self.loss, place, layer)
+            short = f"{place}-{layer}"
             for name in names:
                 found[f"{short}-{name}"] = partial(lambda state, loss: state(loss()), STATEMENTS[name], loss)
-            if path == DOWN:
+            if layer == DOWN:
                 found[f"{short}-tiny-units"] = partial(lambda loss: units(0.5)(tiny(loss())), loss)
                 found[f"{short}-tiny-l1"] = partial(lambda loss: lasso(0.5)(tiny(loss())), loss)
-            if path == OUTPUT:
+            if layer == OUTPUT:
                 found[f"{short}-tiny-half"] = partial(lambda loss: half(first_row(tiny(loss()))), loss)
         weighed = {"units": {"weights": "2:4"}, "sparsity": 0.5, "propagation": "dense", "metric": {"kind": "full"}}
         found["middle-o-2of4-metric"] = partial(self.of_recipe, "middle", OUTPUT, weighed)
@@ -179,11 +185,13 @@ def halved(model: PreTrainedModel, blocks: int) -> PreTrainedModel:
     return model
 
 
-def make(folder: Path, source: str, prefix: str, part: int, parts: int) -> dict[str, dict[str, Any]]:
+def make(folder: Path, source: str, prefix: str, only: str, part: int, parts: int) -> dict[str, dict[str, Any]]:
     """Write every so many of the problems of a model, and return what is noted of each."""
     base = setting(SAMPLES, LENGTH, 1, 0, source)
     entries = dict[str, dict[str, Any]]()
-    for name, state in list(Layers(base.loaded.model, base.batches).instances().items())[part::parts]:
+    every = Layers(base.loaded.model, base.batches).instances()
+    for name in fnmatch.filter(every, only)[part::parts]:
+        state = every[name]
         file, problem = folder / f"{prefix}-{name}.safetensors", state()
         save_problem(problem, file, origin={"model": prefix, "instance": name, "tokens": SAMPLES * LENGTH})
         shape = list(problem.loss.weight.shape)
@@ -192,12 +200,12 @@ def make(folder: Path, source: str, prefix: str, part: int, parts: int) -> dict[
     return entries
 
 
-def made(folder: Path, source: str, prefix: str, workers: int) -> dict[str, dict[str, Any]]:
+def made(folder: Path, source: str, prefix: str, only: str, workers: int) -> dict[str, dict[str, Any]]:
     """Write the problems of a model, in so many processes, and return what is noted of each."""
     if workers == 1:
-        return make(folder, source, prefix, 0, 1)
+        return make(folder, source, prefix, only, 0, 1)
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        parts = [pool.submit(make, folder, source, prefix, part, workers) for part in range(workers)]
+        parts = [pool.submit(make, folder, source, prefix, only, part, workers) for part in range(workers)]
         return {name: entry for each in parts for name, entry in each.result().items()}
 
 
@@ -252,6 +260,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--model", default="demo")
     parser.add_argument("--prefix", default="smollm2", help="first part of the names")
+    parser.add_argument("--only", default="*", help="pattern of the names without the prefix")
     parser.add_argument("--workers", type=int, default=1, help="processes that make them")
     parser.add_argument("--check", action="store_true", help="compare digests with the known ones, and note nothing")
     parser.add_argument("--bounds", action="store_true", help="prove bounds of the problems that are there")
@@ -260,7 +269,7 @@ def main() -> None:
     if options.bounds:
         prove(options.folder)
         return
-    entries = made(options.folder, options.model, options.prefix, options.workers)
+    entries = made(options.folder, options.model, options.prefix, options.only, options.workers)
     if options.check:
         check(entries)
         return
