@@ -333,12 +333,15 @@ class MomentSums:
         return InputMoments(square, mean, 0, drift, square)
 
     def _covariance(self, total: Tensor, mean: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return the centred average of a sum of squares, exactly symmetric, with one copy in float64."""
+        """Return the centred average of a sum of squares, exactly symmetric, with no copy of it in float64."""
         gram.mirror(total)
-        covariance = (total + total.T).div_(2 * self.tokens).addr_(mean, mean, alpha=-1)
+        covariance = total.new_empty(total.shape, dtype=dtype)
+        for stripe in gram.stripes(len(total)):
+            part = (total[stripe] + total[:, stripe].T).div_(2 * self.tokens)
+            covariance[stripe] = part.addr_(mean[stripe], mean, alpha=-1)
         # The variance of a constant input is zero; its rounding must not be negative.
         covariance.diagonal().clamp_(min=0)
-        return covariance.to(dtype)
+        return covariance
 
 
 def floats(inputs: Float[Tensor, "... in"]) -> Float[Tensor, "tokens in"]:

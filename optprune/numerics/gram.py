@@ -64,17 +64,17 @@ round otherwise"""
 
 def add_square(total: Float[Tensor, "n n"], rows: Float[Tensor, "tokens n"]) -> None:
     """Add X^T X to a sum of which only the entries right of the diagonal, and some near it, are kept: see `mirror`."""
-    for stripe in _stripes(len(total)):
+    for stripe in stripes(len(total)):
         total[stripe, stripe.start :].add_(rows[:, stripe].T @ rows[:, stripe.start :])
 
 
 def mirror(total: Float[Tensor, "n n"]) -> None:
     """Fill, in place, the entries of a sum that `add_square` does not keep."""
-    for stripe in _stripes(len(total)):
+    for stripe in stripes(len(total)):
         total[stripe.stop :, stripe] = total[stripe, stripe.stop :].T
 
 
-def _stripes(width: int) -> list[slice]:
+def stripes(width: int) -> list[slice]:
     """Return the rows of a matrix in even parts."""
     height = LANES * math.ceil(width / (LANES * max(1, width // STRIPE)))
     return [slice(first, min(first + height, width)) for first in range(0, width, height)]

@@ -98,11 +98,12 @@ def collecting(program: Program, taps: dict[str, int], drifted: bool, held_out: 
     if not squares:
         return 0
     sums = SUM * kinds * sum(squares)
-    # A batch's product, which is copied when it is added to the sums.
-    adding = sums * (2 if held_out else 1) + (AVERAGE + SUM) * squares[-1]
+    # A batch's product, which is copied when it is added to the sums; the CPU forms squares in stripes.
+    whole = drifted or program.request.device != "cpu"
+    adding = sums * (2 if held_out else 1) + (AVERAGE + SUM) * squares[-1] * whole
     adding += min(AT_ONCE, program.batch_tokens) * int(squares[-1] ** 0.5) * 4 * kinds
     # The last and widest is averaged beside the averages of the others.
-    averaging = AVERAGE * kinds * sum(squares[:-1]) + ((SUM + AVERAGE) * kinds + SUM) * squares[-1]
+    averaging = AVERAGE * kinds * sum(squares[:-1]) + ((SUM + AVERAGE) * kinds + SUM * drifted) * squares[-1]
     averaging += sums if held_out else 0
     return max(adding, averaging)
 
