@@ -22,6 +22,12 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 IN_A_KERNEL = "state_it_for_scip"
 """name of the notebook that `make test-e2e` runs as it is stored"""
 SMALLER = {
+    "bring_your_own_solver": {
+        "[:20]": "[:10]",
+        "samples=8, seq_length=128": "samples=2, seq_length=64",
+        '"query": "5.self_attn.q_proj", "output": "15.self_attn.o_proj", ': "",
+        "PerspectiveBound(20)": "PerspectiveBound(2)",
+    },
     "compose_an_objective": {
         "[:60]": "[:20]",
         "samples=16, seq_length=256": "samples=4, seq_length=64",
