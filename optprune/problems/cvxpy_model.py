@@ -1,8 +1,10 @@
 """Problems as cvxpy programs, for the solvers of others: Clarabel, SCIP, HiGHS, Gurobi and what else cvxpy reaches."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import singledispatch
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,6 +18,7 @@ from optprune.penalties import L1, ColumnGroups, ElasticNet, Penalty, WeightedL1
 from optprune.problems.base import Problem
 from optprune.problems.masked import MaskedLeastSquares, SelectionProblem
 from optprune.problems.penalised import PenalisedLeastSquares
+from optprune.problems.program_file import set_variables, write_program
 from optprune.problems.quadratic import Array, Quadratic, array, roots
 from optprune.problems.sparse import SparseLeastSquares
 from optprune.problems.structured import StructuredProblem
@@ -63,6 +66,18 @@ class CvxpyModel:
         assert isinstance(problem, SelectionProblem)
         kept = linalg.from_numpy(np.array(self.choice.value) > 0.5).to(loss.weight.device)
         return torch.where(problem.mask(kept), weight, 0.0)
+
+    def write(self, path: str | Path) -> None:
+        """Write the program to a file that ends in .mps, .lp or .cip, as a whole or not at all, by the writer of SCIP.
+
+        Its variables are x_0, x_1, ... InputError for another ending, or where pyscipopt is not installed.
+        """
+        write_program(self.program, path)
+
+    def value_of(self, variables: Sequence[float] | Array) -> Tensor:
+        """Return the weight [out, in] for the values of x_0, x_1, ... that a solver found for the file."""
+        set_variables(self.program, np.asarray(variables))
+        return self.value()
 
 
 def to_cvxpy(problem: Problem) -> CvxpyModel:
