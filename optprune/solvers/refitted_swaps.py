@@ -33,22 +33,20 @@ class RefittedSwapsState:
     start: Float[Tensor, "out in"]
     weight: Float[Tensor, "out in"]
     mask: Bool[Tensor, "out in"]
-    scale: Float[Tensor, " out"]
-    """S_ii, or 1 without a metric"""
     batch: "Batch | None"
     """the rows that are searched now"""
     pending: Int[Tensor, " k"]
     """the rows that come after them"""
     cost: Float[Tensor, " out"]
-    """the least rise of the loss when a row drops one more weight, without the metric"""
+    """the least rise of the loss when a row drops one more weight"""
     leaving: Int[Tensor, " out"]
     """the input of the weight whose removal raises the loss least"""
     gain: Float[Tensor, " out"]
-    """the largest fall of the loss when a row keeps one more weight, without the metric"""
+    """the largest fall of the loss when a row keeps one more weight"""
     entering: Int[Tensor, " out"]
     """the input of the weight whose return lowers the loss most"""
     losses: Float[Tensor, " out"]
-    """the loss of every row beyond that of its unconstrained minimum, without the metric"""
+    """the loss of every row beyond that of its unconstrained minimum"""
     before: Float[Tensor, "out in"] | None = None
     """the weight before weights moved between rows, until all rows that this changed are refitted"""
 
@@ -101,23 +99,9 @@ class RefittedSwaps(Solver[SparseLeastSquares, RefittedSwapsState]):
         form, mask = InverseForm.of(problem.loss), problem.support(start)
         start = torch.where(mask, start, 0.0)
         every = torch.arange(len(start), device=start.device)
-        metric = problem.loss.metric
-        scale = torch.ones_like(form.minimiser[:, 0]) if metric is None else metric.diagonal.double()
-        scores, indices = torch.zeros_like(scale), torch.zeros_like(every)
-        return RefittedSwapsState(
-            form,
-            start,
-            start.clone(),
-            mask,
-            scale,
-            None,
-            every,
-            scores,
-            indices,
-            scores.clone(),
-            indices.clone(),
-            scores.clone(),
-        )
+        scores, indices = torch.zeros_like(form.minimiser[:, 0]), torch.zeros_like(every)
+        found = (scores, indices, scores.clone(), indices.clone(), scores.clone())
+        return RefittedSwapsState(form, start, start.clone(), mask, None, every, *found)
 
     def step(self, problem: SparseLeastSquares, state: RefittedSwapsState) -> RefittedSwapsState:
         rounding, pattern = cost_rounding(problem.loss), problem.pattern
@@ -125,8 +109,7 @@ class RefittedSwaps(Solver[SparseLeastSquares, RefittedSwapsState]):
         if batch is None:
             count = max(1, BATCH_BYTES // (8 * (state.mask.shape[1] + 2) ** 2))
             rows, pending = pending[:count], pending[count:]
-            limit = rounding / len(state.mask) / state.scale[rows].clamp_min(torch.finfo(state.scale.dtype).tiny)
-            batch = Batch.of(state.form, state.mask[rows], rows, limit, self.tolerance)
+            batch = Batch.of(state.form, state.mask[rows], rows, rounding / len(state.mask), self.tolerance)
         batch.exchange(state, self.candidates, pattern.m if isinstance(pattern, NM) else None)
         if batch.rounds == REFRESH:
             batch.write(state, torch.arange(len(batch.rows), device=batch.rows.device))
@@ -136,8 +119,7 @@ class RefittedSwaps(Solver[SparseLeastSquares, RefittedSwapsState]):
         if batch is None and not len(pending):
             before = None
             if isinstance(pattern, Unstructured):
-                total = float((state.losses * state.scale).sum())
-                pending = _between_rows(state, rounding + self.tolerance * total / len(state.mask))
+                pending = _between_rows(state, rounding + self.tolerance * float(state.losses.mean()))
                 before = state.weight.clone() if len(pending) else None
         return replace(state, batch=batch, pending=pending, before=before)
 
@@ -157,8 +139,7 @@ class RefittedSwaps(Solver[SparseLeastSquares, RefittedSwapsState]):
 
 def _between_rows(state: RefittedSwapsState, threshold: float) -> Int[Tensor, " k"]:
     """Move weights in the masks, from rows that lose little to rows that gain more, one per row; return those rows."""
-    cost, gain = state.cost * state.scale, state.gain * state.scale
-    givers, takers = pairs_of_rows(cost, gain, threshold)
+    givers, takers = pairs_of_rows(state.cost, state.gain, threshold)
     state.mask[givers, state.leaving[givers]] = False
     state.mask[takers, state.entering[takers]] = True
     return torch.cat([givers, takers])
@@ -177,7 +158,7 @@ class Batch:
     tableau: Float[Tensor, "k n n"]
     """-N on P, X between P and K, and (A_KK)^-1 on K"""
     threshold: Float[Tensor, " k"]
-    """the least gain that counts, without the metric: above rounding, and worth a round"""
+    """the least gain that counts: above rounding, and worth a round"""
     rounds: int = 0
 
     @classmethod
@@ -186,7 +167,7 @@ class Batch:
         form: InverseForm,
         mask: Bool[Tensor, "k in"],
         rows: Int[Tensor, " k"],
-        rounding: Float[Tensor, " k"],
+        rounding: float,
         tolerance: float,
     ) -> "Batch":
         """Return the tableaus of masks, computed from scratch."""
@@ -214,7 +195,7 @@ class Batch:
         return cls(rows, mask, tableau, rounding - tolerance * tableau[:, width, width] / 2)
 
     def costs(self) -> Float[Tensor, " k"]:
-        """Return the loss of every row beyond that of its unconstrained minimum, without the metric."""
+        """Return the loss of every row beyond that of its unconstrained minimum."""
         return -self.tableau[:, -2, -2] / 2
 
     def weights(self) -> Float[Tensor, "k in"]:

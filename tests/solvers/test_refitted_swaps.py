@@ -61,7 +61,7 @@ def moves(problem, mask):
 
 def batch_of(problem, mask):
     every = torch.arange(len(mask))
-    return Batch.of(InverseForm.of(problem.loss), mask.clone(), every, torch.zeros(len(mask)).double(), 0.0)
+    return Batch.of(InverseForm.of(problem.loss), mask.clone(), every, 0.0, 0.0)
 
 
 @by_pattern
