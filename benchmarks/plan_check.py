@@ -18,7 +18,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM, PreTrainedModel
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedModel,
+)
 
 from optprune.models import load_tokenizer, need_tokenizer
 from optprune.texts import demo_articles
@@ -29,7 +37,7 @@ APART = 0.05
 VOCABULARY = 49152
 CHARACTERS = 400_000
 """of the calibration text: about 90,000 tokens"""
-MODELS = ("llama256", "llama512", "llama1024", "opt512", "demo")
+MODELS = ("llama256", "llama512", "llama1024", "opt512", "mixtral256", "demo")
 RECIPES = ("fasp", "alps", "structured_best", "sparse_best")
 
 
@@ -142,6 +150,18 @@ def model(name: str) -> PreTrainedModel:
                 word_embed_proj_dim=512,
                 num_hidden_layers=6,
                 num_attention_heads=8,
+            )
+        )
+    if name == "mixtral256":
+        return MixtralForCausalLM(
+            MixtralConfig(
+                vocab_size=VOCABULARY,
+                hidden_size=256,
+                intermediate_size=512,
+                num_hidden_layers=6,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                num_local_experts=8,
             )
         )
     hidden = int(name.removeprefix("llama"))
