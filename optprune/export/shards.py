@@ -13,7 +13,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from optprune.errors import InputError
 from optprune.models import Decoder, is_stock
 from optprune.models.checkpoint import stored_tensors
-from optprune.numerics.tensor_file import write_tensors
+from optprune.numerics.tensors import write_tensors
 from optprune.system.files import write_whole
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from optprune.healing.training import HeldOut
 from optprune.models.checkpoint import stored_tensors
-from optprune.numerics.tensor_file import write_tensors
+from optprune.numerics.tensors import write_tensors
 from optprune.system.folders import RunFolder
 from optprune.system.wording import counted
 

@@ -25,7 +25,7 @@ from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorPr
 
 from optprune.errors import InputError
 from optprune.models.checkpoint import Checkpoint, stored_tensors
-from optprune.numerics.tensor_file import write_tensors
+from optprune.numerics.tensors import write_tensors
 from optprune.system.files import digest_of_file, is_own_file, write_whole
 
 CONVERTED = "converted"

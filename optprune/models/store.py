@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from optprune.models.checkpoint import Checkpoint, stored_tensors
 from optprune.models.places import InFile
 from optprune.models.surgery import put_parameters
-from optprune.numerics.tensor_file import write_tensors
+from optprune.numerics.tensors import write_tensors
 from optprune.system.files import write_whole
 
 Keep = Callable[[str, Callable[[BinaryIO], object]], object]

@@ -1,6 +1,9 @@
-"""Functions of tensors: finiteness, selections that do not wait for the device, and the terms of a divergence."""
+"""Functions of tensors: finiteness, selections that do not wait for the device, a divergence, and safetensors files."""
 
-from typing import Any
+import json
+import struct
+from collections.abc import Iterable, Mapping
+from typing import Any, BinaryIO
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -65,3 +68,44 @@ def divergence_terms(log_p: Float[Tensor, "*rows n"], log_q: Float[Tensor, "*row
     Sum them in float64, because most of them cancel. Entries of probability zero, -inf in both, are NaN.
     """
     return log_p.exp() * (log_p - log_q)
+
+
+# -- files
+
+NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+"""the names of dtypes in the header of a file"""
+PLAIN = {"format": "pt"}
+"""the metadata of weights that transformers loads"""
+
+
+def write_tensors(
+    stream: BinaryIO,
+    tensors: Mapping[str, Tensor],
+    values: Iterable[Tensor] | None = None,
+    metadata: Mapping[str, str] = PLAIN,
+) -> None:
+    """Write tensors in the format of a safetensors file, one at a time.
+
+    `tensors` may be on the meta device; then `values` gives their contents in the same order.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name, tensor in tensors.items():
+        begin, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # so that the numbers are aligned
+    stream.write(struct.pack("<Q", len(text)) + text)
+    for name, tensor in zip(tensors, tensors.values() if values is None else values, strict=True):
+        assert tensor.shape == tensors[name].shape and tensor.dtype == tensors[name].dtype
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        stream.write(flat.view(torch.uint8).numpy().data)

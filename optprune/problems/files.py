@@ -23,7 +23,7 @@ from optprune.grids import Grid
 from optprune.metric import OutputMetric
 from optprune.moments import Drift, InputMoments
 from optprune.numerics.fingerprint import fingerprint
-from optprune.numerics.tensor_file import write_tensors
+from optprune.numerics.tensors import write_tensors
 from optprune.patterns import NM, PartlyFixed, RowLimits, RowWise, SlotWise, Unstructured
 from optprune.penalties import L1, ColumnGroups, ElasticNet, WeightedL1
 from optprune.problems.base import Problem

@@ -32,7 +32,7 @@ from optprune.models.checkpoint import Checkpoint, stored_tensors
 from optprune.models.gguf import CONVERTED
 from optprune.models.store import ShardSink
 from optprune.numerics.fingerprint import fingerprint
-from optprune.numerics.tensor_file import write_tensors
+from optprune.numerics.tensors import write_tensors
 from optprune.problems import ExpertChoice, LayerLoss, LinkedLeastSquares
 from optprune.pruning.block import BlockRecord, BlockResult
 from optprune.report import RemovedPart

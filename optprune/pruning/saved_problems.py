@@ -1,6 +1,6 @@
 """Problems of a model's layers as files, as a run meets them."""
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -28,19 +28,21 @@ SUFFIX = ".safetensors"
 
 @dataclass(frozen=True)
 class SavingExecutor(LayerExecutor):
-    """Executor that writes the problems of some layers to files before it solves them."""
+    """Executor that writes the problems of some layers to files before it solves them, and none after the last."""
 
     folder: Path
-    layers: Collection[str]
-    """the full names of the layers"""
+    left: set[str]
+    """the full names of the layers that are not written yet"""
     origin: Mapping[str, str | int]
 
     def solve(self, tasks: Sequence[LayerTask], collected: Collected, take: Take) -> None:
         for task in tasks:
-            if task.name in self.layers:
+            if task.name in self.left:
                 problem = stated_problem(task, collected.moments[task.target.tap])
                 save_problem(problem, file_of(self.folder, task.name), origin={**self.origin, "layer": task.name})
-        SerialExecutor().solve(tasks, collected, take)
+                self.left.remove(task.name)
+        if self.left:
+            SerialExecutor().solve(tasks, collected, take)
 
 
 def file_of(folder: Path, layer: str) -> Path:
@@ -62,7 +64,7 @@ def save_problems(
 ) -> list[Path]:
     """Write the problems that a recipe states at the layers whose full names match a pattern, and return the files.
 
-    The model is pruned in place up to the block of the last of them, because a later problem depends on the answers
+    The model is pruned in place up to the last of them, because a later problem depends on the answers
     before it. `origin` is written into each file, beside the layer, the recipe and the number of tokens. `folder` must
     exist. InputError where no layer matches; the rest is as in `prune`.
     """

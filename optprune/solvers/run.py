@@ -33,16 +33,13 @@ GRADIENT_TOLERANCE = 1e-5
 time of restoration"""
 
 
-REFITTED = Chain((Admm(), ConjugateGradients(), RefittedSwaps()))
-"""the solver of small layers with single weights to choose"""
-
-
 def candidates() -> tuple[AnySolver, ...]:
     """Return the solvers that `choose` tries, in this order."""
     return (
         Chain((GreedyObs(), ChannelSwaps(), Restore())),
         ProximalAdmm(),
-        REFITTED,
+        # For small layers.
+        Chain((Admm(), ConjugateGradients(), RefittedSwaps())),
         Chain((Admm(haste=0.3), ConjugateGradients(), Swaps(), ConjugateGradients())),
         Chain((Admm(haste=0.3), ConjugateGradients())),
         Restore(),
@@ -61,7 +58,7 @@ def choose(problem: Problem, shape: tuple[int, int] | None = None) -> AnySolver:
     reasons: list[str] = []
     rows, inputs = shape or problem.loss.weight.shape
     for solver in candidates():
-        if solver is REFITTED and rows * inputs**3 > ROW_FACTORS:
+        if rows * inputs**3 > ROW_FACTORS and isinstance(getattr(solver, "stages", (solver,))[-1], RefittedSwaps):
             continue
         reason = solver.refusal(problem)
         if reason is None:

@@ -435,7 +435,7 @@ def test_no_command_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert "evaluate" in out
 
 
-@pytest.mark.e2e
+@pytest.mark.slow
 def test_the_reader_of_a_pipe_may_leave() -> None:
     command = f"{sys.executable} -m optprune.cli recipes | true"
     run = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True, check=False)

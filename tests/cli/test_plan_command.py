@@ -30,6 +30,7 @@ def config(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.e2e
 def test_a_plan_is_printed_and_written(attempt: Attempt, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     file = tmp_path / "plan.json"
     words = ["--calibration", str(attempt.text), "--recipe", "structured_best", "--json", str(file), *SMALL]

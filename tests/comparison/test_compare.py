@@ -115,7 +115,7 @@ def test_rows_draw_the_seeds_together_and_the_dense_model_is_first(texts: TwoTex
     assert data["rows"][0]["recipe"] == "dense" and len(data["cells"]) == 3
 
 
-@pytest.mark.e2e
+@pytest.mark.slow
 def test_what_the_cells_of_a_seed_share_is_measured_once(texts: TwoTexts, monkeypatch: pytest.MonkeyPatch) -> None:
     measured, predicted = list[str](), list[object]()
     metrics, curve = dense_statistics.collect_metrics, dense_statistics.removal_curve
@@ -266,7 +266,7 @@ RUN, EACH = 7.0, 100.0
 """the seconds that every run is said to take, and everything that it need not measure"""
 
 
-@pytest.mark.e2e
+@pytest.mark.slow
 def test_a_cell_takes_its_run_and_what_was_measured_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prune, calls = session.prune, list[int]()
 

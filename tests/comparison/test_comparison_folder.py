@@ -37,6 +37,7 @@ def finished(texts: TwoTexts, tmp_path_factory: pytest.TempPathFactory) -> tuple
     return place, compared(texts, place)
 
 
+@pytest.mark.e2e
 def test_it_holds_the_table_the_figures_and_the_picture(finished: tuple[Path, Comparison]) -> None:
     place, found = finished
     assert {file.name for file in place.iterdir()} == {
@@ -199,7 +200,7 @@ def test_one_that_could_not_begin_leaves_nothing(
     assert not compared(texts, tmp_path / "out", recipes=["magnitude"], sparsities=[0.2]).failures
 
 
-@pytest.mark.e2e
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["magnitude-0.2-seed0", "dense"])
 def test_a_damaged_cell_is_measured_again(name: str, texts: TwoTexts, tmp_path: Path) -> None:
     place, said = tmp_path / "out", list[str]()

@@ -224,7 +224,7 @@ def ran_at_home(tmp_path: Path, program: str, *words: str) -> list[Path]:
     return sorted(home.rglob("*"))
 
 
-@pytest.mark.e2e
+@pytest.mark.slow
 def test_the_telemetry_is_off_when_onnxruntime_is_imported(tmp_path: Path) -> None:
     """What ONNX Runtime writes into a home directory by itself depends on the machine, what it reads does not."""
     stand_in = tmp_path / "packages" / "onnxruntime.py"
@@ -239,7 +239,7 @@ def test_the_telemetry_is_off_when_onnxruntime_is_imported(tmp_path: Path) -> No
     assert subprocess.run(words, env=environment, check=True, capture_output=True, text=True).stdout == "1\n"
 
 
-@pytest.mark.e2e
+@pytest.mark.slow
 def test_the_check_writes_nothing_into_the_home_directory(uneven: Exported, tmp_path: Path) -> None:
     program = (
         "import sys; from pathlib import Path; from optprune.export import onnx_folder;"

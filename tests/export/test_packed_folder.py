@@ -60,6 +60,7 @@ def test_transformers_gives_the_logits_of_the_weights(bits: dict[str, Any], dtyp
     assert one == other
 
 
+@pytest.mark.e2e
 def test_the_config_says_what_is_packed_and_nothing_of_sparsity(tmp_path: Path) -> None:
     export(on_grid(tmp_path / "model"), tmp_path / "packed", PackedFolder())
     config = json.loads((tmp_path / "packed" / "config.json").read_text())["quantization_config"]
@@ -77,6 +78,7 @@ def test_other_families(name: str, tmp_path: Path) -> None:
     assert float((found - expected).abs().max()) <= 1e-5 * float(expected.abs().max())
 
 
+@pytest.mark.e2e
 def test_layers_that_are_not_on_the_grid_stay_and_are_named(tmp_path: Path) -> None:
     model = tiny_llama()
     prune(model, batches(), Recipe(units="weights", sparsity=0.0, bits={"kind": "w4a16", "group": 32}))
@@ -93,6 +95,7 @@ def test_a_model_on_no_grid_is_refused(tmp_path: Path) -> None:
     assert sorted(file.name for file in tmp_path.iterdir()) == ["model"]
 
 
+@pytest.mark.e2e
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = on_grid(tmp_path / "model")
     command = ["export", str(folder), "--format", "compressed-tensors", "--output", str(tmp_path / "packed")]

@@ -121,6 +121,7 @@ def test_weights_are_counted_once() -> None:
 # -- memory
 
 
+@pytest.mark.e2e
 @told
 def test_the_peak_of_a_model_counts_what_a_pass_takes() -> None:
     greedy, plain = tiny_llama(), tiny_llama()
@@ -184,6 +185,7 @@ def test_the_size_of_the_weight_files(tmp_path: Path) -> None:
 SMALL = ["--prompt-tokens", "16", "--new-tokens", "3", "--batch", "2", "--repeats", "3", "--device", "cpu"]
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("name", BUILDERS)
 def test_the_command_tells_what_it_measured(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     dense, record = save_tiny(tiny_llama(), tmp_path / "dense"), tmp_path / "record.json"

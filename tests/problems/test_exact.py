@@ -108,9 +108,9 @@ def test_off_the_cpu_objectives_are_measured_by_float32_products_and_certificate
     assert double.value(candidate.double().to(set_up())) == double.exact_value(candidate.double().to(set_up()))
 
 
+@pytest.mark.slow
 @told
-@pytest.mark.e2e
-@pytest.mark.parametrize("full", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("full", [False, True])
 def test_measuring_takes_a_few_blocks_and_no_copy_of_the_layer(full):
     # In a process of its own: what other tests have freed here lies between what is still in use.
     run = [sys.executable, "-m", measuring.__name__, str(int(full))]

@@ -53,6 +53,7 @@ def test_the_targets_are_the_outputs_of_the_dense_model() -> None:
     assert load_recipe("alps", {"propagation": "auto"}).policy.name == "pruned"
 
 
+@pytest.mark.e2e
 def test_nothing_else_changes() -> None:
     before, model = tiny_llama(), tiny_llama()
     run(model, "q4_0")
@@ -77,6 +78,7 @@ def test_zeros_of_an_earlier_run_stay() -> None:
         assert bool((weight[zeros[name]] == 0).all()), name
 
 
+@pytest.mark.e2e
 def test_compensation_loses_less_than_rounding() -> None:
     lost = {}
     for solver in ("round_to_nearest", "gptq", ["gptq", "grid_descent"]):

@@ -137,7 +137,7 @@ def test_a_block_is_matched_as_it_is_written(tmp_path: Path) -> None:
             assert ((weight == 0).sum(1) == weight.shape[1] // 2).all(), key
 
 
-@pytest.mark.e2e
+@pytest.mark.slow
 def test_workers_give_the_same_bytes(tmp_path: Path) -> None:
     folder, recipe = half(tmp_path), load_recipe("sparse_best", {"propagation": "intra"})
     _, expected = pruned(load_model(folder), recipe)

@@ -29,6 +29,7 @@ def test_every_descent_is_in_the_table() -> None:
     assert {cls for cls in concrete(Descent) if not inspect.isabstract(cls)} == {type(one) for one in DESCENTS.values()}
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("examples", [4, pytest.param(10, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("solver", DESCENTS.values(), ids=DESCENTS)
 def test_it_keeps_every_law(solver: Descent, examples: int) -> None:
@@ -44,6 +45,7 @@ def test_lbfgs_meets_least_squares(problem: BlockMatching) -> None:
     assert -1e-9 * before <= found - best <= 1e-6 * (before - best) + 1e-12 * before
 
 
+@pytest.mark.e2e
 @FEWER
 @given(matchings(affine=True))
 def test_adam_comes_close_to_least_squares(problem: BlockMatching) -> None:
@@ -52,7 +54,7 @@ def test_adam_comes_close_to_least_squares(problem: BlockMatching) -> None:
     assert found - best <= 0.1 * (before - best) + 1e-9 * before
 
 
-@pytest.mark.e2e
+@pytest.mark.slow
 def test_lbfgs_goes_as_far_as_that_of_scipy() -> None:
     """On a block that is not convex, from the same start, with as many steps: about the same objective."""
     problem = gated()

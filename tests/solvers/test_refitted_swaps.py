@@ -119,14 +119,14 @@ def test_no_exchange_is_left_that_gains_when_it_stops(problem):
             assert change >= -slack, f"row {i}: {p} for {q} gains {-change}"
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", [0, 1, pytest.param(2, marks=pytest.mark.e2e), pytest.param(3, marks=pytest.mark.e2e)])
 def test_no_move_between_two_rows_is_left_that_gains(seed):
     problem = correlated(seed, 4, 8, "unstructured")
     solution = solve(problem, RefittedSwaps(tolerance=1e-12))
     assert min(moves(problem, problem.support(solution.value))) >= -1e-9 * problem.loss.constant
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.e2e), pytest.param(2, marks=pytest.mark.e2e)])
 def test_wherever_it_stops_the_answer_is_feasible_and_no_worse(seed, monkeypatch):
     # One row at a time, so that it stops between rows that exchange weights.
     monkeypatch.setattr(refitted_swaps, "BATCH_BYTES", 1)
@@ -213,7 +213,7 @@ FAULTS = {
     ),
     "no weight moves between rows": (
         *(refitted_swaps, "_between_rows", lambda state, threshold: state.pending[:0]),
-        lambda: [test_no_move_between_two_rows_is_left_that_gains(seed) for seed in range(4)],
+        lambda: [test_no_move_between_two_rows_is_left_that_gains(seed) for seed in range(2)],
     ),
 }
 

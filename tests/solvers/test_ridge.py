@@ -126,7 +126,7 @@ def test_the_best_ridge_of_a_few_cases_is_taken(kind: str) -> None:
 
 
 @pytest.mark.e2e
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=[pytest.mark.slow] * ("matrix" in kind)) for kind in KINDS])
 @given(SEEDS)
 def test_the_ridge_with_the_least_loss_on_the_tokens_apart_is_taken(kind: str, seed: int) -> None:
     check_choice(kind, seed)

@@ -196,7 +196,10 @@ CORRELATED = pytest.mark.parametrize("kind", ["correlated", "low rank"])
 
 
 @pytest.mark.e2e
-@pytest.mark.parametrize("kind", CHOICE_KINDS)
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(kind, marks=[pytest.mark.slow] * (kind not in ("pairs", "correlated"))) for kind in CHOICE_KINDS],
+)
 def test_the_recipe_ends_near_the_exhaustive_optimum_and_below_greedy_elimination(kind):
     """Within 0.2 percent on average and 5 at worst, as docs/results/parts.md says."""
     found, greedy = excess(kind, load_recipe("spap").layer_solver, 12), excess(kind, GreedyObs(), 12)

@@ -138,7 +138,7 @@ def test_the_bound_does_not_suffer_from_couplings_of_units_that_stay():
     assert 0.98 <= solve(problem, RemovalBound()).certificate.lower_bound <= optimum * (1 + 1e-9)
 
 
-@pytest.mark.e2e
+@pytest.mark.slow
 def test_hypothesis_draws_are_solved_to_the_stated_shares():
     """Generic draws of up to 12 units: with and without biases, dense inputs, ties of two columns, two slots."""
     excess = {name: [] for name in CHAINS}

@@ -79,12 +79,21 @@ class Descent(Solver[MaskedLeastSquares, tuple[int, torch.Tensor]]):
 
 @pytest.mark.e2e
 @pytest.mark.parametrize(
-    "solver", [PseudoInverse(), Restore(), FaspMetric(), Random(), Chain((FaspMetric(), Restore()))], ids=str
+    "solver",
+    [
+        PseudoInverse(),
+        pytest.param(Restore(), marks=pytest.mark.slow),
+        FaspMetric(),
+        pytest.param(Random(), marks=pytest.mark.slow),
+        pytest.param(Chain((FaspMetric(), Restore())), marks=pytest.mark.slow),
+    ],
+    ids=str,
 )
 def test_good_solvers_pass(solver):
     check_solver(solver, examples=15)
 
 
+@pytest.mark.e2e
 def test_a_good_iteration_passes():
     class Copying(Descent):
         def value(self, problem, state):

@@ -160,6 +160,7 @@ def nothing_solved(self, blocks, right):
     return torch.zeros_like(right)
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("fault", [rounding_inverted, nothing_solved])
 def test_faults_where_a_block_is_singular_are_noticed(fault, monkeypatch):
     monkeypatch.setattr(ScaledGram, "solve_singular", fault)

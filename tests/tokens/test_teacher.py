@@ -108,6 +108,7 @@ def windows(student: LoadedModel, first: int, last: int) -> torch.Tensor:
     return ids[: len(ids) // LENGTH * LENGTH].view(-1, LENGTH)
 
 
+@pytest.mark.e2e
 def test_the_predictions_are_the_dense_models_of_the_same_text(student: LoadedModel, dense: LoadedModel) -> None:
     """At each whole token they are the sums over the tokens that begin with a piece."""
     teacher, ids = teacher_of(student, dense), windows(student, 50, 52)[:2]
@@ -164,6 +165,7 @@ def test_inside_of_a_token_it_predicts_what_goes_on(student: LoadedModel, dense:
     assert checked > 3
 
 
+@pytest.mark.e2e
 def test_healing_by_it_brings_the_bits_per_byte_back(student: LoadedModel, dense: LoadedModel) -> None:
     articles, healed = demo_articles("evaluation")[:60], copy.deepcopy(student)
     text = list(windows(student, 0, 60)[:240].split(8))
