@@ -50,7 +50,6 @@ def finished(texts: TwoTexts, tmp_path_factory: pytest.TempPathFactory) -> tuple
     return place, measured(texts, place, speed=SpeedWorkload(8, 4, 1, 2))
 
 
-@pytest.mark.e2e
 def test_every_model_is_there_in_every_type(finished: tuple[Path, Frontier]) -> None:
     _, found = finished
     names = [row.name for row in found.rows]

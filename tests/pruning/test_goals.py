@@ -141,7 +141,6 @@ def test_a_narrowed_model_has_the_shapes_of_a_run_and_decodes(name: str, units: 
 # -- quality
 
 
-@pytest.mark.e2e
 @pytest.mark.parametrize(("units", "share"), [("mlp", 0.01), ("vo", 0.001)], ids=["from below", "from above"])
 def test_a_loss_is_met_by_the_run_that_follows(units: str, share: float) -> None:
     model, held = trained(), news(60, 80)
@@ -190,7 +189,6 @@ def test_most_searches_end_within_the_trials() -> None:
 # -- the command
 
 
-@pytest.mark.e2e
 def test_a_stopped_run_is_continued_with_its_sparsity(attempt: Attempt, monkeypatch) -> None:
     words = ("--recipe", "fasp", "--to", "1.15x")
     monkeypatch.setattr("optprune.pruning.goal.measure_speed", Clock(0.0))
