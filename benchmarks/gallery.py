@@ -191,8 +191,7 @@ def make(folder: Path, source: str, prefix: str, only: str, part: int, parts: in
     entries = dict[str, dict[str, Any]]()
     every = Layers(base.loaded.model, base.batches).instances()
     for name in fnmatch.filter(every, only)[part::parts]:
-        state = every[name]
-        file, problem = folder / f"{prefix}-{name}.safetensors", state()
+        file, problem = folder / f"{prefix}-{name}.safetensors", every[name]()
         save_problem(problem, file, origin={"model": prefix, "instance": name, "tokens": SAMPLES * LENGTH})
         shape = list(problem.loss.weight.shape)
         entries[file.stem] = {"kind": problem.kind, "shape": shape, "fingerprint": problem.fingerprint()}

@@ -89,7 +89,7 @@ def collect(
 def moments_work(decoder: Decoder, index: int, taps: Collection[str], tokens: int) -> Work:
     """Return the work of a pass of so many tokens through a dense block that collects the moments at the taps.
 
-    Its memory is that of the float64 sums and the activations, or that of the averages.
+    Its memory is that of the float64 sums, one batch's product and the activations, or that of the averages.
     """
     passing = block_pass(decoder, index) * tokens
     if not taps:
@@ -97,7 +97,7 @@ def moments_work(decoder: Decoder, index: int, taps: Collection[str], tokens: in
     squares = sorted(decoder.layer(index, tap).in_features ** 2 for tap in taps)
     inside = activation_bytes(decoder, index, min(tokens, TOKENS_PER_BATCH))
     deviations = AVERAGE * min(AT_ONCE, tokens) * math.isqrt(squares[-1])
-    adding = SUM * sum(squares) + deviations + inside
+    adding = SUM * sum(squares) + (AVERAGE + SUM) * squares[-1] + deviations + inside
     averaging = AVERAGE * sum(squares[:-1]) + (SUM + AVERAGE) * squares[-1]
     return passing + gram_work(decoder, index, taps) * tokens + Work(bytes=max(adding, averaging))
 

@@ -15,10 +15,11 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file
 
 from optprune.errors import InputError
+from optprune.numerics.tensors import NAMES
 from optprune.system.files import read_json
 from optprune.system.wording import shown
 
-FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+FLOATS = {name: dtype for dtype, name in NAMES.items() if dtype.is_floating_point}
 LONGEST_HEADER = 100_000_000
 """the most bytes of a header that safetensors reads"""
 FETCH = "fetch it again"

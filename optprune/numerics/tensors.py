@@ -82,7 +82,7 @@ NAMES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-"""the names of dtypes in the header of a file"""
+"""the name of each dtype in the header of a safetensors file"""
 PLAIN = {"format": "pt"}
 """the metadata of weights that transformers loads"""
 

@@ -22,7 +22,7 @@ BATCH_BYTES = 1 << 26
 REFRESH = 64
 """exchanges of a row after which its tableau is computed anew, to remove the rounding of its updates"""
 EXCHANGES_PER_INPUT = 0.03
-"""the usual exchanges of a row over its inputs, after ADMM, exchanges without a refit and a refit"""
+"""the usual number of exchanges of a row for each of its inputs, after ADMM, `Swaps` and a refit"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,9 +34,9 @@ class RefittedSwapsState:
     weight: Float[Tensor, "out in"]
     mask: Bool[Tensor, "out in"]
     batch: "Batch | None"
-    """the rows that are searched now"""
+    """the rows that make exchanges now"""
     pending: Int[Tensor, " k"]
-    """the rows that come after them"""
+    """the rows that are to make exchanges after the batch"""
     cost: Float[Tensor, " out"]
     """the least rise of the loss when a row drops one more weight"""
     leaving: Int[Tensor, " out"]
@@ -66,9 +66,9 @@ class RefittedSwaps(Solver[SparseLeastSquares, RefittedSwapsState]):
     that lose little to rows that gain more. The method is monotone, and its answer is refitted. It stops when no
     exchange of candidates gains more than `tolerance` of a row's loss.
 
-    A step searches as many rows as fit into 64 MiB, each with a tableau [in, in] in float64 of its own: in^3 products
-    to make it, and a pass over it for each exchange. So it is for layers of a few thousand inputs at most. Follow
-    `Swaps`, which is quick, by it. Memory: the batch of tableaus and in^2.
+    A step makes an exchange in each of as many rows as fit into 64 MiB. Every row has a tableau [in, in] in float64 of
+    its own: in^3 products to make it, and a pass over it for each exchange. So it is for layers of a few thousand
+    inputs at most. Run it after `Swaps`, which is quick. Memory: the batch of tableaus and in^2.
     Reference: the local search of OSSCAR (arXiv 2403.12983), for single weights; exact gains by sweeping are ours.
     """
 
@@ -86,7 +86,7 @@ class RefittedSwaps(Solver[SparseLeastSquares, RefittedSwapsState]):
         tableau = DOUBLE * (inverse(half) + product(half, half, inputs) + product(inputs, half, inputs))
         row = 2 * tableau + EXCHANGES_PER_INPUT * inputs * sweeps(12, inputs, inputs)
         flops = measuring(outputs, inputs, coupled=coupled) + factor(inputs) + inverse(inputs) + outputs * row
-        batch = 3 * max(BATCH_BYTES, 8 * (inputs + 1) ** 2)
+        batch = 3 * max(BATCH_BYTES, 8 * (inputs + 2) ** 2)
         return Work(flops, unfitted(outputs, inputs, coupled=coupled) + batch)
 
     def unsupported(self, problem: SparseLeastSquares) -> str | None:
@@ -242,8 +242,6 @@ class Batch:
         change, flat = torch.where(possible, change, torch.inf).flatten(1).min(1)
         size = p.shape[2]
         part, entering, leaving = flat // size**2, flat // size % size, flat % size
-        if p.shape[1] == 1:
-            part = torch.zeros_like(part)
         return change, p[each, part, leaving], q[each, part, entering]
 
     def exchange(self, state: RefittedSwapsState, candidates: int, group: int | None) -> None:
@@ -274,7 +272,7 @@ class Batch:
         self.mask[each, leaving], self.mask[each, entering] = False, True
 
     def _end(self, state: RefittedSwapsState, stays: Bool[Tensor, " k"]) -> Int[Tensor, " staying"]:
-        """Write the rows that do not stay into the state, drop them, and return the places where the others were."""
+        """Write the finished rows into the state, remove them, and return the former places of those that stay."""
         every, count = len(stays), int(stays.sum())
         order = torch.arange(count, device=stays.device)
         if count < every:

@@ -33,13 +33,12 @@ GRADIENT_TOLERANCE = 1e-5
 time of restoration"""
 
 
-def candidates() -> tuple[AnySolver, ...]:
-    """Return the solvers that `choose` tries, in this order."""
+def candidates(small: bool = True) -> tuple[AnySolver, ...]:
+    """Return the solvers that `choose` tries, in this order; some are for small layers only."""
     return (
         Chain((GreedyObs(), ChannelSwaps(), Restore())),
         ProximalAdmm(),
-        # For small layers.
-        Chain((Admm(), ConjugateGradients(), RefittedSwaps())),
+        *((Chain((Admm(), ConjugateGradients(), RefittedSwaps())),) if small else ()),
         Chain((Admm(haste=0.3), ConjugateGradients(), Swaps(), ConjugateGradients())),
         Chain((Admm(haste=0.3), ConjugateGradients())),
         Restore(),
@@ -57,9 +56,7 @@ def choose(problem: Problem, shape: tuple[int, int] | None = None) -> AnySolver:
         return ConjugateGradients(GRADIENT_TOLERANCE)
     reasons: list[str] = []
     rows, inputs = shape or problem.loss.weight.shape
-    for solver in candidates():
-        if rows * inputs**3 > ROW_FACTORS and isinstance(getattr(solver, "stages", (solver,))[-1], RefittedSwaps):
-            continue
+    for solver in candidates(small=rows * inputs**3 <= ROW_FACTORS):
         reason = solver.refusal(problem)
         if reason is None:
             return solver

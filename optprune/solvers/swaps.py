@@ -197,7 +197,7 @@ def _between_rows(state: SwapsState, gram: Float[Tensor, "in in"]) -> Int[Tensor
 def pairs_of_rows(
     cost: Float[Tensor, " out"], gain: Float[Tensor, " out"], threshold: Float[Tensor, ""] | float
 ) -> tuple[Int[Tensor, " k"], Int[Tensor, " k"]]:
-    """Return rows that give a weight away and as many others that take one: the least costs, the largest gains.
+    """Return pairs of rows: those that lose least by one weight less, and those that gain most by one weight more.
 
     Every pair lowers the loss by more than the threshold. No row gives and takes.
     """

@@ -1,10 +1,14 @@
 """optprune problems: what a run meets at the layers of a model, as files."""
 
+from pathlib import Path
+
 import pytest
+import torch
 
 import optprune
 from optprune.cli import main
 from optprune.problems import origin_of
+from optprune.pruning.saved_problems import save_problems
 from tests.helpers.attempts import SMALL, Attempt
 
 
@@ -43,6 +47,17 @@ def test_a_file_holds_the_problem_that_prune_meets(attempt: Attempt, recipe: str
     said = attempt.capsys.readouterr().out
     assert f"{len(names)} problem" in said
     assert main(["solve", str(file)]) == 0
+
+
+def test_nothing_is_pruned_after_the_last_layer_that_is_written(attempt: Attempt, tmp_path: Path) -> None:
+    """The first layer's problem depends on no answer; a later one's depends on those before it."""
+    for layer, pruned in (("model.layers.0.self_attn.q_proj", False), ("model.layers.1.self_attn.q_proj", True)):
+        loaded, recipe = optprune.load_model(attempt.model), optprune.load_recipe("wanda", {"sparsity": 0.5})
+        before = {name: weight.clone() for name, weight in loaded.model.named_parameters()}
+        batches = [torch.randint(0, 64, (2, 16))]
+        save_problems(loaded.model, batches, recipe, tmp_path, layers=layer)
+        changed = {name for name, weight in loaded.model.named_parameters() if not torch.equal(weight, before[name])}
+        assert bool(changed) is pruned and not any(".layers.1." in name for name in changed)
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from optprune.solvers import (
 )
 from optprune.solvers.inverse import InverseForm
 from optprune.solvers.refitted_swaps import Batch
+from optprune.testing import laws
 from optprune.testing.quadratic import rounding
 from optprune.testing.strategies import sparse
 from optprune.testing.transformations import random_feasible
@@ -110,8 +111,8 @@ def test_candidates_are_the_cheapest_and_the_most_gainful():
 def test_no_exchange_is_left_that_gains_when_it_stops(problem):
     solution = solve(problem, RefittedSwaps())
     assert solution.status is Status.CONVERGED
-    if solution.notes:
-        return
+    if not laws.clearly_regular(problem.loss):
+        return  # the refit is one of a slightly different loss
     mask = problem.support(solution.value)
     slack = 4 * rounding(problem.loss, solution.value) + 1e-5 * solution.objective + problem.loss.constant * 1e-11
     for i in range(mask.shape[0]):
