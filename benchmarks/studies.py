@@ -32,7 +32,6 @@ BELIEVED: Settings = {"allocation.probe_tokens": 0}
 PROBED: Settings = {"allocation.probe_tokens": 1024}
 MANY_RIDGES: Settings = {"refit.held_out": 0.125, "refit.dampings": [0.01, 0.03, 0.1, 0.3, 1.0]}
 RECOVERY: Settings = {"refit.recovery": 1, "refit.held_out": 0.0625}
-MATCHED: Settings = {"refit.held_out": 0.125, "refit.matching": 4}
 CROSS: Settings = {"propagation": "cross"}
 POLICIES = ("dense", "pruned", "intra", "cross", "local")
 ALL, VALUES = ("all", "rotated-all"), ("vo", "rotated-vo")
@@ -117,12 +116,6 @@ STUDIES: dict[str, list[tuple[str, Settings]]] = {
     "recovery": [
         ("spap_plus", {"sparsity": sparsity, **more}) for sparsity in (0.2, 0.1, 0.3) for more in ({}, RECOVERY)
     ],
-    "matching": [
-        *((recipe, PAIRS | CROSS | MATCHED) for recipe in ("wanda", "sparsegpt", "sparse_best")),
-        under_intra(("sparse_best", PAIRS | MATCHED)),
-        ("sparse_best", HALF | CROSS | MATCHED),
-        *(("structured_best", {"sparsity": sparsity, **MATCHED}) for sparsity in (0.3, 0.2)),
-    ],
     "ablation": [
         case
         for sparsity in (0.2, 0.1, 0.3)
@@ -149,7 +142,6 @@ STUDIES: dict[str, list[tuple[str, Settings]]] = {
     ],
 }
 NAMES = {
-    "matching": "Whole blocks matched to the dense ones",
     "sparse": "Sparse weights",
     "policies": "Sparse weights at 50 percent under every propagation policy",
     "policies-2:4": "2:4 under every propagation policy",

@@ -149,13 +149,6 @@ def calls_of(block: nn.Module, path: str, stream: Stream, wanted: Wanted = EVERY
     return calls[path]
 
 
-def block_calls(stream: Stream, targets: States[Tensor], wanted: Wanted) -> Calls:
-    """Return the calls of the current block itself on selected batches of a stream, with these targets."""
-    numbers, arguments = wanted.of(stream), stream.arguments
-    called = (((stream.hidden[number],), arguments[number]) for number in numbers)
-    return Calls(States(stream.hidden.place, called, _tensors(arguments)), targets, stream.share, numbers)
-
-
 def _tensors(value: Any) -> set[int]:
     """Return the `id`s of the tensors in nested values."""
     if isinstance(value, Tensor):

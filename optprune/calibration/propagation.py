@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from torch import nn
 
-from optprune.calibration.calls import EVERY, Calls, Wanted, block_calls, calls_of, catching
+from optprune.calibration.calls import EVERY, Calls, Wanted, calls_of, catching
 from optprune.calibration.dense_statistics import BlockMoments
 from optprune.calibration.moments_pass import Collected, collect
 from optprune.calibration.stream import Stream, advance
@@ -119,17 +119,15 @@ class Path:
         detached: bool = False,
         calls: Wanted = EVERY,
         known: BlockMoments | None = None,
-        whole: bool = False,
     ) -> "Visit":
         """Open a visit of the current block, which is that of the dense model.
 
         The last `held_out` batches are held out. `cut` says that sub-blocks will be removed first. A block that was
         changed before comes with its `original`. A `detached` visit does not move the path on: another pass through
         the dense model does. `calls` selects the batches for the calls of sub-modules. `known` are cached moments of
-        the block in the dense model, valid where its inputs on this path are the same. `whole` allows to ask for the
-        calls of the block itself.
+        the block in the dense model, valid where its inputs on this path are the same.
         """
-        return Visit(self, block, held_out, cut, original, detached, calls, known, whole)
+        return Visit(self, block, held_out, cut, original, detached, calls, known)
 
     def pass_by(self, block: nn.Module, finish: Callable[[], None]) -> None:
         """Move on past a block as a visit of it does; `finish` loads the pruned weights into the dense block."""
@@ -160,7 +158,6 @@ class Visit:
         detached: bool,
         calls: Wanted,
         known: BlockMoments | None,
-        whole: bool,
     ) -> None:
         self.path, self.block, self.held_out, self._detached, self._wanted = path, block, held_out, detached, calls
         self._known = known
@@ -169,7 +166,7 @@ class Visit:
         inputs x*"""
         policy = path.policy
         if original is None:
-            copied = policy.dense_target or path.dense is not path.actual or whole
+            copied = policy.dense_target or path.dense is not path.actual
             original = copy.deepcopy(block) if copied else block
             self._untouched = not cut
         else:
@@ -249,18 +246,6 @@ class Visit:
             return self._caught[place]
         ideal = calls_of(self._original, place, self._reference, self._wanted)
         return replace(calls_of(self.block, place, self.path.actual, self._wanted), targets=ideal.targets)
-
-    def whole_calls(self, wanted: Wanted) -> Calls:
-        """Return the calls of the block itself on the path, with the dense block's outputs as targets.
-
-        The visit must have been opened for `whole` blocks.
-        """
-        actual, reference = self.path.actual, self._reference or self.path.actual
-        if self._onwards is not None and reference is actual:
-            targets = self._onwards.hidden.part(wanted.of(actual))
-        else:
-            targets = calls_of(self._original, "", reference, wanted).targets
-        return block_calls(actual, targets, wanted)
 
     def close(self) -> None:
         """Move the path on to the next block."""

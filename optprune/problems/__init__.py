@@ -8,19 +8,15 @@ from optprune.problems.gridded import GridLeastSquares
 from optprune.problems.linked import Link, LinkedLeastSquares
 from optprune.problems.loss import LayerLoss
 from optprune.problems.masked import MaskedLeastSquares, SelectionProblem
-from optprune.problems.matching import BlockMatching, Example, Examples
 from optprune.problems.penalised import PenalisedLeastSquares
 from optprune.problems.rotation import Permutation, Rotation
 from optprune.problems.sparse import SparseLeastSquares
 from optprune.problems.structured import ChannelGroups, Channels, StructuredLeastSquares, StructuredProblem
 
 __all__ = [
-    "BlockMatching",
     "ChannelGroups",
     "Channels",
     "CvxpyModel",
-    "Example",
-    "Examples",
     "ExpertChoice",
     "GridLeastSquares",
     "LayerLoss",

@@ -44,8 +44,7 @@ def check(program: Program) -> tuple[str, ...]:
                 f"a {family.name} pattern needs a multiple of {multiple} inputs, not {inputs} as in "
                 f"{decoder.name(index, path)}: choose another pattern"
             )
-    notes = _check_grid(program) + _idle_recovery(program, pruned)
-    notes += _idle_matching(program, pruned) + _idle_order(program, pruned)
+    notes = _check_grid(program) + _idle_recovery(program, pruned) + _idle_order(program, pruned)
     if notes and method.strict:
         raise StrictError(f"{notes[0]} (strict mode makes this an error)")
     if method.solver is not None and method.objective in OBJECTIVES.values() and pruned:
@@ -113,13 +112,6 @@ def _idle_recovery(program: Program, pruned: Layers) -> tuple[str, ...]:
         f"recovery has nothing to refit: of {family} it knows {', '.join(parts)} where a layer is pruned, and units "
         f"{program.units.name} prune none there",
     )
-
-
-def _idle_matching(program: Program, pruned: Layers) -> tuple[str, ...]:
-    """Return a note where no layer is pruned, so that there is no block to match."""
-    if program.method.matching is None or pruned:
-        return ()
-    return (f"matching has nothing to match: units {program.units.name} prune no layer of a block",)
 
 
 def _idle_order(program: Program, pruned: Layers) -> tuple[str, ...]:

@@ -12,8 +12,6 @@ from optprune.calibration.fisher_pass import POSITIONS_AT_ONCE, TOKENS_AT_ONCE
 from optprune.models import Target, reorderable
 from optprune.moments import AT_ONCE
 from optprune.program.program import AVERAGE, Program
-from optprune.recipe.groups import Matching
-from optprune.solvers.descent import NUMBER
 
 AHEAD = 2
 """block jobs in flight for each worker: the present one and the next"""
@@ -240,23 +238,6 @@ def _inside(program: Program, worker: bool = False) -> Iterator[Part]:
         # Of a sub-module: its inputs and its answers, in the dense block and in the pruned one.
         tokens = program.fitted_tokens(method.recovery)
         yield Part("inputs and answers of sub-modules", 4 * tokens * program.hidden * program.itemsize)
-    if method.matching is not None:
-        asked = method.matching
-        yield Part(
-            "answers of the dense block", program.fitted_tokens(asked) * program.hidden * program.computed_itemsize
-        )
-        matching = numbers_of(asked) * program.block_bytes + activations(program, program.length, backward=True)
-        yield Part("matching, beyond solving", max(0, matching - max(gathering, batch, solving)))
-
-
-def numbers_of(matching: Matching) -> int:
-    """Return the memory of matching a block beside the block itself, in blocks.
-
-    It is at most the best point, a gradient and its sum; the point of the pull; and the averages of Adam, or the pairs,
-    direction and trial point of L-BFGS with their gradients. Removed entries take no part, and the positions of the
-    others take as much as one of these.
-    """
-    return 3 + (matching.pull > 0) + round(matching.descent.work(1).bytes / NUMBER)
 
 
 def _saving(program: Program) -> Iterator[Part]:

@@ -10,7 +10,7 @@ from optprune.calibration import Propagation
 from optprune.models import BlockAllocation, Decoder, Target, Units
 from optprune.objectives import Objective
 from optprune.recipe import Recipe
-from optprune.recipe.groups import Matching, Recovery
+from optprune.recipe.groups import Recovery
 from optprune.report import GoalReached
 from optprune.solvers import ExpertSolver, Solver
 
@@ -65,7 +65,6 @@ class Method:
     dampings: tuple[float, ...] = ()
     """dampings that the last refit of a layer chooses from, on held-out tokens"""
     recovery: Recovery | None = None
-    matching: Matching | None = None
     grid_solver: Solver | None = None
     """puts the weights that stay on the grid of their targets, if they have one"""
     strict: bool = False
@@ -74,7 +73,7 @@ class Method:
     @property
     def moves_weights_later(self) -> bool:
         """Whether weights are moved again after their layers are solved."""
-        return self.recovery is not None or self.matching is not None
+        return self.recovery is not None
 
 
 @dataclass(frozen=True)
@@ -92,7 +91,7 @@ class Stage:
 
 @dataclass(frozen=True, eq=False)
 class BlockProgram:
-    """Steps of pruning one block: remove sub-blocks and experts, solve the stages, match the block."""
+    """Steps of pruning one block: remove sub-blocks and experts, solve the stages."""
 
     index: int
     wanted: BlockAllocation

@@ -25,7 +25,7 @@ from optprune.objectives import LayerContext
 from optprune.patterns import ANYWHERE
 from optprune.problems import ChannelGroups, LayerLoss, Link, Problem
 from optprune.program.method import BlockProgram, Method, Request
-from optprune.recipe.groups import FisherMetric, Matching, Recovery
+from optprune.recipe.groups import FisherMetric, Recovery
 from optprune.solvers import AnySolver, choose
 from optprune.solvers.greedy_obs import removal_curve_work
 from optprune.solvers.inverse import entry_costs_work
@@ -165,8 +165,8 @@ class Program:
         """Return the number of tokens of the first whole sequences that hold `asked` tokens, or of all sequences."""
         return min(self.tokens, -(-asked // self.length) * self.length)
 
-    def fitted_tokens(self, asked: Recovery | Matching) -> int:
-        """Return the number of tokens that recovery or matching fits."""
+    def fitted_tokens(self, asked: Recovery) -> int:
+        """Return the number of tokens that recovery fits."""
         return self.tokens if asked.tokens is None else self.first_tokens(asked.tokens)
 
     # -- the model
@@ -246,7 +246,7 @@ class Program:
     @property
     def keeps_original(self) -> bool:
         """Whether the dense block is kept beside the one that is pruned."""
-        return self.policy.dense_target or self.two_paths or self.method.matching is not None
+        return self.policy.dense_target or self.two_paths
 
     @cached_property
     def wanted(self) -> BlockAllocation:

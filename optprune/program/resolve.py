@@ -33,7 +33,6 @@ def resolve(shapes: Decoder, request: Request) -> Program:
         permuted=recipe.permuted and not idle,
         dampings=() if refit is None else refit.dampings,
         recovery=None if refit is None else refit.recovery,
-        matching=None if refit is None else refit.matching,
         grid_solver=None if recipe.bits is None else recipe.bits.solver,
         strict=recipe.strict,
     )

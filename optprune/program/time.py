@@ -121,7 +121,7 @@ class Rates:
     head: float
     solves: float
     refinement: float
-    """recovery and matching"""
+    """recovery"""
     metric: float
     """passes forward and backward for the output metric"""
     budget: float
@@ -171,15 +171,12 @@ def block_solves(program: Program, index: int) -> Work:
 
 
 def block_refinement(program: Program, index: int) -> Work:
-    """Return the work of recovering and matching a block."""
+    """Return the work of recovering the sub-modules of a block."""
     method, once, total = program.method, block_pass(program.decoder, index), Work()
     if method.recovery is not None:
         # Each step of conjugate gradients is a pass forward and back, of layers that are about the whole block.
         steps = method.recovery.rounds * method.recovery.steps
         total += once * (steps * (1 + PASSES_BACK) * program.fitted_tokens(method.recovery))
-    if method.matching is not None:
-        epochs = method.matching.epochs
-        total += once * (epochs * (1 + PASSES_BACK) * program.fitted_tokens(method.matching))
     return total
 
 

@@ -26,7 +26,6 @@ from optprune.problems import Problem
 from optprune.program import BlockProgram, Method, Stage
 from optprune.pruning.executors import LayerExecutor, SerialExecutor
 from optprune.pruning.layer import LayerTask, SolvedLayer, stated_problem, write_layer
-from optprune.recipe.groups import Matching, Recovery
 from optprune.report import BlockFinished, BlockStarted, Event, LayerReport, LayerSolved, RecoveredPart
 from optprune.solvers.experts import choose_experts
 from optprune.system.environment import differences, machine, versions
@@ -136,18 +135,15 @@ class _BlockRun:
 
     def visit(self) -> None:
         """Prune the block stage by stage, and move the path on to the next block."""
-        matching = self.task.method.matching if self.task.block.changes else None
-        with self.entered(whole=matching is not None) as visit:
+        with self.entered() as visit:
             self.begin()
             for stage in self.task.block.stages:
                 self.solve(stage, visit)
-            if matching is not None:
-                self.match(matching, visit.whole_calls(self.wanted(matching)))
         self.floor_seconds += visit.floor_seconds
 
     def problem(self, path: str) -> Problem:
         """Return the problem of a layer, after solving the stages before its own."""
-        visit = self.entered(whole=False)
+        visit = self.entered()
         self.begin()
         for stage in self.task.block.stages:
             for target in stage.targets:
@@ -156,17 +152,16 @@ class _BlockRun:
             self.solve(stage, visit)
         raise AssertionError(f"no stage of block {self.task.index} solves {path}")
 
-    def entered(self, whole: bool) -> Visit:
-        """Return the visit of the block; `whole` says whether the block's own inputs and outputs are needed."""
+    def entered(self) -> Visit:
+        """Return the visit of the block."""
         task = self.task
         return task.path.visit(
             self.decoder.blocks[task.index],
             held_out=task.held_out,
             cut=bool(task.block.removed) or task.block.fewer_experts,
             detached=task.detached,
-            calls=self.wanted(task.method.recovery),
+            calls=self.wanted(),
             known=task.known,
-            whole=whole,
         )
 
     def begin(self) -> None:
@@ -187,8 +182,9 @@ class _BlockRun:
         for place in stage.recovered:
             self.recover(place, visit.calls(place))
 
-    def wanted(self, step: Recovery | Matching | None) -> Wanted:
-        """Return which batches have their calls kept: the first ones up to the step's tokens, and the held-out ones."""
+    def wanted(self) -> Wanted:
+        """Return the batches on which recovery needs calls: the first up to its tokens, and those held out."""
+        step = self.task.method.recovery
         return Wanted(math.inf if step is None or step.tokens is None else step.tokens, self.task.held_out)
 
     def remove_parts(self) -> None:
@@ -239,31 +235,6 @@ class _BlockRun:
             metric=task.metrics.get(decoder.name(task.index, layers[-1])),
             dtype=None if decoder.computes_in is None else decoder.model.dtype,
             name=decoder.name(task.index, path),
-        )
-        self.recovered.append(part)
-
-    def match(self, matching: Matching, calls: Calls) -> None:
-        """Match the outputs of the whole block, once its layers are pruned.
-
-        The outputs have the metric of the layer that is added last, unless a norm follows.
-        """
-        from optprune.pruning.refinement import match_block
-
-        decoder, task = self.decoder, self.task
-        architecture = decoder.architecture
-        last = decoder.name(task.index, architecture.mlp_consumer)
-        metric = None if architecture.ends_with_norm(decoder.model.config) else task.metrics.get(last)
-        fit, apart = calls.split(task.held_out)
-        part = match_block(
-            decoder.blocks[task.index],
-            fit,
-            apart,
-            matching.descent,
-            at_once=matching.sequences,
-            pull=matching.pull,
-            metric=metric,
-            dtype=None if decoder.computes_in is None else decoder.model.dtype,
-            name=decoder.block_name(task.index),
         )
         self.recovered.append(part)
 

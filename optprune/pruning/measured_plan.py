@@ -196,8 +196,8 @@ class BlockProbe:
             full = self.prune(program.method, metrics, len(self.batches))
             refinement = full.recovery + max(0.0, full.passes - whole.passes) if full.recovery else 0.0
             # The probe refines on all of its tokens, the run on those of the settings.
-            steps = [one for one in (program.method.recovery, program.method.matching) if one is not None]
-            fitted = max(map(program.fitted_tokens, steps), default=tokens)
+            recovery = program.method.recovery
+            fitted = tokens if recovery is None else program.fitted_tokens(recovery)
             return Rates(
                 passes=_rate(passes, block_passes(program, index)),
                 head=_rate(
@@ -322,7 +322,7 @@ def _cheap(program: Program) -> Method:
     """Return a method with the same passes, whose solves take almost no time."""
     solver = FaspMetric() if program.units.kinds else Magnitude()
     objective = OBJECTIVES[program.units.objective]
-    return replace(program.method, solver=solver, objective=objective, dampings=(), recovery=None, matching=None)
+    return replace(program.method, solver=solver, objective=objective, dampings=(), recovery=None)
 
 
 def _timed(device: torch.device, run: Callable[[], object]) -> float:

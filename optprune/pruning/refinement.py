@@ -1,4 +1,4 @@
-"""Refinement of a block after its layers are solved: recovery of its sub-modules, and matching of the whole block.
+"""Refinement of a block after its layers are solved: recovery of its sub-modules.
 
 The output of an attention or a gated MLP is affine in each of some layers: the up and the down projection, the values
 and the output projection. So each of these layers is a linear least squares problem over the calibration tokens, though
@@ -6,11 +6,11 @@ not one of a Gram matrix, and recovery refits them in turn. Held-out tokens deci
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, final
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -22,10 +22,7 @@ from optprune.metric import OutputMetric
 from optprune.models.surgery import write
 from optprune.moments import MomentSums
 from optprune.numerics.tensors import first_output
-from optprune.problems import BlockMatching, Example, Examples
-from optprune.problems.matching import Point, Terms, order
 from optprune.report import RecoveredPart
-from optprune.solvers import Descent, match
 
 PATIENCE = 2
 """a turn ends after this many steps without a smaller error on held-out tokens"""
@@ -378,85 +375,3 @@ def _without_biases(module: nn.Module, layers: Sequence[str]) -> Iterator[None]:
     finally:
         for layer, bias in kept:
             layer._parameters["bias"] = bias
-
-
-@final
-class Sequences(Examples):
-    """The sequences of a block's calls, each an example; a draw has a few of every part."""
-
-    def __init__(self, calls: Calls, at_once: int) -> None:
-        """Make draws of `at_once` sequences of each part, as long as it has any left."""
-        self.calls, self.partial_sums = calls, calls.share.partial_sums
-        self._places: list[list[tuple[int, int]]] = [[] for _ in range(self.partial_sums.own)]
-        """the call of every sequence and its place in the call, by this process's partial sums"""
-        for number, shape in enumerate(calls.targets.shapes):
-            self._places[calls.part(number)] += [(number, place) for place in range(shape[0])]
-        counts = [len(places) for places in self._places]
-        most = max(max(every, default=0) for every in self.partial_sums.peers.all_gather(counts))
-        self.at_once, self.draws = at_once, max(1, -(-most // at_once))
-
-    def sums(self, terms: Terms, zeros: Callable[[], tuple[Tensor, ...]], draw: int | None = None) -> Point:
-        sums = OrderedSum(self.partial_sums, lambda: TensorSums(*zeros()))
-        for part, places in enumerate(self._places):
-            for number, place in places if draw is None else self._drawn(places, draw):
-                # Computed before the sums exist, and freed before the next: the pass through a block needs the room.
-                found = terms(self._example(number, place))
-                sums.at(part).add(*found)
-                del found
-        return sums.total().tensors
-
-    def _drawn(self, places: list[tuple[int, int]], draw: int) -> list[tuple[int, int]]:
-        epoch, turn = divmod(draw, self.draws)
-        chosen = order(len(places), epoch)[turn * self.at_once : (turn + 1) * self.at_once]
-        return [places[number] for number in chosen]
-
-    def _example(self, number: int, place: int) -> Example:
-        (args, kwargs), target = self.calls.arguments[number], self.calls.targets[number]
-        size, rows = len(target), slice(place, place + 1)
-        return Example(_rows(args, size, rows), _rows(kwargs, size, rows), target[rows])
-
-
-def _rows(value: Any, size: int, rows: slice) -> Any:
-    """Return the same rows of a batch of this size in a nested value; values that all sequences share stay whole."""
-    if isinstance(value, Tensor):
-        # Positions [length] are shared, whatever their number.
-        return value[rows] if value.ndim > 1 and value.shape[0] == size else value
-    if isinstance(value, Mapping):
-        return {name: _rows(part, size, rows) for name, part in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_rows(part, size, rows) for part in value)
-    return value
-
-
-def match_block(
-    block: nn.Module,
-    fit: Calls,
-    apart: Calls,
-    solver: Descent[Any],
-    *,
-    at_once: int = 1,
-    pull: float = 0.0,
-    metric: OutputMetric | None = None,
-    dtype: torch.dtype | None = None,
-    name: str = "",
-) -> RecoveredPart:
-    """Move the parameters of a block in place to match its dense outputs; zeros of its matrices stay zero.
-
-    A draw of the solver has `at_once` sequences of each part. The state with the least error on the held-out calls is
-    kept, rounded to a `dtype` if weights will be stored in lower precision than the block's; that error never rises.
-    InputError where the precision of the block itself is too low.
-    """
-    began = time.perf_counter()
-    problem = BlockMatching.of(block, Sequences(fit, at_once), metric, pull)
-    rounded = None if dtype is None else partial(Tensor.to, dtype=dtype)
-    found = match(problem, solver, Sequences(apart, at_once), rounded=rounded)
-    return RecoveredPart(
-        name=name,
-        layers=problem.names,
-        error_before=found.error_before,
-        error_after=found.error,
-        held_out_before=found.held_out_before,
-        held_out_after=found.held_out,
-        steps=found.steps,
-        seconds=time.perf_counter() - began,
-    )

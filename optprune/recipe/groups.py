@@ -20,7 +20,7 @@ from pydantic import (
 from optprune.allocation import Allocation
 from optprune.grids import GRIDS, Grid
 from optprune.recipe.names import NONE, read_dampings, read_solver, write_solver
-from optprune.solvers import Adam, Chain, Descent, Gptq, GridDescent, Lbfgs, Solver
+from optprune.solvers import Chain, Gptq, GridDescent, Solver
 from optprune.system.wording import either, suggestion
 
 
@@ -128,29 +128,6 @@ class Recovery(Group):
     """ridge of recovery towards its starting weights, as a share of the mean diagonal of its Hessian"""
 
 
-class Matching(Group):
-    """Matching: all kept weights of a pruned block are trained towards the outputs of the dense block."""
-
-    epochs: int = Field(ge=1)
-    """most passes over the calibration tokens that fit a pruned block's output to the dense block's; the held-out
-    tokens decide where to stop"""
-    solver: Literal["adam", "lbfgs"] = "adam"
-    """optimiser: Adam on a few sequences at a time, or L-BFGS on all of them at every step"""
-    rate: float = Field(default=0.003, gt=0, le=1)
-    """largest change of a weight in a step of Adam, as a share of the root mean square of its layer"""
-    sequences: int = Field(default=1, ge=1)
-    """sequences in a step of Adam"""
-    pull: float = Field(default=0.0, ge=0)
-    """penalty on the mean squared change of the weights, in such shares, added to the block's relative error"""
-    tokens: int | None = Field(default=None, ge=1)
-    """about how many calibration tokens matching fits: whole batches, from the first; null takes all"""
-
-    @property
-    def descent(self) -> Descent[Any]:
-        """The solver that trains the weights."""
-        return Lbfgs(self.epochs) if self.solver == "lbfgs" else Adam(self.epochs, self.rate)
-
-
 class Refit(Group):
     """Refits that use held-out calibration sequences."""
 
@@ -161,10 +138,8 @@ class Refit(Group):
     tokens are then fitted too, unless recovery needs them; requires a solver that ends with a refit"""
     recovery: Recovery | None = None
     """refit of the kept weights of pruned sub-modules: none, or a number of rounds"""
-    matching: Matching | None = None
-    """training of whole pruned blocks afterwards: none, or a number of passes over the tokens"""
 
-    @field_serializer("recovery", "matching")
+    @field_serializer("recovery")
     def _none(self, group: Group | None) -> Any:
         return NONE if group is None else group.model_dump(mode="json")
 
@@ -251,6 +226,5 @@ GROUPS = {
     "vocabulary": Choice("keep", (SmallerVocabulary,)),
     "refit": Choice("held_out", (Refit,)),
     "refit.recovery": Choice("rounds", (Recovery,)),
-    "refit.matching": Choice("epochs", (Matching,)),
 }
 """groups of fields by their path in a recipe"""

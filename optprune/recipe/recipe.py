@@ -113,7 +113,7 @@ class Recipe(Displayed, BaseModel):
     metric: FisherMetric | None = None
     """output metric: none, or the Fisher information of the outputs"""
     refit: Refit | None = None
-    """use of held-out calibration tokens: none, or measured errors, chosen dampings, recovery and matching"""
+    """use of held-out calibration tokens: none, or measured errors, chosen dampings and recovery"""
     strict: bool = False
     """whether fallbacks, dead inputs, too few tokens and a missed budget are errors"""
     seed: int = Field(default=0, ge=0, lt=2**63)

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from optprune.errors import InputError
 from optprune.models import UNITS, Blocks, Units, Weights
 from optprune.patterns import ANYWHERE
-from optprune.recipe.groups import GROUPS, DepthSearch, Group
+from optprune.recipe.groups import GROUPS, NONE, DepthSearch, Group
 from optprune.recipe.names import read_pattern, read_units, sentence
 from optprune.system.wording import nearest, one_line, shown
 
@@ -34,14 +34,10 @@ RENAMED = {
     "recovery_steps": "refit.recovery.steps",
     "recovery_tokens": "refit.recovery.tokens",
     "recovery_damping": "refit.recovery.damping",
-    "matching": "refit.matching",
-    "matching_solver": "refit.matching.solver",
-    "matching_rate": "refit.matching.rate",
-    "matching_sequences": "refit.matching.sequences",
-    "matching_pull": "refit.matching.pull",
-    "matching_tokens": "refit.matching.tokens",
 }
 """former names of fields, which are refused with the present name"""
+REMOVED = {"refit.matching": "it was better in no comparison; heal the model instead (optprune heal)"}
+"""groups of fields that were removed, with the reason; a file that says `none` is still read"""
 
 
 @dataclass(frozen=True)
@@ -91,6 +87,11 @@ class Settings:
     def add(self, path: str, given: Given) -> None:
         """Set a field; a group is set by its fields or by the value of its switch."""
         value, spelling, layer = given.value, given.spelling, given.layer
+        if path in REMOVED and value in (None, NONE):
+            return
+        for group, reason in REMOVED.items():
+            if f"{path}.".startswith(f"{group}."):
+                raise InputError(f"the recipe field {one_line(spelling)!r} was removed: {reason}")
         if path in GROUPS and isinstance(value, Mapping | Group):
             for key, item in dict(value).items():
                 self.add(f"{path}.{key}", Given(item, f"{spelling}.{key}", layer))

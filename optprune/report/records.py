@@ -67,14 +67,11 @@ class RemovedPart:
 
 @dataclass(frozen=True)
 class RecoveredPart:
-    """Result of the recovery of a sub-module; errors are E|f* - f|^2 / E|f|^2 of its output f, in the output metric.
-
-    For a block that was matched as a whole, each token's squared error is divided by that token's squared norm.
-    """
+    """Result of the recovery of a sub-module; errors are E|f* - f|^2 / E|f|^2 of its output f, in the output metric."""
 
     name: str
     layers: tuple[str, ...]
-    """the refitted layers, in order; for a whole block all its parameters"""
+    """the refitted layers, in order"""
     error_before: float
     """the relative error on the fitted batches"""
     error_after: float
@@ -82,7 +79,7 @@ class RecoveredPart:
     """the relative error on the batches that decide when to stop"""
     held_out_after: float
     steps: int
-    """the steps that were kept: of conjugate gradients over all layers and rounds, or of the matching of a block"""
+    """the steps that were kept: of conjugate gradients over all layers and rounds"""
     seconds: float
 
 

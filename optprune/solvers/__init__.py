@@ -1,13 +1,11 @@
 """Solvers, one algorithm per file. A solver knows problems but no models; `solve` runs it, and the problem measures."""
 
-from optprune.solvers.adam import Adam
 from optprune.solvers.admm import Admm
 from optprune.solvers.base import Answer, AnySolver, Certificate, DirectSolver, Record, Solution, Solver, Status
 from optprune.solvers.chain import Chain
 from optprune.solvers.channel_order import best_permutation, channel_order
 from optprune.solvers.channel_swaps import ChannelSwaps
 from optprune.solvers.conjugate_gradients import ConjugateGradients
-from optprune.solvers.descent import Descent, Matched, match
 from optprune.solvers.experts import (
     ChosenExperts,
     ExpertElimination,
@@ -24,7 +22,6 @@ from optprune.solvers.fistapruner import FistaPruner
 from optprune.solvers.greedy_obs import GreedyObs, removal_curve
 from optprune.solvers.gridded import Gptq, GridDescent, RoundToNearest
 from optprune.solvers.hard_threshold import HardThreshold
-from optprune.solvers.lbfgs import Lbfgs
 from optprune.solvers.perspective import PerspectiveBound
 from optprune.solvers.proximal_admm import ProximalAdmm
 from optprune.solvers.ranking import FaspMetric, FlapMetric, Magnitude, Random, Ranking, UnitRanking, Wanda
@@ -38,7 +35,6 @@ from optprune.solvers.swaps import Swaps
 from optprune.solvers.value_basis import best_basis, nested_basis
 
 __all__ = [
-    "Adam",
     "Admm",
     "Answer",
     "AnySolver",
@@ -47,7 +43,6 @@ __all__ = [
     "ChannelSwaps",
     "ChosenExperts",
     "ConjugateGradients",
-    "Descent",
     "DirectSolver",
     "ExpertElimination",
     "ExpertFrequency",
@@ -62,9 +57,7 @@ __all__ = [
     "GreedyObs",
     "GridDescent",
     "HardThreshold",
-    "Lbfgs",
     "Magnitude",
-    "Matched",
     "PerspectiveBound",
     "ProximalAdmm",
     "Random",
@@ -89,7 +82,6 @@ __all__ = [
     "choose",
     "choose_experts",
     "load_solution",
-    "match",
     "nested_basis",
     "removal_curve",
     "save_solution",

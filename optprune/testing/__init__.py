@@ -1,27 +1,22 @@
-"""Checks of solvers, descents and penalties, for third parties too: laws, strategies and independent references.
+"""Checks of solvers and penalties, for third parties too: laws, strategies and independent references.
 
 Needs the extra `optprune[testing]` (hypothesis, cvxpy); a missing one is an ImportError, never a skipped check.
 """
 
 from optprune.testing.check import check_penalty, check_solver
 from optprune.testing.laws import SOLVER_LAWS, keep_laws
-from optprune.testing.matching import MATCHING_LAWS, Listed, check_descent, matchings
 from optprune.testing.references import REFERENCES, Reference, convex_optimum, reference, reference_optimum
 from optprune.testing.strategies import STRATEGIES
 
 __all__ = [
-    "MATCHING_LAWS",
     "REFERENCES",
     "SOLVER_LAWS",
     "STRATEGIES",
-    "Listed",
     "Reference",
-    "check_descent",
     "check_penalty",
     "check_solver",
     "convex_optimum",
     "keep_laws",
-    "matchings",
     "reference",
     "reference_optimum",
 ]

@@ -25,13 +25,6 @@ NARROW = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4,
 WIDE = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 2048}
 HEADS = {"hidden_size": 1024, "num_attention_heads": 16, "num_key_value_heads": 4, "intermediate_size": 64}
 SPARSE: dict[str, Any] = {"units": "weights", "sparsity": 0.5}
-MATCHED: dict[str, Any] = {
-    **SPARSE,
-    "sparsity": 0.01,
-    "solver": "magnitude",
-    "propagation": "intra",
-    "refit.held_out": 0.25,
-}
 REGIMES: dict[str, tuple[dict[str, int], dict[str, Any], int]] = {
     "hidden states": (NARROW, {**SPARSE, "solver": "magnitude", "propagation": "intra"}, 1024),
     "moments": (WIDE, {"units": "mlp", "solver": "fasp_metric"}, 4),
@@ -41,7 +34,6 @@ REGIMES: dict[str, tuple[dict[str, int], dict[str, Any], int]] = {
         4,
     ),
     "directions": (HEADS, {"units": "rotated-vo", "solver": "fasp_metric"}, 4),
-    "matching": (SQUARE, {**MATCHED, "refit.matching": {"epochs": 1, "sequences": 2, "pull": 0.01}}, 8),
     "workspace": (SQUARE, {**SPARSE, "solver": {"admm": {"most": 6}}}, 4),
 }
 """the config, the recipe and the number of sequences, by what takes the most memory then"""

@@ -61,12 +61,6 @@ PROMISES = {
     ("docs/guide/layer.md", "So a loop over layers prunes as `prune` does, bit for bit"): (
         "pruning/test_one_layer.py::test_a_loop_of_ones_own_prunes_as_prune_does[cross]"
     ),
-    ("docs/explanation/recovery.md", "Masks and widths stay bit for bit"): (
-        "pruning/test_block_matching.py::test_masks_and_widths_are_those_of_a_run_without[llama-case0-intra]"
-    ),
-    ("docs/explanation/recovery.md", "workers give the same bytes"): (
-        "pruning/test_workers.py::test_the_bytes_and_the_report_are_those_of_a_serial_run[llama-dense-recovery]"
-    ),
     ("docs/guide/report.md", "The same report gives the same bytes"): (
         "report/test_page.py::test_the_same_report_gives_the_same_bytes_whatever_matplotlib_is_set_to"
     ),

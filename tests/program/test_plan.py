@@ -17,19 +17,15 @@ from optprune.calibration import first_inputs
 from optprune.errors import InputError
 from optprune.export.check import logits_of
 from optprune.models import Decoder
-from optprune.problems import BlockMatching
 from optprune.program import Program
-from optprune.program.memory import Part, numbers_of, parts_of
+from optprune.program.memory import Part, parts_of
 from optprune.program.plan import planned_memory
 from optprune.program.room import Room, alternatives, check_room
 from optprune.program.time import Rates, Surroundings, block_passes, seconds_of
 from optprune.pruning import Measuring, plan, prune
 from optprune.pruning.measured_plan import BlockProbe
 from optprune.recipe import load_recipe
-from optprune.recipe.groups import Matching
 from optprune.report import Event, LayerSolved
-from optprune.solvers import Adam
-from optprune.testing import Listed
 from tests.helpers.memory import told
 from tests.helpers.programs import LENGTH, program_of
 from tests.helpers.short_runs import batches
@@ -122,17 +118,6 @@ def test_a_block_takes_what_is_planned_whatever_is_the_most() -> None:
     for regime, (measured, planned) in json.loads(run.stdout).items():
         # So near below that no part can be missing: the smallest that counts is a seventh.
         assert 0.87 * measured < planned < 1.2 * measured, (regime, measured, planned)
-
-
-@pytest.mark.parametrize("pull", [0.0, 0.1])
-def test_what_a_block_is_matched_with_is_what_adam_and_a_pull_hold(pull: float) -> None:
-    """In blocks, beside the point kept, a gradient and its sum."""
-    block = torch.nn.Linear(8, 8)
-    problem = BlockMatching.of(block, Listed(()), pull=pull)
-    state = Adam().begin(problem)
-    held = sum(part.numel() for part in (*(problem.anchor or ()), *state.mean, *state.square))
-    own = sum(weight.numel() for weight in block.parameters())
-    assert numbers_of(Matching(epochs=1, pull=pull)) == 3 + held / own
 
 
 # -- workers

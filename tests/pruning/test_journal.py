@@ -30,7 +30,6 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "fasp under cross": ("fasp", {"propagation": "cross"}),
     "depth": ("depth", {"sparsity": 0.4, "allocation.score_tokens": 64}),
     "spap": ("spap", {"refit.recovery.tokens": 64}),
-    "matching under cross": ("wanda", {"propagation": "cross", "refit.held_out": 0.25, "refit.matching": 2}),
 }
 BLOCKS = 3
 

@@ -130,12 +130,11 @@ def test_the_held_out_error_is_that_of_a_pass() -> None:
 
 
 @pytest.mark.e2e
-def test_all_is_in_place_with_recovery_matching_and_a_budget() -> None:
+def test_all_is_in_place_with_recovery_and_a_budget() -> None:
     model = uneven(tiny_qwen2())
     fields = {
         "refit.held_out": 0.25,
         "refit.recovery": 1,
-        "refit.matching": 1,
         "metric": "full",
         "allocation": "global",
     }

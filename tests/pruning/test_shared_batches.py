@@ -39,7 +39,6 @@ RUNS = {
         "sparse_best",
         {"refit.held_out": 0.2, "refit.recovery": 1, "metric.tokens": 96, "sparsity": 0.3},
     ),
-    "matching": ("wanda", {"refit.held_out": 0.2, "refit.matching": 2}),
     "rotated": ("fasp", {"units": "rotated-vo", "sparsity": 0.08}),
     "permuted": ("wanda", {"units.weights": "2:4", "permuted": True, "propagation": "intra"}),
     "dense": ("sparsegpt", {"propagation": "dense"}),

@@ -33,7 +33,6 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "sparse_best under intra": ("sparse_best", {"propagation": "intra", "refit.held_out": 0.25, "refit.recovery": 1}),
     "structured_best": ("structured_best", {"sparsity": 0.3, "allocation.least": 0.1, "allocation.probe_tokens": 64}),
     "spap": ("spap", {"refit.recovery.tokens": 100, "refit.held_out": 0.25}),
-    "matching": ("wanda", {"refit.held_out": 0.25, "refit.matching": 2, "refit.matching.tokens": 100}),
 }
 """recipes with the Fisher pass, probes, recovery, and scores that passes give"""
 

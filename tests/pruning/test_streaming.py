@@ -31,7 +31,6 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "whole layers": ("depth", {"sparsity": 0.3, "allocation.parts": "layers", "allocation.score": "influence"}),
     "sub-blocks": ("depth", {"sparsity": 0.3}),
     "recovery": ("spap", {}),
-    "matching": ("sparsegpt", {"propagation": "intra", "refit.held_out": 0.2, "refit.matching": 2}),
 }
 CHANGING = ("seconds", "floor_seconds", "phases", "calibration", "model")
 """what two reports of the same run do not share"""
