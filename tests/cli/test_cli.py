@@ -443,9 +443,11 @@ def test_the_reader_of_a_pipe_may_leave() -> None:
 
 
 @pytest.mark.e2e
-def test_bits_leave_weights_that_gguf_holds_exactly(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bits_leave_weights_that_gguf_holds_exactly(
+    tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     source = save_tiny(tiny_llama(), tmp_path / "model")
-    command = ["prune", str(source), "--calibration", "demo:calibration", "--samples", "4", "--seq-length", "64"]
+    command = ["prune", str(source), "--calibration", text, "--samples", "4", "--seq-length", "64"]
     command += ["--output", str(tmp_path / "out"), "--recipe", "wanda", "--pattern", "2:4", "--bits", "q4_0"]
     assert main(command) == 0
     assert main(["export", str(tmp_path / "out"), "--type", "q4_0", "--output", str(tmp_path / "m.gguf")]) == 0

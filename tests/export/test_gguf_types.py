@@ -22,6 +22,7 @@ from optprune.export.gguf_types import SMALL_BLOCK, TYPES, Choice, fallback
 from optprune.measure import llama_cpp_binding
 from optprune.models import Decoder, Mlp
 from optprune.objectives import LayerContext
+from optprune.texts import demo_articles
 from tests.helpers.gguf_models import PROMPT, apart, cut, expected_of, made, saved
 from tests.helpers.llama_cpp import LlamaCpp
 from tests.helpers.tiny_models import save_tiny, tiny_llama
@@ -290,7 +291,9 @@ def test_the_importance_stands_in_the_file_s_columns(family: str, tmp_path: Path
     """What is given as the importance arrives at the tensor whose columns it is of, filled up as they are."""
     model = tiny_llama(num_hidden_layers=4) if family == "llama" else made(family)
     folder = saved(cut(model, {Mlp(): 40}), tmp_path / "model")
-    importance = importance_of(folder, "demo:calibration", samples=2, seq_length=32)
+    (tmp_path / "text.txt").write_text("\n".join(demo_articles("calibration")[:5]))
+    text = str(tmp_path / "text.txt")
+    importance = importance_of(folder, text, samples=2, seq_length=32)
     seen = dict[tuple[int, ...], Tensor | None]()
     taken = ggml.packed
 
@@ -308,7 +311,7 @@ def test_the_importance_stands_in_the_file_s_columns(family: str, tmp_path: Path
     ]
     assert filled, "the zeros of the hidden units count nothing"
     fields = gguf.GGUFReader(tmp_path / "model.gguf").fields
-    assert fields["quantize.imatrix.dataset"].contents() == "demo:calibration"
+    assert fields["quantize.imatrix.dataset"].contents() == text
 
 
 def test_the_command_takes_a_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

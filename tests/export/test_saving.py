@@ -82,7 +82,8 @@ def test_a_pruned_folder_can_be_pruned_again(tmp_path: Path) -> None:
         again = load_model(str(tmp_path / units)).model
         report = prune(again, [torch.randint(5, 500, (2, 48))], load_recipe("fasp", {"sparsity": 0.2}))
         assert report.sparsity_reached == pytest.approx(0.2, abs=0.03)
-        save_model(again, tmp_path / f"{units} twice", check_tokens=CHECK_TOKENS)
+        # The check is a process of its own, of several seconds.
+        save_model(again, tmp_path / f"{units} twice", check_tokens=CHECK_TOKENS if units == "mlp" else None)
 
 
 def test_an_existing_folder_is_kept_unless_asked(tmp_path: Path) -> None:

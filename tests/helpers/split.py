@@ -6,9 +6,9 @@ over families, recipes, policies and more, and all combinations take long. Of th
 - one family of each structure, and some recipes, and
 - of several parameters as few combinations as hold every value once (each-choice coverage; Ammann and Offutt, 1994).
 
-Of the other combinations of these representatives `make test-e2e` runs as few as hold every value once more, and of the
-other families and recipes as few as hold each of them once. All that are left are marked `slow`. Laws are not split:
-each accepted pair of problem and solver keeps all of them in `make test`.
+`make test-e2e` runs as few combinations as hold each of the other families and recipes once; and of the tests that are
+marked `e2e` by hand as few as hold every value once. All that are left are marked `slow`. Laws are not split: each
+accepted pair of problem and solver keeps all of them in `make test`.
 """
 
 from collections import defaultdict
@@ -87,7 +87,8 @@ def split(items: Iterable[pytest.Item], names: dict[Hashable, str]) -> None:
         minor = [(item, found) for item in rest if (found := _minor(item, names))]
         again = [item for item in rest if not _minor(item, names)]
         once = {minor[place][0] for place in chosen([dict.fromkeys(found) for _, found in minor])}
-        once |= {again[place] for place in chosen([item.callspec.params for item in again])}
+        if not everyday:
+            once |= {again[place] for place in chosen([item.callspec.params for item in again])}
         for item in everyday:
             if item not in kept:
                 item.add_marker(pytest.mark.e2e)

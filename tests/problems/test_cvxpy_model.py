@@ -82,24 +82,30 @@ def optimum(problem):
     return solve(problem.restrict(chosen), Restore()).objective
 
 
-def ratios(make, solver):
-    """The loss of a solver over what SCIP proves to be the least, for twenty problems."""
-    problems = map(make, range(20))
+def ratios(make, solver, count):
+    """The loss of a solver over what SCIP proves to be the least, for some problems."""
+    problems = map(make, range(count))
     return [solve(problem, solver).objective / optimum(problem) for problem in problems]
 
 
-@pytest.mark.e2e
-def test_spap_and_exchanges_reach_the_channels_that_scip_proves_to_be_best():
-    found = ratios(units, Chain((Spap(), ChannelSwaps(), Restore())))
-    assert min(found) >= 1 - 1e-5
-    assert sum(ratio <= 1 + 1e-5 for ratio in found) >= 18
+# All twenty take SCIP most of a minute.
+COUNTS = pytest.mark.parametrize("count", [6, pytest.param(20, marks=pytest.mark.slow)])
 
 
 @pytest.mark.e2e
-def test_exchanges_with_a_refit_reach_the_weights_that_scip_proves_to_be_best():
-    found = ratios(entries, Chain((Admm(), ConjugateGradients(), RefittedSwaps())))
+@COUNTS
+def test_spap_and_exchanges_reach_the_channels_that_scip_proves_to_be_best(count):
+    found = ratios(units, Chain((Spap(), ChannelSwaps(), Restore())), count)
     assert min(found) >= 1 - 1e-5
-    assert sum(ratio <= 1 + 1e-5 for ratio in found) >= 18
+    assert sum(ratio <= 1 + 1e-5 for ratio in found) >= 0.9 * count
+
+
+@pytest.mark.e2e
+@COUNTS
+def test_exchanges_with_a_refit_reach_the_weights_that_scip_proves_to_be_best(count):
+    found = ratios(entries, Chain((Admm(), ConjugateGradients(), RefittedSwaps())), count)
+    assert min(found) >= 1 - 1e-5
+    assert sum(ratio <= 1 + 1e-5 for ratio in found) >= 0.9 * count
 
 
 def test_scip_keeps_a_pattern_and_the_bounds_hold_its_answer():

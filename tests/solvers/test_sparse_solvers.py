@@ -130,6 +130,7 @@ STATED_SHARES = {
     Chain((Swaps(), Restore())): 0.53,
     Chain((Admm(), ConjugateGradients(), RefittedSwaps())): 0.93,
 }
+SLOW, *OTHERS = STATED_SHARES
 
 
 @cache
@@ -141,7 +142,7 @@ def tiny():
 
 
 @pytest.mark.e2e
-@pytest.mark.parametrize("solver", STATED_SHARES, ids=lambda solver: solver.label)
+@pytest.mark.parametrize("solver", [pytest.param(SLOW, marks=pytest.mark.slow), *OTHERS], ids=lambda one: one.label)
 def test_the_exhaustive_optimum_is_met_on_the_stated_share(solver):
     met = 0
     for problem, best in tiny():

@@ -23,7 +23,6 @@ from optprune.solvers import (
     Admm,
     Chain,
     ConjugateGradients,
-    Descent,
     DirectSolver,
     ExpertSolver,
     Fista,
@@ -37,7 +36,6 @@ from optprune.solvers import (
     Wanda,
     solve,
 )
-from optprune.solvers.descent import GRADIENT_PASSES
 from optprune.solvers.greedy_obs import removal_curve_work
 from optprune.solvers.inverse import entry_costs_work
 from optprune.solvers.value_basis import best_basis_work
@@ -159,13 +157,6 @@ def test_a_solve_takes_the_memory_that_its_solver_declares(recipe):
 def test_a_coupling_metric_adds_memory_that_goes_with_the_outputs():
     for solver in (Admm(), GreedyObs(), Restore()):
         assert solver.work(4096, 64, coupled=True).bytes > 3 * solver.work(4096, 64).bytes
-
-
-@pytest.mark.parametrize("cls", concrete(Descent), ids=lambda cls: cls.__name__)
-def test_a_descent_goes_through_the_tokens_once_for_each_epoch_and_back(cls):
-    few, many = cls(epochs=2).work(100), cls(epochs=6).work(100)
-    assert few.passes == 2 * GRADIENT_PASSES and many.passes == 3 * few.passes
-    assert many.flops > few.flops > 0 and cls().work(200).bytes == 2 * cls().work(100).bytes > 0
 
 
 @pytest.mark.parametrize("cls", concrete(ExpertSolver), ids=lambda cls: cls.__name__)
