@@ -27,6 +27,7 @@ from optprune.recipe import Recipe
 
 Q4_0 = GGMLQuantizationType.Q4_0
 CHAIN = ["gptq", "grid_descent"]
+METRIC = {"kind": "full", "width": 4096, "damping": 0.1}
 ALPS = {
     "propagation": "cross",
     "units": {"weights": "2:4"},
@@ -79,9 +80,14 @@ def rows(base: Setting) -> Iterator[tuple[str, Callable[[], PreTrainedModel]]]:
     yield "gptq, grid_descent, inputs of the rounded model", lambda: pruned(base, bits=bits(CHAIN))
     yield "gptq", lambda: pruned(base, bits=bits("gptq"), propagation="cross")
     yield "gptq, grid_descent", lambda: pruned(base, bits=bits(CHAIN), propagation="cross")
+    yield (
+        "gptq, grid_descent, output metric",
+        lambda: pruned(base, bits=bits(CHAIN), propagation="cross", metric=METRIC),
+    )
     yield "2:4 (ALPS)", lambda: pruned(base, **ALPS)
     yield "2:4, then q4_0 by rounding", lambda: pruned(base, **ALPS, bits=bits("round_to_nearest"))
     yield "2:4 with q4_0", lambda: pruned(base, **ALPS, bits=bits(CHAIN))
+    yield "2:4 with q4_0, output metric", lambda: pruned(base, **ALPS, bits=bits(CHAIN), metric=METRIC)
 
 
 def main() -> None:

@@ -72,6 +72,11 @@ def solve_lower(factor: Tensor, right: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(factor, right, upper=False)
 
 
+def solve_upper(factor: Tensor, right: Tensor) -> Tensor:
+    """Return the X of R X = B for an upper triangular R."""
+    return torch.linalg.solve_triangular(factor, right, upper=True)
+
+
 def pinv(matrix: Tensor) -> Tensor:
     """Return the pseudo-inverse of a symmetric matrix."""
     return torch.linalg.pinv(matrix, hermitian=True)
@@ -80,6 +85,11 @@ def pinv(matrix: Tensor) -> Tensor:
 def orthonormal(columns: Tensor, *, whole: bool = False) -> Tensor:
     """Return orthonormal columns, the first k of which have the span of the first k given ones; a basis if `whole`."""
     return torch.linalg.qr(columns, mode="complete" if whole else "reduced")[0]
+
+
+def upper_factor(columns: Tensor) -> Tensor:
+    """Return an upper triangular R with R^T R = C^T C, which needs no product and has its precision."""
+    return torch.linalg.qr(columns, mode="r").R
 
 
 def norm(values: Tensor, dim: int | None = None) -> Tensor:

@@ -246,11 +246,14 @@ def _answer(task: LayerTask, context: LayerContext, held_out: InputMoments | Non
 
 
 def _on_grid(task: LayerTask, loss: LayerLoss, weight: Tensor, held_out: InputMoments | None) -> _Answer:
-    """Return the layer's solution on its grid, with the zeros of a weight; a full output metric is not used."""
-    assert task.target.grid is not None
+    """Return the layer's solution on its grid, with the zeros of a weight, in the metric if the solver takes it."""
+    grid, solver = task.target.grid, task.method.grid_solver
+    assert grid is not None and solver is not None
     kept = weight != 0
-    problem = GridLeastSquares(loss.plain, task.target.grid, None if bool(kept.all()) else kept)
-    solution = solve(problem, task.method.grid_solver, start=problem.project(weight))
+    problem = GridLeastSquares(loss, grid, None if bool(kept.all()) else kept)
+    if solver.refusal(problem) is not None:
+        problem = replace(problem, loss=loss.plain)
+    solution = solve(problem, solver, start=problem.project(weight))
     _check(solution, task.name)
     return _Answer(problem, solution, held_out, None, _dead(problem))
 

@@ -17,6 +17,7 @@ import scipy.linalg
 import torch
 
 from optprune.errors import InputError
+from optprune.grids import Grid
 from optprune.patterns import NM, RowWise, Unstructured
 from optprune.penalties import L1, ColumnGroups, ElasticNet, Penalty, WeightedL1
 from optprune.problems import (
@@ -78,26 +79,31 @@ def restored(quadratic: Quadratic, mask: Array) -> Array:
 
 
 def _restored_jointly(quadratic: Quadratic, mask: Array) -> Array:
-    """Return the best weight on a mask whose rows S couples, by one least-squares problem with a Kronecker product.
-
-    |R (V X*^T - W X^T)|^2 + |R (V - W) D^(1/2)|^2 with R^T R = S, row after row of V.
-    """
+    """Return the best weight on a mask whose rows S couples, by one least-squares problem with a Kronecker product."""
     answer = np.zeros_like(quadratic.weight)
     if not mask.any():
         return answer
+    data, right, sizes, noise = _joint_system(quadratic)
+    data, largest = data[:, mask.reshape(-1)], np.linalg.norm(data[:, mask.reshape(-1)], 2)
+    if largest > 0:
+        found = np.asarray(scipy.linalg.lstsq(data, right, cond=min(noise / largest, 1.0))[0])  # pyright: ignore
+        answer[mask] = found / sizes[mask.reshape(-1)]
+    return answer
+
+
+def _joint_system(quadratic: Quadratic) -> tuple[Array, Array, Array, float]:
+    """Return K, t, the sizes c and the noise of |R (V X*^T - W X^T)|^2 + |R (V - W) D^(1/2)|^2 = |K (c v) - t|^2.
+
+    R^T R = S, and v has the rows of V one after the other. Singular values of K below the noise are rounding.
+    """
     ridge, root, outputs = np.diag(np.sqrt(quadratic.damping)), quadratic.root, roots(np.diag(quadratic.metric))
     wanted = np.vstack([quadratic.outputs, ridge @ quadratic.weight.T])
     right = (root @ wanted.T).reshape(-1)
     root, tokens = root / outputs, np.vstack([quadratic.inputs, ridge]) / quadratic.scale
-    data = np.kron(root, tokens)[:, mask.reshape(-1)]
     # Singular values of a Kronecker product are products: rounding in one factor is multiplied by the other.
     noise = quadratic.negligible * np.linalg.norm(root, 2)
     noise += np.sqrt(len(root) * quadratic.epsilon) * np.linalg.norm(root, 2) * np.linalg.norm(tokens, 2)
-    largest = np.linalg.norm(data, 2)
-    if largest > 0:
-        found = np.asarray(scipy.linalg.lstsq(data, right, cond=min(noise / largest, 1.0))[0])  # pyright: ignore
-        answer[mask] = found / np.outer(outputs, quadratic.scale)[mask]
-    return answer
+    return np.kron(root, tokens), right, np.outer(outputs, quadratic.scale).reshape(-1), float(noise)
 
 
 def of_weight(quadratic: Quadratic, answer: Array) -> Reference:
@@ -220,19 +226,19 @@ def exhaustive_grid(problem: GridLeastSquares) -> Reference:
     """Return the optimum of a problem on a grid over all integers of a row, with scales that are any real numbers.
 
     It is below the optimum with stored scales, of which the returned weight is one: that with each scale rounded.
-    For at most two blocks in a row, and rows that no metric couples.
+    For at most two blocks in a row and 12 bits, or 4 weights of 2 bits if a metric couples the rows.
     """
     quadratic, grid = Quadratic.of(problem.loss), problem.grid
-    if quadratic.coupled or quadratic.weight.shape[1] > 2 * grid.block or quadratic.weight.shape[1] * grid.bits > 12:
-        raise InputError("the reference is for rows of at most two blocks and 12 bits, without a full metric")
     rows, width = quadratic.weight.shape
-    lowest = 1 - 2**grid.bits if grid.shifted else -(2 ** (grid.bits - 1))
-    highest = 2**grid.bits - 1 if grid.shifted else 2 ** (grid.bits - 1) - 1
-    every = np.array(list(product(range(lowest, highest + 1), repeat=width)), dtype=float)
-    blocks = every.reshape(len(every), -1, grid.block)
-    spans = np.maximum(blocks.max(2), 0) - np.minimum(blocks.min(2), 0)
-    every = every[(spans <= 2**grid.bits - 1).all(1)]
+    bits = rows * width * (grid.bits + 1) if quadratic.coupled else width * grid.bits
+    if width > 2 * grid.block or bits > 12:
+        raise InputError(
+            "the reference is for rows of at most two blocks and 12 bits, or 4 weights of 2 bits with a full metric"
+        )
+    every = _integers(grid, width)
     mask = np.ones((1, width), dtype=bool) if problem.mask is None else problem.mask.cpu().numpy()
+    if quadratic.coupled:
+        return _coupled_grid(quadratic, grid, [every[(every[:, ~kept] == 0).all(1)] for kept in mask])
     data = np.vstack([quadratic.inputs, np.diag(np.sqrt(quadratic.damping))])
     wanted = np.vstack([quadratic.outputs, np.sqrt(quadratic.damping)[:, None] * quadratic.weight.T])
     best, rounded = np.zeros_like(quadratic.weight), np.zeros_like(quadratic.weight)
@@ -248,6 +254,38 @@ def exhaustive_grid(problem: GridLeastSquares) -> Reference:
         best[row] = found[_row_losses(quadratic, found, row).argmin()]
         rounded[row] = other[_row_losses(quadratic, other, row).argmin()]
     return Reference(quadratic.value(best), quadratic.rounding(best), rounded)
+
+
+def _integers(grid: Grid, width: int) -> Array:
+    """Return all integers [choices, width] that a row can have."""
+    lowest = 1 - 2**grid.bits if grid.shifted else -(2 ** (grid.bits - 1))
+    highest = 2**grid.bits - 1 if grid.shifted else 2 ** (grid.bits - 1) - 1
+    every = np.array(list(product(range(lowest, highest + 1), repeat=width)), dtype=float)
+    blocks = every.reshape(len(every), -1, grid.block)
+    spans = np.maximum(blocks.max(2), 0) - np.minimum(blocks.min(2), 0)
+    return every[(spans <= 2**grid.bits - 1).all(1)]
+
+
+def _coupled_grid(quadratic: Quadratic, grid: Grid, integers: list[Array]) -> Reference:
+    """Return the optimum over the integers of all rows together, given as one list for each row or one for all."""
+    rows, width = quadratic.weight.shape
+    lists = integers * rows if len(integers) == 1 else integers
+    joint = np.array([np.concatenate(each) for each in product(*lists)])
+    # [choices, blocks, rows x in]: the weight of each block with a scale of one.
+    places = np.arange(rows * width) // grid.block
+    each = joint[:, None, :] * (places == np.arange(places[-1] + 1)[:, None])
+    data, right, sizes, noise = _joint_system(quadratic)
+    directions = (each * sizes) @ data.T
+    largest = np.linalg.norm(directions, 2, axis=(1, 2))
+    cut = np.minimum(noise / np.where(largest > 0, largest, np.inf), 1.0)
+    scales = (np.linalg.pinv(directions.mT, rcond=cut) @ right[:, None])[..., 0]
+    stored = torch.from_numpy(scales).to(grid.scale_dtype).double().numpy()
+    found = []
+    for one in (scales, stored):
+        weights = np.einsum("cb,cbw->cw", one, each)
+        losses = np.sum(((weights * sizes) @ data.T - right) ** 2, 1)
+        found.append(weights[losses.argmin()].reshape(rows, width))
+    return Reference(quadratic.value(found[0]), quadratic.rounding(found[0]), found[1])
 
 
 def _row_losses(quadratic: Quadratic, weights: Array, row: int) -> Array:

@@ -225,6 +225,8 @@ def metrics(
 Kind = TypeVar("Kind")
 MOST_COUPLED = 8
 """weights of a sparse problem whose rows are coupled: its reference solves each of its 2^8 masks jointly"""
+MOST_ON_GRID = 4
+"""the same of a problem on a grid, whose reference tries all integers of all rows together"""
 
 
 @st.composite
@@ -241,12 +243,22 @@ def weighted(
     loss = problem.loss
     if metric == "full" and isinstance(problem, SparseLeastSquares):
         assume(loss.weight.numel() <= MOST_COUPLED)
+    if metric == "full" and isinstance(problem, GridLeastSquares):
+        problem = _first_rows(problem, max(1, MOST_ON_GRID // loss.weight.shape[1]))
+        loss = problem.loss
     found = draw(metrics(loss.weight.shape[0], metric, dtype=dtype, generic=generic))
     loss = replace(loss, metric=found)
     if isinstance(problem, PenalisedLeastSquares):
         # Strengths are relative to the loss in the metric.
         return replace(problem, loss=loss, penalty=draw(penalties(loss)))
     return replace(problem, loss=loss)
+
+
+def _first_rows(problem: GridLeastSquares, rows: int) -> GridLeastSquares:
+    """Return the problem of the first rows alone."""
+    loss, mask = problem.loss, problem.mask
+    fewer = LayerLoss(loss.weight[:rows], loss.moments, loss.damping, loss.fit_bias)
+    return GridLeastSquares(fewer, problem.grid, None if mask is None else mask[:rows])
 
 
 @st.composite

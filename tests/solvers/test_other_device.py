@@ -8,7 +8,7 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 
 import optprune
-from optprune.errors import InputError
+from optprune.errors import InputError, OptpruneError
 from optprune.solvers import Chain, solve
 from optprune.testing.strategies import STRATEGIES, VARIABLE, chosen_device, weighted
 from tests.helpers.moved import moved
@@ -34,7 +34,7 @@ def test_a_solver_gives_the_same_weights_on_the_other_device(solver):
                 return
             try:
                 expected = solve(problem, solver)
-            except optprune.OptpruneError:
+            except OptpruneError:
                 # What is refused for its numbers is refused there as well, which the laws look at.
                 return
             there = moved(problem, set_up())
