@@ -225,17 +225,18 @@ AT_ONCE = 2048
 class MomentSums:
     """Sums of InputMoments over batches: products in the inputs' float dtype (TF32 off), sums in float64.
 
-    Products are of deviations from the mean of the first batch, so that a large mean does not make them large.
-    On a GPU the deviations of bfloat16 inputs from a mean in bfloat16 are multiplied on tensor cores (`gram_product`).
+    Half of a symmetric sum is stored. Products are of deviations from the mean of the first batch, so that a large mean
+    does not make them large. On a GPU the deviations of bfloat16 inputs from a mean in bfloat16 are multiplied on
+    tensor cores (`gram_product`).
     """
 
     def __init__(self, width: int, device: torch.device, *, with_dense: bool = False) -> None:
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.float64, device=device)
 
-        self._sums = [zeros(width, width), zeros(width)]
+        self._sums = [gram.packed_zeros(width, device), zeros(width)]
         if with_dense:
-            self._sums += [zeros(width, width), zeros(width, width), zeros(width)]
+            self._sums += [zeros(width, width), gram.packed_zeros(width, device), zeros(width)]
         self._origins: list[Tensor] = []
         self._split = False
         self.tokens = 0
@@ -267,7 +268,9 @@ class MomentSums:
             self._sums[4].add_(drift.sum(0))
         self.tokens += len(actual)
         if self._split:
-            self._sums[0].add_(gram.gram_product(actual))
+            product = gram.gram_product(actual)
+            for stripe, part in gram.packed_stripes(self._sums[0], len(product)):
+                part.add_(product[stripe, stripe.start :])
         else:
             gram.add_square(self._sums[0], actual)
 
@@ -282,10 +285,13 @@ class MomentSums:
         shifts = [new.double() - old.double() for new, old in zip(later._origins, self._origins, strict=True)]
         totals = [later._sums[place] for place in (1, 4)[: len(shifts)]]
         moved = [total + later.tokens * shift for total, shift in zip(totals, shifts, strict=True)]
-        pairs = [(0, 0), (1, 0), (1, 1)] if len(shifts) > 1 else [(0, 0)]
-        for place, (left, right) in zip((0, 2, 3), pairs, strict=False):
-            self._sums[place].add_(later._sums[place]).addr_(totals[left], shifts[right])
-            self._sums[place].addr_(shifts[left], moved[right])
+        for place, total, shift, there in zip((0, 3), totals, shifts, moved, strict=False):
+            self._sums[place].add_(later._sums[place])
+            for stripe, part in gram.packed_stripes(self._sums[place], len(total)):
+                right = slice(stripe.start, None)
+                part.addr_(total[stripe], shift[right]).addr_(shift[stripe], there[right])
+        if len(shifts) > 1:
+            self._sums[2].add_(later._sums[2]).addr_(totals[1], shifts[0]).addr_(shifts[1], moved[0])
         for place, total in zip((1, 4), moved, strict=False):
             self._sums[place].add_(total)
         self.tokens += later.tokens
@@ -328,17 +334,20 @@ class MomentSums:
         """Return the averages so far; for an expert's layer without tokens those of zero inputs."""
         if self.tokens:
             return self.moments()
-        square, mean = self._sums[0].float(), self._sums[1].float()
+        mean = self._sums[1].float()
+        square = mean.new_zeros(len(mean), len(mean))
         drift = Drift(square.clone(), square.clone(), mean.clone()) if len(self._sums) > 2 else None
         return InputMoments(square, mean, 0, drift, square)
 
     def _covariance(self, total: Tensor, mean: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return the centred average of a sum of squares, exactly symmetric, with no copy of it in float64."""
-        gram.mirror(total)
-        covariance = total.new_empty(total.shape, dtype=dtype)
-        for stripe in gram.stripes(len(total)):
-            part = (total[stripe] + total[:, stripe].T).div_(2 * self.tokens)
-            covariance[stripe] = part.addr_(mean[stripe], mean, alpha=-1)
+        """Return the centred average of a packed sum of squares, exactly symmetric, with no copy of it in float64."""
+        covariance = total.new_empty(len(mean), len(mean), dtype=dtype)
+        for stripe, part in gram.packed_stripes(total, len(mean)):
+            average, square = part / self.tokens, part[:, : len(part)]
+            average[:, : len(part)] = (square + square.T).div_(2 * self.tokens)
+            average.addr_(mean[stripe], mean[stripe.start :], alpha=-1)
+            covariance[stripe, stripe.start :] = average
+            covariance[stripe.stop :, stripe] = covariance[stripe, stripe.stop :].T
         # The variance of a constant input is zero; its rounding must not be negative.
         covariance.diagonal().clamp_(min=0)
         return covariance

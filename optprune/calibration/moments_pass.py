@@ -1,6 +1,5 @@
 """The moments pass: inside a block, the inputs of its layers are reduced to moments batch by batch."""
 
-import math
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from optprune.measure.clock import clock
 from optprune.models import Decoder
 from optprune.models.mixture import SeparateExperts
 from optprune.moments import AT_ONCE, InputMoments, MomentSums
+from optprune.numerics.gram import packed_size
 from optprune.work import Work
 
 SUM, AVERAGE = 8, 4
@@ -94,11 +94,11 @@ def moments_work(decoder: Decoder, index: int, taps: Collection[str], tokens: in
     passing = block_pass(decoder, index) * tokens
     if not taps:
         return passing
-    squares = sorted(decoder.layer(index, tap).in_features ** 2 for tap in taps)
+    widths = sorted(decoder.layer(index, tap).in_features for tap in taps)
     inside = activation_bytes(decoder, index, min(tokens, TOKENS_PER_BATCH))
-    deviations = AVERAGE * min(AT_ONCE, tokens) * math.isqrt(squares[-1])
-    adding = SUM * sum(squares) + (AVERAGE + SUM) * squares[-1] + deviations + inside
-    averaging = AVERAGE * sum(squares[:-1]) + (SUM + AVERAGE) * squares[-1]
+    deviations = AVERAGE * min(AT_ONCE, tokens) * widths[-1]
+    adding = SUM * sum(map(packed_size, widths)) + (AVERAGE + SUM) * widths[-1] ** 2 + deviations + inside
+    averaging = AVERAGE * sum(width**2 for width in widths) + SUM * packed_size(widths[-1])
     return passing + gram_work(decoder, index, taps) * tokens + Work(bytes=max(adding, averaging))
 
 

@@ -1,6 +1,7 @@
 """Gram matrices X^T X: products on tensor cores, sums, and a check that a matrix can be an average of z z^T."""
 
 import math
+from collections.abc import Iterator
 
 import torch
 from jaxtyping import BFloat16, Bool, Float, Float32
@@ -62,16 +63,29 @@ STRIPE, LANES = 192, 64
 round otherwise"""
 
 
-def add_square(total: Float[Tensor, "n n"], rows: Float[Tensor, "tokens n"]) -> None:
-    """Add X^T X to a sum of which only the entries right of the diagonal, and some near it, are kept: see `mirror`."""
-    for stripe in stripes(len(total)):
-        total[stripe, stripe.start :].add_(rows[:, stripe].T @ rows[:, stripe.start :])
+def packed_zeros(width: int, device: torch.device) -> Float[Tensor, " packed"]:
+    """Return an empty sum of products X^T X in float64: the entries right of the diagonal, and some near it."""
+    return torch.zeros(packed_size(width), dtype=torch.float64, device=device)
 
 
-def mirror(total: Float[Tensor, "n n"]) -> None:
-    """Fill, in place, the entries of a sum that `add_square` does not keep."""
-    for stripe in stripes(len(total)):
-        total[stripe.stop :, stripe] = total[stripe, stripe.stop :].T
+def packed_size(width: int) -> int:
+    """Return how many numbers a packed sum has: about half of a matrix."""
+    return sum((stripe.stop - stripe.start) * (width - stripe.start) for stripe in stripes(width))
+
+
+def packed_stripes(packed: Float[Tensor, " packed"], width: int) -> Iterator[tuple[slice, Float[Tensor, "rows right"]]]:
+    """Yield the stripes of a packed sum as views: some rows, and their columns from the first of these rows on."""
+    begin = 0
+    for stripe in stripes(width):
+        shape = stripe.stop - stripe.start, width - stripe.start
+        yield stripe, packed[begin : begin + math.prod(shape)].view(shape)
+        begin += math.prod(shape)
+
+
+def add_square(total: Float[Tensor, " packed"], rows: Float[Tensor, "tokens n"]) -> None:
+    """Add X^T X to a packed sum."""
+    for stripe, part in packed_stripes(total, rows.shape[1]):
+        part.add_(rows[:, stripe].T @ rows[:, stripe.start :])
 
 
 def stripes(width: int) -> list[slice]:

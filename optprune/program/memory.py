@@ -11,6 +11,7 @@ from optprune.allocation import Depth
 from optprune.calibration.fisher_pass import POSITIONS_AT_ONCE, TOKENS_AT_ONCE
 from optprune.models import Target, reorderable
 from optprune.moments import AT_ONCE
+from optprune.numerics.gram import packed_size
 from optprune.program.program import AVERAGE, Program
 
 AHEAD = 2
@@ -92,16 +93,20 @@ def streams(program: Program, count: int) -> Iterator[Part]:
 def collecting(program: Program, taps: dict[str, int], drifted: bool, held_out: bool) -> int:
     """Return the peak bytes of the sums of moments while they are gathered and averaged, by the width of each tap."""
     kinds = 3 if drifted else 1
-    squares = sorted(width**2 for width in taps.values())
-    if not squares:
+    widths = sorted(taps.values())
+    if not widths:
         return 0
-    sums = SUM * kinds * sum(squares)
+
+    def summed(width: int) -> int:
+        return SUM * (packed_size(width) * (2 if drifted else 1) + width**2 * drifted)
+
+    sums, widest = sum(map(summed, widths)), widths[-1]
     # A batch's product, which is copied when it is added to the sums; the CPU forms squares in stripes.
     whole = drifted or program.request.device != "cpu"
-    adding = sums * (2 if held_out else 1) + (AVERAGE + SUM) * squares[-1] * whole
-    adding += min(AT_ONCE, program.batch_tokens) * int(squares[-1] ** 0.5) * 4 * kinds
+    adding = sums * (2 if held_out else 1) + (AVERAGE + SUM) * widest**2 * whole
+    adding += min(AT_ONCE, program.batch_tokens) * widest * 4 * kinds
     # The last and widest is averaged beside the averages of the others.
-    averaging = AVERAGE * kinds * sum(squares[:-1]) + ((SUM + AVERAGE) * kinds + SUM * drifted) * squares[-1]
+    averaging = AVERAGE * kinds * sum(width**2 for width in widths) + summed(widest) + SUM * drifted * widest**2
     averaging += sums if held_out else 0
     return max(adding, averaging)
 
