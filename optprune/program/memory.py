@@ -106,7 +106,7 @@ def collecting(program: Program, taps: dict[str, int], drifted: bool, held_out: 
     adding = sums * (2 if held_out else 1) + (AVERAGE + SUM) * widest**2 * whole
     adding += min(AT_ONCE, program.batch_tokens) * widest * 4 * kinds
     # The last and widest is averaged beside the averages of the others.
-    averaging = AVERAGE * kinds * sum(width**2 for width in widths) + summed(widest) + SUM * drifted * widest**2
+    averaging = AVERAGE * kinds * sum(width**2 for width in widths) + summed(widest)
     averaging += sums if held_out else 0
     return max(adding, averaging)
 
