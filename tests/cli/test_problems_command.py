@@ -1,5 +1,8 @@
 """optprune problems: what a run meets at the layers of a model, as files."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,7 @@ from optprune.cli import main
 from optprune.problems import origin_of
 from optprune.pruning.saved_problems import save_problems
 from tests.helpers.attempts import SMALL, Attempt
+from tests.helpers.memory import told
 
 
 def words(attempt: Attempt, *more: str) -> list[str]:
@@ -47,6 +51,18 @@ def test_a_file_holds_the_problem_that_prune_meets(attempt: Attempt, recipe: str
     said = attempt.capsys.readouterr().out
     assert f"{len(names)} problem" in said
     assert main(["solve", str(file)]) == 0
+
+
+@told
+@pytest.mark.e2e
+def test_a_wide_problem_takes_at_most_twice_its_memory_beside_the_model(tmp_path: Path) -> None:
+    """From the first sums to the file."""
+    # What the C library keeps of what is freed is no part of it.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": str(64 * 1024)}
+    words = [sys.executable, "-m", "tests.helpers.problem_memory", str(tmp_path)]
+    run = subprocess.run(words, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    taken, held = map(int, run.stdout.split())
+    assert held < taken < 2 * held
 
 
 def test_nothing_is_pruned_after_the_last_layer_that_is_written(attempt: Attempt, tmp_path: Path) -> None:
