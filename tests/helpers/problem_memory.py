@@ -15,10 +15,8 @@ from optprune.pruning.saved_problems import save_problems
 
 
 def main() -> None:
-    model, recipe = (
-        tiny_llama(num_hidden_layers=1, hidden_size=1024, intermediate_size=3584),
-        optprune.load_recipe("wanda"),
-    )
+    model = tiny_llama(num_hidden_layers=1, hidden_size=1024, intermediate_size=3584)
+    recipe = optprune.load_recipe("wanda")
     folder, batches = Path(sys.argv[1]), [torch.randint(0, 64, (2, 16), generator=torch.Generator().manual_seed(0))]
 
     def write(layer: str) -> None:
