@@ -99,6 +99,7 @@ def problems_command(
 
 NOT_TAKEN = {
     "sequences": "packed",
+    "generated": 0,
     "save_dtype": "auto",
     "propagation": None,
     "bits": None,

@@ -17,6 +17,7 @@ from optprune.cli.options import (
     Calibration,
     Device,
     Dtype,
+    Generated,
     JsonFile,
     MaxShardSize,
     Model,
@@ -100,6 +101,7 @@ def prune_command(
         typer.Option("--windows", help="Number of windows for --to-quality. [default: all]", rich_help_panel=ADVANCED),
     ] = None,
     samples: Samples = 128,
+    generated: Generated = 0,
     seq_length: SeqLength = 2048,
     sequences: Sequences = "packed",
     seed: Seed = None,
@@ -167,6 +169,7 @@ def prune_command(
         workers=workers_of(chosen.policy, workers, ray),
         states=states,
         architecture=architecture,
+        generated=generated,
     )
     whole.check()
     check_json(json_file, output=output, models=[model])
@@ -174,8 +177,7 @@ def prune_command(
     check_sequences(sequences)
     goal = {"to": to, "quality": to_quality, "text": text, "windows": windows}
     resolved = _resolved(options, chosen, goal, (calibration, sequences), whole=whole, say=reporter.say)
-    program = resolved.program
-    whole.check_run(program)
+    whole.check_run(program := resolved.program)
     texts = read_texts(calibration)
     resolved.report_notes(reporter.say)
     characters = sum(text.characters for text in texts)

@@ -1,11 +1,13 @@
 """A run of the command line from a model source to a checked folder, in one process or in those of torchrun."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from optprune.cli.run_folder import Output, keep_or_delete
+from optprune.system.wording import counted
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -15,7 +17,7 @@ if TYPE_CHECKING:
     from optprune.models import LoadedModel
     from optprune.models.store import BlockSink
     from optprune.program import Program
-    from optprune.pruning import PartialSums, Workers
+    from optprune.pruning import Journal, PartialSums, Workers
     from optprune.report import PhaseRecorder, Report
     from optprune.report.progress import Reporter
     from optprune.tokens import VocabularyPruning
@@ -37,6 +39,8 @@ class WholeRun:
     """the draft of the model's architecture"""
     vocabulary: "VocabularyPruning | None" = None
     """the smaller vocabulary, where the recipe has one"""
+    generated: int = 0
+    """number of calibration windows that the dense model generates"""
 
     def check(self) -> None:
         """Raise InputError unless the options are valid, whatever the model and the text."""
@@ -66,6 +70,38 @@ class WholeRun:
         places = {"dtype": self.dtype, "device": self.device, "architecture": self.architecture}
         return open_model(self.model, sink=sink, scratch=scratch, **places)  # type: ignore[arg-type]
 
+    def with_generated(
+        self,
+        program: "Program",
+        batches: "Sequence[Tensor]",
+        peers: "Peers",
+        journal: "Journal | None" = None,
+        phases: "PhaseRecorder | None" = None,
+    ) -> "Sequence[Tensor]":
+        """Return the batches with the windows that the dense model generates, which a run that was begun has kept."""
+        if not self.generated:
+            return batches
+        from optprune.calibration.generated import generated_windows, keep_windows, kept_windows, with_generated
+        from optprune.models import load_model
+        from optprune.report import PhaseAdvanced
+        from optprune.report.phases import GENERATING
+
+        def on_part(done: int, total: int) -> None:
+            if phases is not None:
+                phases.on_event(PhaseAdvanced(GENERATING, "generating text", "part", done, total))
+
+        known = kept_windows(journal) if journal is not None and journal.begun else None
+        windows = peers.all_gather(known)[0]
+        if windows is None:
+            with nullcontext() if phases is None else phases.phase(GENERATING):
+                places = {"dtype": self.dtype, "device": self.device, "architecture": self.architecture}
+                dense = load_model(self.model, **places).model  # type: ignore[arg-type]
+                seed = program.seed
+                windows = generated_windows(dense, batches, self.generated, seed=seed, peers=peers, on_part=on_part)
+            if journal is not None:
+                keep_windows(journal, windows)
+        return with_generated(batches, windows, held_out=program.held_out, seed=program.seed)
+
     def run(
         self,
         program: "Program",
@@ -91,6 +127,9 @@ class WholeRun:
 
         partial_sums, may_be_finished = partial_sums or PartialSums(), self.output.may_be_finished
         with keep_or_delete(self.output.run_folder(Journal, reporter.say), reporter.say) as journal:
+            batches = self.with_generated(program, batches, partial_sums.peers, journal, phases)
+            if self.generated:
+                calibration += f", and {counted(self.generated, 'window')} that the dense model generated"
             with phases.step(LOADING, f"loading {self.model}", ends=OPENED):
                 loaded = self.opened(journal.sink, journal.scratch)
             change = None
@@ -174,6 +213,7 @@ def _take_part(whole: WholeRun, program: "Program", batches: "Sequence[Tensor]",
     from optprune.pruning import run_program
 
     may_be_finished = whole.output.may_be_finished
+    batches = whole.with_generated(program, batches, partial_sums.peers)
     loaded = whole.opened(NullSink())
     if whole.vocabulary is not None:
         loaded, _ = whole.vocabulary.apply(loaded)

@@ -42,6 +42,7 @@ class Options:
     allocation: str | None
     samples: int
     seq_length: int
+    generated: int
     device: str
     dtype: str
     save_dtype: str
@@ -64,6 +65,7 @@ class Options:
             raise InputError("--save-dtype would round weights off the grid of --bits: give --dtype in its place")
         check_at_least("--samples", arguments["samples"], 1)
         check_at_least("--seq-length", arguments["seq_length"], 2)
+        check_at_least("--generated", arguments.get("generated", 0), 0)
         own = {one.name: arguments[one.name] for one in fields(cls) if one.name in arguments}
         chosen = {field: arguments[name] for name, field in FIELDS.items()} | {"strict": arguments["strict"] or None}
         return cls(**own | {"fields": chosen, "settings": arguments["settings"] or ()})
@@ -81,6 +83,8 @@ class Options:
         fields = dict(self.fields) | {"allocation": self.allocation if self.allocation_file is None else self._given()}
         given = overrides({key: value for key, value in fields.items() if value is not None}, self.settings)
         recipe = load_recipe(self.recipe, given)
+        if self.generated and recipe.vocabulary is not None:
+            raise InputError("--generated gives text in tokens that --vocabulary removes: leave out one of them")
         if self.allocation_file is not None and "sparsity" in given and recipe.only_share is None:
             raise InputError(
                 f"the allocation file {self.allocation_file} already decides the sparsity: leave out --sparsity"
@@ -131,13 +135,19 @@ class Options:
             allocation=divided,
             samples=self.samples,
             seq_length=self.seq_length,
+            generated=self.generated,
             workers=self.workers or 1,
             ray=self.ray is not None,
             states=self.states,
             max_shard=size_of(self.max_shard_size),
             **places_of(self.model, shapes, self.device, self.dtype),
         )
-        return Resolved(self.model, resolve(shapes, request), config, runtime, notes)
+        program = resolve(shapes, request)
+        if self.generated:
+            from optprune.calibration.generated import check_held_out
+
+            check_held_out(self.samples, self.generated, program.held_out)
+        return Resolved(self.model, program, config, runtime, notes)
 
 
 @dataclass(frozen=True, eq=False)

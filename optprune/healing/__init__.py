@@ -1,6 +1,6 @@
 """Healing: a short distillation of a pruned model from the dense one, in which zeros stay zeros."""
 
-from optprune.healing.generated import generated_windows
+from optprune.calibration.generated import generated_windows
 from optprune.healing.heal import HealReport, heal
 from optprune.healing.run_folder import HealingFolder
 from optprune.healing.settings import HealingSettings

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, distributed
 from transformers import PreTrainedModel
 
+from optprune.calibration.generated import PASSES, generated_windows, keep_windows, kept_windows, mixed
 from optprune.calibration.peers import Peers, SingleProcess, TorchPeers
 from optprune.calibration.stream import SLOW, head_weights
 from optprune.errors import InputError
 from optprune.healing.distillation import Precision, Reader
-from optprune.healing.generated import generated_windows, mixed
 from optprune.healing.run_folder import HealingFolder, Progress
 from optprune.healing.settings import HealingSettings
 from optprune.healing.training import Clock, HeldOut, Training, Windows, gradient_checkpointing, trainable
@@ -31,8 +31,6 @@ from optprune.system.environment import machine, versions
 from optprune.texts import check_seq_length, check_vocabulary
 from optprune.work import Work
 
-GENERATION = 2
-"""forward passes that generating a window costs on a CPU, roughly, where a few are generated at once"""
 STEP = 4
 """forward passes that a step costs for each window: one of each model, and a backward pass that counts as two"""
 BYTES_PER_WEIGHT = 20
@@ -133,7 +131,7 @@ def heal(
             contexts.enter_context(context)
         for reader in (student, dense):
             reader.check(held_out)
-        generation = GENERATION * settings.generated
+        generation = PASSES * settings.generated
         generation /= generation + STEP * settings.epochs * (sum(map(len, batches)) + settings.generated)
 
         def on_part(done: int, total: int) -> None:
@@ -158,7 +156,7 @@ def work(
     measurements = 1 + -(-steps // settings.interval(steps))
     # Forward once (twice with checkpointing), backward for the inputs and for the weights.
     passes = tokens * (3 + settings.gradient_checkpointing) + measurements * held_out.numel()
-    flops = passes * own + (tokens + held_out.numel() + GENERATION * settings.generated * length) * dense
+    flops = passes * own + (tokens + held_out.numel() + PASSES * settings.generated * length) * dense
     weights = sum(weight.numel() for weight in model.model.parameters())
     return Work(flops=2 * SLOW * flops, bytes=BYTES_PER_WEIGHT * weights + model.linear_weights())
 
@@ -186,12 +184,12 @@ def _with_generated(
     """Return the batches with the windows that the teacher generates, which a folder keeps for a run that resumes."""
     if not settings.generated:
         return batches
-    windows = peers.all_gather(None if folder is None else folder.generated())[0]
+    windows = peers.all_gather(None if folder is None else kept_windows(folder))[0]
     if windows is None:
         count, seed = settings.generated, settings.seed
         windows = generated_windows(teacher, batches, count, seed=seed, peers=peers, on_part=on_part)
         if folder is not None:
-            folder.keep_generated(windows)
+            keep_windows(folder, windows)
     return mixed(batches, windows, settings.seed)
 
 

@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
 
-import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
+from optprune.calibration.generated import FILE as GENERATED
 from optprune.healing.training import HeldOut
 from optprune.models.checkpoint import stored_tensors
 from optprune.numerics.tensors import write_tensors
@@ -15,7 +15,6 @@ from optprune.system.folders import RunFolder
 from optprune.system.wording import counted
 
 PROGRESS = "progress.json"
-GENERATED = "generated.json"
 
 
 @dataclass(frozen=True)
@@ -65,19 +64,6 @@ class HealingFolder(RunFolder):
             return TypeAdapter(Progress).validate_python(self.read(PROGRESS))
         except ValidationError as error:
             raise self.damaged(PROGRESS) from error
-
-    def generated(self) -> Tensor | None:
-        """Return the windows [n, length] that the teacher generated; None where the file is missing or changed."""
-        if not self.holds(GENERATED):
-            return None
-        try:
-            return torch.tensor(TypeAdapter(list[list[int]]).validate_python(self.read(GENERATED)))
-        except (ValidationError, ValueError) as error:
-            raise self.damaged(GENERATED) from error
-
-    def keep_generated(self, windows: Tensor) -> None:
-        """Store the windows that the teacher generated."""
-        self.write(GENERATED, windows.tolist())
 
     def save(self, progress: Progress, state: Mapping[str, Tensor], best: Mapping[str, Tensor]) -> None:
         """Store a checkpoint in place of the previous one; the best weights are written only when they have changed."""

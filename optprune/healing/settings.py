@@ -3,12 +3,13 @@
 import math
 from dataclasses import dataclass
 
+from optprune.calibration.generated import check_count
 from optprune.errors import InputError
 from optprune.models import DTYPES
 from optprune.system.wording import shown
 
 LEARNING_RATE = 2e-4
-MOST_EPOCHS, MOST_GENERATED = 10_000, 1_000_000
+MOST_EPOCHS = 10_000
 MEASUREMENTS = 10
 """number of measurements on the held-out windows over a run, where `every` is not given"""
 
@@ -56,8 +57,7 @@ class HealingSettings:
             raise InputError(f"the held-out windows cannot be measured after every {self.every} steps: give 1 or more")
         if not 1 <= self.epochs <= MOST_EPOCHS:
             raise InputError(f"the number of epochs cannot be {shown(self.epochs)}: give 1 to {MOST_EPOCHS}")
-        if not 0 <= self.generated <= MOST_GENERATED:
-            raise InputError(f"the teacher cannot generate {shown(self.generated)} windows: give 0 to {MOST_GENERATED}")
+        check_count(self.generated)
         if self.patience < 1:
             raise InputError(f"the patience cannot be {self.patience} measurements: it is at least 1")
 

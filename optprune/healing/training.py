@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
+from optprune.calibration.generated import LARGEST_SEED
 from optprune.calibration.peers import Peers
 from optprune.errors import NumericalError
 from optprune.healing.distillation import Reader, add_gradient, surprise_and_divergence
@@ -19,8 +20,6 @@ from optprune.measure.teacher import Teacher
 
 BETAS = (0.9, 0.95)
 """decay rates of AdamW's moments; the usual 0.999 would average over more steps than the training has"""
-LARGEST_SEED = 1 << 63
-"""upper limit of torch's seeds"""
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """the tensors in AdamW's state of a parameter, beside the number of steps"""
 

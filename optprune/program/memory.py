@@ -9,14 +9,16 @@ from dataclasses import dataclass
 
 from optprune.allocation import Depth
 from optprune.calibration.fisher_pass import POSITIONS_AT_ONCE, TOKENS_AT_ONCE
+from optprune.calibration.generated import TOKENS_AT_ONCE as TOKENS_AT_ONCE_GENERATED
 from optprune.models import Target, reorderable
 from optprune.moments import AT_ONCE
 from optprune.numerics.gram import packed_size
 from optprune.program.program import AVERAGE, Program
+from optprune.report.phases import GENERATING
 
 AHEAD = 2
 """block jobs in flight for each worker: the present one and the next"""
-PHASES = ("loading", "tokenising", "metric", "budget", "pruning", "saving", "checking")
+PHASES = ("loading", "tokenising", GENERATING, "metric", "budget", "pruning", "saving", "checking")
 SUM = 8
 """the bytes of a number in sums over tokens, which are float64"""
 RELOADING = 192 * 2**20
@@ -44,6 +46,8 @@ def parts_of(program: Program, phase: str, base: int, fresh: int) -> list[Part]:
         return [*always, *_loading(program)]
     if phase == "tokenising":
         return [Part("imports", base, HOST), Part("token ids", 64 * program.tokens, HOST)]
+    if phase == GENERATING:
+        return [Part("imports", base, HOST), *_generating(program)]
     if phase == "metric":
         return [*always, *_metric(program)] if program.metric is not None else []
     if phase == "budget":
@@ -69,6 +73,15 @@ def _loading(program: Program) -> Iterator[Part]:
         0 if program.request.device == "cpu" else largest * program.itemsize,
         HOST,
     )
+
+
+def _generating(program: Program) -> Iterator[Part]:
+    """Yield the uses of memory of the whole dense model and of the keys and values of the windows that it generates."""
+    yield Part("the dense model", (program.resident_numbers + sum(program.block_numbers)) * program.itemsize)
+    windows = min(program.request.generated, max(1, TOKENS_AT_ONCE_GENERATED // program.length))
+    # At most as wide as the hidden states; logits, their softmax and cumulated sums.
+    keys = 2 * program.block_count * program.hidden * program.length
+    yield Part("keys, values and logits", windows * (keys * program.itemsize + 12 * program.vocabulary))
 
 
 # -- passes

@@ -31,6 +31,8 @@ class Request:
     """calibration sequences"""
     seq_length: int = 2048
     """tokens of a sequence"""
+    generated: int = 0
+    """further sequences, which the dense model generates"""
     dtype: torch.dtype = torch.float32
     """the dtype of the model while it is pruned"""
     device: str = "cpu"

@@ -149,7 +149,7 @@ class Program:
     @property
     def tokens(self) -> int:
         """The calibration tokens."""
-        return self.request.samples * self.length
+        return (self.request.samples + self.request.generated) * self.length
 
     @property
     def batch_tokens(self) -> int:

@@ -21,6 +21,7 @@ import torch
 
 from optprune.calibration.fisher_pass import PASSES_BACK
 from optprune.calibration.fisher_pass import block_work as fisher_block_work
+from optprune.calibration.generated import PASSES
 from optprune.calibration.moments_pass import gram_work
 from optprune.calibration.stream import block_pass, head_work
 from optprune.errors import OptpruneError
@@ -28,7 +29,7 @@ from optprune.measure.clock import clock
 from optprune.models import Decoder
 from optprune.program.memory import RELOADING
 from optprune.program.program import Program
-from optprune.report.phases import BUDGET, CHECKING, LOADING, METRIC, PRUNING, SAVING, TOKENISING
+from optprune.report.phases import BUDGET, CHECKING, GENERATING, LOADING, METRIC, PRUNING, SAVING, TOKENISING
 from optprune.work import Work
 
 WIDTH, TIMES = 512, 5
@@ -212,9 +213,12 @@ def seconds_of(
     scale = sum(program.block_numbers) / program.block_numbers[program.largest]
     model = (program.resident_numbers + sum(program.block_numbers)) * program.itemsize
     window = evaluation(program.decoder, program.length).flops * rates.passes
+    new = program.request.generated * program.length
+    generating = {GENERATING: opening + PASSES * evaluation(program.decoder, new).flops * rates.passes} if new else {}
     return {
         LOADING: starting + opening + model * around.digest,
         TOKENISING: tokenising,
+        **generating,
         METRIC: _metric(program, rates, around, scale),
         BUDGET: _budget(program, rates, around, scale),
         PRUNING: _pruning(program, rates, around, scale),

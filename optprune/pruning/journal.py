@@ -24,6 +24,7 @@ from torch import Tensor
 from optprune.allocation import Allocation, Division
 from optprune.calibration import DenseStatistics
 from optprune.calibration.dense_statistics import KnownMoments, Removal
+from optprune.calibration.generated import FILE as GENERATED
 from optprune.calibration.partial_sums import PartialSums
 from optprune.calibration.statistics_cache import Key
 from optprune.metric import Metrics, MetricSums
@@ -195,7 +196,15 @@ class Journal(RunFolder):
     """The run folder of pruning. `prune` begins it and writes finished work to it."""
 
     stays = (CONVERTED,)
-    written = ("block-[0-9][0-9][0-9][0-9][0-9].json", "*.safetensors", "*.sums", "metrics.json", "cost-*", DIVISION)
+    written = (
+        "block-[0-9][0-9][0-9][0-9][0-9].json",
+        "*.safetensors",
+        "*.sums",
+        "metrics.json",
+        "cost-*",
+        DIVISION,
+        GENERATED,
+    )
 
     @cached_property
     def sink(self) -> ShardSink:

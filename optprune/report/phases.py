@@ -14,6 +14,8 @@ LOADING, TOKENISING, METRIC, BUDGET, PRUNING, SAVING, CHECKING = PHASES = (
 )
 """the phases of a command: load the model, tokenise the text, measure the output metric, allocate the budget, prune the
 blocks, save the folder, check the saved folder. The function `prune` has three to five of them"""
+GENERATING = "generating"
+"""the phase in which the dense model generates further calibration text, where the command asks for it"""
 HEALING = "healing"
 """the phase in which a pruned model is trained"""
 EVALUATIONS = (

@@ -11,9 +11,9 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from optprune import heal
+from optprune.calibration.generated import PROMPT, _pieces, generated_windows, mixed
 from optprune.errors import InputError
 from optprune.healing import HealingFolder, HealingSettings, HealReport
-from optprune.healing.generated import PROMPT, _pieces, generated_windows, mixed
 from optprune.report import DivergenceMeasured, PhaseAdvanced
 from tests.helpers.faults import noticed
 from tests.helpers.short_runs import same
@@ -22,7 +22,7 @@ from tests.helpers.tiny_models import VARIANTS
 from tests.helpers.token_batches import batches
 from tests.helpers.trained_tiny import halved, news, trained
 
-module = importlib.import_module("optprune.healing.generated")
+module = importlib.import_module("optprune.calibration.generated")
 SHORT = list(news(10, 12)[:8].split(2))
 """a text of eight windows"""
 
@@ -169,5 +169,5 @@ def test_the_share_of_the_time_is_told() -> None:
 
 
 def test_bad_counts_are_refused() -> None:
-    with pytest.raises(InputError, match="the teacher cannot generate -1 windows: give 0 to 1000000"):
+    with pytest.raises(InputError, match="the dense model cannot generate -1 windows: give 0 to 1000000"):
         healed(generated=-1)
