@@ -407,9 +407,30 @@ FAULTS = [
     Fault(
         "moments: the mean is not taken out of the average",
         "moments.py",
-        "part.addr_(mean[stripe], mean, alpha=-1)",
+        "average.addr_(mean[stripe], mean[stripe.start :], alpha=-1)",
         "part",
         "vocabulary/test_moments.py",
+    ),
+    Fault(
+        "moments: a block on the diagonal is not made symmetric",
+        "moments.py",
+        "average[:, : len(part)] = (square + square.T).div_(2 * self.tokens)",
+        "pass",
+        "vocabulary/test_moments.py",
+    ),
+    Fault(
+        "generated text: windows of it are held out",
+        "calibration/generated.py",
+        "torch.cat([fitted, real[len(real) - apart :]])",
+        "torch.cat([real[len(real) - apart :], fitted])",
+        "cli/test_generated_option.py",
+    ),
+    Fault(
+        "generated text: a resumed run generates it again",
+        "cli/prune_run.py",
+        "known = kept_windows(journal) if journal is not None and journal.begun else None",
+        "known = None",
+        "cli/test_generated_option.py",
     ),
     Fault(
         "swaps: coupled rows are not refused",

@@ -198,3 +198,16 @@ def test_check_refuses_a_negative_mean_square():
     gram = torch.tensor([[1.0, 0.0], [0.0, -1.0]])
     with pytest.raises(NumericalError, match="negative diagonal"):
         InputMoments(gram, torch.zeros(2), 5).check()
+
+
+def test_a_sum_that_rounding_left_uneven_has_a_symmetric_average() -> None:
+    """Products of some sizes and machines are; here the entries of the first row and column differ by 6."""
+    sums = MomentSums(5, torch.device("cpu"))
+    sums.add(torch.randn(30, 5, generator=torch.Generator().manual_seed(0)))
+    before, state = sums.moments(torch.float64).covariance, sums.state()
+    state[1][1:5] += 6.0
+    sums.restore(state)
+    found = sums.moments(torch.float64).covariance
+    assert torch.equal(found, found.T)
+    assert torch.allclose(found[0, 1:], before[0, 1:] + 6.0 / 60)
+    assert torch.equal(found[1:, 1:], before[1:, 1:])
