@@ -343,7 +343,7 @@ class Program:
         if target.rotated:
             total += best_basis_work(outputs, inputs)
         if self.method.grid_solver is not None:
-            total += self.method.grid_solver.work(outputs, inputs)
+            total += self.method.grid_solver.work(outputs, inputs, coupled=self.coupled(target.path))
         return total
 
     def spectra_bytes(self, stage: Sequence[Target], target: Target) -> int:
