@@ -1,7 +1,8 @@
 """Loss of whole models in 4 bits: llama.cpp's own q4_0, rounding, compensated errors, and a 2:4 mask with q4_0.
 
-`python -m benchmarks.bits` writes benchmarks/results/bits.md. Only the linear layers of the blocks are quantised, so
-that all rows have the same embedding and head. Rows have the same calibration windows and evaluation windows.
+`python -m benchmarks.bits` writes benchmarks/results/bits.md, with `--model FOLDER` another table. Only the linear
+layers of the blocks are quantised, so that all rows have the same embedding and head. Rows have the same calibration
+windows and evaluation windows.
 """
 
 import argparse
@@ -9,6 +10,8 @@ import copy
 import math
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import gguf
@@ -80,14 +83,12 @@ def rows(base: Setting) -> Iterator[tuple[str, Callable[[], PreTrainedModel]]]:
     yield "gptq, grid_descent, inputs of the rounded model", lambda: pruned(base, bits=bits(CHAIN))
     yield "gptq", lambda: pruned(base, bits=bits("gptq"), propagation="cross")
     yield "gptq, grid_descent", lambda: pruned(base, bits=bits(CHAIN), propagation="cross")
-    yield (
-        "gptq, grid_descent, output metric",
-        lambda: pruned(base, bits=bits(CHAIN), propagation="cross", metric=METRIC),
-    )
-    yield "2:4 (ALPS)", lambda: pruned(base, **ALPS)
-    yield "2:4, then q4_0 by rounding", lambda: pruned(base, **ALPS, bits=bits("round_to_nearest"))
-    yield "2:4 with q4_0", lambda: pruned(base, **ALPS, bits=bits(CHAIN))
-    yield "2:4 with q4_0, output metric", lambda: pruned(base, **ALPS, bits=bits(CHAIN), metric=METRIC)
+    metric = {"propagation": "cross", "metric": METRIC}
+    yield "gptq, grid_descent, output metric", lambda: pruned(base, bits=bits(CHAIN), **metric)
+    for name, recipe in (("ALPS", ALPS), ("sparse_best", ALPS | {"metric": METRIC, "allocation": "global"})):
+        yield f"2:4 ({name})", partial(pruned, base, **recipe)
+        yield f"2:4 ({name}), then q4_0 by rounding", partial(pruned, base, **recipe, bits=bits("round_to_nearest"))
+        yield f"2:4 ({name}) with q4_0", partial(pruned, base, **recipe, bits=bits(CHAIN))
 
 
 def main() -> None:
@@ -96,12 +97,16 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--seq-length", type=int, default=512)
     parser.add_argument("--windows", type=int, default=40)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--model", default="demo", help="demo, or the folder of another model")
     parser.add_argument("--only", nargs="*", help="names of rows to measure; others stay as they are in the table")
     options = parser.parse_args()
-    base = setting(options.samples, options.seq_length, options.windows, 0)
+    base = setting(options.samples, options.seq_length, options.windows, options.seed, options.model)
+    model_name = "SmolLM2-135M-Instruct" if options.model == "demo" else Path(options.model).name
+    table = "bits" if options.model == "demo" else f"bits_{model_name}"
     title = (
-        f"SmolLM2-135M-Instruct in 4 bits: calibrated on {options.samples} windows of {options.seq_length} tokens of "
-        f"news, evaluated on {options.windows} windows of other news, seed 0"
+        f"{model_name} in 4 bits: calibrated on {options.samples} windows of {options.seq_length} tokens of "
+        f"news, evaluated on {options.windows} windows of other news, seed {options.seed}"
     )
     found = list[dict[str, Any]]()
     for name, make in rows(base):
@@ -113,8 +118,8 @@ def main() -> None:
         evaluation = perplexity(model, base.windows)
         loss = round(math.log(evaluation.perplexity), 4)
         found.append({"weights of the blocks": name, "nats per token": loss, "seconds to make": seconds})
-        every = with_earlier("bits", found, ["weights of the blocks"])
-        print(write_table("bits", title, every).splitlines()[-1], flush=True)
+        every = with_earlier(table, found, ["weights of the blocks"])
+        print(write_table(table, title, every).splitlines()[-1], flush=True)
 
 
 if __name__ == "__main__":
