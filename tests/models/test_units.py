@@ -36,7 +36,7 @@ def test_a_block_keeps_the_units_of_its_shape(name: str, units: LinkedUnits) -> 
     """Deleting one unit of every slot gives the shape with one fewer, and its number of linear weights."""
     decoder = Decoder(ALL_MODELS[name]())
     if units.field in decoder.architecture.indivisible:
-        with pytest.raises(InputError, match=rf"units {units.name} remove {units.field}, but a {name} model"):
+        with pytest.raises(InputError, match=rf"units {units.name} remove {units.field}, but {name} models"):
             units.layers(decoder, 1)
         return
     before, every, total = decoder.shape(1), units.layers(decoder, 1), decoder.linear_weights()

@@ -2,6 +2,7 @@
 
 from transformers.models.mistral import modeling_mistral as stock
 
+from .pruned_cache import remembered  # noqa: F401  # transformers 4 copies only the files that this one names
 from .pruned_decoder import PrunedAttention, PrunedBlock, PrunedModel
 
 

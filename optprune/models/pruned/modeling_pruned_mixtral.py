@@ -2,6 +2,7 @@
 
 from transformers.models.mixtral import modeling_mixtral as stock
 
+from .pruned_cache import remembered  # noqa: F401  # transformers 4 copies only the files that this one names
 from .pruned_decoder import PrunedAttention, PrunedModel
 from .pruned_mixture import PrunedMixtureBlock, name_experts
 
