@@ -1,5 +1,7 @@
 # Two commands on a fresh machine: make demo, make test. They need Python 3.11 or later and a C library, nothing else.
 PYTHON ?= python3
+# Tests start many processes, which would compile every module again where the environment lets none keep its bytecode.
+unexport PYTHONDONTWRITEBYTECODE
 BIN := .venv/bin
 # Every process holds models of its own, so no more than four on a machine with many cores.
 TESTS := $(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist worksteal

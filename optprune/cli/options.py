@@ -41,13 +41,6 @@ Sparsity = Annotated[
     ),
 ]
 Samples = Annotated[int, typer.Option("--samples", help="Number of calibration windows.")]
-Generated = Annotated[
-    int,
-    typer.Option(
-        "--generated",
-        help="Number of further calibration windows, which the dense model generates.",
-    ),
-]
 Windows = Annotated[int | None, typer.Option("--windows", help="Number of windows to evaluate on. [default: all]")]
 Seed = Annotated[int | None, typer.Option("--seed", help="Seed of all random draws. [default: the recipe's, or 0]")]
 Units = Annotated[
@@ -114,6 +107,13 @@ Settings = Annotated[
 
 # The advanced options.
 
+Generated = Annotated[
+    int,
+    typer.Option(
+        "--generated",
+        help="Number of further calibration windows, which the dense model generates.",
+    ),
+]
 Sequences = Annotated[
     str,
     typer.Option(
