@@ -112,6 +112,7 @@ Generated = Annotated[
     typer.Option(
         "--generated",
         help="Number of further calibration windows, which the dense model generates.",
+        rich_help_panel=ADVANCED,
     ),
 ]
 Sequences = Annotated[
