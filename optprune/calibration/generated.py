@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from optprune.calibration.peers import Peers, SingleProcess
+from optprune.calibration.stream import held_out_count
 from optprune.errors import InputError
 from optprune.measure.evaluate import evaluating
 from optprune.system.folders import ManifestFolder
@@ -91,7 +92,7 @@ def with_generated(batches: Sequence[Tensor], windows: Tensor, *, held_out: floa
 def check_held_out(real: int, generated: int, share: float) -> int:
     """Return how many windows a share of all holds out; InputError where generated ones would be among them."""
     every = real + generated
-    apart = max(1, round(share * every)) if share else 0
+    apart = held_out_count(every, share)
     if generated and apart > real:
         raise InputError(
             f"{apart} of {every} windows are held out, and only {real} are from the text: give more samples, or fewer "
@@ -106,19 +107,24 @@ def check_count(count: int) -> None:
         raise InputError(f"the dense model cannot generate {shown(count)} windows: give 0 to {MOST}")
 
 
-def kept_windows(folder: ManifestFolder) -> Tensor | None:
-    """Return the generated windows [n, length] in a run folder; None where the file is missing or changed."""
-    if not folder.holds(FILE):
+def kept_or_new(folder: ManifestFolder | None, generate: Callable[[], Tensor], peers: Peers) -> Tensor:
+    """Return the windows that a run folder keeps, or generate and keep them; only the first process has a folder."""
+    windows = peers.all_gather(None if folder is None else _kept(folder))[0]
+    if windows is None:
+        windows = generate()
+        if folder is not None:
+            folder.write(FILE, windows.tolist())
+    return windows
+
+
+def _kept(folder: ManifestFolder) -> Tensor | None:
+    """Return the windows [n, length] of a run that was begun; None where the file is missing or changed."""
+    if not (folder.begun and folder.holds(FILE)):
         return None
     try:
         return torch.tensor(TypeAdapter(list[list[int]]).validate_python(folder.read(FILE)))
     except (ValidationError, ValueError) as error:
         raise folder.damaged(FILE) from error
-
-
-def keep_windows(folder: ManifestFolder, windows: Tensor) -> None:
-    """Write generated windows into a run folder."""
-    folder.write(FILE, windows.tolist())
 
 
 def _pieces(batches: Sequence[Tensor], count: int, length: int, generator: torch.Generator) -> Tensor:

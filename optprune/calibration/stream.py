@@ -73,12 +73,17 @@ def calibrating(decoder: Decoder) -> Iterator[None]:
             module.training = training
 
 
+def held_out_count(count: int, share: float) -> int:
+    """Return how many of `count` sequences a share holds out: at least one, where the share is not 0."""
+    return max(1, round(share * count)) if share else 0
+
+
 def hold_out(batches: list[Tensor], share: float) -> tuple[list[Tensor], int]:
     """Return the batches, cut so that the last ones hold a share of the sequences (at least one), and their number."""
     if not share:
         return batches, 0
     count = sum(len(batch) for batch in batches)
-    apart = max(1, round(share * count))
+    apart = held_out_count(count, share)
     if apart >= count:
         raise InputError(
             f"held_out {share:g} of {count} calibration sequences leaves none for calibration: give more samples"

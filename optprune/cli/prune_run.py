@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from optprune.cli.run_folder import Output, keep_or_delete
 from optprune.system.wording import counted
@@ -67,8 +67,11 @@ class WholeRun:
         """Return the model, with the blocks left in its files."""
         from optprune.models import open_model
 
-        places = {"dtype": self.dtype, "device": self.device, "architecture": self.architecture}
-        return open_model(self.model, sink=sink, scratch=scratch, **places)  # type: ignore[arg-type]
+        return open_model(self.model, sink=sink, scratch=scratch, **self._places)
+
+    @property
+    def _places(self) -> dict[str, Any]:
+        return {"dtype": self.dtype, "device": self.device, "architecture": self.architecture}
 
     def with_generated(
         self,
@@ -81,7 +84,7 @@ class WholeRun:
         """Return the batches with the windows that the dense model generates, which a run that was begun has kept."""
         if not self.generated:
             return batches
-        from optprune.calibration.generated import generated_windows, keep_windows, kept_windows, with_generated
+        from optprune.calibration.generated import generated_windows, kept_or_new, with_generated
         from optprune.models import load_model
         from optprune.report import PhaseAdvanced
         from optprune.report.phases import GENERATING
@@ -90,17 +93,15 @@ class WholeRun:
             if phases is not None:
                 phases.on_event(PhaseAdvanced(GENERATING, "generating text", "part", done, total))
 
-        known = kept_windows(journal) if journal is not None and journal.begun else None
-        windows = peers.all_gather(known)[0]
-        if windows is None:
+        seed = program.seed
+
+        def generate() -> "Tensor":
             with nullcontext() if phases is None else phases.phase(GENERATING):
-                places = {"dtype": self.dtype, "device": self.device, "architecture": self.architecture}
-                dense = load_model(self.model, **places).model  # type: ignore[arg-type]
-                seed = program.seed
-                windows = generated_windows(dense, batches, self.generated, seed=seed, peers=peers, on_part=on_part)
-            if journal is not None:
-                keep_windows(journal, windows)
-        return with_generated(batches, windows, held_out=program.held_out, seed=program.seed)
+                dense = load_model(self.model, **self._places).model
+                return generated_windows(dense, batches, self.generated, seed=seed, peers=peers, on_part=on_part)
+
+        windows = kept_or_new(journal, generate, peers)
+        return with_generated(batches, windows, held_out=program.held_out, seed=seed)
 
     def run(
         self,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, distributed
 from transformers import PreTrainedModel
 
-from optprune.calibration.generated import PASSES, generated_windows, keep_windows, kept_windows, mixed
+from optprune.calibration.generated import PASSES, generated_windows, kept_or_new, mixed
 from optprune.calibration.peers import Peers, SingleProcess, TorchPeers
 from optprune.calibration.stream import SLOW, head_weights
 from optprune.errors import InputError
@@ -184,13 +184,12 @@ def _with_generated(
     """Return the batches with the windows that the teacher generates, which a folder keeps for a run that resumes."""
     if not settings.generated:
         return batches
-    windows = peers.all_gather(None if folder is None else kept_windows(folder))[0]
-    if windows is None:
-        count, seed = settings.generated, settings.seed
-        windows = generated_windows(teacher, batches, count, seed=seed, peers=peers, on_part=on_part)
-        if folder is not None:
-            keep_windows(folder, windows)
-    return mixed(batches, windows, settings.seed)
+    count, seed = settings.generated, settings.seed
+
+    def generate() -> Tensor:
+        return generated_windows(teacher, batches, count, seed=seed, peers=peers, on_part=on_part)
+
+    return mixed(batches, kept_or_new(folder, generate, peers), seed)
 
 
 def in_epochs(batches: Sequence[Tensor], epochs: int, seed: int) -> list[Tensor]:

@@ -226,7 +226,7 @@ Kind = TypeVar("Kind")
 MOST_COUPLED = 8
 """weights of a sparse problem whose rows are coupled: its reference solves each of its 2^8 masks jointly"""
 MOST_ON_GRID = 4
-"""the same of a problem on a grid, whose reference tries all integers of all rows together"""
+"""weights of a problem on a grid whose rows are coupled: its reference tries all integers of all rows together"""
 
 
 @st.composite
