@@ -36,6 +36,7 @@ from optprune.pruning import prune
 from optprune.recipe import load_recipe
 
 INEXACT = {
+    "exaone4": "norms behind its sub-blocks have gains that no linear layer reads",
     "gemma2": "norms behind its sub-blocks have gains that no linear layer reads",
     "gemma3_text": "norms behind its sub-blocks have gains that no linear layer reads",
     "gpt2": "its layer norms subtract the mean, which a rotation does not keep",
@@ -45,8 +46,8 @@ INEXACT = {
 }
 """the families that cannot be rotated, each with the reason"""
 EXACT = (
-    *("granite", "llama", "mistral", "mixtral", "olmoe"),
-    *("phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "smollm3"),
+    *("granite", "llama", "ministral3", "mistral", "mixtral", "olmoe"),
+    *("phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "smollm3"),
 )
 """the families with an RMS norm before each sub-block and before the head, and no other norm of the stream"""
 NARROWED = ("llama", "mistral", "qwen2", "qwen3", "smollm3")

@@ -50,7 +50,9 @@ TINY_MODELS = {"llama": tiny_llama, "opt": tiny_opt, "qwen2": tiny_qwen2}
 NO_TOKENS: dict[str, Any] = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
 FOUR_NORMS = {"head_dim": 16, "query_pre_attn_scalar": 12, "sliding_window": 8}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 48}
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 16}
 OTHER_FAMILIES: dict[str, dict[str, Any]] = {
+    "exaone4": {"head_dim": 24, "sliding_window": 8, "sliding_window_pattern": 2},
     "gemma2": {**FOUR_NORMS, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
     "gemma3_text": {**FOUR_NORMS, "sliding_window_pattern": 2},
     "gpt2": {"n_inner": 128, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
@@ -58,6 +60,10 @@ OTHER_FAMILIES: dict[str, dict[str, Any]] = {
     "granite": {
         **{"embedding_multiplier": 1.7, "logits_scaling": 1.3},
         **{"residual_multiplier": 0.6, "attention_multiplier": 0.4},
+    },
+    "ministral3": {
+        **{"head_dim": 24, "sliding_window": 40},
+        "rope_parameters": {**YARN, "max_position_embeddings": 128, "llama_4_scaling_beta": 0.1},
     },
     "mistral": {"sliding_window": 8},
     "mixtral": {**EXPERTS, "num_local_experts": 4, "sliding_window": 8},
@@ -76,6 +82,7 @@ OTHER_FAMILIES: dict[str, dict[str, Any]] = {
         **{**EXPERTS, "moe_intermediate_size": 48, "norm_topk_prob": True, "head_dim": 24},
         **{"sliding_window": 8, "use_sliding_window": True, "tie_word_embeddings": True},
     },
+    "seed_oss": {"head_dim": 24, "attention_out_bias": True, "mlp_bias": True, "residual_dropout": 0.0},
     "smollm3": {"no_rope_layer_interval": 2, "sliding_window": 8, "use_sliding_window": True},
 }
 """what is said of every other family beside the shape, so that all that it has does something"""

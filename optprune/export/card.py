@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from optprune.export.source_files import Origin
 from optprune.models import BlockShape, Decoder, is_stock
+from optprune.models.registry import architecture_named
 from optprune.report import Report
 from optprune.system.display import printable
 from optprune.system.wording import counted, one_line
@@ -122,9 +123,11 @@ class ModelCard:
             "run the modelling file in the folder (about a hundred lines). `optprune.load_model` does not run it. The "
             "tokenizer needs no code, although `AutoTokenizer` of transformers 5 would ask for it."
         )
+        older = architecture_named(self.model.config.model_type, self.model.config).in_transformers_4
+        versions = "transformers 5 and 4.57 give the same logits and tokens." if older else "It needs transformers 5."
         tokenizer = "AutoTokenizer" if stock else "PreTrainedTokenizerFast"
         return [
-            f"{why} transformers 5 and 4.57 give the same logits and tokens.",
+            f"{why} {versions}",
             "",
             "```python",
             f"from transformers import AutoModelForCausalLM, {tokenizer}",

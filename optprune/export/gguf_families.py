@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, GGUFWriter
+from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, GGUFWriter, RopeScalingType
 
 from optprune.errors import InputError
 from optprune.models import Decoder
@@ -22,6 +22,9 @@ ACTIVATION = ("hidden_act", "hidden_activation", "activation_function")
 SLIDING = "sliding_attention"
 LARGEST = {"gemma2": 46, "gemma3": 62}
 """number of blocks of the 27B model, for which llama.cpp scales scores by hidden size over heads"""
+
+EXAONE4_BLOCKS = 64
+"""number of blocks of the 32B model, for which alone llama.cpp has sliding windows"""
 
 
 @dataclass(frozen=True)
@@ -143,6 +146,47 @@ def _olmoe_unsupported(config: Any) -> Iterator[str]:
         yield "grouped-query attention in an OLMoE"
 
 
+def _exaone4(config: Any, writer: GGUFWriter) -> None:
+    if config.sliding_window is not None:
+        writer.add_sliding_window(int(config.sliding_window))
+
+
+def _exaone4_unsupported(config: Any) -> Iterator[str]:
+    """Yield blocks in another order than that of the 32B model, which llama.cpp knows by its number of blocks."""
+    windows, known = config.sliding_window is not None, config.num_hidden_layers == EXAONE4_BLOCKS
+    if known and not (windows and _period(config) == 4):
+        yield f"an EXAONE 4 of {EXAONE4_BLOCKS} blocks of which not every fourth sees all tokens"
+    if windows and not known:
+        yield f"sliding windows in an EXAONE 4 of another number of blocks than {EXAONE4_BLOCKS}"
+
+
+def _ministral3(config: Any, writer: GGUFWriter) -> None:
+    rotary = config.rope_parameters
+    writer.add_attn_temperature_scale(float(rotary["llama_4_scaling_beta"]))
+    writer.add_rope_scaling_orig_ctx_len(int(rotary["original_max_position_embeddings"]))
+    if rotary["rope_type"] == "yarn":
+        writer.add_rope_scaling_type(RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(float(rotary["factor"]))
+        writer.add_rope_scaling_yarn_beta_fast(float(rotary.get("beta_fast") or 32))
+        writer.add_rope_scaling_yarn_beta_slow(float(rotary.get("beta_slow") or 1))
+        writer.add_rope_scaling_yarn_log_mul(float(rotary["mscale_all_dim"]))
+
+
+def _ministral3_unsupported(config: Any) -> Iterator[str]:
+    rotary = config.rope_parameters
+    if rotary["rope_type"] not in ("default", "yarn"):
+        yield f"rotary embeddings of a Ministral 3 scaled by {rotary['rope_type']}"
+    plain = rotary.get("mscale") == rotary.get("mscale_all_dim") == 1 and not rotary.get("attention_factor")
+    if rotary["rope_type"] == "yarn" and not (plain and rotary.get("truncate", True)):
+        yield "a yarn scaling without mscale 1 and mscale_all_dim 1, or with an attention_factor, or not truncated"
+
+
+def _seed_oss_unsupported(config: Any) -> Iterator[str]:
+    for name in ("attention_out_bias", "mlp_bias"):
+        if getattr(config, name):
+            yield f"{name} in a Seed-OSS"
+
+
 def has_windows(config: Any) -> bool:
     """Return whether some block has a sliding window."""
     if getattr(config, "sliding_window", None) is None:
@@ -153,12 +197,16 @@ def has_windows(config: Any) -> bool:
 
 GEMMA: dict[str, Any] = {"activation": TANH, "shift": 1.0, "windows": True}
 FAMILIES: dict[str, Family] = {
+    "exaone4": Family(MODEL_ARCH.EXAONE4, windows=True, describe=_exaone4, unsupported=_exaone4_unsupported),
     "gemma2": Family(MODEL_ARCH.GEMMA2, **GEMMA, describe=_gemma2, unsupported=_gemma_unsupported("gemma2")),
     "gemma3_text": Family(MODEL_ARCH.GEMMA3, **GEMMA, describe=_gemma3, unsupported=_gemma_unsupported("gemma3")),
     "gpt2": Family(MODEL_ARCH.GPT2, activation=TANH, biases=True, describe=_layer_norms),
     "gpt_neox": Family(MODEL_ARCH.GPTNEOX, activation=("gelu",), biases=True, describe=_parallel, tied=False),
     "granite": Family(MODEL_ARCH.GRANITE, neighbours=True, describe=_multipliers),
     "llama": Family(MODEL_ARCH.LLAMA, neighbours=True, biases=True),
+    "ministral3": Family(
+        MODEL_ARCH.MISTRAL3, neighbours=True, describe=_ministral3, unsupported=_ministral3_unsupported
+    ),
     "mistral": Family(MODEL_ARCH.LLAMA, neighbours=True),
     "mixtral": Family(MODEL_ARCH.LLAMA, neighbours=True, scaled=True),
     "olmo2": Family(MODEL_ARCH.OLMO2, tied=False),
@@ -168,6 +216,7 @@ FAMILIES: dict[str, Family] = {
     "qwen2_moe": Family(MODEL_ARCH.QWEN2MOE, tied=False, biases=True, scaled=False),
     "qwen3": Family(MODEL_ARCH.QWEN3),
     "qwen3_moe": Family(MODEL_ARCH.QWEN3MOE, scaled=True),
+    "seed_oss": Family(MODEL_ARCH.SEED_OSS, biases=True, unsupported=_seed_oss_unsupported),
     "smollm3": Family(MODEL_ARCH.SMOLLM3, neighbours=True, unsupported=_smollm3_unsupported),
 }
 UNEVEN = Family(MODEL_ARCH.DECI, neighbours=True, biases=True)

@@ -23,6 +23,7 @@ from optprune.models import Decoder, is_gguf, need_tokenizer, using_tokenizer
 from optprune.models.architecture import rope_types
 from optprune.models.checkpoint import Checkpoint
 from optprune.models.gguf import PlainReader
+from optprune.models.registry import architecture_named
 from optprune.work import Work
 
 
@@ -254,10 +255,9 @@ def rotary_of(config: Any) -> dict[str, Any]:
 
     Raises InputError where llama.cpp does not support their scaling.
     """
+    known = LLAMA_CPP.scalings(architecture_named(config.model_type, config).model_type)
     for kind in rope_types(config):
-        if kind not in LLAMA_CPP.rotary:
-            raise InputError(
-                f"rotary embeddings scaled by {kind} cannot be exported to GGUF, only {', '.join(LLAMA_CPP.rotary)}"
-            )
+        if kind not in known:
+            raise InputError(f"rotary embeddings scaled by {kind} cannot be exported to GGUF, only {', '.join(known)}")
     rotary: dict[str, Any] = dict(getattr(config, "rope_parameters", None) or {})
     return dict(rotary.get("full_attention", rotary))

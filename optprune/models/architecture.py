@@ -189,6 +189,8 @@ class Architecture:
     """tensor names in the model, each with its name in checkpoints of the stock class where that differs"""
     older_names: Mapping[str, str] = field(default_factory=dict)
     """config fields (rope_theta among them), each with its name in transformers 4.x where that differs"""
+    in_transformers_4: bool = True
+    """whether transformers 4.57 has the class too, and reads the folders of pruned models"""
     logits_divisor: str = ""
     """the config field by which the head's output is divided, where there is one"""
     logits_factor: str = ""

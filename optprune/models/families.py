@@ -8,12 +8,14 @@ from types import ModuleType
 from typing import Any
 
 from transformers import PretrainedConfig
+from transformers.models.exaone4 import modeling_exaone4
 from transformers.models.gemma2 import modeling_gemma2
 from transformers.models.gemma3 import modeling_gemma3
 from transformers.models.gpt2 import modeling_gpt2
 from transformers.models.gpt_neox import modeling_gpt_neox
 from transformers.models.granite import modeling_granite
 from transformers.models.llama import modeling_llama
+from transformers.models.ministral3 import modeling_ministral3
 from transformers.models.mistral import modeling_mistral
 from transformers.models.mixtral import modeling_mixtral
 from transformers.models.olmo2 import modeling_olmo2
@@ -24,16 +26,19 @@ from transformers.models.qwen2 import modeling_qwen2
 from transformers.models.qwen2_moe import modeling_qwen2_moe
 from transformers.models.qwen3 import modeling_qwen3
 from transformers.models.qwen3_moe import modeling_qwen3_moe
+from transformers.models.seed_oss import modeling_seed_oss
 from transformers.models.smollm3 import modeling_smollm3
 
 from optprune.models.architecture import Architecture, Classes, Heads, Mixture
 from optprune.models.pruned import (
+    modeling_pruned_exaone4,
     modeling_pruned_gemma2,
     modeling_pruned_gemma3_text,
     modeling_pruned_gpt2,
     modeling_pruned_gpt_neox,
     modeling_pruned_granite,
     modeling_pruned_llama,
+    modeling_pruned_ministral3,
     modeling_pruned_mistral,
     modeling_pruned_mixtral,
     modeling_pruned_olmo2,
@@ -44,6 +49,7 @@ from optprune.models.pruned import (
     modeling_pruned_qwen2_moe,
     modeling_pruned_qwen3,
     modeling_pruned_qwen3_moe,
+    modeling_pruned_seed_oss,
     modeling_pruned_smollm3,
 )
 
@@ -109,6 +115,15 @@ LLAMA = Architecture(
 )
 # A sliding window over every block where the config has one.
 MISTRAL = replace(LLAMA, model_type="mistral", **classes("Mistral", modeling_mistral, modeling_pruned_mistral))
+# Queries that are scaled by the positions of their tokens.
+MINISTRAL3 = replace(
+    LLAMA,
+    model_type="ministral3",
+    in_transformers_4=False,
+    **classes("Ministral3", modeling_ministral3, modeling_pruned_ministral3),
+)
+# Biases on queries, keys and values, on other layers by option.
+SEED_OSS = replace(LLAMA, model_type="seed_oss", **classes("SeedOss", modeling_seed_oss, modeling_pruned_seed_oss))
 # Qwen2 and Qwen2.5: biases on queries, keys and values, and an optional sliding window.
 QWEN2 = replace(LLAMA, model_type="qwen2", **classes("Qwen2", modeling_qwen2, modeling_pruned_qwen2))
 # Norms of the queries and keys of each head, and sliding windows in some blocks.
@@ -144,6 +159,14 @@ OLMO2 = replace(
     mlp_parts=("mlp", "post_feedforward_layernorm"),
     indivisible={"kv_heads": "one norm goes over the queries of all heads, so removing a head changes the others"},
     **classes("Olmo2", modeling_olmo2, modeling_pruned_olmo2),
+)
+# Norms behind both sub-blocks, as in OLMo 2, and of each head, as in Qwen3; beside blocks with a sliding window those
+# without one have no rotary embeddings.
+EXAONE4 = replace(
+    OLMO2,
+    model_type="exaone4",
+    indivisible={},
+    **classes("Exaone4", modeling_exaone4, modeling_pruned_exaone4),
 )
 # Phi-3 and 4: one layer for queries, keys and values, and one for both halves of the gated MLP.
 PHI3 = replace(
@@ -184,6 +207,7 @@ QWEN3_MOE = replace(
     off=("mlp_only_layers", "output_router_logits"),
     fixed={"decoder_sparse_step": 1},
     older_names={"num_local_experts": "num_experts"},
+    in_transformers_4=False,
     **classes("Qwen3Moe", modeling_qwen3_moe, modeling_pruned_qwen3_moe),
 )
 # Biases on queries, keys and values, and a shared expert that every token goes through.
@@ -302,8 +326,8 @@ GPT_NEOX = Architecture(
 ARCHITECTURES = {
     architecture.model_type: architecture
     for architecture in (
-        *(GEMMA2, GEMMA3, GPT2, GPT_NEOX, GRANITE, LLAMA, MISTRAL, MIXTRAL, OLMO2, OLMOE),
-        *(OPT, PHI3, QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE, SMOLLM3),
+        *(EXAONE4, GEMMA2, GEMMA3, GPT2, GPT_NEOX, GRANITE, LLAMA, MINISTRAL3, MISTRAL, MIXTRAL),
+        *(OLMO2, OLMOE, OPT, PHI3, QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE, SEED_OSS, SMOLLM3),
     )
 }
 """every architecture, by the model_type of its config"""

@@ -1,7 +1,7 @@
 """Runtimes: the models that each of them loads, as data, so that a run is fitted to one before any weight is read."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from optprune.allocation import Allocation
@@ -41,6 +41,8 @@ class Runtime:
     families: tuple[str, ...] = tuple(ARCHITECTURES)
     rotary: tuple[str, ...] = (*FIXED, "dynamic", "longrope")
     """the scalings of rotary embeddings that it knows"""
+    further: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """more such scalings, by the only family of which it knows them"""
     drafted: bool = False
     """whether it loads other models of transformers, as drafts describe them"""
     uneven: tuple[str, ...] = ()
@@ -147,12 +149,17 @@ class Runtime:
             raise InputError(
                 f"the target {self.name} does not take models of the kind {family}: it takes {', '.join(self.families)}"
             )
+        known = self.scalings(family)
         for kind in rope_types(config):
-            if kind not in self.rotary:
+            if kind not in known:
                 raise InputError(
                     f"the target {self.name} does not take rotary embeddings scaled by {kind}: it takes "
-                    f"{', '.join(self.rotary)}"
+                    f"{', '.join(known)}"
                 )
+
+    def scalings(self, family: str) -> tuple[str, ...]:
+        """Return the scalings of rotary embeddings that it knows of a family."""
+        return (*self.rotary, *self.further.get(family, ()))
 
     def _alike(self, recipe: Recipe, notes: list[str]) -> Recipe:
         """Return the recipe with equal blocks: a budget for the whole model is divided evenly, where that is enough."""
@@ -217,12 +224,14 @@ RUNTIMES = {
             "gguf",
             families=tuple(name for name in ARCHITECTURES if name != "opt"),
             rotary=("default", "linear", "llama3"),
+            further={"ministral3": ("yarn",)},
             # Its architecture deci has Llama's blocks.
             uneven=("llama", "mistral", "qwen2"),
-            ordered=("gemma2", "gemma3_text", "smollm3"),
+            ordered=("exaone4", "gemma2", "gemma3_text", "smollm3"),
             # Where it takes heads and hidden size to be what the file says, each for itself.
             fewer_heads=(
-                *("gemma2", "gemma3_text", "granite", "llama", "mistral", "mixtral", "qwen3", "qwen3_moe", "smollm3"),
+                *("gemma2", "gemma3_text", "granite", "llama", "ministral3", "mistral", "mixtral"),
+                *("qwen3", "qwen3_moe", "seed_oss", "smollm3"),
             ),
             # The numbers that share a scale in q8_0.
             multiple=32,

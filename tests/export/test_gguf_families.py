@@ -17,9 +17,9 @@ from optprune.models import Decoder, Mlp, Values
 from optprune.models.units import KvGroups, LinkedUnits
 from optprune.program import RUNTIMES
 from optprune.recipe import Recipe, load_recipe
-from tests.helpers.gguf_models import PROMPT, THERE, apart, cut, expected_of, made, saved
+from tests.helpers.gguf_models import PROMPT, THERE, YARN, apart, cut, expected_of, made, saved
 
-FIXED_HEADS = ("gpt2", "gpt_neox", "olmo2", "olmoe", "phi3", "qwen2_moe")
+FIXED_HEADS = ("exaone4", "gpt2", "gpt_neox", "olmo2", "olmoe", "phi3", "qwen2_moe")
 """of which all stay: their sizes add up to the hidden size there, or one norm goes over them"""
 
 
@@ -51,6 +51,16 @@ def test_a_head_that_is_the_embeddings(family: str, tmp_path: Path) -> None:
 
 def test_heads_of_qwen2_that_do_not_make_up_the_hidden_size(tmp_path: Path) -> None:
     check_alike(saved(cut(tiny_qwen2(num_hidden_layers=4), {KvGroups(): 1}), tmp_path / "model"), "deci")
+
+
+def test_windows_of_the_exaone4_that_it_knows_by_its_number_of_blocks(tmp_path: Path) -> None:
+    """Blocks with a window rotate queries and keys there, and every fourth, without one, does not."""
+    model = made("exaone4", num_hidden_layers=64, sliding_window=8, sliding_window_pattern=4, layer_types=None)
+    check_alike(saved(cut(model, {Values(): 12, Mlp(): 96}, range(64)), tmp_path / "model"), "exaone4")
+
+
+def test_a_ministral3_without_a_scaling_of_its_rotary_embeddings(tmp_path: Path) -> None:
+    check_alike(saved(made("ministral3", rope_parameters={**YARN, "rope_type": "default"}), tmp_path / "m"), "mistral3")
 
 
 def test_windows_that_it_lacks_are_told(tmp_path: Path) -> None:
@@ -86,13 +96,23 @@ def test_a_file_of_the_model_without_its_head(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("family", "config", "sentence"),
     [
+        ("exaone4", {"sliding_window": 8}, "sliding windows in an EXAONE 4 of another number of blocks than 64"),
+        (
+            "exaone4",
+            {"num_hidden_layers": 64, "layer_types": ["full_attention"] * 64},
+            "an EXAONE 4 of 64 blocks of which not every fourth sees all tokens",
+        ),
         ("gemma2", {"query_pre_attn_scalar": 12}, "scores scaled by a query_pre_attn_scalar of 12 in place of 16"),
         ("gemma2", {"layer_types": ["full_attention"] * 4}, "sliding windows in another order of blocks"),
         ("gemma3_text", {"final_logit_softcapping": 3.0}, "soft caps"),
         ("granite", {"attention_bias": True}, "biases of linear layers, as model.layers.0.self_attn.q_proj.bias"),
         ("mixtral", {"hidden_act": "gelu"}, "an MLP with the activation gelu"),
+        ("ministral3", {"rope_parameters": {**YARN, "mscale": 0.5}}, "a yarn scaling without mscale 1"),
+        ("ministral3", {"rope_parameters": {**YARN, "rope_type": "linear"}}, "rotary embeddings of a Ministral 3"),
         ("olmoe", {"num_key_value_heads": 2}, "grouped-query attention in an OLMoE"),
         ("qwen3_moe", {"norm_topk_prob": False}, "routers with norm_topk_prob False"),
+        ("seed_oss", {"attention_out_bias": True}, "attention_out_bias in a Seed-OSS"),
+        ("seed_oss", {"mlp_bias": True}, "mlp_bias in a Seed-OSS"),
         ("smollm3", {"no_rope_layer_interval": 2}, "blocks without rotary embeddings that are not every fourth"),
     ],
 )

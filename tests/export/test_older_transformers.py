@@ -108,7 +108,7 @@ def model_of(name: str) -> PreTrainedModel:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("uneven", [False, True], ids=["even", "uneven"])
-@pytest.mark.parametrize("name", [name for name in ALL_MODELS if ARCHITECTURES[name].mixture is None])
+@pytest.mark.parametrize("name", [name for name in ALL_MODELS if ARCHITECTURES[name].in_transformers_4])
 def test_a_folder_in_transformers_4(name: str, uneven: bool, older: Path, tmp_path: Path) -> None:
     model, tokenizer = model_of(name), tiny_tokenizer()
     if uneven:

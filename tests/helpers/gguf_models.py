@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import optprune
-from benchmarks.tiny_models import tiny
+from benchmarks.tiny_models import OTHER_FAMILIES, tiny
 from optprune.export import save_model
 from optprune.models import Decoder, Mlp
 from optprune.models.units import LinkedUnits
@@ -21,12 +21,15 @@ NO_WINDOW = {"sliding_window": None, "use_sliding_window": False}
 HEADS_OF_16 = {"query_pre_attn_scalar": 16}
 FAR = {"rope_type": "linear", "factor": 8.0, "rope_theta": 5e4}
 NEAR = {"rope_type": "default", "rope_theta": 500.0}
+YARN = {**OTHER_FAMILIES["ministral3"]["rope_parameters"], "mscale": 1.0, "mscale_all_dim": 1.0}
 THERE: dict[str, dict[str, Any]] = {
+    "exaone4": {"head_dim": 16, "sliding_window": None, "layer_types": ["full_attention"] * 4},
     "gemma2": HEADS_OF_16,
     "gemma3_text": {**HEADS_OF_16, "rope_parameters": {"full_attention": FAR, "sliding_attention": NEAR}},
     "gpt2": {},
     "gpt_neox": {},
     "granite": {},
+    "ministral3": {"sliding_window": None, "rope_parameters": YARN},
     "mistral": NO_WINDOW,
     "mixtral": NO_WINDOW,
     "olmo2": {},
@@ -35,6 +38,7 @@ THERE: dict[str, dict[str, Any]] = {
     "qwen2_moe": NO_WINDOW,
     "qwen3": NO_WINDOW,
     "qwen3_moe": NO_WINDOW,
+    "seed_oss": {"attention_out_bias": False, "mlp_bias": False},
     "smollm3": {**NO_WINDOW, "no_rope_layer_interval": 4},
 }
 """what tiny models are to be, for llama.cpp to have words for all of them"""

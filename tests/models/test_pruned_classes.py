@@ -1,6 +1,7 @@
 """Pruned classes on whole blocks pass the same arguments to attention, and use the same dropout, as the stock ones."""
 
 import copy
+from functools import partial
 from typing import Any
 
 import pytest
@@ -92,12 +93,20 @@ def logits(model: PreTrainedModel, seed: int) -> Tensor:
         return model(TOKENS, use_cache=False).logits
 
 
-@pytest.mark.parametrize("before", [True, False], ids=["norm before", "norm after"])
 @pytest.mark.parametrize(
-    "rates", [{"dropout": 0.3}, {"dropout": 0.0, "attention_dropout": 0.3}], ids=["residual", "attention"]
+    ("make", "rates"),
+    [
+        (make, rates)
+        for make, residual in (
+            (ALL_MODELS["opt"], "dropout"),
+            (partial(tiny_opt, do_layer_norm_before=False), "dropout"),
+            (ALL_MODELS["seed_oss"], "residual_dropout"),
+        )
+        for rates in ({residual: 0.3}, {residual: 0.0, "attention_dropout": 0.3})
+    ],
 )
-def test_dropout_in_training_is_that_of_the_stock_class(rates: dict[str, float], before: bool) -> None:
-    stock = tiny_opt(do_layer_norm_before=before, **rates)
+def test_dropout_in_training_is_that_of_the_stock_class(make: Any, rates: dict[str, float]) -> None:
+    stock = make(**rates)
     stock.set_attn_implementation("eager")
     pruned = as_pruned(stock)
     assert torch.equal(logits(pruned, 0), logits(stock, 0))

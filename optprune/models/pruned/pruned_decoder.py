@@ -31,6 +31,11 @@ class PrunedAttention:
         """Return the queries, keys and values of all heads."""
         return self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
 
+    def positioned(self, query, key, position_embeddings, position_ids):
+        """Return the queries and keys with the positions of their tokens."""
+        rotated = self.stock.apply_rotary_pos_emb
+        return rotated(query, key, *position_embeddings) if self.use_rope else (query, key)
+
     def shrink(self, queries, keys, values, mixed):
         """Replace the layers by layers of these numbers of outputs, and of `mixed` inputs for the last one."""
         self.q_proj = resized(self.q_proj, outputs=queries)
@@ -56,8 +61,7 @@ class PrunedAttention:
             query, key = self.q_norm(query), self.k_norm(key)
         value = value.view(*shape, key.shape[-2], -1).transpose(1, 2)
         query, key = query.transpose(1, 2), key.transpose(1, 2)
-        if self.use_rope:
-            query, key = self.stock.apply_rotary_pos_emb(query, key, *position_embeddings)
+        query, key = self.positioned(query, key, position_embeddings, kwargs.get("position_ids"))
         cache = past_key_values if cache is None else cache
         if cache is not None:
             key, value = remembered(cache, self.layer_idx, key, value, kwargs.get("cache_position"))
@@ -147,8 +151,7 @@ class PrunedModel:
         """
         blocks = self.get_submodule(self.blocks)
         present = [index for index, block in enumerate(blocks) if block.self_attn is not None]
-        kinds = getattr(self.config, "layer_types", None)
-        kinds = [None] * len(blocks) if kinds is None else kinds  # all of one
+        kinds = getattr(self.config, "layer_types", None) or [None] * len(blocks)  # all of one
         kinds[:] = [kinds[next((i for i in present if i >= index), present[-1])] for index in range(len(blocks))]
         free = {kind: [index for index, other in enumerate(kinds) if other == kind] for kind in kinds}
         for index in present:
