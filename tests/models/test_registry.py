@@ -31,14 +31,14 @@ def refused(family: str, **fields: Any) -> str:
     with pytest.raises(InputError) as again:
         architecture_named(family, {**config.to_dict(), "auto_map": {"AutoConfig": "foo.Foo"}})
     assert str(again.value) == sentence
-    assert sentence.startswith(f"the architecture '{family}' is not known: optprune prunes gemma2, gemma3_text, ")
+    assert sentence.startswith(f"the architecture '{family}' is not known: optprune prunes exaone4, gemma2, ")
     assert sentence.endswith("; optprune inspect MODEL drafts one for --architecture, where that is safe")
     return sentence
 
 
 def test_experts_and_their_router_are_named() -> None:
     sentence = refused("flex_olmo", num_experts=4)
-    assert "the nearest architecture to model.layers.0, gemma2, lacks mlp.gate (" in sentence
+    assert "the nearest architecture to model.layers.0, exaone4, lacks mlp.gate (" in sentence
     assert "mlp.experts (FlexOlmoExperts)" in sentence
     assert "and needs mlp.gate_proj, mlp.up_proj, mlp.down_proj;" in sentence
 
@@ -48,7 +48,7 @@ def test_fused_layers_are_named() -> None:
 
 
 def test_a_block_of_a_known_kind_says_so() -> None:
-    words = "; the linear layers of model.layers.0 are those of gemma2, so the entry may be short; optprune"
+    words = "; the linear layers of model.layers.0 are those of exaone4, so the entry may be short; optprune"
     assert words in refused("cohere")
 
 
