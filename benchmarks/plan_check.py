@@ -16,6 +16,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
@@ -28,6 +29,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from benchmarks.common import with_earlier, write_table
 from optprune.models import load_tokenizer, need_tokenizer
 from optprune.texts import demo_articles
 
@@ -39,6 +41,7 @@ CHARACTERS = 400_000
 """of the calibration text: about 90,000 tokens"""
 MODELS = ("llama256", "llama512", "llama1024", "opt512", "mixtral256", "demo")
 RECIPES = ("fasp", "alps", "structured_best", "sparse_best")
+"""the recipes that are run where none is named"""
 
 
 @dataclass(frozen=True)
@@ -61,8 +64,7 @@ def main() -> None:
     if options.make:
         save(*options.make)
         return
-    print("| model | recipe | planned, MiB | measured, MiB | ratio | planned, s | measured, s | ratio |")
-    print("|---|---|---|---|---|---|---|---|", flush=True)
+    rows = list[dict[str, Any]]()
     with tempfile.TemporaryDirectory() as scratch:
         text = Path(scratch) / "text.txt"
         text.write_text("\n\n".join(demo_articles("calibration"))[:CHARACTERS], encoding="utf-8")
@@ -76,11 +78,15 @@ def main() -> None:
                 words = [folder, "--calibration", str(text), "--recipe", recipe]
                 words += ["--samples", str(options.samples), "--seq-length", str(options.seq_length), *more]
                 words += ["--dtype", "float32", "--device", "cpu"]
-                print(f"| {name} | {recipe} | {row(words, Path(scratch), options.detail)} |", flush=True)
+                of = {"model": name, "recipe": recipe, "samples": options.samples, "seq_length": options.seq_length}
+                rows.append(of | row(words, Path(scratch), options.detail))
+                print(rows[-1], flush=True)
+                every = with_earlier("plan", rows, ("model", "recipe", "samples", "seq_length"))
+                write_table("plan", "What a plan says, and what a run takes", every)
 
 
-def row(words: list[str], scratch: Path, detail: bool) -> str:
-    """The cells of a table's row for a model and a recipe."""
+def row(words: list[str], scratch: Path, detail: bool) -> dict[str, Any]:
+    """The planned and the measured memory and time of a run."""
     plan, output = scratch / "plan.json", scratch / "output"
     taken(["plan", *words, "--json", str(plan)])
     planned = json.loads(plan.read_text(encoding="utf-8"))
@@ -88,10 +94,16 @@ def row(words: list[str], scratch: Path, detail: bool) -> str:
         print(phase["name"], f"{phase['seconds']:.1f} s, {phase['host_bytes'] / MIB:.0f} MiB", phase["parts"])
     found = taken(["prune", *words, "--output", str(output), "--overwrite"])
     memory, seconds = planned["host_bytes"], planned["seconds"]
-    return (
-        f"{memory / MIB:.0f} | {found.bytes / MIB:.0f} | {memory / found.bytes:.2f} | {seconds:.1f} | "
-        f"{found.seconds:.1f} | {seconds / found.seconds:.2f}"
-    )
+    if detail:
+        print(json.loads((output / "report.json").read_text(encoding="utf-8"))["phases"])
+    return {
+        "planned, MiB": round(memory / MIB),
+        "measured, MiB": round(found.bytes / MIB),
+        "memory ratio": round(memory / found.bytes, 2),
+        "planned, s": round(seconds, 1),
+        "measured, s": round(found.seconds, 1),
+        "time ratio": round(seconds / found.seconds, 2),
+    }
 
 
 def taken(words: list[str]) -> Taken:

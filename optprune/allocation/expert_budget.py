@@ -13,7 +13,7 @@ from optprune.allocation.by_cost import Costs, rate_of
 from optprune.allocation.knapsack import Curve, fill_budget, share_budget
 from optprune.allocation.uniform import removed_by_experts
 from optprune.calibration import Probe, Stream, advance, first_inputs
-from optprune.calibration.calls import EVERY, catching, expert_choice, expert_choice_bytes
+from optprune.calibration.calls import EVERY, catching, expert_choice, expert_choice_work
 from optprune.calibration.divergence import probe_block_work, probe_end_work
 from optprune.calibration.stream import forward_work
 from optprune.errors import InputError
@@ -143,7 +143,7 @@ class ExpertBudget(MeasuredBudget):
         """Return the work of all blocks, through all experts twice, and that of the divergences at the end."""
         blocks = len(shapes.blocks)
         passing = forward_work(shapes, tokens, 2.0)
-        held = max(expert_choice_bytes(shapes, index, tokens) for index in range(blocks))
+        held = max(expert_choice_work(shapes, index, tokens).bytes for index in range(blocks))
         passing += Work(bytes=passing.bytes + held)
         along = sum(probe_block_work(shapes, index, self.probe_tokens, index + 1).flops for index in range(blocks))
         return passing + Work(along), probe_end_work(shapes, self.probe_tokens, blocks if self.probes else 0)

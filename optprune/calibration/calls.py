@@ -10,12 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from optprune.calibration.partial_sums import Share
-from optprune.calibration.stream import TOKENS_PER_BATCH, Stream, run_block, stream_bytes
+from optprune.calibration.stream import SLOW, TOKENS_PER_BATCH, Stream, run_block, stream_bytes
 from optprune.models import Decoder
+from optprune.models.architecture import GATED
 from optprune.models.mixture import SeparateExperts, experts_in
 from optprune.models.places import States
 from optprune.numerics.tensors import first_output
 from optprune.problems import ExpertChoice
+from optprune.work import Work, product
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 """the positional and the named arguments of a call"""
@@ -187,13 +189,19 @@ def expert_choice(decoder: Decoder, index: int, calls: Calls, keep: int) -> Expe
     return ExpertChoice(scores, pairs, decoder.experts_for_a_token, mixture.normalised(config), keep)
 
 
-def expert_choice_bytes(decoder: Decoder, index: int, tokens: int) -> int:
-    """Return the memory of `expert_choice`: the calls, all experts' outputs for a batch, and the products."""
-    count = decoder.shape(index).experts
+def expert_choice_work(decoder: Decoder, index: int, tokens: int) -> Work:
+    """Return the work of `expert_choice` for so many tokens: all experts' outputs, and their products.
+
+    Its memory is that of the calls, of all experts' outputs for a batch, and of the products.
+    """
+    shape, hidden = decoder.shape(index), decoder.model.config.hidden_size
+    count = shape.experts
     held = min(tokens, MOST_PRODUCTS // max(count, 1) ** 2)
-    outputs = 4 * min(held, TOKENS_PER_BATCH) * count * decoder.model.config.hidden_size
+    outputs = 4 * min(held, TOKENS_PER_BATCH) * count * hidden
     # The products once more in float64, for the errors.
-    return 2 * stream_bytes(decoder, tokens) + outputs + held * count**2 * (4 + 8)
+    memory = 2 * stream_bytes(decoder, tokens) + outputs + held * count**2 * (4 + 8)
+    answers = SLOW * product(held, hidden, len(GATED) * shape.mlp_width * count)
+    return Work(answers + product(held * count, hidden, count), memory)
 
 
 def _gathered(calls: Calls, *own: Tensor) -> list[Tensor]:

@@ -15,7 +15,7 @@ from optprune.allocation import Allocation, Allocator, DenseModel, Depth, Measur
 from optprune.allocation.weight_costs import MOST_COSTS
 from optprune.calibration import Path as Track
 from optprune.calibration import Propagation, Stream
-from optprune.calibration.calls import expert_choice_bytes
+from optprune.calibration.calls import expert_choice_work
 from optprune.calibration.stream import TOKENS_PER_BATCH
 from optprune.metric import OutputMetric
 from optprune.models import BlockAllocation, Decoder, Experts, Target, Units
@@ -353,12 +353,14 @@ class Program:
         before = stage[: stage.index(target)]
         return solver.cached_bytes * sum(width**2 for tap, width in self.taps(before).items() if tap != target.tap)
 
+    def expert_work(self, index: int, tokens: int) -> Work:
+        """Return the work of choosing the experts of a block by so many tokens, where they are the units."""
+        return expert_choice_work(self.decoder, index, tokens) if isinstance(self.units, Experts) else Work()
+
     @property
     def expert_bytes(self) -> int:
         """Bytes of the choice of experts, where they are the units."""
-        if not isinstance(self.units, Experts):
-            return 0
-        return expert_choice_bytes(self.decoder, self.largest, self.tokens)
+        return round(self.expert_work(self.largest, self.tokens).bytes)
 
     def cost_bytes(self, target: Target) -> int:
         """Return the bytes of computing the costs of removal of a layer, where a budget is divided by them."""

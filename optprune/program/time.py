@@ -2,7 +2,7 @@
 
 Each piece of work is declared beside the code that does it: solvers, allocators and unit kinds have `work`, and passes
 of tokens are counted here by the multiplications of their matrix products. A short probe of one block
-(pruning/block_probe.py) measures the seconds per operation of each kind; without it, they are those of a large matrix
+(pruning/measured_plan.py) measures the seconds per operation of each kind; without it, they are those of a large matrix
 product.
 """
 
@@ -52,9 +52,13 @@ lines = status.read_text().splitlines() if status.exists() else []
 held = [int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:")]
 from optprune import texts
 from optprune.pruning import prune
-print(held[0] if held else 0, reloading, time.perf_counter() - began)
+starting = time.perf_counter() - began
+from optprune.report.drawings import can_draw
+if can_draw():
+    from matplotlib.figure import Figure
+print(held[0] if held else 0, reloading, starting, time.perf_counter() - began - starting)
 """
-"""the imports of a process that reloads a folder, and then those of the command"""
+"""the imports of a process that reloads a folder, then those of the command, and those of its drawings"""
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,8 @@ class Surroundings:
     """the seconds until a fresh process that reloads a folder has imported what it needs"""
     start: float
     """the seconds until the command has"""
+    draw: float
+    """the seconds until it has imported what its drawings need"""
     fresh: int
     """the bytes that a process that reloads has for itself, with its imports"""
     write: float
@@ -78,7 +84,7 @@ class Surroundings:
     def assumed(cls, started: float | None = None) -> "Surroundings":
         """Return usual figures; the process was started so many seconds ago, and has only imported its libraries."""
         start = min(max(time.process_time() if started is None else started, START[0]), START[1])
-        return cls(start, start, RELOADING, 2 / DISK_SPEED, 0.0, 1 / DISK_SPEED)
+        return cls(start, start, start / 8, RELOADING, 2 / DISK_SPEED, 0.0, 1 / DISK_SPEED)
 
     @classmethod
     def measured(cls, place: Path | None = None) -> "Surroundings":
@@ -91,7 +97,7 @@ class Surroundings:
         if run.returncode:
             reason = (run.stderr.strip().splitlines() or ["no message"])[-1]
             raise OptpruneError(f"a fresh process cannot import what a run needs: {reason}")
-        fresh, reloading, importing = map(float, run.stdout.split())
+        fresh, reloading, importing, drawing = map(float, run.stdout.split())
         data = os.urandom(PIECE)
         # What others have written a moment ago goes to the disk with the first file that is made to last.
         small = min(_written(data[:1024], place) for _ in range(3))
@@ -99,9 +105,9 @@ class Surroundings:
         began = time.perf_counter()
         hashlib.sha256(data).digest()
         digest = (time.perf_counter() - began) / PIECE
-        interpreter = whole - importing
+        interpreter = whole - importing - drawing
         each = max(0.0, large - small) / PIECE
-        return cls(interpreter + reloading, whole, round(fresh) or RELOADING, each, small, digest)
+        return cls(interpreter + reloading, whole - drawing, drawing, round(fresh) or RELOADING, each, small, digest)
 
 
 def _written(data: bytes, place: Path | None) -> float:
@@ -160,9 +166,9 @@ def block_passes(program: Program, index: int) -> Work:
     return block_pass(decoder, index) * times + gram_work(decoder, index, taps)
 
 
-def block_solves(program: Program, index: int) -> Work:
-    """Return the work of the solves of a block."""
-    total = Work()
+def block_solves(program: Program, index: int, tokens: int) -> Work:
+    """Return the work of the solves of a block, and of the choice of its experts by so many tokens."""
+    total = program.expert_work(index, tokens)
     for target in program.units.candidates(program.decoder, index):
         layer, coupled = program.decoder.layer(index, target.path), program.coupled(target.path)
         shape = layer.out_features, layer.in_features
@@ -224,6 +230,7 @@ def seconds_of(
         PRUNING: _pruning(program, rates, around, scale),
         SAVING: scale * rates.read
         + window
+        + around.draw
         + (program.pruned_bytes + program.resident_numbers * program.itemsize) * around.write,
         CHECKING: around.reload + opening + 2 * scale * rates.read + window,
     }
@@ -248,7 +255,7 @@ def expected_files(decoder: Decoder, characters: int, started: float | None = No
     return {
         TOKENISING: 0.5 + characters / CHARACTERS_PER_SECOND,
         LOADING: 0.5 + 2 * files,
-        SAVING: 0.5 + 2 * files,
+        SAVING: 0.5 + around.draw + 2 * files,
         CHECKING: around.reload + files,
     }
 
@@ -284,7 +291,7 @@ def _pruning(program: Program, rates: Rates, around: Surroundings, scale: float)
     blocks, tokens = range(program.block_count), program.tokens
     kept = program.pruned_bytes * around.write + program.block_count * 2 * around.write_file
     passes = tokens * _total(block_passes(program, index) for index in blocks).flops * rates.passes
-    solves = _total(block_solves(program, index) for index in blocks).flops * rates.solves
+    solves = _total(block_solves(program, index, tokens) for index in blocks).flops * rates.solves
     refinement = _total(block_refinement(program, index) for index in blocks).flops * rates.refinement
     inside = scale * rates.fixed + passes + solves + refinement
     if program.workers == 1:

@@ -203,7 +203,7 @@ class BlockProbe:
                 head=_rate(
                     metric_head / 3 if program.metric is not None else self.head(), head_work(program.decoder, 1)
                 ),
-                solves=_rate(full.solves, block_solves(program, index)),
+                solves=_rate(full.solves, block_solves(program, index, tokens)),
                 refinement=_rate(refinement * fitted / tokens, block_refinement(program, index)),
                 metric=_rate(metric, block_metric(program, index)),
                 budget=self.budget(metrics),

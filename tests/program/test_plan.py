@@ -29,7 +29,7 @@ from optprune.report import Event, LayerSolved
 from tests.helpers.memory import told
 from tests.helpers.programs import LENGTH, program_of
 from tests.helpers.short_runs import batches
-from tests.helpers.tiny_models import save_tiny, tiny_llama, tiny_opt
+from tests.helpers.tiny_models import ALL_MODELS, save_tiny, tiny_llama, tiny_opt
 
 GB = 10**9
 
@@ -139,7 +139,7 @@ def test_workers_are_counted_each() -> None:
 
 
 RATES = Rates(passes=1e-9, head=1e-9, solves=1e-9, refinement=1e-9, metric=1e-9, budget=1e-9, fixed=0.1, read=0.01)
-AROUND = Surroundings(reload=3.0, start=4.0, fresh=1, write=1e-9, write_file=0.0, digest=1e-9)
+AROUND = Surroundings(reload=3.0, start=4.0, draw=0.5, fresh=1, write=1e-9, write_file=0.0, digest=1e-9)
 
 
 def times(program: Program) -> dict[str, float]:
@@ -176,6 +176,19 @@ def test_workers_share_the_solves() -> None:
         for count in (1, 3)
     )
     assert (alone + AROUND.start) / 3 < shared + AROUND.start < (alone + AROUND.start) * 0.6 + AROUND.start
+
+
+def test_the_choice_of_experts_takes_time() -> None:
+    decoder = Decoder(ALL_MODELS["mixtral"]())
+    few, many = (program_of("reap", samples=samples, decoder=decoder) for samples in (8, 16))
+    shape, hidden = decoder.shape(0), decoder.model.config.hidden_size
+    # Three layers of every expert for each token, and the products of the answers of two experts.
+    each = 3 * hidden * shape.mlp_width * shape.experts + shape.experts**2 * hidden
+    passes = sum(block_passes(many, index).flops for index in range(many.block_count)) * RATES.passes
+    more = times(many)["pruning"] - times(few)["pruning"] - 8 * LENGTH * passes
+    assert more > 8 * LENGTH * many.block_count * 2 * each * RATES.solves > 0
+    probed = BlockProbe(many, decoder, batches(), 1).rates()
+    assert probed.solves > 0
 
 
 @pytest.mark.parametrize("recipe", ["fasp", "structured_best", "sparse_best", "spap"])
