@@ -55,6 +55,10 @@ OTHER_FAMILIES: dict[str, dict[str, Any]] = {
     "exaone4": {"head_dim": 24, "sliding_window": 8, "sliding_window_pattern": 2},
     "gemma2": {**FOUR_NORMS, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
     "gemma3_text": {**FOUR_NORMS, "sliding_window_pattern": 2},
+    "glm4_moe": {
+        **{"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "first_k_dense_replace": 1},
+        **{"head_dim": 24, "use_qk_norm": True, "attention_bias": True, "routed_scaling_factor": 1.5},
+    },
     "gpt2": {"n_inner": 128, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
     "gpt_neox": {"attention_bias": True},
     "granite": {
@@ -102,8 +106,9 @@ ALL_MODELS = TINY_MODELS | {family: partial(tiny, family) for family in OTHER_FA
 def randomise(model: Model, seed: int) -> Model:
     """Draw every parameter anew, norms and biases too, so that nothing is zero or one by initialisation."""
     generator = torch.Generator().manual_seed(seed)
+    corrections = [one for one in model.named_buffers() if one[0].endswith("e_score_correction_bias")]
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for name, parameter in (*model.named_parameters(), *corrections):
             noise = torch.randn(parameter.shape, generator=generator)
             if parameter.ndim > 1:
                 parameter.copy_(noise / parameter.shape[-1] ** 0.5)

@@ -257,7 +257,7 @@ class WidthCosts(Costs):
 
     def _curve(self, block: int, kind: LinkedUnits, layers: list[_Layer]) -> WidthCurve:
         """Return the losses of a block for a token, which reaches some of the layers."""
-        reached = 1 if len(kind.consumers(self.decoder.architecture)) == 1 else self.decoder.experts_for_a_token
+        reached = 1 if len(layers) == 1 else self.decoder.experts_for_a_token
         tokens = sum(layer.tokens for layer in layers) / reached
         losses = {
             count: sum(layer.tokens / tokens * layer.losses[count] for layer in layers) for count in layers[0].losses

@@ -123,7 +123,8 @@ class ModelCard:
             "run the modelling file in the folder (about a hundred lines). `optprune.load_model` does not run it. The "
             "tokenizer needs no code, although `AutoTokenizer` of transformers 5 would ask for it."
         )
-        older = architecture_named(self.model.config.model_type, self.model.config).in_transformers_4
+        architecture = architecture_named(self.model.config.model_type, self.model.config)
+        older = architecture.in_transformers_4 and (stock or architecture.mixture is None)
         versions = "transformers 5 and 4.57 give the same logits and tokens." if older else "It needs transformers 5."
         tokenizer = "AutoTokenizer" if stock else "PreTrainedTokenizerFast"
         return [

@@ -322,10 +322,14 @@ def cast(model: PreTrainedModel, dtype: torch.dtype, store: BlockStore | None = 
     is loaded. Where the blocks come from a `store`, each is read once to see that it can be rounded.
     """
     decoder, names = Decoder(model, store), {parameter: name for name, parameter in model.named_parameters()}
-    rounded = {parameter: _rounded(name, parameter, dtype) for parameter, name in names.items()}
+    exact = tuple(f".{name}" for name in decoder.architecture.float32)
+    narrow = {parameter: name for parameter, name in names.items() if not (exact and name.endswith(exact))}
+    rounded = {parameter: _rounded(name, parameter, dtype) for parameter, name in narrow.items()}
     for index in range(0 if store is None else len(decoder.blocks)):
         with decoder.resident(index) as block:
             for name, parameter in block.named_parameters():
+                if name in decoder.architecture.float32:
+                    continue
                 _rounded(decoder.name(index, name), parameter, dtype)
     for parameter, value in rounded.items():
         parameter.data = value

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, GGUFWriter, RopeScalingType
+from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, ExpertGatingFuncType, GGUFWriter, RopeScalingType
 
 from optprune.errors import InputError
 from optprune.models import Decoder
@@ -160,6 +160,23 @@ def _exaone4_unsupported(config: Any) -> Iterator[str]:
         yield f"sliding windows in an EXAONE 4 of another number of blocks than {EXAONE4_BLOCKS}"
 
 
+def _glm4_moe(config: Any, writer: GGUFWriter) -> None:
+    writer.add_leading_dense_block_count(min(int(config.first_k_dense_replace), int(config.num_hidden_layers)))
+    writer.add_expert_shared_count(int(config.n_shared_experts))
+    writer.add_expert_gating_func(ExpertGatingFuncType.SIGMOID)
+    writer.add_expert_weights_norm(bool(config.norm_topk_prob))
+    writer.add_expert_weights_scale(float(config.routed_scaling_factor))
+
+
+def _glm4_moe_unsupported(config: Any) -> Iterator[str]:
+    if config.n_group > 1:
+        yield f"{config.n_group} groups of experts in a GLM 4.5"
+    if config.n_shared_experts != 1:
+        yield f"n_shared_experts {config.n_shared_experts} in a GLM 4.5"
+    if config.first_k_dense_replace >= config.num_hidden_layers:
+        yield "a GLM 4.5 without experts"
+
+
 def _ministral3(config: Any, writer: GGUFWriter) -> None:
     rotary = config.rope_parameters
     writer.add_attn_temperature_scale(float(rotary["llama_4_scaling_beta"]))
@@ -200,6 +217,9 @@ FAMILIES: dict[str, Family] = {
     "exaone4": Family(MODEL_ARCH.EXAONE4, windows=True, describe=_exaone4, unsupported=_exaone4_unsupported),
     "gemma2": Family(MODEL_ARCH.GEMMA2, **GEMMA, describe=_gemma2, unsupported=_gemma_unsupported("gemma2")),
     "gemma3_text": Family(MODEL_ARCH.GEMMA3, **GEMMA, describe=_gemma3, unsupported=_gemma_unsupported("gemma3")),
+    "glm4_moe": Family(
+        MODEL_ARCH.GLM4_MOE, biases=True, describe=_glm4_moe, unsupported=_glm4_moe_unsupported, scaled=True
+    ),
     "gpt2": Family(MODEL_ARCH.GPT2, activation=TANH, biases=True, describe=_layer_norms),
     "gpt_neox": Family(MODEL_ARCH.GPTNEOX, activation=("gelu",), biases=True, describe=_parallel, tied=False),
     "granite": Family(MODEL_ARCH.GRANITE, neighbours=True, describe=_multipliers),
@@ -241,9 +261,16 @@ def family_of(decoder: Decoder) -> Family:
 def _refused_shapes(decoder: Decoder, family: Family) -> str | None:
     """Return the first property of a model's shapes that a family with equal blocks does not support, or None."""
     shapes, heads, hidden = decoder.shapes(), decoder.heads, decoder.model.config.hidden_size
-    alike = len({(shape.mlp_width, shape.kv_heads, shape.experts) for shape in shapes}) == 1
-    if not alike or len(shapes[0].parts) < len(PARTS):
+    kinds = {(shape.mlp_width, shape.experts) for shape in shapes}
+    # Blocks of several kinds are alike where those of each kind are.
+    alike = len({shape.kv_heads for shape in shapes}) == 1 and len({experts > 0 for _, experts in kinds}) == len(kinds)
+    if not alike or any(len(shape.parts) < len(PARTS) for shape in shapes):
         return f"blocks of a {family.name} model that differ in shape"
+    mixture = decoder.architecture.mixture
+    if mixture is not None and not all(
+        mixture.stock_holds(decoder.model.config, shape) for shape in shapes if shape.experts
+    ):
+        return f"experts of a {family.name} model of another width than the one that every token goes through"
     if shapes[0].kv_heads * heads.group * heads.dim == hidden:
         return None
     free = decoder.architecture.model_type in LLAMA_CPP.fewer_heads

@@ -183,13 +183,13 @@ class _Content:
             writer.add_rope_scaling_factor(float(rotary["factor"]))
         mixture = self.decoder.architecture.mixture
         if mixture is not None:
-            writer.add_expert_count(shapes[0].experts)
+            writer.add_expert_count(max(shape.experts for shape in shapes))
             writer.add_expert_used_count(self.decoder.experts_for_a_token)
             if hasattr(config, "moe_intermediate_size"):
-                writer.add_expert_feed_forward_length(widths[0])
+                own = zip(widths, shapes, strict=True)
+                writer.add_expert_feed_forward_length(max(width for width, shape in own if shape.experts))
             if mixture.shared:
-                shared = int(getattr(config, mixture.shared_width))
-                writer.add_expert_shared_feed_forward_length(self.tensors.width(shared))
+                writer.add_expert_shared_feed_forward_length(self.tensors.width(mixture.width_of_shared(config)))
         self.family.describe(config, writer)
 
     def targets(self) -> Iterator[Target]:

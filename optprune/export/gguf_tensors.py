@@ -106,7 +106,9 @@ class Tensors:
         found, heads = list(self._untyped()), self.decoder.heads
         shapes = {target.name: target.shape for target in found}
         blocks = self.decoder.shapes()
-        choice = Choice(self.file, shapes, len(blocks), blocks[0].experts, heads.group > 1, self.importance)
+        choice = Choice(
+            self.file, shapes, len(blocks), max(block.experts for block in blocks), heads.group > 1, self.importance
+        )
         kinds = choice.kinds()
         return [replace(target, kind=kinds[target.name]) for target in found]
 
@@ -241,7 +243,11 @@ class Tensors:
             yield Target(f"blk.{block}.{name}.weight", shape, ())
 
     def _name(self, name: str) -> str:
-        known = self.names.get_name(name, try_suffixes=(".weight", ".bias"))
+        mixture = self.decoder.architecture.mixture
+        there = name
+        if mixture is not None and mixture.correction and name.endswith(f".{mixture.correction}"):
+            there = f"{name.removesuffix('_bias')}.bias"
+        known = self.names.get_name(there, try_suffixes=(".weight", ".bias"))
         if known is None:
             raise InputError(f"llama.cpp does not support the tensor {name} of {self.checkpoint.source}")
         return known

@@ -1,6 +1,7 @@
 """Data that describes an architecture: where its linear layers are, and which of them go together."""
 
-from collections.abc import Callable, Iterable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate
@@ -85,8 +86,68 @@ class Classes:
     attention: type[nn.Module]
 
 
+class MlpKind(ABC):
+    """One kind of MLP that blocks of a family may have.
+
+    A family whose blocks differ in kind has several. A block has one of them, or none: its modules and its shape say
+    which.
+    """
+
+    width: str
+    """the config field that holds the width that a block's `mlp_width` counts"""
+
+    @abstractmethod
+    def describes(self, shape: BlockShape) -> bool:
+        """Return whether a block of a shape has an MLP of this kind."""
+
+    @abstractmethod
+    def stages_by(self, config: PretrainedConfig) -> tuple[tuple[str, ...], ...]:
+        """Return the linear layers by a config, grouped by those that run together."""
+
+    @abstractmethod
+    def links(self, layers: Iterable[str]) -> dict[str, tuple[str, ...]]:
+        """Return the layers whose columns are hidden units, among these, each with those whose rows are the units."""
+
+    @abstractmethod
+    def widths(self, config: PretrainedConfig, shape: BlockShape) -> dict[str, int]:
+        """Return the hidden units of every layer that has them as columns, in a block of a shape."""
+
+    rows_of_unit: int = 1
+    """the rows of each producer that a unit has"""
+
+    def record_widths(self, config: PretrainedConfig, widths: Sequence[int]) -> None:
+        """Write the widths of the blocks of this kind into a config, which holds the largest."""
+        setattr(config, self.width, max(widths, default=0) or 1)
+
+    def stock_holds(self, config: PretrainedConfig, shape: BlockShape) -> bool:
+        """Return whether a stock model of a config can have this kind of MLP in a shape."""
+        return True
+
+
 @dataclass(frozen=True)
-class Mixture:
+class DenseMlp(MlpKind):
+    """An MLP that every token goes through."""
+
+    producers: tuple[str, ...]
+    consumer: str
+    width: str
+    rows_of_unit: int
+
+    def describes(self, shape: BlockShape) -> bool:
+        return shape.mlp_width > 0 and not shape.experts
+
+    def stages_by(self, config: PretrainedConfig) -> tuple[tuple[str, ...], ...]:
+        return ()  # a description lists them itself
+
+    def links(self, layers: Iterable[str]) -> dict[str, tuple[str, ...]]:
+        return {self.consumer: self.producers}
+
+    def widths(self, config: PretrainedConfig, shape: BlockShape) -> dict[str, int]:
+        return {self.consumer: shape.mlp_width}
+
+
+@dataclass(frozen=True)
+class Mixture(MlpKind):
     """A mixture of experts: gated MLPs of one shape, of which a router chooses some for each token.
 
     While a `Decoder` holds the model each expert is a module of its own, named by its number as in checkpoints.
@@ -106,6 +167,21 @@ class Mixture:
     """the shared expert, a gated MLP that every token goes through; empty where there is none"""
     shared_width: str = ""
     """the config field that holds its width"""
+    shared_last: bool = False
+    """whether it runs after the others"""
+    shared_count: str = ""
+    """the config field that holds its width as a multiple of an expert's, where no field holds the width itself"""
+    width: str = "moe_intermediate_size"
+    """the config field that holds the width of an expert"""
+    correction: str = ""
+    """the router's tensor with a number for each expert that is added to its sigmoid for the choice, where there is
+    one; the weights of such a router are sigmoids, and a softmax otherwise"""
+    factor: str = ""
+    """the config field by which the weights of the chosen experts are multiplied"""
+    groups: str = ""
+    """the config field that holds the number of groups of equal size of which the router first chooses some"""
+    fewest: int = 1
+    """the fewest experts with which the stock router works"""
     multiple: int = 8
     """the number of which an expert's width must be a multiple, because kernels read 16 bytes at a time"""
     normalised: Callable[[PretrainedConfig], bool] = lambda config: bool(config.norm_topk_prob)
@@ -117,10 +193,38 @@ class Mixture:
         """Return the linear layers of so many experts, grouped by those that run together."""
         every = tuple(f"{self.experts}.{number}" for number in range(count))
         stages = []
-        for places in ((self.shared,), every) if self.shared else (every,):
+        order = (every, (self.shared,)) if self.shared_last else ((self.shared,), every)
+        for places in order if self.shared else (every,):
             stages.append(tuple(f"{place}.{layer}" for place in places for layer in GATED[:2]))
             stages.append(tuple(f"{place}.{GATED[2]}" for place in places))
         return tuple(stages)
+
+    def describes(self, shape: BlockShape) -> bool:
+        return shape.mlp_width > 0 and shape.experts > 0
+
+    def stages_by(self, config: PretrainedConfig) -> tuple[tuple[str, ...], ...]:
+        return self.stages(getattr(config, self.count))
+
+    def links(self, layers: Iterable[str]) -> dict[str, tuple[str, ...]]:
+        roots = tuple(f"{place}." for place in (self.experts, self.shared) if place)
+        return self.mlps(path for path in layers if path.startswith(roots))
+
+    def widths(self, config: PretrainedConfig, shape: BlockShape) -> dict[str, int]:
+        found = {f"{self.experts}.{number}.{GATED[2]}": shape.mlp_width for number in range(shape.experts)}
+        return found | ({f"{self.shared}.{GATED[2]}": self.width_of_shared(config)} if self.shared else {})
+
+    def width_of_shared(self, config: PretrainedConfig) -> int:
+        """Return the width of the shared expert."""
+        if self.shared_count:
+            return int(getattr(config, self.shared_count)) * int(getattr(config, self.width))
+        return int(getattr(config, self.shared_width))
+
+    def record_widths(self, config: PretrainedConfig, widths: Sequence[int]) -> None:
+        if not self.shared_count:  # the shared expert, which stays, has its width by the same field
+            super().record_widths(config, widths)
+
+    def stock_holds(self, config: PretrainedConfig, shape: BlockShape) -> bool:
+        return not self.shared_count or shape.mlp_width == getattr(config, self.width)
 
     def mlps(self, layers: Iterable[str]) -> dict[str, tuple[str, ...]]:
         """Return the last layer of every expert among these, each with the layers whose rows are its units."""
@@ -179,6 +283,10 @@ class Architecture:
     """the config fields that list something for each block"""
     indivisible: Mapping[str, str] = field(default_factory=dict)
     """the counts of a block's shape that can only stay whole or become zero, each with the reason"""
+    leading: tuple[str, ...] = ()
+    """the config fields that count the first blocks, of another kind than the rest"""
+    float32: tuple[str, ...] = ()
+    """the parameters of a block that are float32 whatever the model's dtype, by their names in it"""
     off: tuple[str, ...] = ()
     """the config fields that must be off, because they change the computation"""
     transposed: tuple[str, ...] = ()
@@ -190,7 +298,7 @@ class Architecture:
     older_names: Mapping[str, str] = field(default_factory=dict)
     """config fields (rope_theta among them), each with its name in transformers 4.x where that differs"""
     in_transformers_4: bool = True
-    """whether transformers 4.57 has the class too, and reads the folders of pruned models"""
+    """whether transformers 4.57 has the class too; with experts it reads folders of the stock class only"""
     logits_divisor: str = ""
     """the config field by which the head's output is divided, where there is one"""
     logits_factor: str = ""
@@ -202,9 +310,14 @@ class Architecture:
 
     def for_config(self, config: PretrainedConfig) -> "Architecture":
         """Return the same with the linear layers of as many experts as a config says."""
-        if self.mixture is None:
-            return self
-        return replace(self, stages=self.stages + self.mixture.stages(getattr(config, self.mixture.count)))
+        further = tuple(stage for kind in self.mlp_kinds for stage in kind.stages_by(config))
+        return replace(self, stages=self.stages + further) if further else self
+
+    @cached_property
+    def mlp_kinds(self) -> tuple[MlpKind, ...]:
+        """The kinds of MLP that blocks may have."""
+        dense = DenseMlp(self.mlp_producers, self.mlp_consumer, self.mlp_width, self.rows_of_unit)
+        return (*((dense,) if self.mlp_consumer else ()), *((self.mixture,) if self.mixture else ()))
 
     def checkpoint_name(self, name: str) -> str:
         """Return the name of a tensor of the model in checkpoints of the stock class."""
@@ -238,9 +351,10 @@ class Architecture:
     @cached_property
     def mlps(self) -> Mapping[str, tuple[str, ...]]:
         """The layers whose columns are MLP units, each with the layers whose rows are the units."""
-        if self.mixture is None:
-            return {self.mlp_consumer: self.mlp_producers}
-        return self.mixture.mlps(self.layers)
+        found: dict[str, tuple[str, ...]] = {}
+        for kind in self.mlp_kinds:
+            found |= kind.links(self.layers)
+        return found
 
     @property
     def mlp_consumers(self) -> tuple[str, ...]:
@@ -298,25 +412,18 @@ class Architecture:
     def layer_sizes(self, config: PretrainedConfig, heads: Heads, shape: BlockShape) -> dict[str, tuple[int, int]]:
         """Return the outputs and inputs of every linear layer in a block of a shape, zeros for removed layers."""
         hidden = int(config.hidden_size)
-        outputs = dict.fromkeys(self.mlp_producers, shape.mlp_width * self.rows_of_unit)
+        outputs: dict[str, int] = {}
         rows = ((self.query, heads.group * heads.dim), (self.key, heads.dim), (self.value, shape.value_dim))
         for path, width in rows:
             outputs[path] = outputs.get(path, 0) + shape.kv_heads * width  # one layer may make them all
-        inputs = {self.output: shape.kv_heads * heads.group * shape.value_dim, self.mlp_consumer: shape.mlp_width}
-        for place, width in self._expert_widths(config, shape).items():
-            outputs |= {f"{place}.{layer}": width for layer in GATED[:2]}
-            inputs[f"{place}.{GATED[2]}"] = width
+        inputs = {self.output: shape.kv_heads * heads.group * shape.value_dim}
+        for kind in (kind for kind in self.mlp_kinds if kind.describes(shape)):
+            for consumer, width in kind.widths(config, shape).items():
+                inputs[consumer] = width
+                outputs |= dict.fromkeys(self.mlps[consumer], width * kind.rows_of_unit)
         found = {path: (count, hidden) for path, count in outputs.items()}
         found |= {path: (hidden, count) for path, count in inputs.items()}
         return {path: found.get(path, (0, hidden)) for path in self.layers}
-
-    def _expert_widths(self, config: PretrainedConfig, shape: BlockShape) -> dict[str, int]:
-        """Return the widths of the gated MLPs of a mixture, by their paths."""
-        mixture = self.mixture
-        if mixture is None or not shape.mlp_width:
-            return {}
-        widths = {f"{mixture.experts}.{number}": shape.mlp_width for number in range(shape.experts)}
-        return widths | ({mixture.shared: int(getattr(config, mixture.shared_width))} if mixture.shared else {})
 
 
 def rows_of_heads(joined: str, heads: Heads, shape: BlockShape, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:

@@ -156,7 +156,9 @@ class Decoder:
 
     def weights(self, block: int) -> dict[str, Tensor]:
         """Return a block's parameters by their names inside it, in the stored dtype: copies only if need be."""
-        return {name: self.rounded(weight.detach()) for name, weight in self.blocks[block].named_parameters()}
+        exact = self.architecture.float32
+        parameters = {name: weight.detach() for name, weight in self.blocks[block].named_parameters()}
+        return {name: weight if name in exact else self.rounded(weight) for name, weight in parameters.items()}
 
     def rounded(self, weight: Tensor) -> Tensor:
         """Return a weight in the dtype that it is stored in."""
@@ -183,9 +185,10 @@ class Decoder:
     def _mlp_counts(self, block: int) -> tuple[int, int]:
         """Return the units of a block's MLP, or of each expert, and the number of experts (zero for one MLP)."""
         architecture = self.architecture
-        if architecture.mixture is None:
+        mixture = architecture.mixture
+        experts = None if mixture is None else experts_in(self.blocks[block], mixture)
+        if experts is None:
             return self.layer(block, architecture.mlp_consumer).in_features, 0
-        experts = experts_in(self.blocks[block], architecture.mixture)
         assert isinstance(experts, SeparateExperts)
         first: Any = experts["0"].get_submodule(GATED[2])
         return first.in_features, experts.count
@@ -317,7 +320,10 @@ class Decoder:
         architecture, config, shapes = self.architecture, self.model.config, self.shapes()
         if not any(shape.kv_heads for shape in shapes):
             raise InputError("no block has attention left: lower the sparsity")
-        setattr(config, architecture.mlp_width, max(shape.mlp_width for shape in shapes) or 1)
+        for kind in architecture.mlp_kinds:
+            widths = [shape.mlp_width for shape in shapes if kind.describes(shape)]
+            if widths or len(architecture.mlp_kinds) == 1:
+                kind.record_widths(config, widths)
         self._record_experts(shapes)
         stock = self._stock_can_hold(shapes)
         for block in range(len(self.blocks)):
@@ -353,10 +359,10 @@ class Decoder:
             self.heads = architecture.heads(config)
         for index, block in enumerate(self.blocks):
             block.get_submodule(architecture.attention).layer_idx = index  # type: ignore[assignment]
-            if architecture.mixture is None:
+            if not shapes[index].experts:
                 mlp = block.get_submodule(architecture.mlp_consumer.rpartition(".")[0])
                 if architecture.mlp_width in vars(mlp):
-                    setattr(mlp, architecture.mlp_width, first.mlp_width)
+                    setattr(mlp, architecture.mlp_width, shapes[index].mlp_width)
 
     def _record_experts(self, shapes: Sequence[BlockShape]) -> None:
         """Write the number of experts into the config and the model, whose balancing loss uses its own copy."""
@@ -367,7 +373,12 @@ class Decoder:
 
     def _stock_can_hold(self, shapes: Sequence[BlockShape]) -> bool:
         heads, first = self.heads, shapes[0]
-        if any(shape != first for shape in shapes) or not first.mlp_width or first.value_dim != heads.dim:
+        for kind in self.architecture.mlp_kinds:
+            own = {shape for shape in shapes if kind.describes(shape)}
+            if len(own) > 1 or not all(kind.stock_holds(self.model.config, shape) for shape in own):
+                return False
+        alike = len({(shape.kv_heads, shape.value_dim) for shape in shapes}) == 1
+        if not alike or not all(shape.mlp_width for shape in shapes) or first.value_dim != heads.dim:
             return False
         # The stock configs require heads that divide the hidden size, though head_dim gives their width.
         divides = first.kv_heads > 0 and self.model.config.hidden_size % (first.kv_heads * heads.group) == 0
@@ -391,6 +402,8 @@ class Decoder:
         self.blocks = self.model.get_submodule(self.architecture.blocks)  # type: ignore[assignment]
         config = self.model.config
         config.num_hidden_layers = len(kept)
+        for field in self.architecture.leading:
+            setattr(config, field, sum(index < getattr(config, field) for index in kept))
         for field in self.architecture.by_block:
             if getattr(config, field, None):
                 setattr(config, field, [getattr(config, field)[index] for index in kept])

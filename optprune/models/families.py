@@ -11,6 +11,7 @@ from transformers import PretrainedConfig
 from transformers.models.exaone4 import modeling_exaone4
 from transformers.models.gemma2 import modeling_gemma2
 from transformers.models.gemma3 import modeling_gemma3
+from transformers.models.glm4_moe import modeling_glm4_moe
 from transformers.models.gpt2 import modeling_gpt2
 from transformers.models.gpt_neox import modeling_gpt_neox
 from transformers.models.granite import modeling_granite
@@ -34,6 +35,7 @@ from optprune.models.pruned import (
     modeling_pruned_exaone4,
     modeling_pruned_gemma2,
     modeling_pruned_gemma3_text,
+    modeling_pruned_glm4_moe,
     modeling_pruned_gpt2,
     modeling_pruned_gpt_neox,
     modeling_pruned_granite,
@@ -207,7 +209,6 @@ QWEN3_MOE = replace(
     off=("mlp_only_layers", "output_router_logits"),
     fixed={"decoder_sparse_step": 1},
     older_names={"num_local_experts": "num_experts"},
-    in_transformers_4=False,
     **classes("Qwen3Moe", modeling_qwen3_moe, modeling_pruned_qwen3_moe),
 )
 # Biases on queries, keys and values, and a shared expert that every token goes through.
@@ -223,6 +224,7 @@ MIXTRAL = replace(
     model_type="mixtral",
     mlp_width="intermediate_size",
     mixture=Mixture(
+        width="intermediate_size",
         normalised=lambda config: True,
         stored={
             "mlp.": "block_sparse_moe.",
@@ -239,10 +241,34 @@ OLMOE = replace(
     QWEN3_MOE,
     model_type="olmoe",
     mlp_width="intermediate_size",
+    mixture=Mixture(width="intermediate_size"),
     indivisible=OLMO2.indivisible,
+    # Generation with a static cache is an error there.
+    in_transformers_4=False,
     off=("output_router_logits", "clip_qkv"),
     fixed={},
     **classes("Olmoe", modeling_olmoe, modeling_pruned_olmoe),
+)
+# A dense MLP in the first blocks, and experts in the others: a router by sigmoids, which first chooses groups of
+# experts where there are several, and an expert that every token goes through, with a width in those of the others.
+GLM4_MOE = replace(
+    LLAMA,
+    model_type="glm4_moe",
+    mixture=Mixture(
+        count="n_routed_experts",
+        shared="mlp.shared_experts",
+        shared_last=True,
+        shared_count="n_shared_experts",
+        correction="e_score_correction_bias",
+        factor="routed_scaling_factor",
+        groups="n_group",
+        fewest=2,
+    ),
+    leading=("first_k_dense_replace",),
+    float32=("mlp.gate.weight", "mlp.gate.e_score_correction_bias"),
+    recoverable=LLAMA.recoverable[:1],
+    off=("output_router_logits",),
+    **classes("Glm4Moe", modeling_glm4_moe, modeling_pruned_glm4_moe),
 )
 
 # A plain MLP, learned positions, biases everywhere.
@@ -326,7 +352,7 @@ GPT_NEOX = Architecture(
 ARCHITECTURES = {
     architecture.model_type: architecture
     for architecture in (
-        *(EXAONE4, GEMMA2, GEMMA3, GPT2, GPT_NEOX, GRANITE, LLAMA, MINISTRAL3, MISTRAL, MIXTRAL),
+        *(EXAONE4, GEMMA2, GEMMA3, GLM4_MOE, GPT2, GPT_NEOX, GRANITE, LLAMA, MINISTRAL3, MISTRAL, MIXTRAL),
         *(OLMO2, OLMOE, OPT, PHI3, QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE, SEED_OSS, SMOLLM3),
     )
 }

@@ -137,7 +137,7 @@ def open_model(
         decoder = Decoder(model)
         checkpoint = fill(model, checkpoint, listed, target)
     blocks = {decoder.block_name(index): block for index, block in enumerate(decoder.blocks)}
-    store = BlockStore(blocks, checkpoint, target, floats, sink, scratch)
+    store = BlockStore(blocks, checkpoint, target, floats, sink, scratch, decoder.architecture.float32)
     return LoadedModel(model.eval(), load_tokenizer(source), source, store)
 
 

@@ -94,10 +94,18 @@ class SeparateExperts(nn.ModuleDict):
 
 
 def separate(block: nn.Module, mixture: Mixture) -> None:
-    """Make the experts of a block separate modules that share memory with the stock tensors, if they are not yet."""
+    """Make the experts of a block separate modules that share memory with the stock tensors, if they are not yet.
+
+    The router's correction, a buffer of the stock class, is a parameter until they are joined.
+    """
     experts = experts_in(block, mixture)
     if experts is not None and not isinstance(experts, SeparateExperts):
         block.set_submodule(mixture.experts, SeparateExperts(experts))
+        router, name = block.get_submodule(mixture.router), mixture.correction
+        if name:  # a parameter meanwhile, so that all that reads and writes those of a block does this one too
+            correction = router.get_buffer(name)
+            del router._buffers[name]
+            router.register_parameter(name, nn.Parameter(correction, requires_grad=False))
 
 
 def join(block: nn.Module, mixture: Mixture) -> None:
@@ -105,6 +113,11 @@ def join(block: nn.Module, mixture: Mixture) -> None:
     experts = experts_in(block, mixture)
     if isinstance(experts, SeparateExperts):
         block.set_submodule(mixture.experts, experts.joined())
+        router, name = block.get_submodule(mixture.router), mixture.correction
+        if name:
+            correction = router.get_parameter(name).detach()
+            del router._parameters[name]
+            router.register_buffer(name, correction)
 
 
 def keep_experts(block: nn.Module, mixture: Mixture, kept: Tensor) -> None:
@@ -112,8 +125,8 @@ def keep_experts(block: nn.Module, mixture: Mixture, kept: Tensor) -> None:
     experts, router = experts_in(block, mixture), block.get_submodule(mixture.router)
     assert isinstance(experts, SeparateExperts)
     experts.keep(kept)
-    weight = router.get_parameter("weight")
-    router.weight = nn.Parameter(weight.detach()[kept.to(weight.device)].contiguous(), weight.requires_grad)
+    for name, rows in _rows(router, mixture).items():
+        router._parameters[name] = nn.Parameter(rows.detach()[kept.to(rows.device)].contiguous(), rows.requires_grad)
     router.num_experts = experts.count  # type: ignore[assignment]  # a number of the stock router's
 
 
@@ -122,16 +135,24 @@ def only_experts(block: nn.Module, mixture: Mixture, kept: Tensor) -> Iterator[N
     """Leave a block only the experts of a mask [experts] within the context."""
     experts, router = experts_in(block, mixture), block.get_submodule(mixture.router)
     assert isinstance(experts, SeparateExperts)
-    modules, weight, count = dict(experts.items()), router.get_parameter("weight"), experts.count
+    modules, rows, count = dict(experts.items()), _rows(router, mixture), experts.count
     try:
         keep_experts(block, mixture, kept)
         yield
     finally:
         experts.clear()
         experts.update(modules)
-        router.weight, router.num_experts = weight, count  # type: ignore[assignment]  # a number of the stock router's
+        router._parameters.update(rows)
+        router.num_experts = count  # type: ignore[assignment]  # a number of the stock router's
 
 
 def experts_in(block: nn.Module, mixture: Mixture) -> nn.Module | None:
-    """Return the module that holds the experts of a block; None where its MLP is removed."""
-    return None if block._modules[mixture.module] is None else block.get_submodule(mixture.experts)
+    """Return the module that holds the experts of a block; None where its MLP is removed, or of another kind."""
+    mlp: Any = block._modules[mixture.module]
+    return None if mlp is None else mlp._modules.get(mixture.experts.removeprefix(f"{mixture.module}."))
+
+
+def _rows(router: nn.Module, mixture: Mixture) -> dict[str, nn.Parameter]:
+    """Return the parameters of a router that have a row for each expert, by name."""
+    names = ("weight", mixture.correction) if mixture.correction else ("weight",)
+    return {name: router.get_parameter(name) for name in names}

@@ -7,7 +7,7 @@ norms, head and buffers are in memory.
 import tempfile
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
@@ -98,15 +98,16 @@ class BlockStore:
         dtype: torch.dtype,
         sink: BlockSink | None = None,
         scratch: Path | None = None,
+        float32: Collection[str] = (),
     ) -> None:
-        """Read `blocks`, keyed by their names in the checkpoint.
+        """Read `blocks`, keyed by their names in the checkpoint; the parameters `float32` of each have that dtype.
 
         Without a `sink` pruned blocks go into this store's temporary folder, which is made in `scratch` or in the
         system's temporary folder.
         """
         self.checkpoint, self.device, self.dtype, self._place = checkpoint, device, dtype, scratch
         self._names = {block: name for name, block in blocks.items()}
-        self._sink = sink
+        self._sink, self._float32 = sink, frozenset(float32)
         self._scratch: Path | None = None
         self._in_use: set[nn.Module] = set()
 
@@ -135,8 +136,11 @@ class BlockStore:
         names = [name for name, _ in block.named_parameters()]
         found = None if self._sink is None else self._sink.read(prefix, names)
         if found is None:
-            found = self.checkpoint.read(prefix, names, self.dtype)
-        put_parameters(block, {name: found[name].to(self.device, self.dtype) for name in names})
+            wide = [name for name in names if name in self._float32]
+            found = self.checkpoint.read(prefix, [name for name in names if name not in wide], self.dtype)
+            found |= self.checkpoint.read(prefix, wide, torch.float32) if wide else {}
+        dtypes = {name: torch.float32 if name in self._float32 else self.dtype for name in names}
+        put_parameters(block, {name: found[name].to(self.device, dtypes[name]) for name in names})
 
     def mark_written(self, block: nn.Module) -> None:
         """Read a block from the sink from now on, where an earlier run wrote it; it has those shapes already."""

@@ -406,16 +406,28 @@ class Experts(Units):
                 f"units {self.name} need a router, and a {decoder.architecture.model_type} model has none: "
                 "choose a recipe with other units"
             )
-        return decoder.experts_for_a_token
+        if not any(shape.experts for shape in decoder.shapes()):
+            raise InputError(
+                f"units {self.name} need a router, and no block of this {decoder.architecture.model_type} model has "
+                "one: choose a recipe with other units"
+            )
+        mixture, config = decoder.architecture.mixture, decoder.model.config
+        groups = getattr(config, mixture.groups) if mixture.groups else 1
+        if groups > 1:
+            raise InputError(
+                f"units {self.name} would leave groups of other sizes, and the router of this "
+                f"{decoder.architecture.model_type} model chooses among {groups} groups of equal size "
+                f"({mixture.groups}): choose a recipe with other units"
+            )
+        return max(decoder.experts_for_a_token, mixture.fewest)
 
     def check(self, decoder: Decoder, block: int, wanted: BlockAllocation) -> None:
         super().check(decoder, block, wanted)
         least, kept = self.least(decoder), wanted.shape.experts
         if 0 < kept < least:
-            raise InputError(
-                f"the allocation keeps {counted(kept, 'expert')} in block {block}, where the router chooses {least} "
-                "for each token"
-            )
+            chosen = f"the router chooses {least} for each token"
+            reason = chosen if least == decoder.experts_for_a_token else f"the stock router works with {least} or more"
+            raise InputError(f"the allocation keeps {counted(kept, 'expert')} in block {block}, where {reason}")
 
     def work(self, outputs: int, inputs: int) -> Work:
         return Work()  # experts are chosen by their outputs, in a pass of the calibration, and not layer by layer

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+LATER = "later"
+"""the metadata of a field that was added later: None, as before, gives the fingerprint of an earlier version"""
 PART = 1 << 22
 """the number of entries of a tensor that are copied at a time"""
 
@@ -29,6 +31,8 @@ def _feed(digest: "hashlib._Hash", value: Any) -> None:
         for field in dataclasses.fields(value):
             if not field.compare:
                 continue  # derived knowledge, not content
+            if field.metadata.get(LATER) and getattr(value, field.name) is None:
+                continue
             digest.update(field.name.encode())
             _feed(digest, getattr(value, field.name))
     elif isinstance(value, tuple | list):

@@ -1,12 +1,13 @@
 """The choice of the experts of a mixture to keep, with the exact change of the mixture's output for every choice.
 
 The output of a mixture for token t is sum_j g_j(t) y_j(t): y_j(t) is the output of expert j, and g(t) the router's
-weights, of which all but k are zero. Without some experts the router has fewer rows: its softmax is over the rest, and
-some tokens go to other experts. g(t, K) are its weights when the set K is kept. The output of a pruned mixture follows
-from the outputs of all experts for each token, and its distance from the dense output even from their inner products.
+weights, of which all but k are zero; they are a softmax of the outputs of its rows, or the sigmoid of each. Without
+some experts the router has fewer rows: its softmax is over the rest, and some tokens go to other experts. g(t, K) are
+its weights when the set K is kept. The output of a pruned mixture follows from the outputs of all experts for each
+token, and its distance from the dense output even from their inner products.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, final
 
 import torch
@@ -14,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from optprune.errors import InputError
-from optprune.numerics.fingerprint import fingerprint
+from optprune.numerics.fingerprint import LATER, fingerprint
 
 
 @final
@@ -40,6 +41,8 @@ class ExpertChoice:
     normalised: bool
     """whether the weights of the chosen experts are scaled to sum to one"""
     keep: int
+    correction: Float[Tensor, "experts"] | None = field(default=None, metadata={LATER: True})
+    """the numbers that a router by sigmoids adds to them for the choice; None for a router by a softmax"""
 
     def __post_init__(self) -> None:
         if not self.chosen <= self.keep <= self.experts:
@@ -56,9 +59,10 @@ class ExpertChoice:
         chosen: int,
         normalised: bool,
         keep: int,
+        correction: Float[Tensor, "experts"] | None = None,
     ) -> "ExpertChoice":
         """Return the problem from the output of every expert for every token, routed to it or not."""
-        return cls(logits, answers @ answers.mT, chosen, normalised, keep)
+        return cls(logits, answers @ answers.mT, chosen, normalised, keep, correction)
 
     @property
     def tokens(self) -> int:
@@ -70,15 +74,23 @@ class ExpertChoice:
 
     def routed(self, kept: Bool[Tensor, "experts"], tokens: Tensor | slice = slice(None)) -> Int[Tensor, "tokens k"]:
         """Return the experts that the router chooses among the kept ones, for all tokens or for some."""
-        return self.logits[tokens].double().where(kept, -torch.inf).topk(self.chosen, dim=1).indices
+        return self._order(tokens).where(kept, -torch.inf).topk(self.chosen, dim=1).indices
+
+    def _order(self, tokens: Tensor | slice) -> Float[Tensor, "tokens experts"]:
+        """Return the numbers of which the router chooses the largest."""
+        logits = self.logits[tokens].double()
+        return logits if self.correction is None else logits.sigmoid() + self.correction.double()
 
     def weights(
         self, kept: Bool[Tensor, "experts"], tokens: Tensor | slice = slice(None)
     ) -> Float[Tensor, "tokens experts"]:
-        """Return g(t, K): the softmax over the kept experts at the chosen ones, with sum one if `normalised`."""
+        """Return g(t, K): the softmax over the kept experts at the chosen ones, with sum one if `normalised`.
+
+        With a correction they are sigmoids in place of the softmax.
+        """
         logits = self.logits[tokens].double().where(kept, -torch.inf)
-        places = logits.topk(self.chosen, dim=1).indices
-        chosen = torch.zeros_like(logits).scatter_(1, places, logits.softmax(1).gather(1, places))
+        places, shares = self.routed(kept, tokens), logits.softmax(1) if self.correction is None else logits.sigmoid()
+        chosen = torch.zeros_like(logits).scatter_(1, places, shares.gather(1, places))
         return chosen / chosen.sum(1, keepdim=True) if self.normalised else chosen
 
     def errors(self, kept: Bool[Tensor, "experts"], tokens: Tensor | slice = slice(None)) -> Float[Tensor, "tokens"]:
@@ -111,14 +123,16 @@ class ExpertChoice:
     def removal_costs(self, kept: Bool[Tensor, "experts"]) -> Float[Tensor, "experts"]:
         """Return f after the removal of each kept expert alone, infinite for the others.
 
-        Where weights sum to one only the tokens routed to an expert change by its removal, so that all removals take
-        the work of k evaluations of f. Otherwise every token changes, and each removal takes one evaluation.
+        Where weights sum to one, or are sigmoids, only the tokens routed to an expert change by its removal, so that
+        all removals take the work of k evaluations of f. Otherwise every token changes, and each removal takes one
+        evaluation.
         """
         routed, now = self.routed(kept), self.errors(kept)
         costs = torch.full((self.experts,), torch.inf, dtype=torch.float64, device=now.device)
         every = torch.ones_like(routed[:, 0], dtype=torch.bool)
         for expert in (number for number in range(self.experts) if kept[number]):
-            tokens = torch.any(routed == expert, 1) if self.normalised else every
+            alone = self.normalised or self.correction is not None
+            tokens = torch.any(routed == expert, 1) if alone else every
             without = kept.clone()
             without[expert] = False
             change = (self.errors(without, tokens) - now[tokens]).sum()

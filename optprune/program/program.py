@@ -321,12 +321,13 @@ class Program:
             return ()
         return self.units.whole_metric(self.decoder.architecture)
 
-    def coupled(self, path: str) -> bool:
-        """Return whether a whole metric weighs the outputs of a layer, by its path in the largest block."""
+    def coupled(self, path: str, block: int | None = None) -> bool:
+        """Return whether a whole metric weighs the outputs of a layer, by its path in a block, or in the largest."""
         asked = self.metric
         if asked is None or path not in self.whole_metric:
             return False
-        return self.decoder.layer(self.largest, path).out_features <= (asked.width or math.inf)
+        layer = self.decoder.layer(self.largest if block is None else block, path)
+        return layer.out_features <= (asked.width or math.inf)
 
     def layer_bytes(self, target: Target) -> int:
         """Return the bytes of the workspace of a layer's solve, or of the search for its basis, with its metric."""

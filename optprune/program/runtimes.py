@@ -230,7 +230,7 @@ RUNTIMES = {
             ordered=("exaone4", "gemma2", "gemma3_text", "smollm3"),
             # Where it takes heads and hidden size to be what the file says, each for itself.
             fewer_heads=(
-                *("gemma2", "gemma3_text", "granite", "llama", "ministral3", "mistral", "mixtral"),
+                *("gemma2", "gemma3_text", "glm4_moe", "granite", "llama", "ministral3", "mistral", "mixtral"),
                 *("qwen3", "qwen3_moe", "seed_oss", "smollm3"),
             ),
             # The numbers that share a scale in q8_0.

@@ -170,7 +170,7 @@ def block_solves(program: Program, index: int, tokens: int) -> Work:
     """Return the work of the solves of a block, and of the choice of its experts by so many tokens."""
     total = program.expert_work(index, tokens)
     for target in program.units.candidates(program.decoder, index):
-        layer, coupled = program.decoder.layer(index, target.path), program.coupled(target.path)
+        layer, coupled = program.decoder.layer(index, target.path), program.coupled(target.path, index)
         shape = layer.out_features, layer.in_features
         total += program.solver(coupled, shape).work(*shape, coupled=coupled)
         total += program.extra_work(target, *shape)

@@ -153,7 +153,7 @@ def write_layer(task: LayerTask, solved: SolvedLayer) -> PrunedLayer:
 def _check_alike(task: LayerTask, kept: int) -> None:
     """Raise InputError where a custom objective makes the experts of a block differ in width."""
     kind, shape = task.target.kind, task.wanted.shape
-    if kind is None or kept == kind.total(shape) or len(kind.consumers(task.decoder.architecture)) == 1:
+    if kind is None or kept == kind.total(shape) or len(kind.layers(task.decoder, task.block)) == 1:
         return
     raise InputError(
         f"{task.name}: the objective keeps {counted(kept, 'unit')}, but every expert must keep {kind.total(shape)}: "

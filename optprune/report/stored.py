@@ -206,11 +206,13 @@ def original_from_model(before: StoredModel, stored: StoredModel) -> Original | 
 
 def _same_norms(before: StoredModel, number: int, stored: StoredModel, index: int) -> bool:
     linear = stored.decoder.architecture.layers  # their biases may change by pruning
+    mixture = stored.decoder.architecture.mixture
+    router = "" if mixture is None else mixture.router  # as may its correction
     vectors = [name for name, weight in stored.decoder.blocks[index].named_parameters() if weight.ndim == 1]
     pairs = [
         (before.tensors.get(before.decoder.name(number, name)), stored.tensors.get(stored.decoder.name(index, name)))
         for name in vectors
-        if name.rpartition(".")[0] not in linear
+        if name.rpartition(".")[0] not in (*linear, router)
     ]
     return bool(pairs) and all(
         was is not None and now is not None and torch.equal(was.read().to(torch.float64), now.read().to(torch.float64))

@@ -177,15 +177,17 @@ class Reap(ExpertScore):
     """S_j = mean over the tokens t routed to j of g_j(t) |y_j(t)|; an expert without tokens scores 0.
 
     Router-weighted expert activation pruning (REAP the Experts, arXiv 2510.13999, equation 9). g is the router's
-    softmax over all experts, as in the authors' code by default; with `renormalised` it is the factor of an expert's
-    output in the model, as in llm-compressor. The two differ where the model scales the weights of the chosen experts.
+    softmax over all experts, or its sigmoids, as in the authors' code by default; with `renormalised` it is the factor
+    of an expert's output in the model, as in llm-compressor. The two differ where the model scales the weights of the
+    chosen experts.
     """
 
     renormalised: bool = False
 
     def score(self, problem: ExpertChoice) -> Float[Tensor, "experts"]:
         routed = _routed(problem)
-        gates = problem.logits.double().softmax(1)
+        gates = problem.logits.double()
+        gates = gates.softmax(1) if problem.correction is None else gates.sigmoid()
         if self.renormalised:
             gates = problem.weights(torch.ones_like(routed[0]))
         norms = problem.products.diagonal(dim1=1, dim2=2).double().clamp(min=0).sqrt()

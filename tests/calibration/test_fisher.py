@@ -27,7 +27,7 @@ def gradients_of_the_whole_model(decoder, ids, labels):
     """g at every linear layer's output, from one graph of the whole model: by name, [tokens, out]."""
     outputs, handles = {}, []
     for index in range(len(decoder.blocks)):
-        for path in decoder.architecture.layers:
+        for path in decoder.paths(index):
 
             def keep(_, __, output, index=index, path=path):
                 outputs[decoder.name(index, path)] = output

@@ -18,6 +18,7 @@ from optprune.models.units import KvGroups, LinkedUnits
 from optprune.program import RUNTIMES
 from optprune.recipe import Recipe, load_recipe
 from tests.helpers.gguf_models import PROMPT, THERE, YARN, apart, cut, expected_of, made, saved
+from tests.helpers.mixed_models import narrow
 
 FIXED_HEADS = ("exaone4", "gpt2", "gpt_neox", "olmo2", "olmoe", "phi3", "qwen2_moe")
 """of which all stay: their sizes add up to the hidden size there, or one norm goes over them"""
@@ -57,6 +58,21 @@ def test_windows_of_the_exaone4_that_it_knows_by_its_number_of_blocks(tmp_path: 
     """Blocks with a window rotate queries and keys there, and every fourth, without one, does not."""
     model = made("exaone4", num_hidden_layers=64, sliding_window=8, sliding_window_pattern=4, layer_types=None)
     check_alike(saved(cut(model, {Values(): 12, Mlp(): 96}, range(64)), tmp_path / "model"), "exaone4")
+
+
+@pytest.mark.parametrize("fields", [{"first_k_dense_replace": 0}, {"first_k_dense_replace": 2, "use_qk_norm": False}])
+def test_first_blocks_of_a_glm4_moe(fields: dict[str, Any], tmp_path: Path) -> None:
+    check_alike(saved(cut(made("glm4_moe", **fields), {Mlp(): 96}), tmp_path / "model"), "glm4moe")
+
+
+def test_experts_narrower_than_the_shared_one_are_refused(tmp_path: Path) -> None:
+    model = made("glm4_moe")
+    decoder = Decoder(model)
+    for block in range(1, 4):
+        narrow(decoder, block, Mlp(), 40)
+    decoder.record_shapes()
+    with pytest.raises(InputError, match="experts of a glm4moe model of another width than the one that every token"):
+        export(saved(decoder.joined(), tmp_path / "model"), tmp_path / "model.gguf", GgufFile())
 
 
 def test_a_ministral3_without_a_scaling_of_its_rotary_embeddings(tmp_path: Path) -> None:
@@ -105,6 +121,9 @@ def test_a_file_of_the_model_without_its_head(tmp_path: Path) -> None:
         ("gemma2", {"query_pre_attn_scalar": 12}, "scores scaled by a query_pre_attn_scalar of 12 in place of 16"),
         ("gemma2", {"layer_types": ["full_attention"] * 4}, "sliding windows in another order of blocks"),
         ("gemma3_text", {"final_logit_softcapping": 3.0}, "soft caps"),
+        ("glm4_moe", {"n_group": 2, "topk_group": 1}, "2 groups of experts in a GLM 4.5"),
+        ("glm4_moe", {"n_shared_experts": 2}, "n_shared_experts 2 in a GLM 4.5"),
+        ("glm4_moe", {"first_k_dense_replace": 4}, "a GLM 4.5 without experts"),
         ("granite", {"attention_bias": True}, "biases of linear layers, as model.layers.0.self_attn.q_proj.bias"),
         ("mixtral", {"hidden_act": "gelu"}, "an MLP with the activation gelu"),
         ("ministral3", {"rope_parameters": {**YARN, "mscale": 0.5}}, "a yarn scaling without mscale 1"),
@@ -127,6 +146,7 @@ def test_what_it_has_no_words_for(family: str, config: dict[str, Any], sentence:
     ("family", "counts", "blocks", "sentence"),
     [
         ("qwen3", {Mlp(): 96}, (0,), "blocks of a qwen3 model that differ in shape"),
+        ("glm4_moe", {Mlp(): 96}, (0, 1), "blocks of a glm4moe model that differ in shape"),
         ("qwen3_moe", {Mlp(): 3}, (0,), "blocks of a qwen3moe model that differ in shape"),
         ("gpt2", {KvGroups(): 2}, range(4), "heads of a gpt2 model that do not make up its hidden size of 64"),
     ],

@@ -18,6 +18,8 @@ def cut(model: PreTrainedModel, block: int, kept: list[int]) -> PreTrainedModel:
         for holder, names in ((mixture.experts, ("gate_up_proj", "down_proj")), (mixture.gate, ("weight",))):
             for name in names:
                 setattr(holder, name, torch.nn.Parameter(getattr(holder, name)[kept].clone()))
+            for name, buffer in list(holder.named_buffers()):  # a router's correction
+                holder.register_buffer(name, buffer[kept].clone())
             holder.num_experts = len(kept)
     return other
 

@@ -26,6 +26,7 @@ THERE: dict[str, dict[str, Any]] = {
     "exaone4": {"head_dim": 16, "sliding_window": None, "layer_types": ["full_attention"] * 4},
     "gemma2": HEADS_OF_16,
     "gemma3_text": {**HEADS_OF_16, "rope_parameters": {"full_attention": FAR, "sliding_attention": NEAR}},
+    "glm4_moe": {},
     "gpt2": {},
     "gpt_neox": {},
     "granite": {},
@@ -60,14 +61,18 @@ def made(family: str, **more: Any) -> PreTrainedModel:
 
 
 def cut(model: PreTrainedModel, counts: dict[LinkedUnits, int], blocks: Sequence[int] = range(4)) -> PreTrainedModel:
-    """So many units of each kind left in these blocks, and three of four experts where there are any, of 40 units."""
+    """So many units of each kind left in these blocks, and three of four experts where there are any, of 40 units.
+
+    Experts stay as wide as a shared one that has its width from theirs.
+    """
     decoder = Decoder(model)
-    mixture = decoder.architecture.mixture is not None
+    mixture = decoder.architecture.mixture
     for block in blocks:
         for units, count in counts.items():
-            if isinstance(units, Mlp) and mixture:
+            kept = count
+            if isinstance(units, Mlp) and mixture is not None and decoder.shape(block).experts:
                 decoder.keep_experts(block, torch.tensor([True, False, True, True]))
-            kept = min(count, 40) if isinstance(units, Mlp) and mixture else count
+                kept = 48 if mixture.shared_count else min(count, 40)
             narrow(decoder, block, units, kept)
     decoder.record_shapes()
     return decoder.joined()

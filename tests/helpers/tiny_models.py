@@ -2,6 +2,7 @@
 
 import functools
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tokenizers import Tokenizer
@@ -9,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen2ForCausa
 
 from benchmarks.tiny_models import ALL_MODELS, TINY_MODELS, VOCABULARY, tiny_llama, tiny_opt, tiny_qwen2
 from benchmarks.train_small import new_tokenizer
+from optprune.models import ARCHITECTURES
 from optprune.texts import demo_articles
 
 __all__ = [
@@ -20,6 +22,7 @@ __all__ = [
     "by_variant",
     "save_tiny",
     "tiny_llama",
+    "tiny_mixture",
     "tiny_opt",
     "tiny_qwen2",
     "tiny_sliding",
@@ -34,6 +37,11 @@ LLAMA3 = {
     "rope_type": "llama3",
 }
 SLIDING = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}
+
+
+def tiny_mixture(family: str, seed: int = 0, **config: Any) -> PreTrainedModel:
+    """A tiny model of a family with experts, of which every block has them."""
+    return ALL_MODELS[family](seed, **dict.fromkeys(ARCHITECTURES[family].leading, 0), **config)
 
 
 def tiny_sliding(seed: int = 0) -> Qwen2ForCausalLM:

@@ -160,24 +160,28 @@ def test_a_layer_that_is_not_plain_linear_is_refused() -> None:
 def test_the_data_of_an_architecture_agrees_with_the_model(name: str) -> None:
     model = ALL_MODELS[name]()
     decoder = Decoder(model)
-    parts = list(ALL_MODELS[name]().get_submodule(decoder.architecture.blocks)[0].named_modules())
-    conv = {path for path, module in parts if isinstance(module, Conv1D)}
-    linear = {path for path, module in decoder.blocks[0].named_modules() if isinstance(module, torch.nn.Linear)}
+    stock = ALL_MODELS[name]().get_submodule(decoder.architecture.blocks)
+    conv = {path for block in stock for path, module in block.named_modules() if isinstance(module, Conv1D)}
+    parts = [part for block in decoder.blocks for part in block.named_modules()]
+    linear = {path for path, module in parts if isinstance(module, torch.nn.Linear)}
     architecture = architecture_of(model.config)
     # One scales what it makes for a token as a router does, and is as little pruned.
     assert set(architecture.layers) == linear - {"mlp.shared_expert_gate"}
     assert set(architecture.transposed) == conv
     # The stages are the order of the forward pass, and layers of one stage read the very same tensor.
-    seen: list[tuple[str, int]] = []
-    for path in architecture.layers:
-        decoder.layer(0, path).register_forward_pre_hook(
-            lambda module, args, path=path: seen.append((path, args[0].data_ptr()))
-        )
+    found: list[list[tuple[str, int]]] = [[] for _ in decoder.blocks]
+    for block, seen in enumerate(found):
+        for path in decoder.paths(block):
+            decoder.layer(block, path).register_forward_pre_hook(
+                lambda module, args, path=path, seen=seen: seen.append((path, args[0].data_ptr()))
+            )
     with torch.no_grad():
         model(tokens())
-    assert sorted(seen, key=lambda entry: architecture.stage_of(entry[0])) == seen
-    for stage in architecture.stages:
-        for place in {path.rpartition(".")[0] for path in stage}:
-            inside = {pointer for path, pointer in seen if path in stage and path.rpartition(".")[0] == place}
-            assert len(inside) == 1
-            assert len({architecture.taps[path] for path in stage if path.rpartition(".")[0] == place}) == 1
+    for seen in found:
+        assert sorted(seen, key=lambda entry: architecture.stage_of(entry[0])) == seen
+        for stage in architecture.stages:
+            for place in {path.rpartition(".")[0] for path, _ in seen if path in stage}:
+                inside = {pointer for path, pointer in seen if path in stage and path.rpartition(".")[0] == place}
+                assert len(inside) == 1
+                assert len({architecture.taps[path] for path in stage if path.rpartition(".")[0] == place}) == 1
+    assert {path for seen in found for path, _ in seen} == set(architecture.layers)

@@ -32,6 +32,8 @@ def test_every_recipe_has_an_expectation_of_every_phase(architecture: str) -> No
     decoder = shapes(architecture)
     for name in recipe_names() if decoder.architecture.mixture else ANY_MODEL:
         recipe = load_recipe(name)
+        if recipe.units.name == "experts":  # of which not every block has some
+            recipe = recipe.with_sparsity(0.15)
         if any(kind.field in decoder.architecture.indivisible for kind in recipe.units.kinds):
             continue  # it is refused
         if recipe.vocabulary is not None:

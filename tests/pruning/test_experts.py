@@ -18,7 +18,7 @@ from optprune.recipe import Recipe, load_recipe
 from optprune.report import Event, LayerSolved
 from tests.helpers.cut_mixtures import answers, cut
 from tests.helpers.mixed_models import generated
-from tests.helpers.tiny_models import ALL_MODELS, tiny_llama
+from tests.helpers.tiny_models import ALL_MODELS, tiny_llama, tiny_mixture
 from tests.helpers.token_batches import batches
 from tests.helpers.ways_to_run import check_every_way_gives_the_same
 
@@ -30,7 +30,7 @@ of_mixtures = pytest.mark.parametrize("name", MIXTURES)
 @of_mixtures
 def test_the_choice_costs_least_of_all_by_removal_by_hand(name: str) -> None:
     """Of the first block, whose inputs nothing changes: every pair of experts, cut out of the stock model's tensors."""
-    model, dense = ALL_MODELS[name](), ALL_MODELS[name]()
+    model, dense = tiny_mixture(name), tiny_mixture(name)
     shapes = [shape.counts() for shape in Decoder(model).shapes()]
     allocation = Allocation.from_dict({"sparsity": 0.1, "blocks": [{**shapes[0], "experts": 2}, shapes[1]]})
     report = prune(model, batches(), load_recipe("experts_best", {"refit.held_out": 0}), allocation=allocation)
@@ -67,11 +67,12 @@ def test_the_held_out_error_is_that_of_the_tokens_apart_and_every_choice_is_told
 
 @of_mixtures
 def test_a_model_with_fewer_experts_is_stock_generates_and_trains(name: str, tmp_path: Path) -> None:
-    model = ALL_MODELS[name](num_hidden_layers=3)
+    model = tiny_mixture(name, num_hidden_layers=3)
     before = Decoder(model).linear_weights()
     report = prune(model, batches(), load_recipe("experts_best", {"sparsity": 0.17}))
     left = Decoder(model)
-    assert {shape.experts for shape in left.shapes()} == {3} and model.config.num_experts == 3
+    mixture = left.architecture.mixture
+    assert {shape.experts for shape in left.shapes()} == {3} == {getattr(model.config, mixture.count)}  # type: ignore[union-attr]
     assert report.sparsity_reached == pytest.approx(1 - left.linear_weights() / before)
     assert all(layer.held_out_error is not None for layer in report.layers)
     left.joined()

@@ -7,21 +7,25 @@ from .pruned_decoder import PrunedBlock
 
 
 class PrunedMixtureBlock(PrunedBlock):
-    """A decoder block with a router and any number of experts in place of the MLP."""
+    """A decoder block with a router and any number of experts in place of the MLP, or with one MLP."""
 
     def shrink(self, shape, group):
-        if shape["mlp_width"]:
+        if shape["mlp_width"] and shape.get("experts"):
             experts, gate, count, width = self.mlp.experts, self.mlp.gate, shape["experts"], shape["mlp_width"]
             hidden = gate.weight.shape[1]
             for name, sizes in (("gate_up_proj", (2 * width, hidden)), ("down_proj", (hidden, width))):
                 setattr(experts, name, nn.Parameter(getattr(experts, name).new_empty(count, *sizes)))
             gate.weight = nn.Parameter(gate.weight.new_empty(count, hidden))
+            for name, buffer in gate.named_buffers():  # a number for each expert
+                gate.register_buffer(name, buffer[:count].clone())
             experts.num_experts = gate.num_experts = count
             experts.intermediate_dim = width
         super().shrink(shape, group)
 
     def shrink_mlp(self, width):
-        """Do nothing, because the experts' width is set with their number."""
+        """Give an MLP this number of units; the experts' width is set with their number."""
+        if not hasattr(self.mlp, "experts"):
+            super().shrink_mlp(width)
 
 
 def name_experts(model_type):
