@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from optprune.allocation import Allocation
     from optprune.calibration import Statistics
+    from optprune.cli import prune_model
     from optprune.comparison import Comparison, compare
     from optprune.export import save_model, save_pruned
     from optprune.healing import HealingSettings, HealReport, KeepZeros, Masks, heal, keep_zeros, masks
@@ -61,6 +62,7 @@ _HOMES = {
     "open_model": "optprune.models",
     "perplexity": "optprune.measure",
     "prune": "optprune.pruning",
+    "prune_model": "optprune.cli",
     "read_documents": "optprune.texts",
     "save_model": "optprune.export",
     "save_problem": "optprune.problems",
@@ -101,6 +103,7 @@ __all__ = [
     "open_model",
     "perplexity",
     "prune",
+    "prune_model",
     "read_documents",
     "save_model",
     "save_problem",

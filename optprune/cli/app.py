@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 from typing import Annotated
 
 import typer
@@ -20,6 +21,7 @@ from optprune.cli.inspect import inspect_command
 from optprune.cli.plan import plan_command
 from optprune.cli.problems import problems_command
 from optprune.cli.prune import prune_command
+from optprune.cli.push import push_command
 from optprune.cli.recipes import recipes_command
 from optprune.cli.report import report_command
 from optprune.cli.solve import solve_command
@@ -34,15 +36,13 @@ app = typer.Typer(
 
 def _print_version(requested: bool) -> None:
     if requested:
-        import optprune
-
-        typer.echo(f"optprune {optprune.__version__}")
+        typer.echo(f"optprune {version('optprune')}")
         raise typer.Exit
 
 
 @app.callback()
 def program(
-    version: Annotated[
+    _: Annotated[
         bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
     ] = False,
 ) -> None:
@@ -60,6 +60,7 @@ COMMANDS = {
     "frontier": (frontier_command, "Compare pruning with fewer bits: size, speed and quality."),
     "report": (report_command, "Make the report page of a pruned folder, with later measurements."),
     "export": (export_command, "Write a model folder for llama.cpp (GGUF) or as ONNX."),
+    "push": (push_command, "Upload a model folder with its card to the Hugging Face hub."),
     "benchmark-model": (benchmark_model_command, "Measure a model's speed and memory, alone or against another."),
     "problems": (problems_command, "Write the problems of a model's layers to files."),
     "solve": (solve_command, "Solve a layer's problem that was saved to a file."),

@@ -1,7 +1,6 @@
 """optprune prune: prune a model on a text and write a folder."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -45,10 +44,9 @@ from optprune.cli.options import (
     Workers,
 )
 from optprune.cli.outputs import check_json, echo, start, started, write_json
-from optprune.cli.prune_run import WholeRun, shared_run
+from optprune.cli.prune_run import WholeRun, run_on_text
 from optprune.cli.request import Options
 from optprune.cli.run_folder import FINISHED, Output
-from optprune.cli.tokens import calibration_of
 from optprune.system.wording import counted
 
 if TYPE_CHECKING:
@@ -149,13 +147,8 @@ def prune_command(
     """Prune a model and write it to a folder, with its report and recipe beside the weights."""
     options = Options.of(locals())
     reporter = start(lines := LogFile(log))
-    from optprune.models import device_of
-    from optprune.program.room import Room, check_room
-    from optprune.program.time import expected_seconds
-    from optprune.pruning import joined, workers_of
-    from optprune.report import PhaseRecorder
-    from optprune.report.phases import TOKENISING
-    from optprune.texts import check_sequences, read_texts
+    from optprune.pruning import workers_of
+    from optprune.texts import check_sequences
 
     # Checks that take no time come first; the weights are loaded after the last check of options.
     chosen = options.chosen()
@@ -177,33 +170,15 @@ def prune_command(
     check_sequences(sequences)
     goal = {"to": to, "quality": to_quality, "text": text, "windows": windows}
     resolved = _resolved(options, chosen, goal, (calibration, sequences), whole=whole, say=reporter.say)
-    whole.check_run(program := resolved.program)
-    texts = read_texts(calibration)
-    resolved.report_notes(reporter.say)
-    characters = sum(text.characters for text in texts)
-    # Processes join first, so that each has its own GPU from here on.
-    with joined(device) as peers:
-        if not no_plan:
-            own = replace(program.request, samples=-(-samples // peers.size))
-            room = Room.measured(device_of(device), output)
-            reporter.say(check_room(replace(program, request=own), room))
-        expected = expected_seconds(program, characters, device_of(device), started=started())
-        with reporter.events(expected) as on_event:
-            phases = PhaseRecorder(device_of(device), on_event)
-            with phases.step(TOKENISING, f"tokenising {calibration}"):
-                smaller, drawn = calibration_of(resolved, texts, sequences)
-            del texts
-            done = shared_run(
-                replace(whole, vocabulary=smaller),
-                program,
-                drawn.batches,
-                partial_sums=partial_sums,
-                peers=peers,
-                reporter=reporter,
-                phases=phases,
-                calibration=drawn.description,
-                window=drawn.first,
-            )
+    done = run_on_text(
+        whole,
+        resolved,
+        (calibration, sequences),
+        partial_sums=partial_sums,
+        planned=not no_plan,
+        started=started(),
+        reporter=reporter,
+    )
     if done is not None:  # another process has it otherwise
         _finish(resolved, *done, json_file, output)
 

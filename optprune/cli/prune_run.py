@@ -1,24 +1,26 @@
 """A run of the command line from a model source to a checked folder, in one process or in those of torchrun."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from optprune.cli.run_folder import Output, keep_or_delete
+from optprune.cli.tokens import calibration_of
 from optprune.system.wording import counted
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from optprune.calibration.peers import Peers
+    from optprune.cli.request import Resolved
     from optprune.export import SavedModel
     from optprune.models import LoadedModel
     from optprune.models.store import BlockSink
     from optprune.program import Program
     from optprune.pruning import Journal, PartialSums, Workers
-    from optprune.report import PhaseRecorder, Report
+    from optprune.report import Event, PhaseRecorder, Report
     from optprune.report.progress import Reporter
     from optprune.tokens import VocabularyPruning
 
@@ -169,6 +171,66 @@ class WholeRun:
                 on_event=phases.on_event,
             )
         return saved.report or report, saved
+
+
+def run_on_text(
+    whole: WholeRun,
+    resolved: "Resolved",
+    data: tuple[str, str],
+    *,
+    reporter: "Reporter",
+    started: float,
+    partial_sums: int | None = None,
+    planned: bool = True,
+    also: "Callable[[Event], None]" = lambda event: None,
+) -> "tuple[Report, SavedModel | None] | None":
+    """Do the resolved run on a text; `data` is its name and the kind of its windows ("packed" or "whole").
+
+    `started` is the number of seconds since the process began, and `also` receives the events of the run. If `planned`,
+    a run that exceeds the memory or the disk raises InputError before it starts. Returns None in all but the first of
+    the processes that share the run.
+    """
+    from optprune.models import device_of
+    from optprune.program.room import Room, check_room
+    from optprune.program.time import expected_seconds
+    from optprune.pruning import joined
+    from optprune.report import PhaseRecorder
+    from optprune.report.phases import TOKENISING
+    from optprune.texts import read_texts
+
+    whole.check_run(program := resolved.program)
+    (calibration, sequences), request = data, program.request
+    texts = read_texts(calibration)
+    resolved.report_notes(reporter.say)
+    characters = sum(text.characters for text in texts)
+    # Processes join first, so that each has its own GPU from here on.
+    with joined(whole.device) as peers:
+        device = device_of(whole.device)
+        if planned:
+            own = replace(request, samples=-(-request.samples // peers.size))
+            reporter.say(check_room(replace(program, request=own), Room.measured(device, whole.output.folder)))
+        expected = expected_seconds(program, characters, device, started=started)
+        with reporter.events(expected) as show:
+
+            def on_event(event: "Event") -> None:
+                show(event)
+                also(event)
+
+            phases = PhaseRecorder(device, on_event)
+            with phases.step(TOKENISING, f"tokenising {calibration}"):
+                smaller, drawn = calibration_of(resolved, texts, sequences)
+            del texts
+            return shared_run(
+                replace(whole, vocabulary=smaller),
+                program,
+                drawn.batches,
+                partial_sums=partial_sums,
+                peers=peers,
+                reporter=reporter,
+                phases=phases,
+                calibration=drawn.description,
+                window=drawn.first,
+            )
 
 
 def shared_run(

@@ -3,6 +3,7 @@
 from optprune.export.exporter import Draft, Exported, Exporter, ModelSource, export
 from optprune.export.folder import SavedModel, TransformersFolder, cast, save_model, save_pruned
 from optprune.export.gguf_file import GgufFile
+from optprune.export.hub import push_to_hub
 from optprune.export.importance import Importance, importance_of
 from optprune.export.onnx_folder import OnnxFolder
 from optprune.export.packed_folder import PackedFolder
@@ -31,6 +32,7 @@ __all__ = [
     "check_own_files",
     "export",
     "importance_of",
+    "push_to_hub",
     "save_model",
     "save_pruned",
 ]

@@ -15,9 +15,10 @@ from optprune.models.registry import architecture_named
 from optprune.report import Report
 from optprune.system.display import printable
 from optprune.system.wording import counted, one_line
+from optprune.texts import NAMED_SETS
 
-PUBLIC_TEXT = ("hf:", "demo:")
-"""prefixes of calibration texts that hold no path of the user's machine"""
+PUBLIC_TEXT = re.compile(rf"hf:|demo:|(?:{'|'.join(NAMED_SETS)})(?=[ ,:])")
+"""the beginnings of calibration texts that hold no path of the user's machine"""
 UNKNOWN = "unknown: see the base model"
 MARKUP = re.compile(r"[\\`*\[\]|]")
 """characters that Markdown interprets anywhere in a line"""
@@ -172,7 +173,7 @@ def is_public(calibration: str) -> bool:
     """Return whether a report's description of the calibration holds no path of the user's machine."""
     # Several texts are parts separated by "; ", and the last part is the number of windows.
     texts = calibration.split("; ")[:-1] or [calibration]
-    return all(text.startswith(PUBLIC_TEXT) for text in texts)
+    return all(PUBLIC_TEXT.match(text) for text in texts)
 
 
 def healing_section(healing: Mapping[str, Any], teacher: str) -> str:

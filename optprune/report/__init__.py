@@ -36,6 +36,7 @@ from optprune.report.records import (
     VocabularyChange,
 )
 from optprune.report.stored import Fault, ModelSummary, Original, original_from_report, shares_kept, summarise_model
+from optprune.report.tracking import TrackedEvents
 from optprune.report.zeros import BrokenGroups, DeadUnits, LayerPattern, broken_groups, layer_pattern, model_patterns
 
 __all__ = [
@@ -67,6 +68,7 @@ __all__ = [
     "RemovedPart",
     "Report",
     "SpeedReport",
+    "TrackedEvents",
     "VocabularyChange",
     "audit",
     "broken_groups",

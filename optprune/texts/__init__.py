@@ -9,16 +9,27 @@ from optprune.texts.calibration import (
     draw_windows,
     read_texts,
 )
-from optprune.texts.documents import FORMS, Conversation, Document, demo_articles, normalised_text, read_documents
+from optprune.texts.documents import (
+    FORMS,
+    NAMED_SETS,
+    Conversation,
+    Document,
+    NamedSet,
+    demo_articles,
+    normalised_text,
+    read_documents,
+)
 from optprune.texts.held_out import TrainingText, split_held_out
 from optprune.texts.windows import calibration_batches, check_seq_length, check_vocabulary, evaluation_windows, tokenise
 
 __all__ = [
     "FORMS",
+    "NAMED_SETS",
     "SEQUENCES",
     "Conversation",
     "Document",
     "DrawnWindows",
+    "NamedSet",
     "Text",
     "TrainingText",
     "WindowSampler",

@@ -7,8 +7,9 @@ import io
 import json
 import re
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -144,17 +145,39 @@ def raise_csv_limit() -> None:
 Document = str | Conversation
 """a text, or the messages of a conversation"""
 FORMS = (
-    "a .txt, .jsonl, .csv or .parquet file (FILE.csv:COLUMN), a folder of .txt, hf:DATASET[:CONFIG]:SPLIT, or demo:PART"
+    "a .txt, .jsonl, .csv or .parquet file (FILE.csv:COLUMN), a folder of .txt, hf:DATASET[:CONFIG]:SPLIT, wikitext2, "
+    "c4, ultrachat, or demo:PART"
 )
 """the accepted names of texts, in words"""
 DEFAULT_COLUMN = "text"
+
+
+@dataclass(frozen=True)
+class NamedSet:
+    """A data set of the hub that is known by a short name; it is streamed."""
+
+    path: str
+    config: str | None
+    split: str
+    """the split for calibration"""
+    most: int | None = None
+    """the number of its first documents that are read; None reads all"""
+
+
+NAMED_SETS = {
+    "wikitext2": NamedSet("Salesforce/wikitext", "wikitext-2-raw-v1", "train"),
+    "c4": NamedSet("allenai/c4", "en", "train", most=4000),
+    "ultrachat": NamedSet("HuggingFaceH4/ultrachat_200k", None, "train_sft", most=4000),
+}
+"""the usual calibration texts; 4000 documents of C4 are about two million tokens"""
 
 
 def read_documents(spec: str) -> list[Document]:
     """Return the documents of a text without empty ones.
 
     `spec` is a .txt file (one document), a .jsonl, .csv or .parquet file with the column named after a colon, a folder
-    of .txt files (sorted by name), hf:DATASET[:CONFIG]:SPLIT, or demo:calibration, demo:evaluation or demo:speeches.
+    of .txt files (sorted by name), hf:DATASET[:CONFIG]:SPLIT, a name in `NAMED_SETS` (or NAME:SPLIT, such as
+    wikitext2:test), or demo:calibration, demo:evaluation or demo:speeches.
     The default column is "text", or else "messages": a list of messages with role and content is a conversation, which
     `tokenise` writes by the chat template of the tokenizer. InputError when the text cannot be read, is empty, or mixes
     texts and conversations.
@@ -179,6 +202,8 @@ def _read(spec: str) -> Iterable[Document]:
         return _read_dataset(spec)
     path, column = Path(spec), None
     name = spec
+    if not path.exists() and (known := NAMED_SETS.get(spec.partition(":")[0])) is not None:
+        return _read_named(known, spec)
     if not path.exists() and ":" in spec:
         name, _, column = spec.rpartition(":")
         path = Path(name)
@@ -265,6 +290,19 @@ def _read_parquet(path: Path, column: str | None) -> Iterator[Document]:
         raise InputError(f"the text {path} cannot be read as Parquet: {one_line(error)}") from error
 
 
+def _read_named(known: NamedSet, spec: str) -> list[Document]:
+    """Return the first documents of a data set with a short name, streamed."""
+    _, colon, split = spec.partition(":")
+    config = [] if known.config is None else [known.config]
+    data = _loaded(spec, known.path, *config, split=split if colon else known.split, streaming=True)
+    try:
+        rows = list(islice(data, known.most))
+    except Exception as error:  # of the connection, in many classes
+        raise InputError(f"the data set {spec} cannot be read: {one_line(error)}") from error
+    columns = list(rows[0]) if rows else [DEFAULT_COLUMN]
+    return _documents_of(columns, lambda column: [row[column] for row in rows], spec)
+
+
 def _read_dataset(spec: str) -> list[Document]:
     """Return the texts of a data set; the library `datasets` runs no remote code since version 4."""
     # A split may hold a slice with a colon of its own, as in train[:100].
@@ -272,20 +310,30 @@ def _read_dataset(spec: str) -> list[Document]:
     if len(parts) not in (2, 3) or not all(parts):
         raise InputError(f"the data set {spec!r} cannot be found: write hf:DATASET[:CONFIG]:SPLIT")
     name, *config, split = parts
+    data = _loaded(spec, name, *config, split=split)
+    return _documents_of(data.column_names, data.__getitem__, spec)
+
+
+def _loaded(spec: str, *name: str, **options: Any) -> Any:
+    """Return a data set of the library `datasets`; InputError, which names it by its `spec`, where there is none."""
     import datasets
 
     try:
-        data: Any = datasets.load_dataset(name, *config, split=split)
+        return datasets.load_dataset(*name, **options)
     except Exception as error:  # the library raises errors of many classes
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise InputError(f"the data set {spec} cannot be loaded: {reason[0]}") from error
-    column = next((column for column in (DEFAULT_COLUMN, MESSAGES) if column in data.column_names), None)
+
+
+def _documents_of(columns: Sequence[str], values: Callable[[str], Iterable[Any]], spec: str) -> list[Document]:
+    """Return the documents in a data set, whose `values` are got by their column; InputError without a known one."""
+    column = next((column for column in (DEFAULT_COLUMN, MESSAGES) if column in columns), None)
     if column is None:
         raise InputError(
-            f"the data set {spec} has no column {DEFAULT_COLUMN!r} (it has {', '.join(data.column_names)}): write the "
+            f"the data set {spec} has no column {DEFAULT_COLUMN!r} (it has {', '.join(columns)}): write the "
             "column you want to a file and give FILE.jsonl:COLUMN"
         )
-    return [_as_document(value, f"row {row} of {spec}", column) for row, value in enumerate(data[column], start=1)]
+    return [_as_document(value, f"row {row} of {spec}", column) for row, value in enumerate(values(column), start=1)]
 
 
 def _column_of(column: str | None, columns: Iterable[str], where: Any) -> str:

@@ -125,6 +125,9 @@ def test_a_text_of_the_hub_is_named(tmp_path: Path) -> None:
         ("/home/me/a.txt (share 0.3, 2 windows); demo:calibration (share 0.7, 6 windows); 8 windows of 64", False),
         ("/home/me/a; demo:b.txt, 8 windows of 64 tokens, seed 0", False),
         ("", False),
+        ("wikitext2, 8 windows of 64 tokens, seed 0", True),
+        ("c4:validation (share 0.7, 6 windows); ultrachat (share 0.3, 2 windows); 8 windows of 64 tokens", True),
+        ("c4_of_mine.txt, 8 windows of 64 tokens", False),
     ],
 )
 def test_the_card_names_a_calibration_only_if_all_its_texts_are_public(calibration: str, public: bool) -> None:

@@ -6,6 +6,7 @@ import shlex
 import tomllib
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
@@ -47,9 +48,15 @@ def small(demo: LoadedModel) -> LoadedModel:
 
 
 def run(code: str, name: str, demo: LoadedModel, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run a block by itself in a folder, where `load_model("demo")` returns a copy of a model."""
+    """Run a block by itself in a folder, where "demo" is a copy of a model."""
+    honest = optprune.prune_model
+
+    def prune_model(name: str, *more: Any, **options: Any) -> Any:
+        optprune.save_model(copied(demo), folder := place / "dense")
+        return honest(folder, *more, **options)
 
     monkeypatch.setattr(optprune, "load_model", lambda name: copied(demo), raising=False)
+    monkeypatch.setattr(optprune, "prune_model", prune_model, raising=False)
     monkeypatch.chdir(place)
     exec(compile(code, name, "exec"), {"__name__": name})
 

@@ -24,7 +24,7 @@ Record Redirect Reduce Refit Refuse Register Release Reload Remember Remove Rena
 Require Rescale Reserve Reset Reshape Resize Resolve Restore Restrict Resume Return Reuse Rewrite Rotate Round
 Route Run Sample Save Scale Scan Search Select Send Serialise Serve Set Share Show Shrink Silence Simulate Skip
 Solve Sort Split Start Stop Store Stream Submit Subtract Sum Swap Switch Sync Take Test Tighten Tokenise Trace
-Train Transform Translate Transpose Try Turn Unlock Update Use Validate Verify Wait Walk Warn Weigh Whiten Wrap
+Train Transform Translate Transpose Try Turn Unlock Update Upload Use Validate Verify Wait Walk Warn Weigh Whiten Wrap
 Write Yield
 """
 """the imperatives that a docstring may begin with, in order: add the one that you need"""

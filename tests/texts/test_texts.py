@@ -9,15 +9,21 @@ import torch
 
 from optprune.errors import InputError
 from optprune.texts import (
+    NAMED_SETS,
+    Conversation,
+    NamedSet,
     calibration_batches,
     check_seq_length,
     check_vocabulary,
     demo_articles,
     evaluation_windows,
     read_documents,
+    read_texts,
     tokenise,
 )
 from tests.helpers.tiny_models import tiny_llama, tiny_tokenizer
+
+CHAT = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "yes"}]
 
 # -- documents
 
@@ -62,6 +68,53 @@ def test_a_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert read_documents(f"hf:{data}:default:train[:2]") == ["document 0", "document 1"]
     with pytest.raises(InputError, match="cannot be loaded"):
         read_documents(f"hf:{data}:validation")
+
+
+def test_data_sets_are_known_by_short_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = "".join(json.dumps({"text": f"document {i}", "url": "x"}) + "\n" for i in range(6))
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.jsonl").write_text(lines.replace("document", split))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setitem(NAMED_SETS, "c4", NamedSet(str(tmp_path), None, "train", most=4))
+    monkeypatch.setitem(NAMED_SETS, "wikitext2", NamedSet(str(tmp_path), "default", "train"))
+    assert read_documents("c4") == [f"train {i}" for i in range(4)]
+    assert read_documents("wikitext2:test") == [f"test {i}" for i in range(6)]
+    assert [text.name for text in read_texts("c4=0.5,wikitext2=0.5")] == ["c4", "wikitext2"]
+    with pytest.raises(InputError, match="the data set c4:dev cannot be loaded"):
+        read_documents("c4:dev")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "c4").mkdir()  # a folder of the user's comes first
+    (tmp_path / "c4" / "own.txt").write_text("mine")
+    assert read_documents("c4") == ["mine"]
+
+
+def test_usual_data_sets_are_streamed_from_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = list[tuple[tuple, dict]]()
+
+    def stream(*name, **options):
+        asked.append((name, options))
+        return datasets.Dataset.from_dict({"prompt": ["a"] * 9, "messages": [CHAT] * 9}).to_iterable_dataset()
+
+    monkeypatch.setattr(datasets, "load_dataset", stream)
+    for name in ("wikitext2", "c4", "ultrachat"):
+        found = read_documents(name)
+        assert [document.contents for document in found if isinstance(document, Conversation)] == [("hello", "yes")] * 9
+    splits = [(name, options["split"], options["streaming"]) for name, options in asked]
+    assert splits == [
+        (("Salesforce/wikitext", "wikitext-2-raw-v1"), "train", True),
+        (("allenai/c4", "en"), "train", True),
+        (("HuggingFaceH4/ultrachat_200k",), "train_sft", True),
+    ]
+
+
+def test_a_stream_that_breaks_off_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken():
+        yield {"text": "first"}
+        raise ConnectionError("the line is cut\nand more")
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *name, **options: broken())
+    with pytest.raises(InputError, match=r"^the data set c4 cannot be read: the line is cut"):
+        read_documents("c4")
 
 
 def test_a_data_set_without_a_text_column(monkeypatch: pytest.MonkeyPatch) -> None:
