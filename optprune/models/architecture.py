@@ -26,6 +26,21 @@ class Heads:
     query: int
     kv: int
     dim: int
+    """the dimension of a query head"""
+    keys: int = 0
+    """the dimensions of a key that the key layer makes for each KV head; zero for all of them"""
+    values: int = 0
+    """the value dimensions of a head in the stock class; zero for those of a query head"""
+
+    @property
+    def key_rows(self) -> int:
+        """The rows of the key layer that make the keys of a KV head."""
+        return self.keys or self.dim
+
+    @property
+    def value_dim(self) -> int:
+        """The value dimensions of a head in the stock class."""
+        return self.values or self.dim
 
     @property
     def group(self) -> int:
@@ -233,6 +248,26 @@ class Mixture(MlpKind):
 
 
 @dataclass(frozen=True)
+class Latent:
+    """The low-rank layers of latent attention: some make a vector that is narrower than the hidden states.
+
+    Queries, keys and values are made from these vectors, so that removing heads or value dimensions leaves them whole.
+    """
+
+    makes: Mapping[str, tuple[str, ...]]
+    """the layers that make such a vector, each with the config fields whose sum is its number of outputs"""
+    reads: Mapping[str, str]
+    """the layers that read one, each with the config field that holds its number of inputs"""
+
+    def sizes(self, config: PretrainedConfig, outputs: Mapping[str, int]) -> dict[str, tuple[int, int]]:
+        """Return the outputs and inputs of these layers; `outputs` holds those of the layers that read."""
+        made = {path: sum(int(getattr(config, name) or 0) for name in names) for path, names in self.makes.items()}
+        found = {path: (count, int(config.hidden_size)) for path, count in made.items()}
+        reads = {path: name for path, name in self.reads.items() if path in outputs}
+        return found | {path: (outputs[path], int(getattr(config, name))) for path, name in reads.items()}
+
+
+@dataclass(frozen=True)
 class Architecture:
     """One family of decoder models, as data; every path is relative to a decoder block unless it says otherwise."""
 
@@ -307,11 +342,17 @@ class Architecture:
     """the config field c, where the final logits are c tanh(x / c)"""
     mixture: Mixture | None = None
     """the experts in place of one MLP, if there are any"""
+    latent: Latent | None = None
+    """the low-rank layers of its attention, if there are any"""
+    by_config: Callable[[PretrainedConfig], Mapping[str, Any]] = lambda config: {}
+    """function that returns the fields of this description that a config sets otherwise"""
 
     def for_config(self, config: PretrainedConfig) -> "Architecture":
-        """Return the same with the linear layers of as many experts as a config says."""
+        """Return the same with the linear layers that a config says, of as many experts among them."""
         further = tuple(stage for kind in self.mlp_kinds for stage in kind.stages_by(config))
-        return replace(self, stages=self.stages + further) if further else self
+        own = self.by_config(config)
+        stages = own.get("stages", self.stages) + further
+        return replace(self, **{**own, "stages": stages}) if own or further else self
 
     @cached_property
     def mlp_kinds(self) -> tuple[MlpKind, ...]:
@@ -413,7 +454,7 @@ class Architecture:
         """Return the outputs and inputs of every linear layer in a block of a shape, zeros for removed layers."""
         hidden = int(config.hidden_size)
         outputs: dict[str, int] = {}
-        rows = ((self.query, heads.group * heads.dim), (self.key, heads.dim), (self.value, shape.value_dim))
+        rows = ((self.query, heads.group * heads.dim), (self.key, heads.key_rows), (self.value, shape.value_dim))
         for path, width in rows:
             outputs[path] = outputs.get(path, 0) + shape.kv_heads * width  # one layer may make them all
         inputs = {self.output: shape.kv_heads * heads.group * shape.value_dim}
@@ -423,16 +464,19 @@ class Architecture:
                 outputs |= dict.fromkeys(self.mlps[consumer], width * kind.rows_of_unit)
         found = {path: (count, hidden) for path, count in outputs.items()}
         found |= {path: (hidden, count) for path, count in inputs.items()}
+        if self.latent is not None and shape.kv_heads:
+            found |= self.latent.sizes(config, outputs)
         return {path: found.get(path, (0, hidden)) for path in self.layers}
 
 
 def rows_of_heads(joined: str, heads: Heads, shape: BlockShape, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Return the rows of the queries [kv_heads, group dim], keys [kv_heads, dim] and values [kv_heads, value_dim].
 
-    `joined` is "" for three layers, "parts" for one layer with all queries before all keys before all values, and
-    "heads" for one layer with one KV head after the other.
+    `joined` is "" for three layers, "parts" for one layer with all queries before all keys before all values, "heads"
+    for one layer with one KV head after the other, and "kv" for a layer of queries and one with the keys and the values
+    of one head after the other.
     """
-    widths = (heads.group * heads.dim, heads.dim, shape.value_dim)
+    widths = (heads.group * heads.dim, heads.key_rows, shape.value_dim)
     head = torch.arange(shape.kv_heads, device=device)[:, None]
     before = [0, *accumulate(widths)]
     rows = []
@@ -441,6 +485,7 @@ def rows_of_heads(joined: str, heads: Heads, shape: BlockShape, device: torch.de
             "": (width, 0),
             "parts": (width, shape.kv_heads * start),
             "heads": (before[3], start),
+            "kv": (before[3] - before[1], start - before[1]) if start else (width, 0),
         }[joined]
         rows.append(first + head * stride + torch.arange(width, device=device))
     query, key, value = rows
@@ -453,7 +498,10 @@ def counts_of_heads(joined: str, heads: Heads, key_rows: int, output_columns: in
     Raises InputError where the layers hold less than one head of the config.
     """
     values = output_columns // heads.group
-    kv_heads = (key_rows - values) // ((heads.group + 1) * heads.dim) if joined else key_rows // heads.dim
+    rows, width = {"": (key_rows, heads.dim), "kv": (key_rows - values, heads.key_rows)}.get(
+        joined, (key_rows - values, (heads.group + 1) * heads.dim)
+    )
+    kv_heads = rows // width
     if kv_heads < 1:
         raise InputError(
             f"the key layer has {key_rows} rows, less than one head of {heads.dim} dimensions: config.json describes "

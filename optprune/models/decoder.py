@@ -378,7 +378,7 @@ class Decoder:
             if len(own) > 1 or not all(kind.stock_holds(self.model.config, shape) for shape in own):
                 return False
         alike = len({(shape.kv_heads, shape.value_dim) for shape in shapes}) == 1
-        if not alike or not all(shape.mlp_width for shape in shapes) or first.value_dim != heads.dim:
+        if not alike or not all(shape.mlp_width for shape in shapes) or first.value_dim != heads.value_dim:
             return False
         # The stock configs require heads that divide the hidden size, though head_dim gives their width.
         divides = first.kv_heads > 0 and self.model.config.hidden_size % (first.kv_heads * heads.group) == 0

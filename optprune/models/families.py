@@ -8,6 +8,7 @@ from types import ModuleType
 from typing import Any
 
 from transformers import PretrainedConfig
+from transformers.models.deepseek_v3 import modeling_deepseek_v3
 from transformers.models.exaone4 import modeling_exaone4
 from transformers.models.gemma2 import modeling_gemma2
 from transformers.models.gemma3 import modeling_gemma3
@@ -30,8 +31,9 @@ from transformers.models.qwen3_moe import modeling_qwen3_moe
 from transformers.models.seed_oss import modeling_seed_oss
 from transformers.models.smollm3 import modeling_smollm3
 
-from optprune.models.architecture import Architecture, Classes, Heads, Mixture
+from optprune.models.architecture import Architecture, Classes, Heads, Latent, Mixture
 from optprune.models.pruned import (
+    modeling_pruned_deepseek_v3,
     modeling_pruned_exaone4,
     modeling_pruned_gemma2,
     modeling_pruned_gemma3_text,
@@ -60,6 +62,12 @@ def grouped_heads(config: PretrainedConfig) -> Heads:
     """Return the head layout of grouped-query attention; configs since Llama 3.2 name a head_dim of their own."""
     dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return Heads(config.num_attention_heads, config.num_key_value_heads, dim)
+
+
+def latent_heads(config: PretrainedConfig) -> Heads:
+    """Return the head layout of latent attention; the rotated dimensions of the keys are one vector for all heads."""
+    count, plain = config.num_attention_heads, config.qk_nope_head_dim
+    return Heads(count, count, plain + config.qk_rope_head_dim, plain, config.v_head_dim)
 
 
 def equal_heads(config: PretrainedConfig) -> Heads:
@@ -270,6 +278,35 @@ GLM4_MOE = replace(
     off=("output_router_logits",),
     **classes("Glm4Moe", modeling_glm4_moe, modeling_pruned_glm4_moe),
 )
+# Latent attention, in blocks as those of GLM 4.5. Small models make the queries from the hidden states.
+DEEPSEEK_V3 = replace(
+    GLM4_MOE,
+    model_type="deepseek_v3",
+    stages=(
+        *(("self_attn.q_a_proj",), ("self_attn.q_b_proj",)),
+        *(("self_attn.kv_a_proj_with_mqa",), ("self_attn.kv_b_proj",), ("self_attn.o_proj",)),
+        *LLAMA.stages[2:],
+    ),
+    query="self_attn.q_b_proj",
+    key="self_attn.kv_b_proj",
+    value="self_attn.kv_b_proj",
+    joined="kv",
+    heads=latent_heads,
+    head_dim_is_free=False,
+    latent=Latent(
+        makes={
+            "self_attn.q_a_proj": ("q_lora_rank",),
+            "self_attn.kv_a_proj_with_mqa": ("kv_lora_rank", "qk_rope_head_dim"),
+        },
+        reads={"self_attn.q_b_proj": "q_lora_rank", "self_attn.kv_b_proj": "kv_lora_rank"},
+    ),
+    by_config=lambda config: {} if config.q_lora_rank else {"query": "self_attn.q_proj", "stages": WHOLE_QUERIES},
+    recoverable=(),
+    # Generation with a static cache is an error there.
+    in_transformers_4=False,
+    **classes("DeepseekV3", modeling_deepseek_v3, modeling_pruned_deepseek_v3),
+)
+WHOLE_QUERIES = (("self_attn.q_proj",), *DEEPSEEK_V3.stages[2:])
 
 # A plain MLP, learned positions, biases everywhere.
 OPT = Architecture(
@@ -352,7 +389,7 @@ GPT_NEOX = Architecture(
 ARCHITECTURES = {
     architecture.model_type: architecture
     for architecture in (
-        *(EXAONE4, GEMMA2, GEMMA3, GLM4_MOE, GPT2, GPT_NEOX, GRANITE, LLAMA, MINISTRAL3, MISTRAL, MIXTRAL),
+        *(DEEPSEEK_V3, EXAONE4, GEMMA2, GEMMA3, GLM4_MOE, GPT2, GPT_NEOX, GRANITE, LLAMA, MINISTRAL3, MISTRAL, MIXTRAL),
         *(OLMO2, OLMOE, OPT, PHI3, QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE, SEED_OSS, SMOLLM3),
     )
 }

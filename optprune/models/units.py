@@ -298,9 +298,11 @@ class KvGroups(LinkedUnits):
         width = heads.group * shape.value_dim
         columns = unit[:, None] * width + torch.arange(width, device=device)
         rows = rows_of_heads(architecture.joined, heads, shape, device)
-        rows = (torch.cat(rows, 1),) if architecture.joined else rows
-        paths = tuple(dict.fromkeys((architecture.query, architecture.key, architecture.value)))
-        return LinkedLayers(consumer, paths, Link(columns, torch.zeros_like(unit), rows))
+        made: dict[str, list[torch.Tensor]] = {}
+        for path, own in zip((architecture.query, architecture.key, architecture.value), rows, strict=True):
+            made.setdefault(path, []).append(own)  # one layer may make them all
+        link = Link(columns, torch.zeros_like(unit), tuple(torch.cat(own, 1) for own in made.values()))
+        return LinkedLayers(consumer, tuple(made), link)
 
     def multiple(self, shape: BlockShape, asked: int | None, alike: bool = False) -> int:
         return 1

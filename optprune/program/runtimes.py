@@ -109,7 +109,7 @@ class Runtime:
         """Return the property of blocks that a class with equal blocks cannot hold; None where there is none."""
         if any(len(shape.parts) < 2 for shape in left):
             return f"blocks without attention or without an MLP: {LAYERS}"
-        if any(shape.value_dim != before.heads.dim for shape in left):
+        if any(shape.value_dim != before.heads.value_dim for shape in left):
             return f"heads with fewer value dimensions than key dimensions: {NARROW_MLPS}"
         if len(set(left)) > 1:
             return f"blocks of different shapes: {ALIKE}"
@@ -129,6 +129,8 @@ class Runtime:
         hidden = before.model.config.hidden_size
         if heads * before.heads.dim == hidden:
             return None
+        if before.architecture.latent is not None and kv_heads == before.heads.kv:
+            return None  # they never make up the hidden size
         free = self._drafted(before) and before.architecture.head_dim_is_free
         if family not in self.fewer_heads and not free:
             return f"models of the kind {family} with fewer heads than the hidden size says: {NARROW_MLPS}"
@@ -222,7 +224,7 @@ RUNTIMES = {
         ),
         Runtime(
             "gguf",
-            families=tuple(name for name in ARCHITECTURES if name != "opt"),
+            families=tuple(name for name in ARCHITECTURES if name not in ("deepseek_v3", "opt")),
             rotary=("default", "linear", "llama3"),
             further={"ministral3": ("yarn",)},
             # Its architecture deci has Llama's blocks.

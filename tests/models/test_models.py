@@ -132,7 +132,9 @@ def test_narrow_values_make_the_cache_smaller_and_generation_the_same(name: str)
         layer = output.past_key_values.layers[0]
         step = model(tokens(2, 1), cache=output.past_key_values).logits
         whole = model(torch.cat([tokens(), tokens(2, 1)], 1), use_cache=False).logits[:, -1:]
-    assert layer.values.shape[-1] == layer.keys.shape[-1] // 2
+    # The cache of latent attention holds the vectors that keys and values are made from.
+    latent = ARCHITECTURES[name].latent is not None
+    assert latent or layer.values.shape[-1] == layer.keys.shape[-1] // 2
     assert (step - whole).abs().max() <= 1e-5 * whole.abs().max()
 
 

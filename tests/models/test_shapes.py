@@ -148,7 +148,7 @@ def test_the_file_is_short_and_imports_torch_and_transformers_only(name: str) ->
         # transformers 4 copies the files that the first one names, and not those that they name.
         assert {home for home in imported(part) if home.startswith(".")} <= beside
         homes = {home.partition(".")[0] for home in imported(part)}
-        assert homes <= {"torch", "transformers", ""} and "transformers" in homes
+        assert homes <= {"torch", "transformers", ""} and (part != file or "transformers" in homes)
         lengths.append(len(part.read_text().splitlines()))
     assert max(lengths) < 170 and lengths[0] < (120 if name in ("opt", "gpt_neox", "gpt2") else 60)
 
@@ -288,7 +288,7 @@ def keep_heads(model: PreTrainedModel, count: int) -> PreTrainedModel:
         (lambda: tiny_llama(num_key_value_heads=4), 2, True),
         (lambda: tiny_llama(num_key_value_heads=4), 3, False),  # 3 heads do not divide a hidden size of 64
         (tiny_opt, 2, False),  # OPT's head_dim is hidden_size / heads
-        *((make, 1, name not in ("gpt2", "gpt_neox", "phi3")) for name, make in OTHERS.items()),
+        *((make, 1, name not in ("deepseek_v3", "gpt2", "gpt_neox", "phi3")) for name, make in OTHERS.items()),
     ],
     ids=["llama", "qwen2", "llama, 2 of 4", "llama, 3 of 4", "opt", *OTHERS],
 )
