@@ -115,6 +115,8 @@ def resolve_for(
     """
     if options.fields["sparsity"] is not None:
         raise InputError(f"the goal {goal.goal.asked} decides the sparsity: leave out --sparsity, or the goal")
+    if options.experts is not None:
+        raise InputError(f"the goal {goal.goal.asked} decides the sparsity: leave out --experts, or the goal")
     goal.goal.check(recipe)
     resolved = options.resolve(recipe)
     found = goal.reached(resolved, whole, say)

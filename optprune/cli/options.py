@@ -157,6 +157,14 @@ WidthMultiple = Annotated[
         rich_help_panel=ADVANCED,
     ),
 ]
+ExpertsKept = Annotated[
+    int | None,
+    typer.Option(
+        "--experts",
+        help="Number of experts that a block keeps, in place of --sparsity; for recipes such as experts_best.",
+        rich_help_panel=ADVANCED,
+    ),
+]
 States = Annotated[
     str,
     typer.Option(

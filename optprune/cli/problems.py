@@ -100,6 +100,7 @@ def problems_command(
 NOT_TAKEN = {
     "sequences": "packed",
     "generated": 0,
+    "experts": None,
     "save_dtype": "auto",
     "propagation": None,
     "bits": None,

@@ -16,6 +16,7 @@ from optprune.cli.options import (
     Calibration,
     Device,
     Dtype,
+    ExpertsKept,
     Generated,
     JsonFile,
     MaxShardSize,
@@ -66,6 +67,7 @@ def prune_command(
     output: Annotated[Path, typer.Option("--output", metavar="DIR", help="The folder to write.")],
     recipe: RecipeName = "fasp",
     sparsity: Sparsity = None,
+    experts: ExpertsKept = None,
     to: Annotated[
         str | None,
         typer.Option(

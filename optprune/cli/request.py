@@ -54,6 +54,8 @@ class Options:
     """the runtime that the model is for"""
     architecture: Path | None = None
     """the draft of the model's architecture"""
+    experts: int | None = None
+    """the number of experts that a block keeps, on average where one budget divides them"""
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any]) -> "Options":
@@ -66,6 +68,8 @@ class Options:
         check_at_least("--samples", arguments["samples"], 1)
         check_at_least("--seq-length", arguments["seq_length"], 2)
         check_at_least("--generated", arguments.get("generated", 0), 0)
+        if arguments.get("experts") is not None and arguments["sparsity"] is not None:
+            raise InputError("--experts decides the sparsity: leave out --sparsity")
         own = {one.name: arguments[one.name] for one in fields(cls) if one.name in arguments}
         chosen = {field: arguments[name] for name, field in FIELDS.items()} | {"strict": arguments["strict"] or None}
         return cls(**own | {"fields": chosen, "settings": arguments["settings"] or ()})
@@ -90,6 +94,24 @@ class Options:
                 f"the allocation file {self.allocation_file} already decides the sparsity: leave out --sparsity"
             )
         return recipe
+
+    def _with_experts(self, recipe: "Recipe", shapes: "Decoder") -> "Recipe":
+        """Return the recipe with the sparsity at which every block keeps the number of experts of --experts."""
+        if self.experts is None:
+            return recipe
+        from optprune.allocation.uniform import removed_by_experts
+        from optprune.models import Experts
+
+        if not isinstance(recipe.units, Experts) or recipe.given is not None:
+            raise InputError("--experts is for recipes whose units are experts: choose --recipe experts_best")
+        removed = removed_by_experts(shapes, recipe.units.least(shapes))
+        counts = sorted(removed)[:-1]
+        if self.experts not in counts:
+            raise InputError(
+                f"--experts {self.experts} is out of range: give {counts[0]} to {counts[-1]} of the {counts[-1] + 1} "
+                "experts of a block"
+            )
+        return recipe.with_sparsity(removed[self.experts])
 
     def _given(self) -> "GivenBlocks":
         """Return the allocation in the file as a recipe group."""
@@ -116,7 +138,9 @@ class Options:
 
         config = load_config(self.model, self.architecture)
         check_seq_length(config, self.seq_length)
-        shapes, divided = load_shapes(self.model, config), recipe.given
+        shapes = load_shapes(self.model, config)
+        recipe = self._with_experts(recipe, shapes)
+        divided = recipe.given
         if divided is not None and self.allocation_file is not None:
             with _named_file(self.allocation_file, "does not fit"):
                 Given(recipe.units, divided).check(shapes)

@@ -457,16 +457,20 @@ class Architecture:
         rows = ((self.query, heads.group * heads.dim), (self.key, heads.key_rows), (self.value, shape.value_dim))
         for path, width in rows:
             outputs[path] = outputs.get(path, 0) + shape.kv_heads * width  # one layer may make them all
-        inputs = {self.output: shape.kv_heads * heads.group * shape.value_dim}
+        inputs, of_mlps = {self.output: shape.kv_heads * heads.group * shape.value_dim}, list[str]()
         for kind in (kind for kind in self.mlp_kinds if kind.describes(shape)):
             for consumer, width in kind.widths(config, shape).items():
                 inputs[consumer] = width
-                outputs |= dict.fromkeys(self.mlps[consumer], width * kind.rows_of_unit)
+                producers = kind.links((consumer,))[consumer]
+                outputs |= dict.fromkeys(producers, width * kind.rows_of_unit)
+                of_mlps += [*producers, consumer]
         found = {path: (count, hidden) for path, count in outputs.items()}
         found |= {path: (hidden, count) for path, count in inputs.items()}
         if self.latent is not None and shape.kv_heads:
             found |= self.latent.sizes(config, outputs)
-        return {path: found.get(path, (0, hidden)) for path in self.layers}
+        # A dense shape may have more experts than a config that was pruned.
+        every = dict.fromkeys((*self.layers, *of_mlps))
+        return {path: found.get(path, (0, hidden)) for path in every}
 
 
 def rows_of_heads(joined: str, heads: Heads, shape: BlockShape, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:

@@ -169,6 +169,7 @@ class Original:
             decoder.name(block, path): size
             for block, number in enumerate(self.left)
             for path, size in decoder.layer_sizes(self.shapes[number]).items()
+            if path in decoder.architecture.layers  # not a removed expert
         }
 
 
