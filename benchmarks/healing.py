@@ -29,9 +29,9 @@ from optprune import load_recipe, prune
 from optprune.calibration import hold_out
 from optprune.export import save_model
 from optprune.healing import HealingFolder, HealingSettings, generated_windows, heal
-from optprune.healing.settings import RATE_TIMES_WIDTH
+from optprune.healing.settings import LEARNING_RATE
 from optprune.measure import perplexity
-from optprune.models import LoadedModel, load_config, load_model
+from optprune.models import LoadedModel, load_model
 from optprune.report import DivergenceMeasured, Event
 from optprune.texts import Document, TrainingText, calibration_batches, read_documents, split_held_out, tokenise
 
@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("--own-text", action="store_true", help="heal on what was pruned by")
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--generated", type=int, default=0, help="windows that the dense model writes itself")
-    parser.add_argument("--learning-rate", type=float, help="by default the one for the model's width")
+    parser.add_argument("--learning-rate", type=float, default=LEARNING_RATE)
     parser.add_argument("--seq-length", type=int, default=512)
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--held-out", type=int, default=16, help="windows that decide what is kept")
@@ -86,8 +86,7 @@ def run(options: argparse.Namespace) -> None:
         evaluated = options.windows * options.seq_length
         tokens = options.samples * options.seq_length if options.own_text else options.tokens
         told = "its own" if options.own_text else DEFAULTS["text"], options.epochs, options.generated
-        rate = options.learning_rate or round(RATE_TIMES_WIDTH / load_config(options.model).hidden_size, 5)
-        values = model, tokens, rate, options.batch_size, options.seed, evaluated, *told
+        values = model, tokens, options.learning_rate, options.batch_size, options.seed, evaluated, *told
         key = dict(zip(KEY, values, strict=True))
         if (options.only and not {recipe, name} & set(options.only)) or any(
             key.items() <= row.items() for row in read()

@@ -49,10 +49,7 @@ def heal_command(
     seq_length: Annotated[int, typer.Option("--seq-length", help="Tokens in a window.")] = 512,
     batch_size: Annotated[int, typer.Option("--batch-size", help="Windows in a step.")] = 4,
     learning_rate: Annotated[
-        float | None,
-        typer.Option(
-            "--learning-rate", help="Largest learning rate of the schedule. [default: 0.115 over the hidden size]"
-        ),
+        float | None, typer.Option("--learning-rate", help="Largest learning rate of the schedule. [default: 2e-4]")
     ] = None,
     held_out: Annotated[
         int, typer.Option("--held-out", help="Number of windows, of other documents, that choose the step to keep.")
@@ -75,11 +72,12 @@ def heal_command(
     reporter = start()
     from optprune.cli.healing_run import HEALING, HealingRun
     from optprune.healing import HealingSettings
+    from optprune.healing.settings import LEARNING_RATE
     from optprune.models import device_of
 
     computes = dtype if dtype != "auto" else "bfloat16" if device_of(device).type == "cuda" else "float32"
     settings = HealingSettings(
-        learning_rate=learning_rate,
+        learning_rate=LEARNING_RATE if learning_rate is None else learning_rate,
         dtype=computes,
         gradient_checkpointing=gradient_checkpointing,
         seed=seed,

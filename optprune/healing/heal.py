@@ -139,8 +139,7 @@ def heal(
 
         text = _with_generated(dense.model, batches, settings, peers, folder, on_part)
         text = in_epochs(text, settings.epochs, settings.seed)
-        trained_with = settings.for_width(model.config.get_text_config().hidden_size)
-        training = Training(student, dense, masks(model), trained_with, peers)
+        training = Training(student, dense, masks(model), settings, peers)
         run = _Run(training, text, Windows.of(dense, held_out, peers), folder, on_event, generation)
         run.run()
         return replace(run.end(held_out.numel(), stored), run_facts=facts)

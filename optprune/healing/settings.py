@@ -1,15 +1,14 @@
 """Settings of healing, and the learning rate of each step."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from optprune.calibration.generated import check_count
 from optprune.errors import InputError
 from optprune.models import DTYPES
 from optprune.system.wording import shown
 
-RATE_TIMES_WIDTH = 0.115
-"""default of the learning rate times the hidden size: 2e-4 for a hidden size of 576, where it was measured"""
+LEARNING_RATE = 2e-4
 MOST_EPOCHS = 10_000
 MEASUREMENTS = 10
 """number of measurements on the held-out windows over a run, where `every` is not given"""
@@ -19,8 +18,8 @@ MEASUREMENTS = 10
 class HealingSettings:
     """Hyperparameters of `heal`. Values out of range raise InputError."""
 
-    learning_rate: float | None = None
-    """peak learning rate; None falls with the width: 0.115 over the hidden size"""
+    learning_rate: float = LEARNING_RATE
+    """peak learning rate"""
     warmup: float = 0.1
     """share of the steps over which the learning rate rises"""
     weight_decay: float = 0.01
@@ -43,7 +42,7 @@ class HealingSettings:
     """number of windows that the teacher generates and that are mixed into the text"""
 
     def __post_init__(self) -> None:
-        if self.learning_rate is not None and not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
+        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
             raise InputError(f"the learning rate cannot be {self.learning_rate}: it is more than 0, such as 2e-4")
         if not 0 <= self.warmup <= 1:
             raise InputError(f"the warm-up cannot be {self.warmup} of the steps: it is between 0 and 1")
@@ -66,19 +65,8 @@ class HealingSettings:
         """Return the number of steps between measurements, for a run of `steps` steps."""
         return self.every or max(1, steps // MEASUREMENTS)
 
-    def for_width(self, hidden: int) -> "HealingSettings":
-        """Return the settings for a model of a hidden size, with the learning rate that they leave open.
-
-        The best rate of Adam falls with the width (Yang et al., 2022, arXiv 2203.03466, table 3).
-        """
-        return self if self.learning_rate is not None else replace(self, learning_rate=RATE_TIMES_WIDTH / hidden)
-
     def rate(self, step: int, steps: int) -> float:
-        """Return the learning rate of a step, counted from 0: a linear warm-up, then half a cosine down to 0.
-
-        The settings must name a peak, as those of `for_width` do.
-        """
-        assert self.learning_rate is not None
+        """Return the learning rate of a step, counted from 0: a linear warm-up, then half a cosine down to 0."""
         rising = round(self.warmup * steps)
         if step < rising:
             return self.learning_rate * (step + 1) / rising
