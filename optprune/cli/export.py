@@ -52,6 +52,15 @@ def export_command(
     samples: Samples = 128,
     seq_length: SeqLength = 2048,
     sequences: Sequences = "packed",
+    original: Annotated[
+        Path | None,
+        typer.Option(
+            "--original",
+            metavar="FILE",
+            help="For gguf, of a folder that lost whole experts only: the GGUF file of the dense model, of any types. "
+            "What stays is copied as it is.",
+        ),
+    ] = None,
     cache: Annotated[
         bool, typer.Option("--cache", help="For onnx: keys and values of earlier tokens are inputs and outputs.")
     ] = False,
@@ -68,15 +77,19 @@ def export_command(
         raise InputError(f"ONNX is written in float32, not in {kind!r}: leave out --type")
     if calibration is not None and (form != "gguf" or kind in EXACT):
         raise InputError(f"--calibration applies to gguf types from q6_K on only: leave it out for {kind or form}")
+    if original is not None and (form != "gguf" or kind is not None or calibration is not None):
+        raise InputError(
+            "with --original the types are those of that GGUF file: leave out --type, --format, --calibration"
+        )
     if form == "gguf":
         if output.exists() and not overwrite:
             raise InputError(f"the file {output} exists: pass --overwrite to replace it")
-        check_file(output, "GGUF file", models=[str(folder)])
+        check_file(output, "GGUF file", models=[str(folder), *([] if original is None else [str(original)])])
     reporter = start()
     from optprune.export import export
 
     importance = _importance(folder, calibration, samples, seq_length, sequences, reporter.say)
-    exporter = _exporter(form, kind, cache, importance)
+    exporter = _exporter(form, kind, cache, importance, original)
     reporter.say(f"writing {output}, and checking it")
     written = export(folder, output, exporter, overwrite=overwrite)
     echo(f"{written.path}: {written.bytes / 2**20:.1f} MiB, {written.summary}")
@@ -98,9 +111,13 @@ def _importance(
     return importance_of(folder, calibration, samples=samples, seq_length=seq_length, sequences=sequences)
 
 
-def _exporter(form: str, kind: str | None, cache: bool, importance: "Importance | None") -> "Exporter":
-    from optprune.export import GgufFile, OnnxFolder, PackedFolder, TransformersFolder
+def _exporter(
+    form: str, kind: str | None, cache: bool, importance: "Importance | None", original: Path | None
+) -> "Exporter":
+    from optprune.export import GgufExperts, GgufFile, OnnxFolder, PackedFolder, TransformersFolder
 
+    if original is not None:
+        return GgufExperts(original)
     if form == "compressed-tensors":
         return PackedFolder()
     if form == "gguf":

@@ -2,6 +2,7 @@
 
 from optprune.export.exporter import Draft, Exported, Exporter, ModelSource, export
 from optprune.export.folder import SavedModel, TransformersFolder, cast, save_model, save_pruned
+from optprune.export.gguf_experts import GgufExperts
 from optprune.export.gguf_file import GgufFile
 from optprune.export.hub import push_to_hub
 from optprune.export.importance import Importance, importance_of
@@ -20,6 +21,7 @@ __all__ = [
     "Draft",
     "Exported",
     "Exporter",
+    "GgufExperts",
     "GgufFile",
     "Importance",
     "ModelSource",

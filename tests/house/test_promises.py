@@ -54,6 +54,9 @@ PROMISES = {
     ("docs/guide/large.md", "`--lanes 4` in one process gives the same bytes"): (
         "pruning/test_shared_batches.py::test_processes_give_the_bytes_of_one_process_with_as_many_partial_sums[fasp]"
     ),
+    ("docs/guide/export.md", "the other tensors and the vocabulary are copied byte for byte"): (
+        "export/test_gguf_experts.py::test_what_stays_is_copied_byte_for_byte"
+    ),
     (
         "docs/explanation/large.md",
         "come back bit for bit",
