@@ -1,11 +1,12 @@
-"""A small OPT, Qwen2 or Qwen3 with experts trained on the real text in minutes: real models where there is no hub.
+"""A small OPT, Qwen2 or mixture of experts trained on the real text in minutes: real models where there is no hub.
 
     .venv/bin/python -m benchmarks.train_small qwen2 small-qwen2
     .venv/bin/python -m benchmarks.models structured --model small-qwen2
 
-The one with eight experts, of which two answer a token, takes a quarter of an hour:
+Those with eight experts, of which two answer a token, take a quarter of an hour; qwen2_moe has a shared expert too:
 
     .venv/bin/python -m benchmarks.train_small qwen3_moe small-moe
+    .venv/bin/python -m benchmarks.train_small qwen2_moe small-shared
 
 Four blocks of width 128, a byte-level BPE tokenizer of 2048 tokens trained on the same half of the news articles; the
 other half stays for evaluation. Small, so that a quarter of an hour on one core fills it: a wide model that has hardly
@@ -29,6 +30,8 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
     get_cosine_schedule_with_warmup,
@@ -46,16 +49,19 @@ SHAPE = {
     "max_position_embeddings": 512,
     "tie_word_embeddings": True,
 }
+MIXTURES = ("qwen2_moe", "qwen3_moe")
 
 
 def new_model(architecture: str, untied: bool = False) -> PreTrainedModel:
     """A model with random weights; an untied one has a head of its own beside the embedding (Qwen2 only)."""
     if architecture == "opt":
         return OPTForCausalLM(OPTConfig(**SHAPE, ffn_dim=512, word_embed_proj_dim=128, dropout=0.0))
-    if architecture == "qwen3_moe":
+    if architecture in MIXTURES:
         experts = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 128, "norm_topk_prob": True}
-        shape = {**SHAPE, "head_dim": 32, "num_key_value_heads": 2, "router_aux_loss_coef": 0.01, **experts}
-        return Qwen3MoeForCausalLM(Qwen3MoeConfig(**shape))
+        shape = {**SHAPE, "num_key_value_heads": 2, "router_aux_loss_coef": 0.01, **experts}
+        if architecture == "qwen3_moe":
+            return Qwen3MoeForCausalLM(Qwen3MoeConfig(**{**shape, "head_dim": 32}))
+        return Qwen2MoeForCausalLM(Qwen2MoeConfig(**shape, shared_expert_intermediate_size=128))
     shape = {**SHAPE, "tie_word_embeddings": not untied}
     return Qwen2ForCausalLM(Qwen2Config(**shape, num_key_value_heads=2, intermediate_size=384))
 
@@ -73,7 +79,7 @@ def new_tokenizer(documents: list[str], vocabulary: int = VOCABULARY) -> PreTrai
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("architecture", choices=["opt", "qwen2", "qwen3_moe"])
+    parser.add_argument("architecture", choices=["opt", "qwen2", *MIXTURES])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--untied", action="store_true", help="give the Qwen2 a head of its own")
     parser.add_argument("--steps", type=int, default=3000)
@@ -88,7 +94,7 @@ def main() -> None:
     optimiser = torch.optim.AdamW(model.parameters(), lr=options.rate, betas=(0.9, 0.95), weight_decay=0.1)
     schedule = get_cosine_schedule_with_warmup(optimiser, options.steps // 20, options.steps)
     # The loss that sends experts equally many tokens, without which some would learn nothing.
-    balanced = {"output_router_logits": True} if options.architecture == "qwen3_moe" else {}
+    balanced = {"output_router_logits": True} if options.architecture in MIXTURES else {}
     began, order = time.perf_counter(), torch.randperm(len(windows))
     for step in range(options.steps):
         ids = windows[order[torch.arange(step * BATCH, (step + 1) * BATCH) % len(order)]]

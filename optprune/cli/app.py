@@ -24,6 +24,7 @@ from optprune.cli.prune import prune_command
 from optprune.cli.push import push_command
 from optprune.cli.recipes import recipes_command
 from optprune.cli.report import report_command
+from optprune.cli.serve_check import serve_check_command
 from optprune.cli.solve import solve_command
 from optprune.system.interrupts import raise_on_signals
 
@@ -60,6 +61,7 @@ COMMANDS = {
     "frontier": (frontier_command, "Compare pruning with fewer bits: size, speed and quality."),
     "report": (report_command, "Make the report page of a pruned folder, with later measurements."),
     "export": (export_command, "Write a model folder for llama.cpp (GGUF) or as ONNX."),
+    "serve-check": (serve_check_command, "List the runtimes that load a model folder, and why the others do not."),
     "push": (push_command, "Upload a model folder with its card to the Hugging Face hub."),
     "benchmark-model": (benchmark_model_command, "Measure a model's speed and memory, alone or against another."),
     "problems": (problems_command, "Write the problems of a model's layers to files."),

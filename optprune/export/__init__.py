@@ -9,6 +9,7 @@ from optprune.export.importance import Importance, importance_of
 from optprune.export.onnx_folder import OnnxFolder
 from optprune.export.packed_folder import PackedFolder
 from optprune.export.place import check_output
+from optprune.export.serving import Serving, serving
 from optprune.export.source_files import check_own_files
 
 EXPORTERS: dict[str, type[Exporter]] = {
@@ -28,6 +29,7 @@ __all__ = [
     "OnnxFolder",
     "PackedFolder",
     "SavedModel",
+    "Serving",
     "TransformersFolder",
     "cast",
     "check_output",
@@ -37,4 +39,5 @@ __all__ = [
     "push_to_hub",
     "save_model",
     "save_pruned",
+    "serving",
 ]

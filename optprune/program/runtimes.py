@@ -105,6 +105,10 @@ class Runtime:
             )
         return wrong
 
+    def refuses_model(self, decoder: Decoder) -> str | None:
+        """Return what it does not take of a model as it is, and what it would take; None where it loads the model."""
+        return self._refuses_kind(decoder) or self.refuses(decoder, decoder.shapes())
+
     def _refuses_shapes(self, before: Decoder, left: Sequence[BlockShape]) -> str | None:
         """Return the property of blocks that a class with equal blocks cannot hold; None where there is none."""
         if any(len(shape.parts) < 2 for shape in left):
@@ -127,10 +131,8 @@ class Runtime:
     def _refuses_heads(self, before: Decoder, kv_heads: int) -> str | None:
         family, heads = before.architecture.model_type, kv_heads * before.heads.group
         hidden = before.model.config.hidden_size
-        if heads * before.heads.dim == hidden:
-            return None
-        if before.architecture.latent is not None and kv_heads == before.heads.kv:
-            return None  # they never make up the hidden size
+        if kv_heads == before.heads.kv or heads * before.heads.dim == hidden:
+            return None  # in many families the heads of the dense model do not make up the hidden size
         free = self._drafted(before) and before.architecture.head_dim_is_free
         if family not in self.fewer_heads and not free:
             return f"models of the kind {family} with fewer heads than the hidden size says: {NARROW_MLPS}"
@@ -146,18 +148,20 @@ class Runtime:
         return self.drafted and decoder.architecture.pruned is None
 
     def _check_model(self, decoder: Decoder) -> None:
-        family, config = decoder.architecture.model_type, decoder.model.config
+        wrong = self._refuses_kind(decoder)
+        if wrong:
+            raise InputError(f"the target {self.name} does not take {wrong}")
+
+    def _refuses_kind(self, decoder: Decoder) -> str | None:
+        """Return the property of a model, beside its shapes, that it does not take."""
+        family = decoder.architecture.model_type
         if family not in self.families and not self._drafted(decoder):
-            raise InputError(
-                f"the target {self.name} does not take models of the kind {family}: it takes {', '.join(self.families)}"
-            )
+            return f"models of the kind {family}: it takes {', '.join(self.families)}"
         known = self.scalings(family)
-        for kind in rope_types(config):
+        for kind in rope_types(decoder.model.config):
             if kind not in known:
-                raise InputError(
-                    f"the target {self.name} does not take rotary embeddings scaled by {kind}: it takes "
-                    f"{', '.join(known)}"
-                )
+                return f"rotary embeddings scaled by {kind}: it takes {', '.join(known)}"
+        return None
 
     def scalings(self, family: str) -> tuple[str, ...]:
         """Return the scalings of rotary embeddings that it knows of a family."""
@@ -216,7 +220,10 @@ RUNTIMES = {
         Runtime(
             "vllm",
             # These read head_dim from the config (Mistral is its Llama), Qwen2Attention divides the hidden size.
-            fewer_heads=("gemma2", "gemma3_text", "granite", "llama", "mistral", "qwen3"),
+            fewer_heads=(
+                *("gemma2", "gemma3_text", "glm4_moe", "granite", "llama", "mistral"),
+                *("qwen3", "qwen3_moe", "seed_oss"),
+            ),
             # GPTQ_MARLIN_MIN_THREAD_N in vLLM's marlin_utils.py.
             multiple=64,
             must=True,

@@ -91,7 +91,7 @@ def stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(*_: object) -> None:
         raise InputError("this is behind the plan")
 
-    monkeypatch.setattr("optprune.cli.prune.calibration_of", stop)
+    monkeypatch.setattr("optprune.cli.prune_run.calibration_of", stop)
 
 
 @pytest.mark.usefixtures("stopped")
