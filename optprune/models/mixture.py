@@ -51,7 +51,12 @@ class SeparateExperts(nn.ModuleDict):
 
     def outputs(self, hidden_states: Tensor, number: int) -> Tensor:
         """Return the output of an expert [tokens, hidden] for these tokens [tokens, hidden]."""
-        return self._layer(number, DOWN)(self._inner(hidden_states, number))
+        return self._layer(number, DOWN)(self.inner(hidden_states, number))
+
+    def inner(self, tokens: Tensor, number: int) -> Tensor:
+        """Return the inputs of an expert's last layer [tokens, width] for these tokens [tokens, hidden]."""
+        activation = self._stock[0].act_fn
+        return activation(self._layer(number, GATE)(tokens)) * self._layer(number, UP)(tokens)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Return the weighted sum [tokens, hidden] of the outputs of each token's experts [tokens, k].
@@ -59,7 +64,7 @@ class SeparateExperts(nn.ModuleDict):
         Experts without tokens are called too, with an empty batch, so that hooks on their layers run for all of them.
         """
         routed = [torch.where(top_k_index == number) for number in range(self.count)]
-        inner = [self._inner(hidden_states[tokens], number) for number, (tokens, _) in enumerate(routed)]
+        inner = [self.inner(hidden_states[tokens], number) for number, (tokens, _) in enumerate(routed)]
         total = torch.zeros_like(hidden_states)
         for number, (tokens, places) in enumerate(routed):
             output = self._layer(number, DOWN)(inner[number]) * top_k_weights[tokens, places, None]
@@ -87,10 +92,6 @@ class SeparateExperts(nn.ModuleDict):
 
     def _matrix(self, number: int, name: str) -> Tensor:
         return self._layer(number, name).get_parameter("weight").detach()
-
-    def _inner(self, tokens: Tensor, number: int) -> Tensor:
-        activation = self._stock[0].act_fn
-        return activation(self._layer(number, GATE)(tokens)) * self._layer(number, UP)(tokens)
 
 
 def separate(block: nn.Module, mixture: Mixture) -> None:

@@ -10,7 +10,7 @@ from transformers import PretrainedConfig
 
 from optprune.allocation import Allocation
 from optprune.errors import InputError, StrictError
-from optprune.models import PARTS, Blocks, Decoder, Weights, reorderable
+from optprune.models import PARTS, Blocks, Decoder, Experts, Weights, reorderable
 from optprune.moments import InputMoments
 from optprune.objectives import OBJECTIVES
 from optprune.patterns import ANYWHERE
@@ -103,7 +103,9 @@ def _idle_recovery(program: Program, pruned: Layers) -> tuple[str, ...]:
     """Return a note where recovery finds no sub-module whose output is affine in its layers one at a time."""
     decoder = program.decoder
     parts = [part for part, _ in decoder.architecture.recoverable]
-    if program.method.recovery is None or any(path.startswith(f"{part}.") for _, path in pruned for part in parts):
+    if program.method.recovery is None or isinstance(program.units, Experts):
+        return ()
+    if any(path.startswith(f"{part}.") for _, path in pruned for part in parts):
         return ()
     family = decoder.architecture.model_type
     if not parts:

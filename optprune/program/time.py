@@ -23,14 +23,14 @@ from optprune.calibration.fisher_pass import PASSES_BACK
 from optprune.calibration.fisher_pass import block_work as fisher_block_work
 from optprune.calibration.generated import PASSES
 from optprune.calibration.moments_pass import gram_work
-from optprune.calibration.stream import block_pass, head_work
+from optprune.calibration.stream import SLOW, block_pass, head_work
 from optprune.errors import OptpruneError
 from optprune.measure.clock import clock
-from optprune.models import Decoder
+from optprune.models import Decoder, Experts
 from optprune.program.memory import RELOADING
 from optprune.program.program import Program
 from optprune.report.phases import BUDGET, CHECKING, GENERATING, LOADING, METRIC, PRUNING, SAVING, TOKENISING
-from optprune.work import Work
+from optprune.work import Work, factor, product
 
 WIDTH, TIMES = 512, 5
 """the width of the matrices whose product is timed, and how often it is"""
@@ -180,11 +180,24 @@ def block_solves(program: Program, index: int, tokens: int) -> Work:
 def block_refinement(program: Program, index: int) -> Work:
     """Return the work of recovering the sub-modules of a block."""
     method, once, total = program.method, block_pass(program.decoder, index), Work()
-    if method.recovery is not None:
+    if method.recovery is not None and isinstance(program.units, Experts):
+        total += (
+            _expert_recovery(program.decoder, index, program.fitted_tokens(method.recovery)) * method.recovery.rounds
+        )
+    elif method.recovery is not None:
         # Each step of conjugate gradients is a pass forward and back, of layers that are about the whole block.
         steps = method.recovery.rounds * method.recovery.steps
         total += once * (steps * (1 + PASSES_BACK) * program.fitted_tokens(method.recovery))
     return total
+
+
+def _expert_recovery(decoder: Decoder, index: int, tokens: int) -> Work:
+    """Return the work of a round of refits of the experts' last matrices: three passes to these, and the solves."""
+    shape, hidden = decoder.shape(index), int(decoder.model.config.hidden_size)
+    routed, width = tokens * decoder.experts_for_a_token, shape.mlp_width
+    inner = SLOW * product(routed, hidden, 2 * width)
+    products = product(routed, width, width) + 2 * product(routed, width, hidden)
+    return Work(3 * inner + products + shape.experts * (factor(width) + product(width, width, hidden)))
 
 
 def block_metric(program: Program, index: int) -> Work:

@@ -25,6 +25,7 @@ from optprune.models.skeleton import skeleton
 from optprune.problems import Problem
 from optprune.program import BlockProgram, Method, Stage
 from optprune.pruning.executors import LayerExecutor, SerialExecutor
+from optprune.pruning.expert_recovery import recover_experts
 from optprune.pruning.layer import LayerTask, SolvedLayer, stated_problem, write_layer
 from optprune.report import BlockFinished, BlockStarted, Event, LayerReport, LayerSolved, RecoveredPart
 from optprune.solvers.experts import choose_experts
@@ -202,6 +203,19 @@ class _BlockRun:
         report = remove_experts(decoder, task.index, task.block.wanted.shape.experts, task.method, fit, apart)
         self.layers.append(report)
         self.on_event(LayerSolved(report))
+        recovery = task.method.recovery
+        if recovery is not None:
+            some = fit if recovery.tokens is None else fit.first(recovery.tokens)
+            part = recover_experts(
+                decoder,
+                task.index,
+                some,
+                apart,
+                rounds=recovery.rounds,
+                damping=recovery.damping,
+                dtype=None if decoder.computes_in is None else decoder.model.dtype,
+            )
+            self.recovered.append(part)
 
     def layer_task(self, target: Target) -> LayerTask:
         """Return the task of one layer."""

@@ -250,16 +250,16 @@ def recover(
     return RecoveredPart(
         name=name,
         layers=tuple(layers),
-        error_before=_relative(before, signal),
-        error_after=_relative(after, signal),
-        held_out_before=_relative(held_out_before, held_out_signal),
-        held_out_after=_relative(held_out, held_out_signal),
+        error_before=relative(before, signal),
+        error_after=relative(after, signal),
+        held_out_before=relative(held_out_before, held_out_signal),
+        held_out_after=relative(held_out, held_out_signal),
         steps=kept,
         seconds=time.perf_counter() - began,
     )
 
 
-def _relative(error: float, signal: float) -> float:
+def relative(error: float, signal: float) -> float:
     """Return the error as a share of the signal; without a signal, 1 for any error and 0 for none."""
     return error / signal if signal > 0 else float(error > 0)
 

@@ -50,6 +50,57 @@ class Fault:
 
 
 FAULTS = [
+    # Recovery of experts
+    Fault(
+        "expert recovery: the router's weights are left out",
+        "pruning/expert_recovery.py",
+        "self.weights[tokens, places, None]",
+        "1.0",
+        "pruning/test_expert_recovery.py",
+    ),
+    Fault(
+        "expert recovery: held-out tokens do not shorten a step",
+        "pruning/expert_recovery.py",
+        "length = min(length, self._held_out_length(number, change))",
+        "self._held_out_length(number, change)",
+        "pruning/test_expert_recovery.py",
+    ),
+    Fault(
+        "expert recovery: what is left does not follow a change",
+        "pruning/expert_recovery.py",
+        "each.left[tokens] -= inputs @ done.T",
+        "each.left[tokens] += inputs @ done.T",
+        "pruning/test_expert_recovery.py",
+    ),
+    Fault(
+        "expert recovery: zeros are filled",
+        "pruning/expert_recovery.py",
+        ".T.to(gram) * (weight != 0)",
+        ".T.to(gram)",
+        "pruning/test_expert_recovery.py",
+    ),
+    Fault(
+        "expert recovery: the ridge is half of what was asked for",
+        "pruning/expert_recovery.py",
+        "ridge = self.damping * float(gram.diagonal().mean())",
+        "ridge = 0.5 * self.damping * float(gram.diagonal().mean())",
+        "pruning/test_expert_recovery.py",
+    ),
+    # Experts out of a GGUF file
+    Fault(
+        "gguf experts: the first experts are copied in place of those that stay",
+        "export/gguf_experts.py",
+        "part = np.ascontiguousarray(tensor.data if chosen is None else tensor.data[chosen])",
+        "part = np.ascontiguousarray(tensor.data if chosen is None else tensor.data[: len(chosen)])",
+        "export/test_gguf_experts.py",
+    ),
+    Fault(
+        "gguf experts: routers of another model are taken",
+        "export/gguf_experts.py",
+        "bool((nearest <= ROUNDING * left.double().norm(dim=1)).all())",
+        "True",
+        "export/test_gguf_experts.py",
+    ),
     # Grids
     Fault(
         "gptq: no compensation within a group",
