@@ -93,6 +93,10 @@ OTHER_FAMILIES: dict[str, dict[str, Any]] = {
         **{**EXPERTS, "moe_intermediate_size": 48, "norm_topk_prob": True, "head_dim": 24},
         **{"sliding_window": 8, "use_sliding_window": True, "tie_word_embeddings": True},
     },
+    "qwen3_5_text": {
+        **{"head_dim": 24, "full_attention_interval": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 12},
+        **{"linear_num_key_heads": 2, "linear_num_value_heads": 4, "partial_rotary_factor": 0.5},
+    },
     "seed_oss": {"head_dim": 24, "attention_out_bias": True, "mlp_bias": True, "residual_dropout": 0.0},
     "smollm3": {"no_rope_layer_interval": 2, "sliding_window": 8, "use_sliding_window": True},
 }
