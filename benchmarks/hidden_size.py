@@ -44,6 +44,10 @@ INEXACT = {
     "gpt_neox": "its layer norms subtract the mean, which a rotation does not keep",
     "olmo2": "norms behind its sub-blocks have gains that no linear layer reads",
     "opt": "its layer norms subtract the mean, which a rotation does not keep",
+    **dict.fromkeys(
+        ("qwen3_5_moe_text", "qwen3_5_text", "qwen3_next"),
+        "its norms multiply by one plus their gains, and its recurrent mixers are not tried",
+    ),
 }
 """the families that cannot be rotated, each with the reason"""
 EXACT = (

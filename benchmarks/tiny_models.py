@@ -50,6 +50,11 @@ TINY_MODELS = {"llama": tiny_llama, "opt": tiny_opt, "qwen2": tiny_qwen2}
 NO_TOKENS: dict[str, Any] = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
 FOUR_NORMS = {"head_dim": 16, "query_pre_attn_scalar": 12, "sliding_window": 8}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 48}
+WIDTHS_OF_EXPERTS = {"moe_intermediate_size": 48, "shared_expert_intermediate_size": 40}
+DELTA_NET = {
+    **{"head_dim": 24, "full_attention_interval": 2, "partial_rotary_factor": 0.5, "linear_key_head_dim": 8},
+    **{"linear_value_head_dim": 12, "linear_num_key_heads": 2, "linear_num_value_heads": 4},
+}
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 16}
 OTHER_FAMILIES: dict[str, dict[str, Any]] = {
     "deepseek_v3": {
@@ -93,6 +98,9 @@ OTHER_FAMILIES: dict[str, dict[str, Any]] = {
         **{**EXPERTS, "moe_intermediate_size": 48, "norm_topk_prob": True, "head_dim": 24},
         **{"sliding_window": 8, "use_sliding_window": True, "tie_word_embeddings": True},
     },
+    "qwen3_5_moe_text": {**DELTA_NET, **EXPERTS, **WIDTHS_OF_EXPERTS},
+    "qwen3_5_text": DELTA_NET,
+    "qwen3_next": {**DELTA_NET, **EXPERTS, **WIDTHS_OF_EXPERTS},
     "seed_oss": {"head_dim": 24, "attention_out_bias": True, "mlp_bias": True, "residual_dropout": 0.0},
     "smollm3": {"no_rope_layer_interval": 2, "sliding_window": 8, "use_sliding_window": True},
 }

@@ -90,7 +90,8 @@ class Allocation:
     def to_dict(self) -> dict[str, Any]:
         """Return the allocation as plain data."""
         blocks = [
-            asdict(block.shape) | ({"shares": dict(block.shares)} if block.shares else {}) for block in self.blocks
+            block.shape.counts(("experts",)) | ({"shares": dict(block.shares)} if block.shares else {})
+            for block in self.blocks
         ]
         return {"sparsity": self.sparsity, **({"saves": self.saves} if self.saves else {}), "blocks": blocks}
 

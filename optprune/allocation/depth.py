@@ -47,7 +47,7 @@ class Depth(Allocator):
 
     sparsity: float
     parts: str
-    """the sub-blocks that may be removed: attention, mlp, both, or layers (the two of a layer together)"""
+    """the sub-blocks that may be removed: attention, mlp, both (and recurrent mixers), or layers (all of a layer)"""
     score: str
     """the name of the score, perplexity or influence"""
     tokens: int
@@ -202,7 +202,7 @@ def _influences(decoder: Decoder, batches: Sequence[Tensor], candidates: Sequenc
                     _, between = run_block(block, before, arguments)
                 _, after = run_block(block, before, arguments)
                 for candidate in here:
-                    first = before if "attention" in candidate.parts else between
+                    first = between if candidate.parts == ("mlp",) else before
                     last = after if "mlp" in candidate.parts else between
                     cosine = torch.nn.functional.cosine_similarity(first.double(), last.double(), dim=-1)
                     sums[candidate] += float((1 - cosine).sum())

@@ -111,10 +111,11 @@ def uniform(decoder: Decoder, sparsity: float, units: Units, width_multiple: int
         kept = [_narrower(shape, kind, ratio, kind.multiple(shape, width_multiple, alike=True)) for shape in kept]
     if tuple(kept) == shapes:
         last = units.kinds[-1]
-        multiple = last.multiple(shapes[0], width_multiple, alike=True)
+        having = next((shape for shape in shapes if last.there(shape)), shapes[0])
+        multiple = last.multiple(having, width_multiple, alike=True)
         raise InputError(
             f"a sparsity of {sparsity:g} rounds to nothing with a width multiple of {multiple}: a block has "
-            f"{last.field} {last.there(shapes[0])}; raise the sparsity, or lower --width-multiple"
+            f"{last.field} {last.there(having)}; raise the sparsity, or lower --width-multiple"
         )
     return Allocation.of(decoder, map(BlockAllocation, kept))
 

@@ -12,7 +12,6 @@ from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, ExpertGatingFuncType, GGUFWriter,
 
 from optprune.errors import InputError
 from optprune.models import Decoder
-from optprune.models.architecture import PARTS
 from optprune.program import RUNTIMES
 
 TANH = ("gelu_pytorch_tanh", "gelu_new", "gelu_fast")
@@ -264,7 +263,7 @@ def _refused_shapes(decoder: Decoder, family: Family) -> str | None:
     kinds = {(shape.mlp_width, shape.experts) for shape in shapes}
     # Blocks of several kinds are alike where those of each kind are.
     alike = len({shape.kv_heads for shape in shapes}) == 1 and len({experts > 0 for _, experts in kinds}) == len(kinds)
-    if not alike or any(len(shape.parts) < len(PARTS) for shape in shapes):
+    if not alike or any(len(shape.parts) < 2 for shape in shapes):
         return f"blocks of a {family.name} model that differ in shape"
     mixture = decoder.architecture.mixture
     if mixture is not None and not all(

@@ -1,8 +1,8 @@
 """Data that describes an architecture: where its linear layers are, and which of them go together."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from functools import cached_property
 from itertools import accumulate
 from typing import Any
@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from optprune.errors import InputError
+from optprune.models.recurrent import Recurrent
 
-PARTS = ("attention", "mlp")
-"""the sub-blocks of a block, which can be removed whole"""
+PARTS = {"attention": "kv_heads", "recurrent": "recurrent", "mlp": "mlp_width"}
+"""the sub-blocks of a block, which can be removed whole, each with the field of a shape that is zero without it"""
 GATED = ("gate_proj", "up_proj", "down_proj")
 """the layers of a gated MLP"""
 
@@ -31,6 +32,12 @@ class Heads:
     """the dimensions of a key that the key layer makes for each KV head; zero for all of them"""
     values: int = 0
     """the value dimensions of a head in the stock class; zero for those of a query head"""
+    gated: bool = False
+    """whether the query layer makes a factor for each value dimension of a query head, behind that head's queries"""
+
+    def query_rows(self, value_dim: int) -> int:
+        """Return the rows of the query layer for a KV head with so many value dimensions."""
+        return self.group * (self.dim + value_dim * self.gated)
 
     @property
     def key_rows(self) -> int:
@@ -59,22 +66,27 @@ class BlockShape:
     """the value dimensions of a head"""
     experts: int = 0
     """the experts that a router chooses from; zero where the block has one MLP"""
+    recurrent: int = 0
+    """the heads of a recurrent mixer in place of attention; zero where the block has none"""
 
     @property
     def parts(self) -> tuple[str, ...]:
         """The sub-blocks that are left."""
-        return tuple(part for part, size in zip(PARTS, (self.kv_heads, self.mlp_width), strict=True) if size)
+        return tuple(part for part, count in PARTS.items() if getattr(self, count))
 
     def without(self, part: str) -> "BlockShape":
-        """Return the shape without a sub-block, "attention" or "mlp"."""
-        if part == "attention":
-            return replace(self, kv_heads=0, value_dim=0)
-        return replace(self, mlp_width=0, experts=0)
+        """Return the shape without a sub-block, "attention", "recurrent" or "mlp"."""
+        further = {"attention": {"value_dim": 0}, "mlp": {"experts": 0}}.get(part, {})
+        return replace(self, **{PARTS[part]: 0}, **further)
 
-    def counts(self) -> dict[str, int]:
-        """Return the numbers by name, as files hold them; without a router there is no entry for experts."""
+    def counts(self, always: Collection[str] = ()) -> dict[str, int]:
+        """Return the numbers by name, as files hold them: those of experts and a recurrent mixer where there are some.
+
+        A name in `always` has an entry in any case.
+        """
         counts: dict[str, Any] = asdict(self)
-        return counts if self.experts else {name: count for name, count in counts.items() if name != "experts"}
+        needed = {each.name for each in fields(self) if each.default is MISSING} | set(always)
+        return {name: count for name, count in counts.items() if count or name in needed}
 
 
 @dataclass(frozen=True)
@@ -344,6 +356,8 @@ class Architecture:
     """the experts in place of one MLP, if there are any"""
     latent: Latent | None = None
     """the low-rank layers of its attention, if there are any"""
+    recurrent: Recurrent | None = None
+    """the mixer that some blocks have in place of attention, if there is one"""
     by_config: Callable[[PretrainedConfig], Mapping[str, Any]] = lambda config: {}
     """function that returns the fields of this description that a config sets otherwise"""
 
@@ -416,8 +430,18 @@ class Architecture:
         return own.endswith(".weight") and own.removesuffix(".weight") in self.transposed
 
     def modules_of(self, part: str) -> tuple[str, ...]:
-        """Return the modules that make up a sub-block, "attention" or "mlp"."""
-        return self.attention_parts if part == "attention" else self.mlp_parts
+        """Return the modules that make up a sub-block, "attention", "recurrent" or "mlp"; none that there is not."""
+        recurrent = () if self.recurrent is None else self.recurrent.parts
+        return {"attention": self.attention_parts, "recurrent": recurrent, "mlp": self.mlp_parts}[part]
+
+    def mlps_alike(self, shapes: Sequence[BlockShape]) -> bool:
+        """Return whether the MLPs of blocks of these shapes have one size, those of each kind for themselves."""
+        own = ([shape for shape in shapes if kind.describes(shape)] for kind in self.mlp_kinds)
+        return all(len({(shape.mlp_width, shape.experts) for shape in same}) < 2 for same in own)
+
+    def mixer_of(self, shape: BlockShape) -> str:
+        """Return the module that mixes tokens in a block of a shape."""
+        return self.recurrent.module if self.recurrent is not None and shape.recurrent else self.attention
 
     def scale_logits(self, config: PretrainedConfig, logits: Tensor) -> Tensor:
         """Return a model's logits from its head's output, by the same operations as the stock class."""
@@ -454,7 +478,11 @@ class Architecture:
         """Return the outputs and inputs of every linear layer in a block of a shape, zeros for removed layers."""
         hidden = int(config.hidden_size)
         outputs: dict[str, int] = {}
-        rows = ((self.query, heads.group * heads.dim), (self.key, heads.key_rows), (self.value, shape.value_dim))
+        rows = (
+            (self.query, heads.query_rows(shape.value_dim)),
+            (self.key, heads.key_rows),
+            (self.value, shape.value_dim),
+        )
         for path, width in rows:
             outputs[path] = outputs.get(path, 0) + shape.kv_heads * width  # one layer may make them all
         inputs, of_mlps = {self.output: shape.kv_heads * heads.group * shape.value_dim}, list[str]()
@@ -468,6 +496,8 @@ class Architecture:
         found |= {path: (hidden, count) for path, count in inputs.items()}
         if self.latent is not None and shape.kv_heads:
             found |= self.latent.sizes(config, outputs)
+        if self.recurrent is not None and shape.recurrent:
+            found |= self.recurrent.sizes(config)
         # A dense shape may have more experts than a config that was pruned.
         every = dict.fromkeys((*self.layers, *of_mlps))
         return {path: found.get(path, (0, hidden)) for path in every}
@@ -478,9 +508,9 @@ def rows_of_heads(joined: str, heads: Heads, shape: BlockShape, device: torch.de
 
     `joined` is "" for three layers, "parts" for one layer with all queries before all keys before all values, "heads"
     for one layer with one KV head after the other, and "kv" for a layer of queries and one with the keys and the values
-    of one head after the other.
+    of one head after the other. The factors of a gated head are among the rows of its queries.
     """
-    widths = (heads.group * heads.dim, heads.key_rows, shape.value_dim)
+    widths = (heads.query_rows(shape.value_dim), heads.key_rows, shape.value_dim)
     head = torch.arange(shape.kv_heads, device=device)[:, None]
     before = [0, *accumulate(widths)]
     rows = []
@@ -494,6 +524,13 @@ def rows_of_heads(joined: str, heads: Heads, shape: BlockShape, device: torch.de
         rows.append(first + head * stride + torch.arange(width, device=device))
     query, key, value = rows
     return query, key, value
+
+
+def rows_of_gates(heads: Heads, shape: BlockShape, device: torch.device) -> Tensor:
+    """Return the rows of the query layer that make the factors of the value dimensions [kv_heads, value_dim, group]."""
+    width = heads.dim + shape.value_dim
+    first = heads.dim + torch.arange(shape.kv_heads * heads.group, device=device).view(-1, 1, heads.group) * width
+    return first + torch.arange(shape.value_dim, device=device)[:, None]
 
 
 def counts_of_heads(joined: str, heads: Heads, key_rows: int, output_columns: int) -> tuple[int, int]:

@@ -180,7 +180,9 @@ class Decoder:
         """Return the sizes of a block."""
         width, experts = self._mlp_counts(block) if self._has_part(block, "mlp") else (0, 0)
         heads = self._head_counts(block) if self._has_part(block, "attention") else (0, 0)
-        return BlockShape(width, *heads, experts)
+        mixer = self.architecture.recurrent
+        recurrent = mixer.heads(self.model.config) if mixer and self._has_part(block, "recurrent") else 0
+        return BlockShape(width, *heads, experts, recurrent)
 
     def _mlp_counts(self, block: int) -> tuple[int, int]:
         """Return the units of a block's MLP, or of each expert, and the number of experts (zero for one MLP)."""
@@ -261,7 +263,12 @@ class Decoder:
         return self.model
 
     def remove(self, block: int, part: str) -> None:
-        """Remove a whole sub-block, "attention" or "mlp", with its norm: the hidden states skip it."""
+        """Remove a whole sub-block, "attention", "recurrent" or "mlp", with its norm: the hidden states skip it.
+
+        Nothing changes where the block has no such sub-block.
+        """
+        if not self._has_part(block, part):
+            return
         for name in self.architecture.modules_of(part):
             self.blocks[block]._modules[name] = None
         self.take_classes(self.architecture.pruned, block)
@@ -347,7 +354,8 @@ class Decoder:
 
     def _record_stock(self, shapes: Sequence[BlockShape]) -> None:
         """Give the model the stock classes of its family, and write the sizes of its blocks, all alike."""
-        architecture, config, first = self.architecture, self.model.config, shapes[0]
+        architecture, config = self.architecture, self.model.config
+        first = next(shape for shape in shapes if shape.kv_heads)
         if architecture.stock is not None and not is_stock(config):
             config.__class__, self.model.__class__ = architecture.stock.config, architecture.stock.model
             for field in (SHAPES_FIELD, "auto_map"):
@@ -358,7 +366,8 @@ class Decoder:
             config.num_attention_heads = first.kv_heads * self.heads.group
             self.heads = architecture.heads(config)
         for index, block in enumerate(self.blocks):
-            block.get_submodule(architecture.attention).layer_idx = index  # type: ignore[assignment]
+            mixer = architecture.mixer_of(shapes[index])
+            block.get_submodule(mixer).layer_idx = index  # type: ignore[assignment]
             if not shapes[index].experts:
                 mlp = block.get_submodule(architecture.mlp_consumer.rpartition(".")[0])
                 if architecture.mlp_width in vars(mlp):
@@ -372,12 +381,17 @@ class Decoder:
             vars(self.model)["num_experts"] = most
 
     def _stock_can_hold(self, shapes: Sequence[BlockShape]) -> bool:
-        heads, first = self.heads, shapes[0]
+        heads, first = self.heads, next(shape for shape in shapes if shape.kv_heads)
         for kind in self.architecture.mlp_kinds:
-            own = {shape for shape in shapes if kind.describes(shape)}
-            if len(own) > 1 or not all(kind.stock_holds(self.model.config, shape) for shape in own):
+            own = [shape for shape in shapes if kind.describes(shape)]
+            if not all(kind.stock_holds(self.model.config, shape) for shape in own):
                 return False
-        alike = len({(shape.kv_heads, shape.value_dim) for shape in shapes}) == 1
+        # A recurrent mixer is whole where there is one.
+        alike = all(
+            shape.recurrent or (shape.kv_heads, shape.value_dim) == (first.kv_heads, first.value_dim)
+            for shape in shapes
+        )
+        alike = alike and self.architecture.mlps_alike(shapes)
         if not alike or not all(shape.mlp_width for shape in shapes) or first.value_dim != heads.value_dim:
             return False
         # The stock configs require heads that divide the hidden size, though head_dim gives their width.

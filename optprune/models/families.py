@@ -27,7 +27,10 @@ from transformers.models.phi3 import modeling_phi3
 from transformers.models.qwen2 import modeling_qwen2
 from transformers.models.qwen2_moe import modeling_qwen2_moe
 from transformers.models.qwen3 import modeling_qwen3
+from transformers.models.qwen3_5 import modeling_qwen3_5
+from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe
 from transformers.models.qwen3_moe import modeling_qwen3_moe
+from transformers.models.qwen3_next import modeling_qwen3_next
 from transformers.models.seed_oss import modeling_seed_oss
 from transformers.models.smollm3 import modeling_smollm3
 
@@ -52,16 +55,25 @@ from optprune.models.pruned import (
     modeling_pruned_qwen2,
     modeling_pruned_qwen2_moe,
     modeling_pruned_qwen3,
+    modeling_pruned_qwen3_5_moe_text,
+    modeling_pruned_qwen3_5_text,
     modeling_pruned_qwen3_moe,
+    modeling_pruned_qwen3_next,
     modeling_pruned_seed_oss,
     modeling_pruned_smollm3,
 )
+from optprune.models.recurrent import Recurrent
 
 
 def grouped_heads(config: PretrainedConfig) -> Heads:
     """Return the head layout of grouped-query attention; configs since Llama 3.2 name a head_dim of their own."""
     dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return Heads(config.num_attention_heads, config.num_key_value_heads, dim)
+
+
+def gated_heads(config: PretrainedConfig) -> Heads:
+    """Return the head layout of grouped-query attention with a factor for each value dimension."""
+    return replace(grouped_heads(config), gated=True)
 
 
 def latent_heads(config: PretrainedConfig) -> Heads:
@@ -74,6 +86,19 @@ def equal_heads(config: PretrainedConfig) -> Heads:
     """Return the head layout of attention in which every query head has a KV head of its own."""
     count = config.num_attention_heads
     return Heads(count, count, config.hidden_size // count)
+
+
+def keys_of_delta_net(config: PretrainedConfig) -> int:
+    """Return the key dimensions of all heads of a gated delta network."""
+    return config.linear_num_key_heads * config.linear_key_head_dim
+
+
+def values_of_delta_net(config: PretrainedConfig) -> int:
+    """Return the value dimensions of all heads of a gated delta network."""
+    return config.linear_num_value_heads * config.linear_value_head_dim
+
+
+WHOLE_MIXER = "the block's recurrent mixer keeps all its heads"
 
 
 def classes(
@@ -203,6 +228,32 @@ SMOLLM3 = replace(
     **classes("SmolLM3", modeling_smollm3, modeling_pruned_smollm3),
 )
 
+# Gated delta networks: keys and values pass through a short convolution, and each value head has a state.
+DELTA_NET = Recurrent(
+    module="linear_attn",
+    heads=lambda config: int(config.linear_num_value_heads),
+    reads={
+        "linear_attn.in_proj_qkv": lambda config: 2 * keys_of_delta_net(config) + values_of_delta_net(config),
+        "linear_attn.in_proj_z": values_of_delta_net,
+        "linear_attn.in_proj_b": lambda config: int(config.linear_num_value_heads),
+        "linear_attn.in_proj_a": lambda config: int(config.linear_num_value_heads),
+    },
+    output="linear_attn.out_proj",
+    width=values_of_delta_net,
+    parts=("input_layernorm", "linear_attn"),
+)
+# Text-only Qwen3.5: a gated delta network in most blocks, and gated attention in the others.
+QWEN3_5 = replace(
+    LLAMA,
+    model_type="qwen3_5_text",
+    stages=(*DELTA_NET.stages, *LLAMA.stages),
+    heads=gated_heads,
+    recurrent=DELTA_NET,
+    indivisible={"recurrent": WHOLE_MIXER},
+    in_transformers_4=False,
+    **classes("Qwen3_5", modeling_qwen3_5, modeling_pruned_qwen3_5_text, config="TextConfig"),
+)
+
 # Qwen3's attention, and a router that chooses some of many gated MLPs for each token.
 QWEN3_MOE = replace(
     LLAMA,
@@ -220,11 +271,44 @@ QWEN3_MOE = replace(
     **classes("Qwen3Moe", modeling_qwen3_moe, modeling_pruned_qwen3_moe),
 )
 # Biases on queries, keys and values, and a shared expert that every token goes through.
+QWEN2_MOE_MIXTURE = Mixture(shared="mlp.shared_expert", shared_width="shared_expert_intermediate_size")
 QWEN2_MOE = replace(
     QWEN3_MOE,
     model_type="qwen2_moe",
-    mixture=Mixture(shared="mlp.shared_expert", shared_width="shared_expert_intermediate_size"),
+    mixture=QWEN2_MOE_MIXTURE,
     **classes("Qwen2Moe", modeling_qwen2_moe, modeling_pruned_qwen2_moe),
+)
+# Text-only Qwen3.5 with experts, and a shared one.
+QWEN3_5_MOE = replace(
+    QWEN2_MOE,
+    model_type="qwen3_5_moe_text",
+    stages=(*DELTA_NET.stages, *LLAMA.stages[:2]),
+    heads=gated_heads,
+    recurrent=DELTA_NET,
+    indivisible=QWEN3_5.indivisible,
+    mixture=replace(QWEN2_MOE_MIXTURE, normalised=lambda config: True),
+    in_transformers_4=False,
+    off=("output_router_logits",),
+    fixed={},
+    **classes("Qwen3_5Moe", modeling_qwen3_5_moe, modeling_pruned_qwen3_5_moe_text, config="TextConfig"),
+)
+# Blocks as those of Qwen3.5 with experts, in which one layer makes what two do there, key head by key head.
+JOINED_DELTA_NET = replace(
+    DELTA_NET,
+    reads={
+        "linear_attn.in_proj_qkvz": lambda config: 2 * (keys_of_delta_net(config) + values_of_delta_net(config)),
+        "linear_attn.in_proj_ba": lambda config: 2 * config.linear_num_value_heads,
+    },
+)
+QWEN3_NEXT = replace(
+    QWEN3_5_MOE,
+    model_type="qwen3_next",
+    stages=(*JOINED_DELTA_NET.stages, *LLAMA.stages[:2]),
+    recurrent=JOINED_DELTA_NET,
+    mixture=QWEN2_MOE_MIXTURE,
+    off=QWEN2_MOE.off,
+    fixed=QWEN2_MOE.fixed,
+    **classes("Qwen3Next", modeling_qwen3_next, modeling_pruned_qwen3_next),
 )
 # Mistral's attention and eight experts, under names of their own in checkpoints.
 MIXTRAL = replace(
@@ -390,7 +474,8 @@ ARCHITECTURES = {
     architecture.model_type: architecture
     for architecture in (
         *(DEEPSEEK_V3, EXAONE4, GEMMA2, GEMMA3, GLM4_MOE, GPT2, GPT_NEOX, GRANITE, LLAMA, MINISTRAL3, MISTRAL, MIXTRAL),
-        *(OLMO2, OLMOE, OPT, PHI3, QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE, SEED_OSS, SMOLLM3),
+        *(OLMO2, OLMOE, OPT, PHI3, QWEN2, QWEN2_MOE, QWEN3, QWEN3_5, QWEN3_5_MOE, QWEN3_MOE, QWEN3_NEXT),
+        *(SEED_OSS, SMOLLM3),
     )
 }
 """every architecture, by the model_type of its config"""

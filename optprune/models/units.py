@@ -9,7 +9,7 @@ import torch
 
 from optprune.errors import InputError
 from optprune.grids import Grid
-from optprune.models.architecture import Architecture, BlockAllocation, BlockShape, rows_of_heads
+from optprune.models.architecture import Architecture, BlockAllocation, BlockShape, rows_of_gates, rows_of_heads
 from optprune.models.decoder import Decoder, LinkedLayers
 from optprune.patterns import ANYWHERE, Pattern, PatternFamily
 from optprune.problems import Link
@@ -121,11 +121,10 @@ class Units(ABC):
 
     def check_multiple(self, shapes: Sequence[BlockShape], multiple: int | None, *, alike: bool) -> None:
         """Raise InputError where a multiple is requested and no count of these units would be one."""
-        if multiple is None or any(
-            not kind.multiple(shape, multiple, alike) % multiple for kind in self.kinds for shape in shapes
-        ):
+        having = [(kind, shape) for kind in self.kinds for shape in shapes if kind.there(shape)]
+        if multiple is None or any(not kind.multiple(shape, multiple, alike) % multiple for kind, shape in having):
             return
-        counts = sorted({kind.there(shape) for kind in self.kinds for shape in shapes})
+        counts = sorted({kind.there(shape) for kind, shape in having}) or [0]
         there = " to ".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
         raise InputError(
             f"a width multiple of {multiple} has no effect on units {self.name!r}, of which a block has {there}: "
@@ -160,6 +159,10 @@ class LinkedUnits(Units):
     @property
     def kinds(self) -> "tuple[LinkedUnits, ...]":
         return (self,)
+
+    def check_possible(self, decoder: Decoder) -> None:
+        """Raise InputError where no such unit of a model can be removed."""
+        decoder.architecture.check_divisible(self.field, f"units {self.name} remove {self.field}")
 
     @abstractmethod
     def consumers(self, architecture: Architecture) -> tuple[str, ...]:
@@ -208,8 +211,8 @@ class Mlp(LinkedUnits):
         return architecture.mlp_consumers
 
     def linked(self, decoder: Decoder, block: int, consumer: str) -> LinkedLayers:
+        self.check_possible(decoder)
         architecture = decoder.architecture
-        architecture.check_divisible(self.field, f"units {self.name} remove {self.field}")
         layer, producers = decoder.layer(block, consumer), architecture.mlps[consumer]
         every = torch.arange(layer.in_features, device=layer.weight.device)
         apart = torch.arange(architecture.rows_of_unit, device=every.device) * len(every)
@@ -247,7 +250,16 @@ class Values(LinkedUnits):
     def consumers(self, architecture: Architecture) -> tuple[str, ...]:
         return (architecture.output,)
 
+    def check_possible(self, decoder: Decoder) -> None:
+        super().check_possible(decoder)
+        if self.rotated and decoder.heads.gated:
+            raise InputError(
+                f"units {self.name} mix the value dimensions of a head, but a {decoder.architecture.model_type} model "
+                "has a factor for each of them: remove coordinates, --units vo"
+            )
+
     def linked(self, decoder: Decoder, block: int, consumer: str) -> LinkedLayers:
+        self.check_possible(decoder)
         architecture, group, shape = decoder.architecture, decoder.heads.group, decoder.shape(block)
         dim = shape.value_dim
         device = decoder.layer(block, consumer).weight.device
@@ -255,8 +267,11 @@ class Values(LinkedUnits):
         slot = unit // dim
         query_head = slot[:, None] * group + torch.arange(group, device=device)
         *_, rows = rows_of_heads(architecture.joined, decoder.heads, shape, device)
-        link = Link(query_head * dim + (unit % dim)[:, None], slot, (rows.reshape(-1, 1),))
-        return LinkedLayers(consumer, (architecture.value,), link)
+        made = {architecture.value: rows.reshape(-1, 1)}
+        if decoder.heads.gated:
+            made[architecture.query] = rows_of_gates(decoder.heads, shape, device).flatten(0, 1)
+        link = Link(query_head * dim + (unit % dim)[:, None], slot, tuple(made.values()))
+        return LinkedLayers(consumer, tuple(made), link)
 
     def total(self, shape: BlockShape) -> int:
         return shape.value_dim * shape.kv_heads
@@ -290,8 +305,8 @@ class KvGroups(LinkedUnits):
         return (architecture.output,)
 
     def linked(self, decoder: Decoder, block: int, consumer: str) -> LinkedLayers:
+        self.check_possible(decoder)
         architecture, heads, shape = decoder.architecture, decoder.heads, decoder.shape(block)
-        architecture.check_divisible(self.field, f"units {self.name} remove {self.field}")
         device = decoder.layer(block, consumer).weight.device
         unit = torch.arange(shape.kv_heads, device=device)
 

@@ -10,7 +10,7 @@ from transformers import PretrainedConfig
 
 from optprune.allocation import Allocation
 from optprune.errors import InputError, StrictError
-from optprune.models import PARTS, Blocks, Decoder, Experts, Weights, reorderable
+from optprune.models import Blocks, Decoder, Experts, Weights, reorderable
 from optprune.moments import InputMoments
 from optprune.objectives import OBJECTIVES
 from optprune.patterns import ANYWHERE
@@ -33,7 +33,7 @@ def check(program: Program) -> tuple[str, ...]:
     decoder, method = program.decoder, program.method
     _check_alike(program)
     for kind in program.units.kinds:
-        decoder.architecture.check_divisible(kind.field, f"units {kind.name} remove {kind.field}")
+        kind.check_possible(decoder)
     program.allocator.check(decoder)
     pruned = [(index, target.path) for index, targets in enumerate(program.candidates()) for target in targets]
     family = program.units.family or ANYWHERE
@@ -77,7 +77,9 @@ def _check_grid(program: Program) -> tuple[str, ...]:
 
 def check_parts(decoder: Decoder, recipe: Recipe, allocation: Allocation | None) -> None:
     """Raise InputError where sub-blocks go whole, and there are no classes for that, as under a draft."""
-    emptied = allocation is not None and not all(len(block.shape.parts) == len(PARTS) for block in allocation.blocks)
+    emptied = allocation is not None and any(
+        block.shape.parts != shape.parts for block, shape in zip(allocation.blocks, decoder.shapes(), strict=False)
+    )
     if decoder.architecture.pruned is None and (isinstance(recipe.units, Blocks) or emptied):
         raise InputError(
             f"no sub-block of a {decoder.architecture.model_type} model can be removed under a draft, which has no "

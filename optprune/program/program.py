@@ -267,7 +267,8 @@ class Program:
             return BlockAllocation(shape, dict.fromkeys(self.decoder.paths(index), kept))
         # Of kinds that compete for a sub-block one is narrowed.
         for kind in {kind.part: kind for kind in reversed(self.units.kinds)}.values():
-            shape = kind.with_count(shape, max(1, round(kept * kind.there(shape))))
+            there = kind.there(shape)
+            shape = kind.with_count(shape, max(1, round(kept * there)) if there else 0)
         return BlockAllocation(shape)
 
     @cached_property

@@ -30,7 +30,8 @@ FIXED = ("default", "linear", "llama3", "yarn")
 """the scalings of rotary embeddings whose angles do not go by the length of the text"""
 
 
-WITHOUT_EXPERTS = tuple(name for name, one in ARCHITECTURES.items() if one.mixture is None)
+RECURRENT = tuple(name for name, one in ARCHITECTURES.items() if one.recurrent is not None)
+WITHOUT_EXPERTS = tuple(name for name, one in ARCHITECTURES.items() if one.mixture is None and name not in RECURRENT)
 
 
 @dataclass(frozen=True)
@@ -113,11 +114,12 @@ class Runtime:
         """Return the property of blocks that a class with equal blocks cannot hold; None where there is none."""
         if any(len(shape.parts) < 2 for shape in left):
             return f"blocks without attention or without an MLP: {LAYERS}"
-        if any(shape.value_dim != before.heads.value_dim for shape in left):
+        having = [shape for shape in left if shape.kv_heads]
+        if any(shape.value_dim != before.heads.value_dim for shape in having):
             return f"heads with fewer value dimensions than key dimensions: {NARROW_MLPS}"
-        if len(set(left)) > 1:
+        if len({shape.kv_heads for shape in having}) > 1 or not before.architecture.mlps_alike(left):
             return f"blocks of different shapes: {ALIKE}"
-        return self._refuses_heads(before, left[0].kv_heads) if left else None
+        return self._refuses_heads(before, having[0].kv_heads) if having else None
 
     def check_folder(self, before: Decoder, folder: Path) -> None:
         """Raise OptpruneError when what is in a folder, of the model `before`, is not what the runtime takes."""
@@ -219,6 +221,7 @@ RUNTIMES = {
         Runtime("transformers", drafted=True),
         Runtime(
             "vllm",
+            families=tuple(name for name in ARCHITECTURES if name not in RECURRENT),  # not tried there
             # These read head_dim from the config (Mistral is its Llama), Qwen2Attention divides the hidden size.
             fewer_heads=(
                 *("gemma2", "gemma3_text", "glm4_moe", "granite", "llama", "mistral"),
@@ -231,7 +234,7 @@ RUNTIMES = {
         ),
         Runtime(
             "gguf",
-            families=tuple(name for name in ARCHITECTURES if name not in ("deepseek_v3", "opt")),
+            families=tuple(name for name in ARCHITECTURES if name not in ("deepseek_v3", "opt", *RECURRENT)),
             rotary=("default", "linear", "llama3"),
             further={"ministral3": ("yarn",)},
             # Its architecture deci has Llama's blocks.
@@ -251,7 +254,7 @@ RUNTIMES = {
         ),
         Runtime(
             "onnx",
-            # Which experts are run hangs on the tokens, and a graph is the same for all.
+            # Which experts are run hangs on the tokens, and a graph is the same for all; and no states are passed on.
             families=WITHOUT_EXPERTS,
             rotary=FIXED,
             uneven=WITHOUT_EXPERTS,

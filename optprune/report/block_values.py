@@ -4,10 +4,15 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from optprune.models import ARCHITECTURES
 from optprune.report.records import LayerReport, Report
 
 FIELDS = {"mlp_width": "MLP units", "kv_heads": "KV heads", "value_dim": "value dimensions of a head"}
 """the numbers of a block's shape, in words"""
+FURTHER = {"recurrent": "heads of the recurrent mixer"}
+"""more such numbers, of models in which a block has some"""
+RECURRENT = tuple(f"{one.recurrent.module}." for one in ARCHITECTURES.values() if one.recurrent is not None)
+"""the beginnings of the paths of layers of recurrent mixers"""
 PLACE = re.compile(r"(?:.*\.)?(\d+)\.(.+)")
 """the name of a layer: the number of its block, and its path within the block"""
 
@@ -34,8 +39,8 @@ def widths(report: Report) -> tuple[BlockValues, ...]:
             tuple(float(getattr(change.before, field)) for change in report.blocks),
             tuple(float(getattr(change.after, field)) for change in report.blocks),
         )
-        for field, what in FIELDS.items()
-        if report.blocks
+        for field, what in (FIELDS | FURTHER).items()
+        if report.blocks and (field in FIELDS or any(getattr(change.before, field) for change in report.blocks))
     )
 
 
@@ -59,8 +64,9 @@ def shares(report: Report) -> tuple[BlockValues, ...]:
 
 def removed_with(report: Report, path: str) -> list[int]:
     """Return the numbers of the blocks that lost the sub-block with this layer."""
-    field = "kv_heads" if is_attention(path) else "mlp_width"
-    return [number for number, change in enumerate(report.blocks) if not getattr(change.after, field)]
+    field = "recurrent" if path.startswith(RECURRENT) else "kv_heads" if is_attention(path) else "mlp_width"
+    there = [(bool(getattr(change.before, field)), bool(getattr(change.after, field))) for change in report.blocks]
+    return [number for number, (before, after) in enumerate(there) if before and not after]
 
 
 def pattern_of(report: Report) -> str | None:
@@ -90,5 +96,5 @@ def block_count(report: Report) -> int:
 
 
 def is_attention(path: str) -> bool:
-    """Return whether the layer with this path belongs to attention."""
-    return "att" in path
+    """Return whether the layer with this path belongs to attention, or to a recurrent mixer in its place."""
+    return "att" in path or path.startswith(RECURRENT)

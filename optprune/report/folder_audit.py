@@ -111,8 +111,10 @@ class Audit:
             "patterns": list(self.patterns),
             "same_in_rows": all(layer.same_in_rows for layer in self.layers),
             "dead": [asdict(units) for units in self.dead],
-            "blocks": [asdict(shape) for shape in self.blocks],
-            "original_blocks": None if self.original is None else [asdict(shape) for shape in self.original.shapes],
+            "blocks": [shape.counts(("experts",)) for shape in self.blocks],
+            "original_blocks": None
+            if self.original is None
+            else [shape.counts(("experts",)) for shape in self.original.shapes],
             "layers": [
                 {**asdict(layer), "sparsity": layer.sparsity, "original": self.sizes.get(layer.name)}
                 for layer in self.layers

@@ -191,7 +191,9 @@ def _kept(report: Report) -> str:
         least, most = (pick((now for _, now in pairs), default=0) for pick in (min, max))
         if len(pairs) == 1 and not empty:
             ((was, now),) = pairs
-            sentences.append(f"{now:,.0f} of {was:,.0f} {each.name} in every block")
+            sentences.append(
+                f"{now:,.0f} of {was:,.0f} {each.name} in every block{'' if all(each.before) else ' that has some'}"
+            )
         else:
             tail = f", none in {counted(empty, 'block')}" if empty else ""
             sentences.append(f"{least:,.0f} to {most:,.0f} {each.name} (of {max(each.before):,.0f}){tail}")

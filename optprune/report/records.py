@@ -59,7 +59,7 @@ class RemovedPart:
     block: int
     """the number of the block in the dense model"""
     part: str
-    """the name of the sub-block, attention or mlp"""
+    """the name of the sub-block, attention, recurrent or mlp"""
     weights: int
     score: float
     """the score of the recipe at the moment of removal; the lowest score is removed first"""

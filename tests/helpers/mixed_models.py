@@ -9,9 +9,9 @@ PROMPT = torch.arange(10, 20)[None]
 
 
 def mixed(model: PreTrainedModel) -> PreTrainedModel:
-    """Four blocks: no attention, everything narrower, no MLP, intact."""
+    """Four blocks: no mixer, everything narrower, no MLP, intact."""
     decoder = Decoder(model)
-    decoder.remove(0, "attention")
+    decoder.remove(0, decoder.shape(0).parts[0])
     if "kv_heads" not in decoder.architecture.indivisible:
         [groups] = KvGroups().layers(decoder, 1)
         decoder.keep_units(1, groups, torch.arange(groups.link.units) >= 1)

@@ -60,7 +60,7 @@ def sliding() -> PreTrainedModel:
 @pytest.mark.parametrize("make", [*ALL_MODELS.values(), sliding], ids=[*ALL_MODELS, "sliding window"])
 def test_a_custom_attention_is_asked_what_the_stock_class_asks(make: Any) -> None:
     stock, pruned = asked(make()), asked(as_pruned(make()))
-    assert len(stock) == len(pruned) > 1
+    assert len(stock) == len(pruned) >= 1
     for one, other in zip(stock, pruned, strict=True):
         assert set(one) == set(other)
         for name, value in one.items():

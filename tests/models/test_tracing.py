@@ -31,8 +31,10 @@ def hidden(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("hidden")
-# Experts are refused: see REFUSED.
-@pytest.mark.parametrize("name", [name for name in ALL_MODELS if ARCHITECTURES[name].mixture is None])
+# Experts and recurrent mixers are refused: see REFUSED.
+@pytest.mark.parametrize(
+    "name", [name for name in ALL_MODELS if not (ARCHITECTURES[name].mixture or ARCHITECTURES[name].recurrent)]
+)
 def test_a_draft_is_what_was_described_by_hand(name: str) -> None:
     config, hand = ALL_MODELS[name]().config, ARCHITECTURES[name]
     draft = trace(config)
@@ -102,6 +104,10 @@ REFUSED = {
     "bloom": {"transformer.h.0.mlp.dense_4h_to_h": "no field of the config says how many columns it has"},
     "falcon": {"transformer.h.0.mlp.dense_h_to_4h": "is no plain linear layer"},
     "lfm2": {"model.layers.0.feed_forward.w2": "no field of the config says how many columns it has"},
+    "qwen3_5_text": {
+        "model.layers.0.linear_attn": "it has weights [32] and is no norm",
+        "model.layers.0.linear_attn.norm": "it has weights [128] and is no norm",
+    },
     "gpt_bigcode": {"transformer.h.0.attn.c_proj": "the rows of attn.c_attn are not queries, keys and values"},
 }
 """modules that a draft must name, with the reason, by model"""

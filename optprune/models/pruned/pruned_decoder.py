@@ -1,14 +1,14 @@
 """Decoder blocks of different shapes, pruned by optprune, for all families; needs torch and transformers only.
 
 `config.optprune_shapes` lists the shape of each block: {"mlp_width": 1024, "kv_heads": 2, "value_dim": 48}. A block
-with kv_heads 0 has no attention, one with mlp_width 0 no MLP; one with experts also has their number. The config's
-other fields are those of the stock class.
+with kv_heads 0 has no attention, one with mlp_width 0 no MLP; one with experts also has their number, one with a
+recurrent mixer the number of its heads. The config's other fields are those of the stock class.
 """
 
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .pruned_cache import remembered
+from .pruned_cache import number_caches, remembered
 
 ATTENTION = getattr(ALL_ATTENTION_FUNCTIONS, "get_interface", ALL_ATTENTION_FUNCTIONS.get)  # transformers 5, or 4.57
 
@@ -28,7 +28,7 @@ class PrunedAttention:
         return {}
 
     def projected(self, hidden_states):
-        """Return the queries, keys and values of all heads."""
+        """Return the queries, keys and values of all heads, and factors of what is mixed, if any."""
         return self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
 
     def positioned(self, query, key, position_embeddings, position_ids):
@@ -44,16 +44,10 @@ class PrunedAttention:
         self.o_proj = resized(self.o_proj, inputs=mixed)
 
     def forward(
-        self,
-        hidden_states,
-        position_embeddings=None,
-        attention_mask=None,
-        cache=None,
-        past_key_values=None,  # the name of the cache in older versions of transformers
-        **kwargs,
+        self, hidden_states, position_embeddings=None, attention_mask=None, cache=None, past_key_values=None, **kwargs
     ):
         shape = hidden_states.shape[:-1]
-        query, key, value = self.projected(hidden_states)
+        query, key, value, *factors = self.projected(hidden_states)
         if self.norms == "row":
             query, key = self.q_norm(query), self.k_norm(key)
         query, key = (states.view(*shape, -1, self.head_dim) for states in (query, key))
@@ -62,13 +56,14 @@ class PrunedAttention:
         value = value.view(*shape, key.shape[-2], -1).transpose(1, 2)
         query, key = query.transpose(1, 2), key.transpose(1, 2)
         query, key = self.positioned(query, key, position_embeddings, kwargs.get("position_ids"))
-        cache = past_key_values if cache is None else cache
+        cache = past_key_values if cache is None else cache  # the name in older versions of transformers
         if cache is not None:
             key, value = remembered(cache, self.layer_idx, key, value, kwargs.get("cache_position"))
         attend = ATTENTION(self.config._attn_implementation, self.stock.eager_attention_forward)
         options = {"dropout": self.attention_dropout if self.training else 0.0, "scaling": self.scaling}
         mixed, weights = attend(self, query, key, value, attention_mask, **options, **self.options(), **kwargs)
-        return self.o_proj(mixed.reshape(*shape, -1)), weights
+        mixed = mixed.reshape(*shape, -1)
+        return self.o_proj(mixed * factors[0] if factors else mixed), weights
 
 
 class PrunedBlock:
@@ -82,14 +77,22 @@ class PrunedBlock:
     """the norms before and behind the MLP"""
 
     def forward(self, hidden_states, **kwargs):
-        if self.self_attn is not None:
-            entry = self.normed(self.attention_norms[0], hidden_states)
-            mixed, _ = self.self_attn(hidden_states=entry, **kwargs)
+        if self.mixer is not None:
+            mixed = self.mixed(self.normed(self.attention_norms[0], hidden_states), **kwargs)
             hidden_states = self.added(hidden_states, self.normed(self.attention_norms[1], mixed))
         if self.mlp is not None:
             mixed = self.mlp(self.normed(self.mlp_norms[0], hidden_states))
             hidden_states = self.added(hidden_states, self.normed(self.mlp_norms[1], mixed))
         return hidden_states
+
+    @property
+    def mixer(self):
+        """The attention; None where it is removed."""
+        return self.self_attn
+
+    def mixed(self, states, **kwargs):
+        """Return the output of the mixer."""
+        return self.mixer(hidden_states=states, **kwargs)[0]
 
     def normed(self, norm, states):
         """Return the states after a norm, if there is one."""
@@ -101,6 +104,14 @@ class PrunedBlock:
 
     def shrink(self, shape, group):
         """Give a stock block the layers of a shape, with `group` query heads for each KV head."""
+        self.shrink_mixer(shape, group)
+        if shape["mlp_width"]:
+            self.shrink_mlp(shape["mlp_width"])
+        else:
+            self.remove("mlp", *self.mlp_norms)
+
+    def shrink_mixer(self, shape, group):
+        """Give the attention its heads, or remove it."""
         attention, kv_heads = self.self_attn, shape["kv_heads"]
         if kv_heads:
             attention.__class__ = self.attention_class
@@ -108,10 +119,6 @@ class PrunedBlock:
             attention.shrink(group * keys, keys, values, group * values)
         else:
             self.remove("self_attn", *self.attention_norms)
-        if shape["mlp_width"]:
-            self.shrink_mlp(shape["mlp_width"])
-        else:
-            self.remove("mlp", *self.mlp_norms)
 
     def shrink_mlp(self, width):
         """Give the MLP this number of units."""
@@ -144,18 +151,8 @@ class PrunedModel:
         self.number_caches()
 
     def number_caches(self):
-        """Number the caches of the blocks with attention, from the first cache of each kind (full, sliding window).
-
-        transformers reads the length off the first cache of a kind, so a block without attention takes the kind of
-        the next one that has it, and of the last one at the end.
-        """
-        blocks = self.get_submodule(self.blocks)
-        present = [index for index, block in enumerate(blocks) if block.self_attn is not None]
-        kinds = getattr(self.config, "layer_types", None) or [None] * len(blocks)  # all of one
-        kinds[:] = [kinds[next((i for i in present if i >= index), present[-1])] for index in range(len(blocks))]
-        free = {kind: [index for index, other in enumerate(kinds) if other == kind] for kind in kinds}
-        for index in present:
-            blocks[index].self_attn.layer_idx = free[kinds[index]].pop(0)
+        """Number the caches of the blocks."""
+        number_caches([block.mixer for block in self.get_submodule(self.blocks)], self.config)
 
 
 def resized(layer, inputs=None, outputs=None):

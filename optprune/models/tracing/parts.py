@@ -1,6 +1,7 @@
 """Parts of a block: its norms and their places, and the modules that have no place."""
 
 from collections.abc import Iterable
+from inspect import signature
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,9 @@ def norms(traced: TracedModel) -> list[Call]:
 def _is_norm(call: Call) -> bool:
     if any(weight.ndim > 1 for weight in call.module.parameters()) or any(call.module.children()):
         return False
+    needed = [each for each in signature(call.module.forward).parameters.values() if each.default is each.empty]
+    if sum(each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD) for each in needed) > 1:
+        return False  # a factor comes with its input
     with torch.no_grad():
         large, larger = (first_output(call.module(by * SCALED * call.input)) for by in (1, 3))
     return nearly(larger, large)

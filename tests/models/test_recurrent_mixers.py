@@ -1,0 +1,292 @@
+"""Blocks with a recurrent mixer in place of attention: shapes, removal, sparse weights, caches and refusals."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.cache_utils import LinearAttentionCacheLayerMixin
+
+import optprune
+from optprune import Allocation
+from optprune.errors import InputError
+from optprune.export import save_model
+from optprune.grids import Grid
+from optprune.models import ARCHITECTURES, BlockShape, Decoder, KvGroups, Values
+from optprune.models.recurrent import Recurrent
+from optprune.program import RUNTIMES
+from optprune.pruning import prune
+from optprune.recipe import Recipe, load_recipe
+from tests.helpers.layer_inputs import inputs_of
+from tests.helpers.mixed_models import generated, mixed, narrow
+from tests.helpers.tiny_models import ALL_MODELS
+from tests.helpers.token_batches import batches
+from tests.helpers.ways_to_run import check_every_way_gives_the_same
+
+RECURRENT = [name for name, architecture in ARCHITECTURES.items() if architecture.recurrent is not None]
+of_recurrent = pytest.mark.parametrize("name", RECURRENT)
+GATED = [name for name in RECURRENT if ARCHITECTURES[name].heads(ALL_MODELS[name]().config).gated]
+of_gated = pytest.mark.parametrize("name", GATED)
+TOKENS = torch.arange(10, 58)[None]
+
+
+def logits(model: Any, **inputs: Any) -> Tensor:
+    with torch.no_grad():
+        return model(**({"input_ids": TOKENS, "use_cache": False} | inputs)).logits
+
+
+def mixer_of(name: str) -> Recurrent:
+    mixer = ARCHITECTURES[name].recurrent
+    assert mixer is not None
+    return mixer
+
+
+def made(name: str, **fields: Any) -> PreTrainedModel:
+    """Return a model of four blocks, of which the first and the third have a recurrent mixer."""
+    return ALL_MODELS[name](num_hidden_layers=4, **fields)
+
+
+def recurrent_in(model: PreTrainedModel) -> list[int]:
+    return [block for block, shape in enumerate(Decoder(model).shapes()) if shape.recurrent]
+
+
+@of_recurrent
+def test_the_shape_of_a_block_says_which_mixer_it_has(name: str) -> None:
+    decoder = Decoder(made(name))
+    mixer = mixer_of(name)
+    assert recurrent_in(decoder.model) == [0, 2]
+    for block, shape in enumerate(decoder.shapes()):
+        there = mixer.module in dict(decoder.blocks[block].named_modules())
+        assert there == bool(shape.recurrent) != bool(shape.kv_heads)
+        assert shape.parts == ("recurrent" if there else "attention", "mlp")
+        assert ("recurrent" in shape.counts()) == there and BlockShape(**shape.counts()) == shape
+        sizes = {path: size for path, size in decoder.layer_sizes(shape).items() if all(size)}
+        assert set(sizes) == set(decoder.paths(block))
+        assert all(decoder.layer(block, path).weight.shape == size for path, size in sizes.items())
+        assert len(Values().layers(decoder, block)) == len(KvGroups().layers(decoder, block)) == (not there)
+
+
+@of_recurrent
+def test_removing_the_mixer_equals_zeroing_its_last_layer(name: str) -> None:
+    removed, zeroed, mixer = made(name), made(name), mixer_of(name)
+    decoder, before = Decoder(removed), logits(removed)
+    with torch.no_grad():
+        Decoder(zeroed).layer(2, mixer.output).weight.zero_()
+    with decoder.without([(2, "recurrent")]):
+        inside = logits(removed)
+    assert torch.equal(logits(removed), before)
+    decoder.remove(2, "attention")  # which it has not
+    assert torch.equal(logits(removed), before)
+    decoder.remove(2, "recurrent")
+    assert torch.equal(logits(removed), inside)
+    assert decoder.shape(2) == Decoder(zeroed).shape(2).without("recurrent")
+    assert (inside - logits(zeroed)).abs().max() <= 1e-6 * before.abs().max() < (inside - before).abs().max()
+
+
+@pytest.mark.parametrize("gone", [[(0, "recurrent")], [(2, "recurrent")], [(1, "attention")], [(3, "attention")]])
+@of_recurrent
+def test_a_folder_without_a_mixer_generates_with_each_cache_as_without(
+    name: str, gone: list[tuple[int, str]], tmp_path: Path
+) -> None:
+    model = made(name)
+    decoder = Decoder(model)
+    for block, part in gone:
+        decoder.remove(block, part)
+    left, before = len(recurrent_in(model)), logits(decoder.joined())
+    Decoder(model).record_shapes()
+    assert torch.equal(logits(model), before)
+    assert not save_model(model, tmp_path / "out").stock
+    again = optprune.load_model(tmp_path / "out", device="cpu").model
+    for each in (model, again):
+        assert torch.equal(logits(each), before)
+        assert generated(each) == generated(each, use_cache=False)
+        with torch.no_grad():
+            cache = each(TOKENS, use_cache=True).past_key_values
+            assert cache.get_seq_length() == TOKENS.shape[1]
+            states = [layer for layer in cache.layers if isinstance(layer, LinearAttentionCacheLayerMixin)]
+            used = [layer.has_previous_state[0] for layer in states]
+            step = each(TOKENS[:, :3] + 7, cache=cache).logits
+        assert sum(used) == left and used[:left] == [True] * left
+        whole = logits(each, input_ids=torch.cat([TOKENS, TOKENS[:, :3] + 7], 1))[:, -3:]
+        assert (step - whole).abs().max() <= 1e-5 * whole.abs().max()
+    assert Decoder(again).shapes() == Decoder(model).shapes()
+
+
+@of_recurrent
+def test_padding_is_left_out_as_in_the_stock_class(name: str) -> None:
+    """A state would carry it on: an uneven model answers a padded text as a text alone."""
+    model = mixed(made(name))
+    padded = torch.cat([torch.full((1, 5), 3), TOKENS], 1)
+    seen = torch.cat([torch.zeros(1, 5), torch.ones_like(TOKENS)], 1).long()
+    found, alone = logits(model, input_ids=padded, attention_mask=seen)[:, 5:], logits(model)
+    assert (found - alone).abs().max() <= 1e-4 * alone.abs().max()
+    assert (logits(model, input_ids=padded)[:, 5:] - alone).abs().max() > 1e-2 * alone.abs().max()
+
+
+@of_recurrent
+def test_a_block_without_anything_is_dropped_with_its_kind(name: str, tmp_path: Path) -> None:
+    model = made(name)
+    decoder = Decoder(model)
+    for part in decoder.shape(2).parts:
+        decoder.remove(2, part)
+    before, kinds = logits(model), model.config.layer_types
+    decoder.record_shapes()
+    assert model.config.layer_types == [kinds[0], kinds[1], kinds[3]] and recurrent_in(model) == [0]
+    assert save_model(model, tmp_path / "out").stock
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    for each in (model, again):
+        assert (logits(each) - before).abs().max() <= 1e-5 * before.abs().max()
+        assert generated(each) == generated(each, use_cache=False)
+
+
+# -- heads and value dimensions of the attention beside it
+
+
+@of_gated
+def test_a_head_and_value_dimensions_go_with_the_rows_of_the_gate(name: str) -> None:
+    """By hand: the query layer makes, head after head, the queries and then a factor for each value dimension."""
+    model, other = made(name), made(name)
+    decoder = Decoder(model)
+    dim, group = decoder.heads.dim, decoder.heads.group
+    before = {path: layer.weight.detach().clone() for path, layer in other.model.layers[1].self_attn.named_children()}
+    narrow(decoder, 1, Values(), 10)
+    narrow(decoder, 1, KvGroups(), 1)
+    after = {path: layer.weight for path, layer in model.model.layers[1].self_attn.named_children()}
+    rows = before["q_proj"].unflatten(0, (-1, 2 * dim))[:group]
+    assert torch.equal(after["q_proj"], torch.cat([rows[:, :dim], rows[:, dim : dim + 10]], 1).flatten(0, 1))
+    assert torch.equal(after["k_proj"], before["k_proj"][:dim])
+    assert torch.equal(after["v_proj"], before["v_proj"][:10])
+    assert torch.equal(after["o_proj"], before["o_proj"].unflatten(1, (-1, dim))[:, :group, :10].flatten(1))
+    shape = decoder.shape(1)
+    assert (shape.kv_heads, shape.value_dim) == (1, 10)
+    assert decoder.weights_of(shape) == sum(decoder.layer(1, path).weight.numel() for path in decoder.paths(1))
+
+
+@of_gated
+def test_rotated_value_dimensions_are_refused(name: str) -> None:
+    with pytest.raises(InputError, match=f"units rotated-vo mix the value dimensions of a head, but a {name} model"):
+        prune(ALL_MODELS[name](), batches(), load_recipe("fasp", {"units": "rotated-all", "sparsity": 0.1}))
+
+
+@of_recurrent
+def test_a_uniform_ratio_of_heads_leaves_blocks_without_attention_as_they_are(name: str) -> None:
+    model, dense = made(name), made(name).state_dict()
+    before, own = Decoder(model).linear_weights(), Decoder(model).shapes()
+    kept = sum(Decoder(model).weights_of(KvGroups().with_count(shape, shape.kv_heads and 1)) for shape in own)
+    report = prune(model, batches(), load_recipe("osscar", {"units": "kv-groups", "sparsity": 1 - kept / before}))
+    assert [shape.kv_heads for shape in Decoder(model).shapes()] == [0, 1, 0, 1]
+    assert report.sparsity_reached == pytest.approx(1 - kept / before)
+    for key, weight in Decoder(model).joined().state_dict().items():
+        if any(key.startswith(f"model.layers.{block}.") for block in recurrent_in(model)):
+            assert torch.equal(weight, dense[key])
+
+
+# -- runs
+
+
+@of_recurrent
+def test_weights_of_the_mixer_go_by_the_inputs_that_its_layers_see(name: str) -> None:
+    """By hand, in the first block: Wanda keeps the largest |W_ij| times the norm of input j, in every row."""
+    model, dense, mixer = made(name), made(name), mixer_of(name)
+    prune(model, batches(), load_recipe("wanda", {"sparsity": 0.5}))
+    for path in (*mixer.reads, mixer.output):
+        weight = Decoder(dense).layer(0, path).weight.detach()
+        score = weight.double().abs() * inputs_of(dense, f"model.layers.0.{path}").square().mean(0).sqrt()
+        kept = torch.zeros_like(weight, dtype=torch.bool)
+        kept.scatter_(1, score.argsort(1)[:, weight.shape[1] // 2 :], True)
+        assert torch.equal(Decoder(model).layer(0, path).weight, weight * kept)
+
+
+@of_recurrent
+def test_single_weights_of_every_layer_go_and_the_folder_is_stock(name: str, tmp_path: Path) -> None:
+    model = ALL_MODELS[name]()
+    report = prune(model, batches(), load_recipe("sparsegpt", {"sparsity": 0.5}))
+    decoder = Decoder(model)
+    every = {decoder.name(block, path) for block in range(2) for path in decoder.paths(block)}
+    assert {layer.name for layer in report.layers} == every
+    for block in range(2):
+        for path in decoder.paths(block):
+            assert float((decoder.layer(block, path).weight == 0).float().mean()) == pytest.approx(0.5, abs=0.02)
+    decoder.joined()
+    assert save_model(model, tmp_path / "out").stock
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), logits(model))
+
+
+@of_recurrent
+def test_every_layer_of_whole_blocks_ends_on_the_grid(name: str) -> None:
+    model = ALL_MODELS[name]()
+    bits = {"kind": "w4a16", "group": 8}
+    prune(model, batches(), Recipe.model_validate({"units": "weights", "sparsity": 0.0, "bits": bits}))
+    decoder = Decoder(model)
+    for block in range(2):
+        for path in decoder.paths(block):
+            assert Grid(4, 8).off(decoder.layer(block, path).weight.detach()) == 0, path
+
+
+@pytest.mark.parametrize("recipe", ["fasp", "sparse_best"])
+@of_recurrent
+def test_streamed_and_resumed_runs_give_the_same_weights(name: str, recipe: str, tmp_path: Path) -> None:
+    settings = {"fasp": {"units": "mlp", "sparsity": 0.1}}
+    check_every_way_gives_the_same(name, load_recipe(recipe, settings.get(recipe, {})), tmp_path, shared=False)
+
+
+@of_recurrent
+def test_depth_names_the_recurrent_mixers_that_it_removes(name: str, tmp_path: Path) -> None:
+    model = made(name)
+    before = Decoder(model).shapes()
+    report = prune(model, batches(), load_recipe("depth", {"sparsity": 0.4, "allocation.score": "influence"}))
+    assert {part.part for part in report.removed} >= {"recurrent"}
+    left = [change.after for change in report.blocks]
+    for part in report.removed:
+        assert part.part in before[part.block].parts and part.part not in left[part.block].parts
+    save_model(model, tmp_path / "out")
+    again = optprune.load_model(tmp_path / "out", device="cpu").model
+    assert torch.equal(logits(again), logits(model)) and generated(again) == generated(model, use_cache=False)
+
+
+@of_recurrent
+def test_an_uneven_model_takes_a_step_of_training(name: str) -> None:
+    model = mixed(made(name)).train()
+    before = {key: weight.detach().clone() for key, weight in model.named_parameters()}
+    optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(TOKENS, labels=TOKENS).loss.backward()
+    optimiser.step()
+    own = [key for key in before if mixer_of(name).module in key]
+    assert own and all(not torch.equal(model.get_parameter(key), before[key]) for key in own)
+
+
+# -- refusals
+
+
+@of_recurrent
+def test_an_allocation_with_fewer_heads_of_a_recurrent_mixer_is_refused(name: str) -> None:
+    model = ALL_MODELS[name]()
+    shapes = [shape.counts() for shape in Decoder(model).shapes()]
+    wanted = {"sparsity": 0.1, "blocks": [{**shapes[0], "recurrent": 1}, shapes[1]]}
+    with pytest.raises(InputError, match=r"keeps recurrent 1 in block 0.*: the block's recurrent mixer keeps all its"):
+        prune(model, batches(), load_recipe("fasp"), allocation=Allocation.from_dict(wanted))
+
+
+@pytest.mark.parametrize("target", ["vllm", "gguf", "onnx"])
+@of_recurrent
+def test_runtimes_that_are_not_known_to_take_them_refuse_them(name: str, target: str) -> None:
+    decoder = Decoder(ALL_MODELS[name]().to("meta"))  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=f"the target {target} does not take models of the kind {name}"):
+        RUNTIMES[target].fitted(Recipe(units="mlp"), decoder)
+
+
+@of_recurrent
+def test_plain_transformers_takes_what_is_alike(name: str) -> None:
+    decoder = Decoder(made(name).to("meta"))  # type: ignore[arg-type]
+    RUNTIMES["transformers"].fitted(Recipe(units="mlp", sparsity=0.1), decoder)
+    with pytest.raises(InputError, match="heads with fewer value dimensions"):
+        RUNTIMES["transformers"].fitted(Recipe(units="vo", sparsity=0.02), decoder)
+
+
+def test_a_recurrent_mixer_has_no_other_linear_layers() -> None:
+    for name in RECURRENT:
+        own = made(name).get_submodule(f"model.layers.0.{mixer_of(name).module}")
+        linear = {path for path, module in own.named_modules() if isinstance(module, nn.Linear)}
+        assert {f"{mixer_of(name).module}.{path}" for path in linear} == {*mixer_of(name).sizes(made(name).config)}
