@@ -224,7 +224,7 @@ RUNTIMES = {
         ),
         Runtime(
             "gguf",
-            families=tuple(name for name in ARCHITECTURES if name not in ("deepseek_v3", "opt")),
+            families=tuple(name for name, one in ARCHITECTURES.items() if one.latent is None and name != "opt"),
             rotary=("default", "linear", "llama3"),
             further={"ministral3": ("yarn",)},
             # Its architecture deci has Llama's blocks.
