@@ -56,14 +56,15 @@ DELTA_NET = {
     **{"linear_value_head_dim": 12, "linear_num_key_heads": 2, "linear_num_value_heads": 4},
 }
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 16}
+LATENT: dict[str, Any] = {
+    **{"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48},
+    **{"n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.5, "attention_bias": True},
+    **{"num_key_value_heads": 4, "q_lora_rank": 32, "kv_lora_rank": 24},
+    **{"qk_nope_head_dim": 12, "qk_rope_head_dim": 8, "v_head_dim": 16},
+    "rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 0.7},
+}
 OTHER_FAMILIES: dict[str, dict[str, Any]] = {
-    "deepseek_v3": {
-        **{"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "first_k_dense_replace": 1},
-        **{"n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.5, "attention_bias": True},
-        **{"num_key_value_heads": 4, "q_lora_rank": 32, "kv_lora_rank": 24},
-        **{"qk_nope_head_dim": 12, "qk_rope_head_dim": 8, "v_head_dim": 16},
-        "rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 0.7},
-    },
+    "deepseek_v3": {**LATENT, "first_k_dense_replace": 1},
     "exaone4": {"head_dim": 24, "sliding_window": 8, "sliding_window_pattern": 2},
     "gemma2": {**FOUR_NORMS, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
     "gemma3_text": {**FOUR_NORMS, "sliding_window_pattern": 2},
@@ -71,6 +72,7 @@ OTHER_FAMILIES: dict[str, dict[str, Any]] = {
         **{"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "first_k_dense_replace": 1},
         **{"head_dim": 24, "use_qk_norm": True, "attention_bias": True, "routed_scaling_factor": 1.5},
     },
+    "glm4_moe_lite": LATENT,
     "gpt2": {"n_inner": 128, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
     "gpt_neox": {"attention_bias": True},
     "granite": {

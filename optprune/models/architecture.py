@@ -18,6 +18,8 @@ PARTS = {"attention": "kv_heads", "recurrent": "recurrent", "mlp": "mlp_width"}
 """the sub-blocks of a block, which can be removed whole, each with the field of a shape that is zero without it"""
 GATED = ("gate_proj", "up_proj", "down_proj")
 """the layers of a gated MLP"""
+DENSE, SPARSE = "dense", "sparse"
+"""the kinds of MLP in configs that list one for each block: for every token, or experts behind a router"""
 
 
 @dataclass(frozen=True)
@@ -332,6 +334,8 @@ class Architecture:
     """the counts of a block's shape that can only stay whole or become zero, each with the reason"""
     leading: tuple[str, ...] = ()
     """the config fields that count the first blocks, of another kind than the rest"""
+    listed: str = ""
+    """the config field that lists the kind of each block's MLP in words, where there is one"""
     float32: tuple[str, ...] = ()
     """the parameters of a block that are float32 whatever the model's dtype, by their names in it"""
     off: tuple[str, ...] = ()
@@ -373,6 +377,11 @@ class Architecture:
         """The kinds of MLP that blocks may have."""
         dense = DenseMlp(self.mlp_producers, self.mlp_consumer, self.mlp_width, self.rows_of_unit)
         return (*((dense,) if self.mlp_consumer else ()), *((self.mixture,) if self.mixture else ()))
+
+    def first_dense(self, count: int, blocks: int) -> dict[str, Any]:
+        """Return the config fields by which the first `count` of so many blocks have no experts, and the others do."""
+        counts: dict[str, Any] = dict.fromkeys(self.leading, count)
+        return counts | ({self.listed: [DENSE] * count + [SPARSE] * (blocks - count)} if self.listed else {})
 
     def checkpoint_name(self, name: str) -> str:
         """Return the name of a tensor of the model in checkpoints of the stock class."""

@@ -13,6 +13,7 @@ from transformers.models.exaone4 import modeling_exaone4
 from transformers.models.gemma2 import modeling_gemma2
 from transformers.models.gemma3 import modeling_gemma3
 from transformers.models.glm4_moe import modeling_glm4_moe
+from transformers.models.glm4_moe_lite import modeling_glm4_moe_lite
 from transformers.models.gpt2 import modeling_gpt2
 from transformers.models.gpt_neox import modeling_gpt_neox
 from transformers.models.granite import modeling_granite
@@ -41,6 +42,7 @@ from optprune.models.pruned import (
     modeling_pruned_gemma2,
     modeling_pruned_gemma3_text,
     modeling_pruned_glm4_moe,
+    modeling_pruned_glm4_moe_lite,
     modeling_pruned_gpt2,
     modeling_pruned_gpt_neox,
     modeling_pruned_granite,
@@ -391,6 +393,15 @@ DEEPSEEK_V3 = replace(
     **classes("DeepseekV3", modeling_deepseek_v3, modeling_pruned_deepseek_v3),
 )
 WHOLE_QUERIES = (("self_attn.q_proj",), *DEEPSEEK_V3.stages[2:])
+# GLM 4.7 Flash: DeepSeek V3's blocks, of which a list says the kind of MLP.
+GLM4_MOE_LITE = replace(
+    DEEPSEEK_V3,
+    model_type="glm4_moe_lite",
+    leading=(),
+    listed="mlp_layer_types",
+    by_block=("layer_types", "mlp_layer_types"),
+    **classes("Glm4MoeLite", modeling_glm4_moe_lite, modeling_pruned_glm4_moe_lite),
+)
 
 # A plain MLP, learned positions, biases everywhere.
 OPT = Architecture(
@@ -473,9 +484,9 @@ GPT_NEOX = Architecture(
 ARCHITECTURES = {
     architecture.model_type: architecture
     for architecture in (
-        *(DEEPSEEK_V3, EXAONE4, GEMMA2, GEMMA3, GLM4_MOE, GPT2, GPT_NEOX, GRANITE, LLAMA, MINISTRAL3, MISTRAL, MIXTRAL),
-        *(OLMO2, OLMOE, OPT, PHI3, QWEN2, QWEN2_MOE, QWEN3, QWEN3_5, QWEN3_5_MOE, QWEN3_MOE, QWEN3_NEXT),
-        *(SEED_OSS, SMOLLM3),
+        *(DEEPSEEK_V3, EXAONE4, GEMMA2, GEMMA3, GLM4_MOE, GLM4_MOE_LITE, GPT2, GPT_NEOX, GRANITE, LLAMA),
+        *(MINISTRAL3, MISTRAL, MIXTRAL, OLMO2, OLMOE, OPT, PHI3, QWEN2, QWEN2_MOE, QWEN3, QWEN3_5, QWEN3_5_MOE),
+        *(QWEN3_MOE, QWEN3_NEXT, SEED_OSS, SMOLLM3),
     )
 }
 """every architecture, by the model_type of its config"""

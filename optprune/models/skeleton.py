@@ -39,8 +39,8 @@ def one_block_model(config: PretrainedConfig, dtype: torch.dtype, device: torch.
     config.num_hidden_layers = 1
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:1]
-    for field in architecture_of(config).leading:
-        setattr(config, field, 0)
+    for field, value in architecture_of(config).first_dense(0, 1).items():
+        setattr(config, field, value)
     model = skeleton(config, dtype)
     generator = torch.Generator(device).manual_seed(0)
     for name, weight in model.named_parameters():

@@ -234,7 +234,9 @@ RUNTIMES = {
         ),
         Runtime(
             "gguf",
-            families=tuple(name for name in ARCHITECTURES if name not in ("deepseek_v3", "opt", *RECURRENT)),
+            families=tuple(
+                name for name, one in ARCHITECTURES.items() if name not in ("opt", *RECURRENT) and one.latent is None
+            ),
             rotary=("default", "linear", "llama3"),
             further={"ministral3": ("yarn",)},
             # Its architecture deci has Llama's blocks.

@@ -8,7 +8,7 @@ import pytest
 from tokenizers import Tokenizer
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen2ForCausalLM
 
-from benchmarks.tiny_models import ALL_MODELS, TINY_MODELS, VOCABULARY, tiny_llama, tiny_opt, tiny_qwen2
+from benchmarks.tiny_models import ALL_MODELS, SHAPE, TINY_MODELS, VOCABULARY, tiny_llama, tiny_opt, tiny_qwen2
 from benchmarks.train_small import new_tokenizer
 from optprune.models import ARCHITECTURES
 from optprune.texts import demo_articles
@@ -41,7 +41,8 @@ SLIDING = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers":
 
 def tiny_mixture(family: str, seed: int = 0, **config: Any) -> PreTrainedModel:
     """A tiny model of a family with experts, of which every block has them."""
-    return ALL_MODELS[family](seed, **dict.fromkeys(ARCHITECTURES[family].leading, 0), **config)
+    architecture, blocks = ARCHITECTURES[family], config.get("num_hidden_layers", SHAPE["num_hidden_layers"])
+    return ALL_MODELS[family](seed, **architecture.first_dense(0, blocks), **config)
 
 
 def tiny_sliding(seed: int = 0) -> Qwen2ForCausalLM:

@@ -289,7 +289,7 @@ def keep_heads(model: PreTrainedModel, count: int) -> PreTrainedModel:
         (lambda: tiny_llama(num_key_value_heads=4), 2, True),
         (lambda: tiny_llama(num_key_value_heads=4), 3, False),  # 3 heads do not divide a hidden size of 64
         (tiny_opt, 2, False),  # OPT's head_dim is hidden_size / heads
-        *((make, 1, name not in ("deepseek_v3", "gpt2", "gpt_neox", "phi3")) for name, make in OTHERS.items()),
+        *((make, 1, ARCHITECTURES[name].head_dim_is_free) for name, make in OTHERS.items()),
     ],
     ids=["llama", "qwen2", "llama, 2 of 4", "llama, 3 of 4", "opt", *OTHERS],
 )
@@ -333,9 +333,8 @@ def test_weights_of_a_shape_are_those_of_its_layers(name: str) -> None:
         assert decoder.weights_of(shape) == sum(
             decoder.layer(block, path).weight.numel() for path in decoder.paths(block)
         )
-    assert decoder.shape(0) == (
-        BlockShape(48, 0, 0, 4) if experts_in(name) and not decoder.architecture.leading else BlockShape(128, 0, 0)
-    )
+    dense_first = not experts_in(name) or len(decoder.architecture.mlp_kinds) > 1
+    assert decoder.shape(0) == (BlockShape(128, 0, 0) if dense_first else BlockShape(48, 0, 0, 4))
     assert decoder.shape(2).mlp_width == 0
 
 
