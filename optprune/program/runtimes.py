@@ -55,6 +55,8 @@ class Runtime:
     """the multiple that chosen MLP widths should have"""
     must: bool = False
     """whether other widths are refused"""
+    parts: bool = False
+    """whether it loads the vision-language models of which language parts are pruned"""
     own_vocabulary: bool = False
     """whether it tokenises with its own code, so that it must know the tokenizer"""
     of_values: str = ""
@@ -147,6 +149,11 @@ class Runtime:
 
     def _check_model(self, decoder: Decoder) -> None:
         family, config = decoder.architecture.model_type, decoder.model.config
+        if decoder.architecture.part_of and not self.parts:
+            raise InputError(
+                f"the target {self.name} is not known for {decoder.architecture.part_of} models: leave out --target, "
+                "or prune the language part alone, which load_model(FOLDER).model.save_pretrained(TEXT_FOLDER) writes"
+            )
         if family not in self.families and not self._drafted(decoder):
             raise InputError(
                 f"the target {self.name} does not take models of the kind {family}: it takes {', '.join(self.families)}"
@@ -212,7 +219,7 @@ def _expected(recipe: Recipe, decoder: Decoder, allocation: Allocation | None) -
 RUNTIMES = {
     runtime.name: runtime
     for runtime in (
-        Runtime("transformers", drafted=True),
+        Runtime("transformers", drafted=True, parts=True),
         Runtime(
             "vllm",
             # These read head_dim from the config (Mistral is its Llama), Qwen2Attention divides the hidden size.
