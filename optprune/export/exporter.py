@@ -219,10 +219,7 @@ def _check(source: ModelSource, output: Path, place: Path, exporter: Exporter, o
     if source.name:
         check_own_files(source.name)
     if source.whole is not None and not exporter.takes_parts:
-        raise InputError(
-            f"{source.name or 'the model'} is a {source.whole.family.model_type} model, and the {exporter.noun} cannot "
-            "hold its vision part: save the language part alone, load_model(FOLDER).model.save_pretrained(TEXT_FOLDER)"
-        )
+        raise source.whole.refused(f"the {exporter.noun} cannot hold its vision part")
     refusal = exporter.unsupported(source)
     if refusal is not None:
         raise InputError(refusal)

@@ -103,6 +103,13 @@ class VisionFolder:
         """The family of the whole model."""
         return VISION_FAMILIES[self.fields["model_type"]]
 
+    def refused(self, why: str) -> InputError:
+        """Return the error for a use that is for models of text alone."""
+        return InputError(
+            f"{self.source or 'the model'} is a {self.family.model_type} model, and {why}: save the language part "
+            "alone, load_model(FOLDER).model.save_pretrained(TEXT_FOLDER)"
+        )
+
     def config_with(self, pruned: PretrainedConfig) -> dict[str, Any]:
         """Return the contents of config.json with the language part of another shape; the rest is as it was."""
         before, after = _plain(self.config), _plain(pruned)

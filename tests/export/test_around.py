@@ -16,6 +16,7 @@ from optprune.export import GgufFile, OnnxFolder, export, save_model
 from optprune.models import Decoder, KvGroups, LoadedModel, Mlp, load_config, load_model, open_model
 from optprune.models.vision import language_name
 from optprune.recipe import load_recipe
+from optprune.texts import demo_articles
 from tests.helpers.tiny_models import save_tiny, tiny_llama
 from tests.helpers.tiny_vision import answer, by_vision_family, save_vision, stock, tiny_vision, with_image
 from tests.helpers.token_batches import batches
@@ -254,8 +255,6 @@ def test_blocks_of_different_shapes_are_refused(tmp_path: Path) -> None:
 
 @pytest.fixture
 def text(tmp_path: Path) -> Path:
-    from optprune.texts import demo_articles
-
     file = tmp_path / "text.txt"
     file.write_text("\n\n".join(demo_articles("calibration")[:6]), encoding="utf-8")
     return file
@@ -263,7 +262,8 @@ def text(tmp_path: Path) -> Path:
 
 def command(folder: Path, text: Path, out: Path, *more: str) -> list[str]:
     words = ("--calibration", str(text), "--samples", "8", "--seq-length", "32", "--output", str(out))
-    return ["prune", str(folder), *words, "--recipe", "structured_uniform_best", "--sparsity", "0.2", *more]
+    asked = () if "--to" in more else ("--sparsity", "0.2")
+    return ["prune", str(folder), *words, "--recipe", "structured_uniform_best", *asked, *more]
 
 
 def test_the_commands_take_the_folder(source: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -301,12 +301,14 @@ def test_the_commands_take_the_folder(source: Path, text: Path, capsys: pytest.C
         (("--dtype", "bfloat16"), "--save-dtype float32"),
         (("--target", "vllm"), "is not known for llava models"),
         (("--target", "gguf"), "is not known for llava models"),
+        (("--to", "0.4MiB"), "whose vision part is not pruned: give --sparsity"),
     ],
 )
 def test_what_the_folder_cannot_hold_is_refused_before_any_work(
     more: tuple[str, ...], sentence: str, tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = save_vision(tiny_vision("llava"), tmp_path / "model")
+    capsys.readouterr()  # what making the folder has said
     assert main(command(folder, text, tmp_path / "out", *more)) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: ") and sentence in lines[0]
@@ -338,6 +340,23 @@ def test_a_part_is_healed_in_its_folder(tmp_path: Path, text: Path) -> None:
     assert main(["heal", str(out), "--teacher", str(folder), *words]) == 0
     check_rest(folder, healed)
     assert raw(healed) != raw(out) and stock(healed).config.text_config.intermediate_size == 88
+
+
+def test_recipes_are_compared_on_the_language_part(
+    tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, out = save_vision(tiny_vision("llava"), tmp_path / "model"), tmp_path / "out"
+    other = tmp_path / "other.txt"
+    other.write_text("\n\n".join(demo_articles("calibration")[20:24]), encoding="utf-8")
+    words = ("--calibration", str(text), "--text", str(other), "--samples", "8", "--seq-length", "32")
+    recipes = ("--recipes", "structured_uniform_best", "--sparsities", "0.2", "--keep-models")
+    assert main(["compare", str(folder), *words, *recipes, "--output", str(out)]) == 0
+    [model] = (out / "models").iterdir()
+    check_rest(folder, model)
+    assert stock(model).config.text_config.intermediate_size == 88
+    capsys.readouterr()
+    assert main(["frontier", str(folder), "--text", str(other), "--seq-length", "32", "--output", str(out)]) == 2
+    assert "which hold no vision part: save the language part alone" in capsys.readouterr().err
 
 
 def test_a_text_model_is_no_part(tmp_path: Path) -> None:
