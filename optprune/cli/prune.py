@@ -223,7 +223,7 @@ def _summarise(program: "Program", report: "Report", saved: "SavedModel") -> Non
     folder = saved.folder
     errors = [layer.relative_error for layer in report.layers]
     trust = "" if saved.stock else ", trust_remote_code=True"
-    loads = f"AutoModelForCausalLM.from_pretrained({str(folder)!r}{trust})"
+    loads = f"{program.decoder.architecture.auto_class}.from_pretrained({str(folder)!r}{trust})"
     loads += "" if saved.stock else f" or optprune.load_model({str(folder)!r})"
     recipe = program.request.recipe
     currency = recipe.allocation.currency if isinstance(recipe.allocation, GlobalBudget) else "parameters"

@@ -47,8 +47,9 @@ class WholeRun:
     def check(self) -> None:
         """Raise InputError unless the options are valid, whatever the model and the text."""
         from optprune.export import check_own_files
+        from optprune.export.around import check_around
         from optprune.export.shards import size_of
-        from optprune.models import check_dtype, device_of
+        from optprune.models import DTYPES, check_dtype, device_of, vision_folder
         from optprune.pruning import check_states
 
         self.output.check()
@@ -56,6 +57,10 @@ class WholeRun:
         size_of(self.max_shard_size)
         for name in (self.dtype, self.save_dtype):
             check_dtype(name)
+        whole = vision_folder(self.model)
+        if whole is not None:
+            last = self.dtype if self.save_dtype == "auto" else self.save_dtype
+            check_around(whole, DTYPES.get(last))
         device_of(self.device)
         check_states(self.states)
 

@@ -145,11 +145,9 @@ class Options:
             with _named_file(self.allocation_file, "does not fit"):
                 Given(recipe.units, divided).check(shapes)
         runtime, notes = self.runtime(), tuple[str, ...]()
-        if runtime is None and shapes.architecture.pruned is None:
+        if runtime is None and shapes.architecture.alike:
             check_parts(shapes, recipe, divided)
-            runtime = runtime_called(
-                "transformers"
-            )  # a drafted architecture has no classes for blocks of different widths
+            runtime = runtime_called("transformers")
         if runtime is not None:
             recipe, notes = runtime.fitted(recipe, shapes, divided)
             if runtime.own_vocabulary:

@@ -26,6 +26,7 @@ from optprune.models import (
     load_tokenizer,
     need_tokenizer,
     using_tokenizer,
+    vision_folder,
 )
 from optprune.models.sources import DEMO, DEMO_NAME
 from optprune.report import Event
@@ -68,7 +69,9 @@ class FrontierRequest:
         names = [*self.folders(), DENSE]
         if len(set(names)) < len(self.against) + 1:
             raise InputError(f"the pruned folders are called {', '.join(names[:-1])}: give folders of different names")
-        config = load_config(self.model)
+        config, whole = load_config(self.model), vision_folder(self.model)
+        if whole is not None:
+            raise whole.refused("the rows of frontier are files for llama.cpp, which hold no vision part")
         check_seq_length(config, self.seq_length)
         if self.speed is not None:
             self.speed.check(self.model, config)

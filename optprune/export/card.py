@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from optprune.export.source_files import Origin
 from optprune.models import BlockShape, Decoder, is_stock
+from optprune.models.architecture import PART_FIELD
 from optprune.models.registry import architecture_named
 from optprune.report import Report
 from optprune.system.display import printable
@@ -127,16 +128,20 @@ class ModelCard:
         architecture = architecture_named(self.model.config.model_type, self.model.config)
         older = architecture.in_transformers_4 and (stock or architecture.mixture is None)
         versions = "transformers 5 and 4.57 give the same logits and tokens." if older else "It needs transformers 5."
+        cls, part_of = "AutoModelForCausalLM", getattr(self.model.config, PART_FIELD, "")
+        if part_of:
+            cls = "AutoModelForImageTextToText"
+            versions = "Only its language part is pruned: the vision part is that of the original, byte for byte."
         tokenizer = "AutoTokenizer" if stock else "PreTrainedTokenizerFast"
         return [
             f"{why} {versions}",
             "",
             "```python",
-            f"from transformers import AutoModelForCausalLM, {tokenizer}",
+            f"from transformers import {cls}, {tokenizer}",
             "",
             'folder = "."  # the one that this file is in',
             f"tokenizer = {tokenizer}.from_pretrained(folder)",
-            f"model = AutoModelForCausalLM.from_pretrained(folder{trust})",
+            f"model = {cls}.from_pretrained(folder{trust})",
             "```",
             "",
             "`recipe.yaml` reproduces the model, `report.json` describes every layer, and `optprune audit` compares "

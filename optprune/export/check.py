@@ -16,6 +16,7 @@ from torch import Tensor
 
 from optprune.errors import InputError, OptpruneError
 from optprune.export import reload_check
+from optprune.export.around import places_around
 from optprune.models import Decoder
 
 TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
@@ -82,13 +83,18 @@ def compare(
     """
     record = scratch / "logits.safetensors"
     save_file({"input_ids": ids.cpu().contiguous(), "logits": logits}, record)
+    places = places_of(decoder)
+    if decoder.architecture.part_of:
+        device = decoder.model.device
+        places = places_around(folder, places, "cpu" if device.type == "cpu" else (device.index or 0))
     # The import path is that of this process, without the script's folder (-P).
     task = {
         "folder": str(folder),
         "record": str(record),
         "threads": torch.get_num_threads(),
         "paths": [path or str(Path.cwd()) for path in sys.path],
-        "places": places_of(decoder),
+        "class": decoder.architecture.auto_class,
+        "places": places,
         "scratch": str(scratch),
     }
     # transformers copies a folder's code into its modules cache, which is temporary here.

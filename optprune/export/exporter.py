@@ -24,7 +24,8 @@ from optprune.export.place import (
 )
 from optprune.export.source_files import check_own_files
 from optprune.measure.memory import free_memory
-from optprune.models import Decoder, LoadedModel, load_config, load_model, load_shapes, load_tokenizer
+from optprune.models import Decoder, LoadedModel, load_config, load_model, load_shapes, load_tokenizer, vision_folder
+from optprune.models.vision import VisionFolder
 from optprune.program.plan import MARGIN
 from optprune.report import Event, PhaseRecorder, PhaseReport
 from optprune.report.phases import CHECKING, SAVING
@@ -48,6 +49,11 @@ class ModelSource:
     def device(self) -> torch.device:
         """The device of the loaded model; the CPU for a folder."""
         return torch.device("cpu") if self.loaded is None else self.loaded.model.device
+
+    @cached_property
+    def whole(self) -> VisionFolder | None:
+        """The vision-language model that the model is the language part of, if it is one."""
+        return self.loaded.whole if self.loaded is not None else vision_folder(self.name)
 
     @cached_property
     def config(self) -> PretrainedConfig:
@@ -118,6 +124,8 @@ class Exporter(ABC):
     """name of the output in messages"""
     keeps_unchecked: ClassVar[bool] = False
     """whether a draft that fails its check is kept, as NAME.unchecked beside the output; otherwise it is deleted"""
+    takes_parts: ClassVar[bool] = False
+    """whether the output of a language part has the rest of its vision-language model around it"""
     checks: bool = True
     """whether `check` is called"""
 
@@ -210,6 +218,8 @@ def _check(source: ModelSource, output: Path, place: Path, exporter: Exporter, o
     exporter.check_output(output, overwrite)
     if source.name:
         check_own_files(source.name)
+    if source.whole is not None and not exporter.takes_parts:
+        raise source.whole.refused(f"the {exporter.noun} cannot hold its vision part")
     refusal = exporter.unsupported(source)
     if refusal is not None:
         raise InputError(refusal)

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from optprune.errors import InputError
+from optprune.export.around import check_around, write_around
 from optprune.export.card import ModelCard, healing_section, plain
 from optprune.export.check import compare, logits_of
 from optprune.export.exporter import Draft, Exporter, ModelSource, OnEvent, export
@@ -23,6 +24,7 @@ from optprune.export.source_files import CARD, origin_of, own_text
 from optprune.measure.speed import file_bytes
 from optprune.models import DTYPES, Decoder, LoadedModel, check_dtype, is_stock, open_model
 from optprune.models.store import BlockStore
+from optprune.models.vision import stand_alone
 from optprune.recipe import Recipe
 from optprune.report import (
     Event,
@@ -95,10 +97,13 @@ def save_model(
 
     A `dtype` other than auto (float32, bfloat16 or float16) rounds the model in place before. A `LoadedModel` brings
     its tokenizer and the store of its blocks. Where the weights are more than `max_shard_size`, files `made` that hold
-    a block each are linked instead of copied.
+    a block each are linked instead of copied. The language part of a vision-language model, with `whole` in the
+    `LoadedModel`, is written into a copy of its folder.
     """
     loaded = model if isinstance(model, LoadedModel) else LoadedModel(model, tokenizer, "")
     loaded = replace(loaded, tokenizer=tokenizer or loaded.tokenizer)
+    if loaded.whole is None:
+        stand_alone(loaded.model.config)
     texts = dict(files or {})
     if report is not None and recipe is not None:
         texts |= pruned_files(loaded, report, recipe)
@@ -163,6 +168,7 @@ class TransformersFolder(Exporter):
     description: ClassVar[str] = "a folder for transformers and vLLM"
     noun: ClassVar[str] = "pruned model"
     keeps_unchecked: ClassVar[bool] = True
+    takes_parts: ClassVar[bool] = True
 
     dtype: str = "auto"
     """auto (as it is), float32, bfloat16 or float16; a loaded model is rounded in place"""
@@ -184,6 +190,9 @@ class TransformersFolder(Exporter):
         try:
             check_dtype(self.dtype)
             size_of(self.max_shard_size)
+            if source.whole is not None:
+                written = None if source.loaded is None else source.loaded.model.dtype
+                check_around(source.whole, DTYPES.get(self.dtype, written))
         except InputError as error:
             return str(error)
         return None
@@ -195,9 +204,12 @@ class TransformersFolder(Exporter):
         loaded = source.loaded or open_model(source.name, dtype=self.dtype, device="cpu", scratch=draft.parent)
         if source.loaded is not None and self.dtype != "auto":
             cast(loaded.model, DTYPES[self.dtype], loaded.store)
+        if loaded.whole is None:
+            stand_alone(loaded.model.config)
         decoder, begins, expected = loaded.decoder(), 0.0, None
         if self.checks:
             begins, ids = COMPUTED, self._check_tokens(loaded.model)
+            ids = ids if loaded.whole is None else loaded.whole.without_images(ids)
 
             def on_block(done: int, blocks: int) -> None:
                 step = "computing the logits to compare"
@@ -208,8 +220,11 @@ class TransformersFolder(Exporter):
         def on_tensor(done: int, tensors: int) -> None:
             on_event(PhaseAdvanced(SAVING, "saving", "tensor", done, tensors, begins))
 
-        decoder.model.save_pretrained(draft, state_dict={})  # without the weights, which would all be in memory
-        write_weights(decoder, draft, size_of(self.max_shard_size), self.made, on_tensor)
+        if loaded.whole is None:
+            decoder.model.save_pretrained(draft, state_dict={})  # without the weights, which would all be in memory
+        else:
+            write_around(loaded.whole, decoder.model.config, draft)
+        write_weights(decoder, draft, size_of(self.max_shard_size), self.made, on_tensor, loaded.whole)
         write_rest(loaded, draft, origin_of(source.name).licence_files if self.files is None else self.files)
         if self.healed:
             _write_healed_page(draft)
@@ -288,10 +303,11 @@ class _Reports:
 
 
 def write_rest(loaded: LoadedModel, draft: Path, files: Mapping[str, str]) -> None:
-    """Write what a folder needs beside config and weights: the tokenizer, and texts by name."""
-    if loaded.tokenizer is not None:
-        loaded.tokenizer.save_pretrained(draft)
-    make_portable(draft, loaded.tokenizer)
+    """Write what a folder needs beside config and weights: the tokenizer, where it is not copied, and texts by name."""
+    if loaded.whole is None:
+        if loaded.tokenizer is not None:
+            loaded.tokenizer.save_pretrained(draft)
+        make_portable(draft, loaded.tokenizer)
     for name, text in files.items():
         (draft / name).write_text(text, encoding="utf-8")
     usual = draft.stat().st_mode & 0o666

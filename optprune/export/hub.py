@@ -7,7 +7,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
 
 from optprune.errors import InputError
-from optprune.export.place import GRAPH_FILES, MODEL_FILES, UNCHECKED
+from optprune.export.place import GRAPH_FILES, MODEL_FILES, TAKEN_FILES, UNCHECKED
 from optprune.system.files import is_own_file
 from optprune.system.wording import one_line, shown
 
@@ -69,7 +69,8 @@ def _files(folder: Path, reports: bool) -> list[str]:
     if folder.resolve().name.endswith(UNCHECKED):
         raise InputError(f"the folder {folder} failed its check, so it is not uploaded: prune the model again")
     names = sorted(path.name for path in folder.iterdir() if is_own_file(path))
-    known = [name for name in names if MODEL_FILES.fullmatch(name) or GRAPH_FILES.fullmatch(name)]
+    kinds = MODEL_FILES, TAKEN_FILES, GRAPH_FILES
+    known = [name for name in names if any(kind.fullmatch(name) for kind in kinds)]
     if not any(name.endswith(WEIGHTS) for name in known):
         raise InputError(f"the folder {folder} holds no weights: give a folder that prune, heal or export wrote")
     return [name for name in known if reports or name not in REPORTS]

@@ -29,6 +29,11 @@ MODEL_FILES = re.compile(
     r"|.*\.(safetensors|model|jinja|py)"
 )
 """the names that files of a saved folder may have"""
+TAKEN_FILES = re.compile(
+    r"(generation_config|tokenizer(_config)?|special_tokens_map|added_tokens|vocab|tekken|chat_template)\.json"
+    r"|(video_)?(pre)?processor(_config)?\.json|(vocab|merges)\.txt|.*\.(model|jinja)"
+)
+"""the names of files of a tokenizer or a processor, which stay as they are around a language part"""
 GRAPH_FILES = re.compile(r"model\.onnx(\..+|_data)?")
 """the names that files of an exported graph may have"""
 
@@ -86,7 +91,8 @@ def _check_parent(described: str, place: Path) -> None:
 def _check_all_known(folder: Path, place: Path, files: Collection[str]) -> None:
     """Raise InputError where an output holds a file that no saved model has: it would be deleted with the rest."""
     for path in sorted(place.iterdir()):
-        known = path.name in files or MODEL_FILES.fullmatch(path.name) or GRAPH_FILES.fullmatch(path.name)
+        kinds = MODEL_FILES, TAKEN_FILES, GRAPH_FILES
+        known = path.name in files or any(kind.fullmatch(path.name) for kind in kinds)
         if not (known and is_own_file(path)) and path.name != "__pycache__":
             raise InputError(
                 f"the folder {folder} holds {shown(path.name)}, which is not a file of a model, so it is not "

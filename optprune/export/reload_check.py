@@ -3,9 +3,9 @@
 usage: python -P reload_check.py TASK
 
 TASK is JSON: the folder, the file with token ids and logits, the number of threads, the import path of the process that
-saved the folder, the device map ("disk" for blocks that are read when they run), and a scratch folder. The script takes
-the part of a user without optprune: importing optprune is an error. Code in the folder, which optprune has just
-written, is trusted.
+saved the folder, the class of transformers, the device map ("disk" for blocks that are read when they run), and a
+scratch folder. The script takes the part of a user without optprune: importing optprune is an error. Code in the
+folder, which optprune has just written, is trusted.
 """
 
 import json
@@ -26,8 +26,8 @@ def main(words: str) -> None:
     sys.modules["optprune"] = None  # type: ignore[assignment]  # so that an import of it fails
     try:
         import torch
+        import transformers
         from safetensors.torch import load_file
-        from transformers import AutoModelForCausalLM
     except ImportError as error:
         print(error, file=sys.stderr)
         sys.exit(CANNOT_IMPORT)
@@ -35,7 +35,7 @@ def main(words: str) -> None:
     torch.set_num_threads(task["threads"])
     recorded = load_file(task["record"])
     config = json.loads((Path(task["folder"]) / "config.json").read_text(encoding="utf-8"))
-    model = AutoModelForCausalLM.from_pretrained(
+    model = getattr(transformers, task["class"]).from_pretrained(
         task["folder"],
         trust_remote_code="optprune_shapes" in config,
         device_map=task["places"],

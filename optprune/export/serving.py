@@ -34,7 +34,7 @@ def serving(folder: str | Path) -> tuple[Serving, ...]:
     source = ModelSource(folder)
     architecture, config = source.shapes.architecture, source.config
     stock, uneven = is_stock(config), _refusal("transformers", source) or UNEVEN
-    by_class = "AutoModelForCausalLM.from_pretrained loads it"
+    by_class = f"{architecture.auto_class}.from_pretrained loads it"
     found = [
         Serving("transformers", True, by_class)
         if stock

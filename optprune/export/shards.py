@@ -2,22 +2,82 @@
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from torch import Tensor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from optprune.errors import InputError
 from optprune.models import Decoder, is_stock
-from optprune.models.checkpoint import stored_tensors
+from optprune.models.checkpoint import StoredTensor, stored_tensors
+from optprune.models.vision import VisionFolder, is_language
 from optprune.numerics.tensors import write_tensors
 from optprune.system.files import write_whole
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 MAX_SHARD_SIZE = "5GB"
+
+
+@dataclass(frozen=True, eq=False)
+class Content:
+    """The tensors of a folder: those of a model, and around a language part those that stay as they are in files."""
+
+    decoder: Decoder
+    tensors: Mapping[str, Tensor]
+    """all tensors in their order, by their names in the model or, around it, in its files; not all need values"""
+    around: Mapping[str, StoredTensor] = field(default_factory=dict)
+    """the tensors that are copied"""
+    named: Mapping[str, str] = field(default_factory=dict)
+    """the names in files of the others, where they are not those of the model"""
+
+    @classmethod
+    def of(cls, decoder: Decoder, whole: VisionFolder | None = None) -> "Content":
+        """Return the content of a model's folder, or of the one of the vision-language model that it is a part of."""
+        own = tensors_of(decoder)
+        if whole is None:
+            return cls(decoder, own)
+        stored = whole.checkpoint().tensors
+        named = whole.stored_names(stored, own)
+        places = {there: name for name, there in named.items()}
+        around = {name: tensor for name, tensor in stored.items() if not is_language(name)}
+        copied = {name: torch.empty(at.shape, dtype=at.dtype, device="meta") for name, at in around.items()}
+        every, order = own | copied, [places.get(name, name) for name in stored]
+        return cls(
+            decoder, {name: every[name] for name in dict.fromkeys([*order, *own]) if name in every}, around, named
+        )
+
+    def stored_name(self, name: str) -> str:
+        """Return the name of a tensor in a file; it is that in the model, except for stock classes."""
+        if name in self.around or not is_stock(self.decoder.model.config):
+            return name
+        return self.named.get(name) or self.decoder.architecture.checkpoint_name(name)
+
+    def turned(self, name: str, tensor: Tensor) -> Tensor:
+        """Return a tensor in the layout of the file."""
+        return tensor.t() if self.decoder.architecture.is_transposed(name) else tensor
+
+    def values(self, names: Iterable[str]) -> Iterator[Tensor]:
+        """Yield the values of tensors as in a file. Of blocks that are on the disk, one at a time is in memory."""
+        model = self.decoder.model
+        places = {f"{self.decoder.block_name(index)}.": index for index in range(len(self.decoder.blocks))}
+        parameters = dict(model.named_parameters(remove_duplicate=False)).keys()
+        with ExitStack() as resident:
+            here: int | None = None
+            for name in names:
+                index = next((index for prefix, index in places.items() if name.startswith(prefix)), None)
+                if index != here:
+                    resident.close()
+                    here = index
+                    if index is not None:
+                        resident.enter_context(self.decoder.resident(index))
+                if name in self.around:
+                    yield self.around[name].read()
+                else:
+                    yield self.turned(name, model.get_parameter(name) if name in parameters else model.get_buffer(name))
 
 
 @dataclass(frozen=True)
@@ -45,13 +105,16 @@ def write_weights(
     most: int,
     made: Sequence[Path] = (),
     on_tensor: Callable[[int, int], None] = lambda done, total: None,
+    whole: VisionFolder | None = None,
 ) -> None:
     """Write a model's tensors into a folder, in files of at most `most` bytes unless one tensor has more.
 
     Where one file is not enough, files `made` that hold a block each, under its names, are linked instead of copied.
-    `on_tensor` is called with the number of tensors written and the number of all tensors.
+    `on_tensor` is called with the number of tensors written and the number of all tensors. With the `whole` of a
+    language part the other tensors are copied from its files.
     """
-    tensors, done = tensors_of(decoder), 0
+    content, done = Content.of(decoder, whole), 0
+    tensors = content.tensors
 
     def written(more: int) -> None:
         nonlocal done
@@ -59,8 +122,8 @@ def write_weights(
         on_tensor(done, len(tensors))
 
     written(0)
-    # These files hold matrices as they are in memory, not transposed.
-    shards = _shards(tensors, most, () if decoder.architecture.transposed else made)
+    # These files hold matrices as they are in memory, not transposed, and by the names of the text model.
+    shards = _shards(tensors, most, () if decoder.architecture.transposed or whole is not None else made)
     names = [SAFE_WEIGHTS_NAME]
     if len(shards) > 1:
         stem, ending = SAFE_WEIGHTS_NAME.split(".")
@@ -69,12 +132,12 @@ def write_weights(
         if shard.made is not None and _linked(shard.made, folder / name):
             written(len(shard.names))
         else:
-            _write(decoder, folder / name, {name: tensors[name] for name in shard.names}, lambda: written(1))
+            _write(content, folder / name, shard.names, lambda: written(1))
     if len(shards) > 1:
         index = {
             "metadata": {"total_size": sum(map(_bytes, tensors.values()))},
             "weight_map": {
-                _stored(decoder, tensor): name
+                content.stored_name(tensor): name
                 for name, shard in zip(names, shards, strict=True)
                 for tensor in shard.names
             },
@@ -134,34 +197,13 @@ def _linked(file: Path, name: Path) -> bool:
     return False
 
 
-def _write(decoder: Decoder, file: Path, tensors: Mapping[str, Tensor], on_tensor: Callable[[], None]) -> None:
-    """Write a file. Of blocks that are on the disk, one at a time is in memory."""
-    places = {f"{decoder.block_name(index)}.": index for index in range(len(decoder.blocks))}
+def _write(content: Content, file: Path, names: Sequence[str], on_tensor: Callable[[], None]) -> None:
+    """Write tensors of a content into a file."""
 
     def values() -> Iterator[Tensor]:
-        with ExitStack() as resident:
-            here: int | None = None
-            for name in tensors:
-                index = next((index for prefix, index in places.items() if name.startswith(prefix)), None)
-                if index != here:
-                    resident.close()
-                    here = index
-                    if index is not None:
-                        resident.enter_context(decoder.resident(index))
-                value = decoder.model.get_parameter(name) if name in parameters else decoder.model.get_buffer(name)
-                yield _turned(decoder, name, value)
-                on_tensor()
+        for value in content.values(names):
+            yield value
+            on_tensor()
 
-    parameters = dict(decoder.model.named_parameters(remove_duplicate=False)).keys()
-    stored = {_stored(decoder, name): _turned(decoder, name, tensor) for name, tensor in tensors.items()}
+    stored = {content.stored_name(name): content.turned(name, content.tensors[name]) for name in names}
     write_whole(file, lambda stream: write_tensors(stream, stored, values()))
-
-
-def _stored(decoder: Decoder, name: str) -> str:
-    """Return the name of a tensor in a file; it is that in the model, except for stock classes."""
-    return decoder.architecture.checkpoint_name(name) if is_stock(decoder.model.config) else name
-
-
-def _turned(decoder: Decoder, name: str, tensor: Tensor) -> Tensor:
-    """Return a tensor in the layout of the file."""
-    return tensor.t() if decoder.architecture.is_transposed(name) else tensor

@@ -17,6 +17,7 @@ from optprune.models.load import (
     open_model,
     stored_dtype,
     traceable_config,
+    vision_folder,
 )
 from optprune.models.registry import architecture_of, is_known, is_stock, scale_logits
 from optprune.models.sources import is_gguf
@@ -82,4 +83,5 @@ __all__ = [
     "traceable_config",
     "unit_kinds",
     "using_tokenizer",
+    "vision_folder",
 ]

@@ -18,6 +18,8 @@ PARTS = {"attention": "kv_heads", "recurrent": "recurrent", "mlp": "mlp_width"}
 """the sub-blocks of a block, which can be removed whole, each with the field of a shape that is zero without it"""
 GATED = ("gate_proj", "up_proj", "down_proj")
 """the layers of a gated MLP"""
+PART_FIELD = "optprune_part_of"
+"""the config field, in memory only, that names the vision-language model that a text model is the language part of"""
 DENSE, SPARSE = "dense", "sparse"
 """the kinds of MLP in configs that list one for each block: for every token, or experts behind a router"""
 
@@ -364,6 +366,10 @@ class Architecture:
     """the mixer that some blocks have in place of attention, if there is one"""
     by_config: Callable[[PretrainedConfig], Mapping[str, Any]] = lambda config: {}
     """function that returns the fields of this description that a config sets otherwise"""
+    part_of: str = ""
+    """the model_type of the vision-language model that the model is the language part of, if it is one"""
+    ordered: str = ""
+    """why no block can be removed whole, where that is so"""
 
     def for_config(self, config: PretrainedConfig) -> "Architecture":
         """Return the same with the linear layers that a config says, of as many experts among them."""
@@ -371,6 +377,18 @@ class Architecture:
         own = self.by_config(config)
         stages = own.get("stages", self.stages) + further
         return replace(self, **{**own, "stages": stages}) if own or further else self
+
+    @property
+    def alike(self) -> str:
+        """The reason why all blocks keep one shape; empty where they may differ."""
+        if self.part_of:
+            return f"in the language part of a {self.part_of} model, whose class is that of transformers"
+        return "" if self.pruned is not None else "under a draft, which has no classes for that"
+
+    @property
+    def auto_class(self) -> str:
+        """The name of transformers' class that loads a folder of the model, or of the whole that it is a part of."""
+        return "AutoModelForImageTextToText" if self.part_of else "AutoModelForCausalLM"
 
     @cached_property
     def mlp_kinds(self) -> tuple[MlpKind, ...]:

@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 from typing import Any, BinaryIO
@@ -19,7 +19,7 @@ from optprune.numerics.tensors import NAMES
 from optprune.system.files import read_json
 from optprune.system.wording import shown
 
-FLOATS = {name: dtype for dtype, name in NAMES.items() if dtype.is_floating_point}
+DTYPES = {name: dtype for dtype, name in NAMES.items()}
 LONGEST_HEADER = 100_000_000
 """the most bytes of a header that safetensors reads"""
 FETCH = "fetch it again"
@@ -74,15 +74,18 @@ class Checkpoint:
     tensors: Mapping[str, StoredTensor]
 
     @classmethod
-    def open(cls, folder: str | Path, source: str = "") -> "Checkpoint":
+    def open(
+        cls, folder: str | Path, source: str = "", floats: Callable[[str], bool] = lambda name: True
+    ) -> "Checkpoint":
         """Return the weights in a model folder (or of a hub name), in one file or in the shards of an index.
 
-        InputError for anything but safetensors in the folder itself, and for files that are not whole.
+        InputError for anything but safetensors in the folder itself, for files that are not whole, and for tensors of
+        which `floats` is true and that are none.
         """
         source = source or str(folder)
         tensors: dict[str, StoredTensor] = {}
         for file in weights_files(source, str(folder)):
-            for name, tensor in stored_tensors(file, source).items():
+            for name, tensor in stored_tensors(file, source, floats).items():
                 if name in tensors:
                     raise InputError(
                         f"{name} of {source} is in two files, {tensors[name].file.name} and {file.name}: fetch both "
@@ -125,10 +128,13 @@ def check_finite(name: str, tensor: Tensor, source: str) -> None:
         raise InputError(f"{name} of {source} holds NaN or infinity: the checkpoint is damaged, fetch it again")
 
 
-def stored_tensors(file: Path, source: str) -> dict[str, StoredTensor]:
+def stored_tensors(
+    file: Path, source: str, floats: Callable[[str], bool] = lambda name: True
+) -> dict[str, StoredTensor]:
     """Return the tensors that a safetensors file's header lists; InputError where it is damaged or lists other dtypes.
 
-    The tensors must fill the file, with no bytes between them or behind the last one.
+    The tensors must fill the file, with no bytes between them or behind the last one. Those of which `floats` is true,
+    by default all, must be of a floating-point dtype.
     """
     what = f"{file.name} of {source}"
     with file.open("rb") as stream:
@@ -142,6 +148,9 @@ def stored_tensors(file: Path, source: str) -> dict[str, StoredTensor]:
         header = json.loads(text)
         header.pop("__metadata__", None)
         found = {name: _stored(file, what, entry, 8 + length, version) for name, entry in header.items()}
+        for name, tensor in found.items():
+            if floats(name) and not tensor.dtype.is_floating_point:
+                raise _not_plain(what, header[name]["dtype"])
     except InputError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -167,16 +176,20 @@ def _version(stream: BinaryIO) -> tuple[int, int, int]:
 
 
 def _stored(file: Path, what: str, entry: Any, data: int, version: tuple[int, int, int]) -> StoredTensor:
-    if entry["dtype"] not in FLOATS:
-        raise InputError(
-            f"{what} holds tensors of {entry['dtype']}, but pruning needs plain weights: load the unquantised original"
-        )
+    if entry["dtype"] not in DTYPES:
+        raise _not_plain(what, entry["dtype"])
     begin, end = map(int, entry["data_offsets"])
     shape = tuple(map(int, entry["shape"]))
-    tensor = StoredTensor(file, FLOATS[entry["dtype"]], shape, data + begin, version=version)
+    tensor = StoredTensor(file, DTYPES[entry["dtype"]], shape, data + begin, version=version)
     if begin < 0 or min(tensor.shape, default=0) < 0 or end - begin != tensor.bytes:
         raise InputError(f"the header of {what} is damaged, a tensor's bytes are not those of its shape: {FETCH}")
     return tensor
+
+
+def _not_plain(what: str, dtype: str) -> InputError:
+    return InputError(
+        f"{what} holds tensors of {dtype}, but pruning needs plain weights: load the unquantised original"
+    )
 
 
 # -- the files of a model

@@ -22,6 +22,7 @@ from optprune.models.sources import CONVERT, NO_CODE, cause, is_gguf, locate, re
 from optprune.models.store import BlockSink, BlockStore
 from optprune.models.tokenizer import load_tokenizer
 from optprune.models.tracing import check_laws
+from optprune.models.vision import VisionFolder, stand_alone
 from optprune.system.display import Displayed, SummaryTable
 from optprune.system.wording import one_line
 
@@ -43,6 +44,8 @@ class LoadedModel(Displayed):
     source: str
     store: BlockStore | None = None
     """the store that the blocks come from, where `open_model` gave the model"""
+    whole: VisionFolder | None = None
+    """the vision-language model that the model is the language part of, where the source is one"""
 
     def decoder(self) -> Decoder:
         """Return access to the model's blocks, in memory or in files."""
@@ -70,8 +73,9 @@ class LoadedModel(Displayed):
         place = (
             str(model.device) if self.store is None else f"{self.store.device}, blocks in files until they are needed"
         )
+        part = "" if self.whole is None else f", the language part of a {self.whole.family.model_type} model"
         return [
-            ("architecture", model.config.model_type),
+            ("architecture", model.config.model_type + part),
             ("parameters", f"{model.num_parameters():,} parameters"),
             ("computes in", f"{str(model.dtype).removeprefix('torch.')} on {place}"),
         ]
@@ -85,20 +89,22 @@ def load_model(
     The source is a folder (also one that optprune wrote, whatever the shapes of its blocks), a .gguf file, a hub name,
     or "demo" (SmolLM2-135M-Instruct). `dtype` is auto (as stored; float32 for GGUF), float32, bfloat16 or float16;
     `device` is auto, cpu, cuda or cuda:N. For an `architecture` that is not known, the draft that `optprune inspect`
-    wrote, or its file, can be given: its claims are tried on a small model, and it is recorded in the config. Raises
-    InputError for a missing path, an unknown architecture, a draft of another model, damaged or missing weights.
+    wrote, or its file, can be given: its claims are tried on a small model, and it is recorded in the config. Of a
+    vision-language model the language part is loaded, as a text model. Raises InputError for a missing path, an unknown
+    architecture, a draft of another model, damaged or missing weights.
     """
     source = str(source)
     check_dtype(dtype)
     target = device_of(device)
     where, options = locate(source)
     config = _config(source, where, options, architecture)
-    model = _weights(source, where, config, options, DTYPES.get(dtype, "auto"))
+    whole = _whole(source, config)
+    model = _weights(source, where, config, options, DTYPES.get(dtype, "auto"), whole)
     for name, weight in model.named_parameters():
         check_finite(name, weight, source)
     Decoder(model).joined()
     model.to(target)  # type: ignore[arg-type]  # transformers overloads .to
-    return LoadedModel(model.eval(), load_tokenizer(source), source)
+    return LoadedModel(model.eval(), load_tokenizer(source), source, whole=whole)
 
 
 def open_model(
@@ -122,9 +128,9 @@ def open_model(
     target = device_of(device)
     where, options = locate(source)
     config, gguf = _config(source, where, options, architecture), options.get("gguf_file")
-    listed = architecture_of(config).blocks
+    listed, whole = architecture_of(config).blocks, _whole(source, config)
     with reading("weights", source, where, options):
-        checkpoint = None if gguf else Checkpoint.open(where, source)
+        checkpoint = None if gguf else stored_checkpoint(source, whole)
     with reading("config", source, where, options):
         stored = torch.float32 if checkpoint is None else getattr(config, "dtype", None) or checkpoint.dtype
         floats = DTYPES.get(dtype, stored)
@@ -138,7 +144,27 @@ def open_model(
         checkpoint = fill(model, checkpoint, listed, target)
     blocks = {decoder.block_name(index): block for index, block in enumerate(decoder.blocks)}
     store = BlockStore(blocks, checkpoint, target, floats, sink, scratch, decoder.architecture.float32)
-    return LoadedModel(model.eval(), load_tokenizer(source), source, store)
+    return LoadedModel(model.eval(), load_tokenizer(source), source, store, whole)
+
+
+def vision_folder(source: str) -> VisionFolder | None:
+    """Return the vision-language model of a source; None where the source is of text alone."""
+    where, options = locate(source)
+    with reading("config", source, where, options):
+        return None if options else VisionFolder.of(source, where)
+
+
+def _whole(source: str, config: PretrainedConfig) -> VisionFolder | None:
+    """Return the vision-language model of a source whose config was read, if it is one."""
+    return vision_folder(source) if architecture_of(config).part_of else None
+
+
+def stored_checkpoint(source: str, whole: VisionFolder | None) -> Checkpoint:
+    """Return the stored tensors of a model folder or hub name, of a vision-language model those of the language part.
+
+    Names are those of checkpoints of a text model.
+    """
+    return Checkpoint.open(locate(source)[0], source) if whole is None else whole.language_checkpoint()
 
 
 def gguf_tensors(source: str, model: PreTrainedModel) -> dict[str, GgufTensor]:
@@ -161,7 +187,8 @@ def traceable_config(source: str | Path) -> PretrainedConfig:
     if options:
         raise InputError(f"{source} is a GGUF file, which cannot be traced: give a model folder")
     with reading("config", source, where, options):
-        return AutoConfig.from_pretrained(where, **NO_CODE)
+        whole = VisionFolder.of(source, where)
+        return AutoConfig.from_pretrained(where, **NO_CODE) if whole is None else copy.deepcopy(whole.config)
 
 
 def load_shapes(source: str | Path, config: PretrainedConfig) -> Decoder:
@@ -171,18 +198,29 @@ def load_shapes(source: str | Path, config: PretrainedConfig) -> Decoder:
 
 
 def _config(source: str, where: str, options: dict[str, Any], described: Described | None = None) -> PretrainedConfig:
-    draft = Draft.read(described) if isinstance(described, str | Path) else described
+    draft, whole = Draft.read(described) if isinstance(described, str | Path) else described, None
     with reading("config", source, where, options):
         if not options:
             fields: Any = PretrainedConfig.get_config_dict(where)[0]
-            if draft is None:
+            whole = VisionFolder.of(source, where)
+            if whole is not None and draft is not None:
+                raise InputError(
+                    f"{source} is a {whole.family.model_type} model, which no draft describes: leave it out"
+                )
+            if draft is None and whole is None:
                 # Checked before AutoConfig, which would run the code of an architecture that it does not know.
                 architecture_named(*(fields.get("model_type"), fields) if isinstance(fields, dict) else (None,))
-            if isinstance(fields, dict) and "text_config" in fields:
+            if whole is None and isinstance(fields, dict) and "text_config" in fields:
                 raise InputError(
                     f"the config of {source} has a text_config, so the model is not of text alone: give a text model"
                 )
-        config = gguf_config(where, **options) if options else AutoConfig.from_pretrained(where, **NO_CODE)
+        if options:
+            config = gguf_config(where, **options)
+        elif whole is not None:
+            config = copy.deepcopy(whole.config)
+        else:
+            config = AutoConfig.from_pretrained(where, **NO_CODE)
+            stand_alone(config)  # a language part that was saved alone
         if draft is not None:
             draft.put_into(config)
         architecture = architecture_of(config)
@@ -193,6 +231,7 @@ def _config(source: str, where: str, options: dict[str, Any], described: Describ
         check_laws(draft, config)
     check_weights_named(config, source)
     quantised = getattr(config, "quantization_config", None)
+    quantised = quantised if whole is None else whole.fields.get("quantization_config", quantised)
     if quantised is not None and not options:
         method = quantised.get("quant_method") if isinstance(quantised, dict) else type(quantised).__name__
         raise InputError(
@@ -203,16 +242,23 @@ def _config(source: str, where: str, options: dict[str, Any], described: Describ
 
 
 def _weights(
-    source: str, where: str, config: PretrainedConfig, options: dict[str, Any], dtype: torch.dtype | str
+    source: str,
+    where: str,
+    config: PretrainedConfig,
+    options: dict[str, Any],
+    dtype: torch.dtype | str,
+    whole: VisionFolder | None,
 ) -> PreTrainedModel:
     cls: Any = AutoModelForCausalLM
     with reading("weights", source, where, options):
-        if options:
+        if options or whole is not None:
             # from_pretrained would parse the file again and list the names of every module, which takes seconds.
             shapes = skeleton(config, torch.float32)
-            state = {name: part.read() for name, part in gguf_tensors(source, shapes).items()}
+            found = gguf_tensors(source, shapes) if whole is None else whole.language_checkpoint().tensors
+            state = {name: part.read() for name, part in found.items()}
             cls, folder, given = type(shapes), None, {"config": copy.deepcopy(config), "state_dict": state}
-            dtype = torch.float32 if dtype == "auto" else dtype
+            stored = torch.float32 if whole is None else config.dtype or whole.language_checkpoint().dtype
+            dtype = stored if dtype == "auto" else dtype
         else:
             check_weights_files(source, where)
             # The config is passed on, since the files do not hold a draft.

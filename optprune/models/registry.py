@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,9 +11,10 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from optprune.errors import InputError
-from optprune.models.architecture import Architecture
+from optprune.models.architecture import PART_FIELD, Architecture
 from optprune.models.draft import draft_in
 from optprune.models.families import ARCHITECTURES
+from optprune.models.vision import VISION_FAMILIES
 from optprune.system.wording import shown
 
 SHAPES_FIELD = "optprune_shapes"
@@ -41,7 +43,9 @@ for _architecture in ARCHITECTURES.values():
 
 def architecture_of(config: PretrainedConfig) -> Architecture:
     """Return the architecture of a config; InputError that lists the known ones and what is not understood."""
-    return architecture_named(config.model_type, config).for_config(config)
+    found = architecture_named(config.model_type, config).for_config(config)
+    whole = VISION_FAMILIES.get(getattr(config, PART_FIELD, ""))
+    return found if whole is None else replace(found, part_of=whole.model_type, ordered=whole.ordered)
 
 
 def is_known(config: PretrainedConfig) -> bool:
@@ -57,8 +61,9 @@ def architecture_named(model_type: object, config: PretrainedConfig | dict[str, 
     found = _known(model_type, config)
     if found is None:
         raise InputError(
-            f"the architecture {model_type!r} is not known: optprune prunes {', '.join(sorted(ARCHITECTURES))} "
-            f"(an architecture is an entry of optprune/models/families.py){not_understood(config)}"
+            f"the architecture {model_type!r} is not known: optprune prunes {', '.join(sorted(ARCHITECTURES))} and the "
+            f"language part of {', '.join(sorted(VISION_FAMILIES))} (an "
+            f"architecture is an entry of optprune/models/families.py){not_understood(config)}"
             "; optprune inspect MODEL drafts one for --architecture, where that is safe"
         )
     return found

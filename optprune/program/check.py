@@ -31,6 +31,12 @@ def check(program: Program) -> tuple[str, ...]:
     NoSolver where the solver refuses the problems of the layers; StrictError where a strict recipe has a note.
     """
     decoder, method = program.decoder, program.method
+    part_of = decoder.architecture.part_of
+    if part_of and program.request.recipe.vocabulary is not None:
+        raise InputError(
+            f"the tokens of a {part_of} model are known to its processor, so its vocabulary is not pruned: leave out "
+            "--vocabulary"
+        )
     _check_alike(program)
     for kind in program.units.kinds:
         kind.check_possible(decoder)
@@ -80,23 +86,30 @@ def check_parts(decoder: Decoder, recipe: Recipe, allocation: Allocation | None)
     emptied = allocation is not None and any(
         block.shape.parts != shape.parts for block, shape in zip(allocation.blocks, decoder.shapes(), strict=False)
     )
-    if decoder.architecture.pruned is None and (isinstance(recipe.units, Blocks) or emptied):
+    architecture = decoder.architecture
+    if architecture.pruned is None and (isinstance(recipe.units, Blocks) or emptied):
         raise InputError(
-            f"no sub-block of a {decoder.architecture.model_type} model can be removed under a draft, which has no "
-            "classes for that: prune units mlp or weights"
+            f"no sub-block of a {architecture.model_type} model can be removed {architecture.alike}: prune units mlp "
+            "or weights"
+        )
+    if architecture.ordered and (isinstance(recipe.units, Blocks) or emptied):
+        raise InputError(
+            f"no block of the language part of a {architecture.part_of} model can be removed, because "
+            f"{architecture.ordered}: prune units mlp or weights"
         )
 
 
 def _check_alike(program: Program) -> None:
     """Raise InputError where blocks may come to differ, and there are no classes for that, as under a draft."""
     decoder, recipe, allocation = program.decoder, program.request.recipe, program.allocation
-    if decoder.architecture.pruned is not None:
+    alike = decoder.architecture.alike
+    if not alike:
         return
     check_parts(decoder, recipe, allocation)
     fitted, _ = RUNTIMES["transformers"].fitted(recipe, decoder, allocation)
     if fitted != recipe:
         raise InputError(
-            f"blocks of a {decoder.architecture.model_type} model stay alike under a draft, and the recipe "
+            f"blocks of a {decoder.architecture.model_type} model stay alike {alike.partition(',')[0]}, and the recipe "
             f"{recipe.name} lets them differ: --target transformers, or --allocation uniform"
         )
 

@@ -56,6 +56,8 @@ class Runtime:
     """the multiple that chosen MLP widths should have"""
     must: bool = False
     """whether other widths are refused"""
+    parts: bool = False
+    """whether it loads the vision-language models of which language parts are pruned"""
     own_vocabulary: bool = False
     """whether it tokenises with its own code, so that it must know the tokenizer"""
     of_values: str = ""
@@ -156,7 +158,12 @@ class Runtime:
 
     def _refuses_kind(self, decoder: Decoder) -> str | None:
         """Return the property of a model, beside its shapes, that it does not take."""
-        family = decoder.architecture.model_type
+        family, whole = decoder.architecture.model_type, decoder.architecture.part_of
+        if whole and not self.parts:
+            return (
+                f"{whole} models: leave out --target, or prune the language part alone, which "
+                "load_model(FOLDER).model.save_pretrained(TEXT_FOLDER) writes"
+            )
         if family not in self.families and not self._drafted(decoder):
             return f"models of the kind {family}: it takes {', '.join(self.families)}"
         known = self.scalings(family)
@@ -218,7 +225,7 @@ def _expected(recipe: Recipe, decoder: Decoder, allocation: Allocation | None) -
 RUNTIMES = {
     runtime.name: runtime
     for runtime in (
-        Runtime("transformers", drafted=True),
+        Runtime("transformers", drafted=True, parts=True),
         Runtime(
             "vllm",
             families=tuple(name for name in ARCHITECTURES if name not in RECURRENT),  # not tried there

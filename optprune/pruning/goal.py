@@ -107,6 +107,12 @@ class SizeGoal(Goal):
 
     def reach(self, search: Search) -> GoalReached:
         some = search.program_at(FIRST_TRY)
+        whole = some.decoder.architecture.part_of
+        if whole:
+            raise InputError(
+                f"the goal {self.asked} would be the size of a {whole} folder, whose vision part is not pruned: give "
+                "--sparsity"
+            )
         itemsize = search.itemsize or some.itemsize
         removed = some.vocabulary_removed * itemsize
         linear = some.decoder.linear_weights() * itemsize

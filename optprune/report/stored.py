@@ -10,8 +10,18 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from optprune.models import BlockShape, Decoder, Draft, gguf_tensors, is_gguf, is_stock, load_config, load_shapes
-from optprune.models.checkpoint import Checkpoint
+from optprune.models import (
+    BlockShape,
+    Decoder,
+    Draft,
+    gguf_tensors,
+    is_gguf,
+    is_stock,
+    load_config,
+    load_shapes,
+    vision_folder,
+)
+from optprune.models.load import stored_checkpoint
 from optprune.models.skeleton import unexpected_tensors, with_model_names
 from optprune.models.surgery import put_parameters
 from optprune.report.records import Report
@@ -84,7 +94,7 @@ def open_stored(source: str, draft: Draft | None = None) -> StoredModel:
         found = gguf_tensors(source, model)
         tensors = {name: tensor.transposed() if turned(name) else tensor for name, tensor in found.items()}
     else:
-        checkpoint = with_model_names(model, Checkpoint.open(source))
+        checkpoint = with_model_names(model, stored_checkpoint(source, vision_folder(source)))
         tensors = checkpoint.tensors
         faults += [
             Fault(
@@ -290,6 +300,8 @@ class ModelSummary:
     """the number of linear weights of the decoder blocks"""
     linear_before: int
     """the number of linear weights before pruning"""
+    auto_class: str = "AutoModelForCausalLM"
+    """the class of transformers that loads it"""
 
     @property
     def itemsize(self) -> int | None:
@@ -309,6 +321,7 @@ class ModelSummary:
             bytes=size,
             linear_weights=decoder.linear_weights(),
             linear_before=sum(decoder.weights_of(change.before) for change in report.blocks),
+            auto_class=decoder.architecture.auto_class,
         )
 
 
@@ -332,8 +345,8 @@ def loading_code(model: ModelSummary) -> str:
     trust = "" if model.stock else ", trust_remote_code=True"
     # AutoTokenizer would ask to trust the code beside the config, which the tokenizer does not need.
     tokenizer = "AutoTokenizer" if model.stock else "PreTrainedTokenizerFast"
-    names = f"AutoModelForCausalLM, {tokenizer}" if model.tokenizer else "AutoModelForCausalLM"
+    names = f"{model.auto_class}, {tokenizer}" if model.tokenizer else model.auto_class
     lines = [f"from transformers import {names}", "", 'folder = "."  # the one that this file is in']
     if model.tokenizer:
         lines += [f"tokenizer = {tokenizer}.from_pretrained(folder)"]
-    return "\n".join([*lines, f"model = AutoModelForCausalLM.from_pretrained(folder{trust})"])
+    return "\n".join([*lines, f"model = {model.auto_class}.from_pretrained(folder{trust})"])

@@ -1,0 +1,205 @@
+"""Vision-language folders: the language part in them, read as a text model, and what stays as it is around it.
+
+The text model is one of a family that optprune knows, under the names of its own checkpoints. Everything else in the
+folder (vision tower, projector, processor) is copied, byte for byte.
+"""
+
+from collections.abc import Iterable, Mapping
+from copy import deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, PretrainedConfig
+
+from optprune.errors import InputError
+from optprune.models.architecture import PART_FIELD
+from optprune.models.checkpoint import Checkpoint, own_or_cached
+from optprune.models.families import ARCHITECTURES
+from optprune.models.sources import NO_CODE
+from optprune.system.files import read_json
+
+TEXT = "text_config"
+"""the field of the config, and of config.json, that describes the language part"""
+PREFIXES = (
+    ("model.language_model.", "model."),
+    ("language_model.model.", "model."),
+    ("language_model.lm_head.", "lm_head."),
+    ("lm_head.", "lm_head."),
+)
+"""the beginnings of tensor names of the language part in files, as transformers has written them at one time or
+another, each with that in the text model's own checkpoints"""
+MODULES = (("lm_head.", "lm_head."), ("model.", "model.language_model."))
+"""the beginnings of names in the text model, each with that in the vision-language model of transformers"""
+PLACEHOLDERS = ("image_token_id", "video_token_id")
+"""the config fields that hold a token in whose place an image is put"""
+
+
+OF_SAVING = ("_name_or_path", "transformers_version", "architectures", "dtype")
+"""the fields of a config that say how it was loaded and saved, not what the model is"""
+
+
+@dataclass(frozen=True)
+class VisionFamily:
+    """One family of vision-language models, as data."""
+
+    model_type: str
+    """config.model_type"""
+    text: str = ""
+    """the only model_type of its language part; empty where that may be any family of Llama's layout"""
+    read_as: str = ""
+    """the family that computes the same on text, where the language part has a class of its own"""
+    dropped: tuple[str, ...] = ()
+    """the entries of the rotary embeddings that make no difference on text, and that the other family does not know"""
+    ordered: str = ""
+    """why blocks cannot be removed whole, where the number of a block says what it gets"""
+
+
+VISION_FAMILIES = {
+    family.model_type: family
+    for family in (
+        VisionFamily("gemma3", text="gemma3_text"),
+        VisionFamily("llava"),
+        VisionFamily("mistral3"),
+        # Tokens of text have the same position in all three dimensions, so the sections of the angles are as in Qwen3.
+        VisionFamily(
+            "qwen3_vl",
+            text="qwen3_vl_text",
+            read_as="qwen3",
+            dropped=("mrope_section", "mrope_interleaved"),
+            ordered="the first blocks are those that features of the image are added to",
+        ),
+    )
+}
+"""every family of vision-language models, by the model_type of its config"""
+
+
+@dataclass(frozen=True, eq=False)
+class VisionFolder:
+    """A vision-language model, of whose files only the language part is read as a model."""
+
+    source: str
+    """the source as the user named it"""
+    where: str
+    """the folder or the hub name"""
+    fields: Mapping[str, Any]
+    """the contents of config.json"""
+    config: PretrainedConfig = field(repr=False)
+    """the config of the language part, as it was read"""
+
+    @classmethod
+    def of(cls, source: str, where: str) -> "VisionFolder | None":
+        """Return the vision-language model in a folder or of a hub name; None for a model of text alone."""
+        fields: Any = PretrainedConfig.get_config_dict(where)[0]
+        if not isinstance(fields, dict) or fields.get("model_type") not in VISION_FAMILIES:
+            return None
+        stored = read_json(Path(str(own_or_cached(where, "config.json"))).read_text(encoding="utf-8"), "config.json")
+        return cls(source, where, stored, _text_config(AutoConfig.from_pretrained(where, **NO_CODE), source))
+
+    @property
+    def family(self) -> VisionFamily:
+        """The family of the whole model."""
+        return VISION_FAMILIES[self.fields["model_type"]]
+
+    def refused(self, why: str) -> InputError:
+        """Return the error for a use that is for models of text alone."""
+        return InputError(
+            f"{self.source or 'the model'} is a {self.family.model_type} model, and {why}: save the language part "
+            "alone, load_model(FOLDER).model.save_pretrained(TEXT_FOLDER)"
+        )
+
+    def config_with(self, pruned: PretrainedConfig) -> dict[str, Any]:
+        """Return the contents of config.json with the language part of another shape; the rest is as it was."""
+        before, after = _plain(self.config), _plain(pruned)
+        changed = {name: value for name, value in after.items() if before.get(name) != value}
+        for name in OF_SAVING:
+            changed.pop(name, None)
+        fields = {name: value for name, value in self.fields.items() if name not in ("auto_map", "custom_pipelines")}
+        return {**fields, TEXT: {**fields.get(TEXT, {}), **changed}} if changed else fields
+
+    def checkpoint(self) -> Checkpoint:
+        """Return all tensors, by their names in the files and in their order there."""
+        return Checkpoint.open(self.where, self.source, is_language)
+
+    def language_checkpoint(self) -> Checkpoint:
+        """Return the tensors of the language part, by their names in the text model."""
+        named = ((language_name(name), tensor) for name, tensor in self.checkpoint().tensors.items())
+        return Checkpoint(self.source, {name: tensor for name, tensor in named if name})
+
+    def stored_names(self, stored: Iterable[str], names: Iterable[str]) -> dict[str, str]:
+        """Return the names in the files for tensors of the text model, which may be fewer than were stored."""
+        known = {language_name(name): name for name in stored}
+        begins = next(there for there, here in PREFIXES if here == "model." and _any_begins(stored, there))
+        return {name: known.get(name) or name.replace("model.", begins, 1) for name in names}
+
+    def without_images(self, ids: Tensor) -> Tensor:
+        """Return token ids with another token in the place of those that stand for an image."""
+        standing = [self.fields.get(name, self.fields.get(name.replace("_id", "_index"))) for name in PLACEHOLDERS]
+        known = torch.tensor([token for token in standing if isinstance(token, int)], dtype=ids.dtype)
+        return ids.masked_fill(torch.isin(ids, known.to(ids.device)), 0)
+
+
+def is_language(name: str) -> bool:
+    """Return whether a tensor of a vision-language model is of its language part, by its name in a file."""
+    return name.startswith(tuple(there for there, _ in PREFIXES))
+
+
+def language_name(name: str) -> str:
+    """Return the name in the text model of a tensor of a vision-language model; empty for one of another part."""
+    for there, here in PREFIXES:
+        if name.startswith(there):
+            return here + name.removeprefix(there)
+    return ""
+
+
+def module_name(name: str) -> str:
+    """Return the name in the vision-language model of a module of the text model."""
+    for here, there in MODULES:
+        if f"{name}.".startswith(here):
+            return (there + f"{name}.".removeprefix(here)).removesuffix(".")
+    return name
+
+
+def stand_alone(config: PretrainedConfig) -> None:
+    """Make the config of a language part that of a text model of its own, in place."""
+    vars(config).pop(PART_FIELD, None)
+
+
+def _any_begins(names: Iterable[str], start: str) -> bool:
+    return any(name.startswith(start) for name in names)
+
+
+def _plain(config: PretrainedConfig) -> dict[str, Any]:
+    fields = config.to_dict()
+    fields.pop(PART_FIELD, None)
+    return fields
+
+
+def _text_config(whole: PretrainedConfig, source: str) -> PretrainedConfig:
+    """Return the config of the language part, as one of a family of text models; InputError where there is none."""
+    family, config = VISION_FAMILIES[whole.model_type], deepcopy(getattr(whole, TEXT))
+    kind = config.model_type
+    known = ARCHITECTURES.get(family.read_as or kind)
+    layout = known is not None and known.blocks == "model.layers" and known.mixture is None
+    if known is None or not layout or kind != (family.text or kind):
+        raise InputError(
+            f"the language part of {source} is a {kind} model, which is not pruned in a {family.model_type} folder: "
+            f"optprune takes {family.text or 'dense families with the layout of Llama'}"
+        )
+    if family.read_as:
+        fields = config.to_dict()
+        rotary = fields.get("rope_parameters") or {}
+        fields["rope_parameters"] = {name: value for name, value in rotary.items() if name not in family.dropped}
+        config = AutoConfig.for_model(**{**fields, "model_type": family.read_as})
+    for name in filter(None, (known.logits_divisor, known.logits_factor, known.logits_cap)):
+        if getattr(config, name, None) not in (None, 1, 1.0):
+            raise InputError(
+                f"the {TEXT} of {source} has {name}, which a {kind} model scales its logits by and a "
+                f"{family.model_type} model does not: give a text model"
+            )
+    config.tie_word_embeddings = whole.tie_word_embeddings
+    config.dtype = whole.dtype or config.dtype
+    setattr(config, PART_FIELD, family.model_type)
+    return config

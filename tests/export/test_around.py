@@ -1,0 +1,375 @@
+"""Vision-language folders whose language part is pruned: the rest byte for byte, and what stock transformers loads."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+import optprune
+from optprune.cli import main
+from optprune.errors import InputError, OptpruneError
+from optprune.export import GgufFile, OnnxFolder, export, save_model
+from optprune.models import Decoder, KvGroups, LoadedModel, Mlp, load_config, load_model, open_model
+from optprune.models.vision import language_name
+from optprune.recipe import load_recipe
+from optprune.texts import demo_articles
+from tests.helpers.tiny_models import save_tiny, tiny_llama
+from tests.helpers.tiny_vision import answer, by_vision_family, save_vision, stock, tiny_vision, with_image
+from tests.helpers.token_batches import batches
+
+CHECK_TOKENS = torch.arange(10, 42)[None]
+EPSILON = torch.finfo(torch.float32).eps
+TAKEN = ("preprocessor_config.json", "chat_template.jinja", "generation_config.json", "tokenizer.json")
+MIXED = torch.arange(128) % 3 != 1
+"""the MLP units that stay"""
+
+
+def rounding(logits: Tensor, terms: int = 128, blocks: int = 2) -> float:
+    """The largest difference of logits that another order of summation causes, with four for the norms between."""
+    return 4 * blocks * terms * EPSILON * float(logits.abs().max())
+
+
+def raw(folder: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
+    """The dtype, the shape and the bytes of the tensors of all files of a folder."""
+    found = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        data = file.read_bytes()
+        length = int.from_bytes(data[:8], "little")
+        header = json.loads(data[8 : 8 + length])
+        header.pop("__metadata__", None)
+        for name, entry in header.items():
+            begin, end = (8 + length + offset for offset in entry["data_offsets"])
+            assert name not in found
+            found[name] = entry["dtype"], tuple(entry["shape"]), data[begin:end]
+    return found
+
+
+def fields(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(params=["gemma3", "llava", "mistral3", "qwen3_vl"])
+def source(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A folder of each family."""
+    return save_vision(tiny_vision(request.param), tmp_path / request.param)
+
+
+def sliced(loaded: LoadedModel, units: Any, kept: Tensor) -> LoadedModel:
+    """The model with these units of every block."""
+    decoder = loaded.decoder()
+    for index in range(len(decoder.blocks)):
+        with decoder.resident(index, keep=True):
+            for layers in units.layers(decoder, index):
+                decoder.keep_units(index, layers, kept)
+    decoder.record_shapes()
+    return loaded
+
+
+def test_where_nothing_is_removed_all_bytes_stay_and_an_image_is_answered_the_same(source: Path) -> None:
+    saved = save_model(load_model(source), out := source.parent / "out", check_tokens=CHECK_TOKENS)
+    assert saved.stock and saved.logits_difference == 0
+    assert raw(out) == raw(source) and fields(out) == fields(source)
+    for name in TAKEN:
+        assert (out / name).read_bytes() == (source / name).read_bytes(), name
+    for seed in (0, 1):
+        (before, words), (after, again) = answer(stock(source), seed), answer(stock(out), seed)
+        assert torch.equal(before, after) and words == again
+    assert not torch.equal(answer(stock(out), 0)[0][:, -1], answer(stock(out), 1)[0][:, -1])
+
+
+def test_removed_mlp_units_are_zeroed_columns_for_an_image_too(source: Path) -> None:
+    save_model(sliced(load_model(source), Mlp(), MIXED), out := source.parent / "out", check_tokens=CHECK_TOKENS)
+    zeroed = stock(source)
+    for block in zeroed.model.language_model.layers:
+        block.mlp.down_proj.weight.data[:, ~MIXED] = 0
+    inputs = with_image(zeroed.config)
+    with torch.no_grad():
+        expected, found = zeroed(**inputs).logits, stock(out)(**inputs).logits
+        dense = stock(source)(**inputs).logits
+    assert (found - expected).abs().max() <= rounding(expected)
+    assert (dense - expected).abs().max() > 100 * rounding(expected)
+    assert fields(out)["text_config"].pop("intermediate_size") == int(MIXED.sum())
+    for each in (before := fields(source), after := fields(out)):
+        del each["text_config"]["intermediate_size"]
+    assert before == after
+    assert answer(stock(out))[1] == answer(zeroed)[1]
+    check_rest(source, out)
+
+
+def check_rest(source: Path, out: Path) -> None:
+    """Tensors beside the language part have the names and bytes that they had."""
+    before, after = raw(source), raw(out)
+    rest = {name for name in before if not language_name(name)}
+    assert rest == {name for name in after if not language_name(name)} and len(rest) > 10
+    assert all(before[name] == after[name] for name in rest)
+    assert set(after) <= set(before)
+
+
+def test_removed_heads_are_zeroed_columns_for_an_image_too(source: Path) -> None:
+    loaded = load_model(source)
+    kept = torch.tensor([True, False])
+    save_model(sliced(loaded, KvGroups(), kept), out := source.parent / "out", check_tokens=CHECK_TOKENS)
+    zeroed, width = stock(source), 16
+    for block in zeroed.model.language_model.layers:
+        block.self_attn.o_proj.weight.data[:, 2 * width :] = 0
+    inputs = with_image(zeroed.config)
+    with torch.no_grad():
+        expected, found = zeroed(**inputs).logits, stock(out)(**inputs).logits
+    assert (found - expected).abs().max() <= rounding(expected)
+    assert fields(out)["text_config"]["num_key_value_heads"] == 1
+    check_rest(source, out)
+
+
+def test_the_language_part_is_pruned_as_the_text_model_alone(source: Path) -> None:
+    """Bit for bit, in memory, and read block by block."""
+    recipe = load_recipe("structured_uniform_best", {"sparsity": 0.2})
+    load_model(source).model.save_pretrained(text := source.parent / "text")
+    folders = []
+    for where, read in ((source, load_model), (source, open_model), (text, load_model)):
+        loaded = read(where)
+        report = optprune.prune(loaded.model, batches(), recipe, store=loaded.store)
+        folders.append(source.parent / f"out{len(folders)}")
+        save_model(loaded, folders[-1], report=report, recipe=recipe, check_tokens=CHECK_TOKENS)
+    first, streamed, alone = map(raw, folders)
+    assert first == streamed
+    assert {language_name(name): data for name, data in first.items() if language_name(name)} == alone
+    assert folders[0].joinpath("config.json").read_bytes() == folders[1].joinpath("config.json").read_bytes()
+    check_rest(source, folders[0])
+
+
+@pytest.mark.parametrize("family", ["gemma3", "llava", "mistral3"])
+def test_whole_blocks_go(family: str, tmp_path: Path) -> None:
+    folder = save_vision(tiny_vision(family, num_hidden_layers=4), tmp_path / "model")
+    loaded, recipe = load_model(folder), load_recipe("depth", {"sparsity": 0.4, "allocation.parts": "layers"})
+    report = optprune.prune(loaded.model, batches(), recipe)
+    save_model(loaded, out := tmp_path / "out", report=report, recipe=recipe, check_tokens=CHECK_TOKENS)
+    left, gone = stock(out), [at for at, block in enumerate(report.blocks) if not block.after.parts]
+    assert len(left.model.language_model.layers) == 4 - len(gone) < 4
+    skipped = stock(folder)
+    for index in gone:
+        block = skipped.model.language_model.layers[index]
+        block.self_attn.o_proj.weight.data.zero_()
+        block.mlp.down_proj.weight.data.zero_()
+    inputs = with_image(left.config)
+    with torch.no_grad():
+        expected, found = skipped(**inputs).logits, left(**inputs).logits
+    assert (found - expected).abs().max() <= rounding(expected, blocks=4)
+    check_rest(folder, out)
+
+
+def test_features_of_an_image_keep_the_blocks_that_they_are_added_to(tmp_path: Path) -> None:
+    loaded = load_model(save_vision(tiny_vision("qwen3_vl"), tmp_path / "model"))
+    recipe = load_recipe("depth", {"sparsity": 0.4, "allocation.parts": "layers"})
+    with pytest.raises(InputError, match="no block of the language part of a qwen3_vl model can be removed, because"):
+        optprune.prune(loaded.model, batches(), recipe)
+
+
+def test_tensors_lie_in_shards_of_both_parts(tmp_path: Path) -> None:
+    folder = save_vision(tiny_vision("llava"), tmp_path / "model")
+    stock(folder).save_pretrained(folder, max_shard_size="100KB")
+    (folder / "model.safetensors").unlink()
+    assert len(list(folder.glob("model-*.safetensors"))) > 3
+    save_model(open_model(folder), out := tmp_path / "out", check_tokens=CHECK_TOKENS, max_shard_size="150KB")
+    assert len(list(out.glob("model-*.safetensors"))) > 2 and raw(out) == raw(folder)
+    index = json.loads((out / "model.safetensors.index.json").read_text(encoding="utf-8"))
+    assert index["metadata"]["total_size"] == sum(len(data) for _, _, data in raw(out).values())
+    for name, file in index["weight_map"].items():
+        with safe_open(out / file, "pt") as shard:
+            assert name in set(shard.keys())
+    assert torch.equal(answer(stock(out))[0], answer(stock(folder))[0])
+
+
+def test_numbers_of_any_kind_are_copied(tmp_path: Path) -> None:
+    folder = save_vision(tiny_vision("llava"), tmp_path / "model")
+    from safetensors.torch import load_file, save_file
+
+    name = "vision_tower.encoder.layers.0.mlp.fc1.bias"
+    tensors = load_file(folder / "model.safetensors")
+    tensors |= {name: tensors[name].bfloat16(), "vision_tower.embeddings.position_ids": torch.arange(17)[None]}
+    tensors[name][0] = torch.nan
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    save_model(load_model(folder), out := tmp_path / "out")
+    assert raw(out) == raw(folder)
+
+
+def test_a_model_without_its_folder_is_saved_as_text(tmp_path: Path) -> None:
+    loaded = load_model(save_vision(tiny_vision("llava"), tmp_path / "model"))
+    save_model(loaded.model, out := tmp_path / "out", check_tokens=CHECK_TOKENS)
+    assert fields(out)["model_type"] == "llama" and "optprune_part_of" not in fields(out)
+    assert load_model(out).whole is None
+
+
+def test_code_elsewhere_is_not_named(tmp_path: Path) -> None:
+    folder = save_vision(tiny_vision("llava"), tmp_path / "model")
+    for name in ("config.json", "preprocessor_config.json"):
+        found = json.loads((folder / name).read_text(encoding="utf-8"))
+        (folder / name).write_text(json.dumps(found | {"auto_map": {"AutoConfig": "a/b--c.D"}}), encoding="utf-8")
+    save_model(load_model(folder), out := tmp_path / "out", check_tokens=CHECK_TOKENS)
+    assert "auto_map" not in fields(out)
+    assert json.loads((out / "preprocessor_config.json").read_text(encoding="utf-8")) == {"size": 16}
+
+
+def test_a_link_out_of_the_folder_is_refused(tmp_path: Path) -> None:
+    folder = save_vision(tiny_vision("llava"), tmp_path / "model")
+    (tmp_path / "secret").write_text("{}", encoding="utf-8")
+    (folder / "processor_config.json").symlink_to(tmp_path / "secret")
+    with pytest.raises(InputError, match=r"processor_config\.json of .* is a link"):
+        save_model(load_model(folder), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("exporter", [GgufFile(), OnnxFolder()], ids=lambda one: one.name)
+def test_other_formats_hold_no_vision_part(exporter: Any, tmp_path: Path) -> None:
+    folder = save_vision(tiny_vision("llava"), tmp_path / "model")
+    for model in (folder, load_model(folder)):
+        with pytest.raises(InputError, match="cannot hold its vision part: save the language part alone"):
+            export(model, tmp_path / "out", exporter)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_vision_part_keeps_its_dtype(tmp_path: Path) -> None:
+    folder = save_vision(tiny_vision("llava"), tmp_path / "model")
+    for loaded, dtype in ((load_model(folder), "bfloat16"), (load_model(folder, dtype="bfloat16"), "auto")):
+        with pytest.raises(InputError, match="stays float32, so its language part is not written as bfloat16"):
+            save_model(loaded, tmp_path / "out", dtype=dtype)
+    assert not (tmp_path / "out").exists()
+
+
+def test_blocks_of_different_shapes_are_refused(tmp_path: Path) -> None:
+    loaded = load_model(save_vision(tiny_vision("llava"), tmp_path / "model"))
+    with pytest.raises(InputError, match="stay alike in the language part of a llava model, and the recipe"):
+        optprune.prune(loaded.model, batches(), load_recipe("structured_best", {"sparsity": 0.2, "units": "mlp"}))
+    decoder = Decoder(loaded.model)
+    [layers] = Mlp().layers(decoder, 1)
+    decoder.keep_units(1, layers, MIXED)
+    with pytest.raises(InputError, match="the blocks of a language part llama model must have one shape"):
+        decoder.record_shapes()
+
+
+# -- the commands
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    file = tmp_path / "text.txt"
+    file.write_text("\n\n".join(demo_articles("calibration")[:6]), encoding="utf-8")
+    return file
+
+
+def command(folder: Path, text: Path, out: Path, *more: str) -> list[str]:
+    words = ("--calibration", str(text), "--samples", "8", "--seq-length", "32", "--output", str(out))
+    asked = () if "--to" in more else ("--sparsity", "0.2")
+    return ["prune", str(folder), *words, "--recipe", "structured_uniform_best", *asked, *more]
+
+
+def test_the_commands_take_the_folder(source: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, part = source.parent / "out", source.parent / "text"
+    assert main(command(source, text, out)) == 0
+    assert "loads with AutoModelForImageTextToText.from_pretrained(" in capsys.readouterr().out
+    check_rest(source, out)
+    assert stock(out).config.text_config.intermediate_size == 88
+    load_model(out).model.save_pretrained(part)
+    load_model(out).tokenizer.save_pretrained(part)
+    found = []
+    for folder in (out, part):
+        measured = folder.parent / f"{folder.name}.json"
+        words = ("--text", str(text), "--seq-length", "32", "--windows", "4", "--json", str(measured))
+        assert main(["evaluate", str(folder), *words]) == 0
+        found.append(json.loads(measured.read_text(encoding="utf-8"))["perplexity"])
+    assert found[0] == found[1]
+    assert main(["audit", str(out), "--against", str(source)]) == 0
+    assert main(["report", str(out)]) == 0
+    assert main(["plan", str(source), "--no-probe", "--seq-length", "64", "--recipe", "structured_uniform_best"]) == 0
+    assert "AutoModelForImageTextToText" in (out / "report.html").read_text(encoding="utf-8")
+    card = (out / "README.md").read_text(encoding="utf-8")
+    assert "AutoModelForImageTextToText" in card and "byte for byte" in card
+    assert main(command(source, text, out, "--overwrite")) == 0  # it holds the files of a model and nothing else
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        (("--recipe", "structured_best"), "--recipe structured_uniform_best"),
+        (("--units", "vo", "--sparsity", "0.1"), "fewer value dimensions"),
+        (("--recipe", "depth"), "remove whole layers"),
+        (("--vocabulary", "256"), "its vocabulary is not pruned"),
+        (("--save-dtype", "bfloat16"), "--save-dtype float32"),
+        (("--dtype", "bfloat16"), "--save-dtype float32"),
+        (("--target", "vllm"), "does not take llava models"),
+        (("--target", "gguf"), "does not take llava models"),
+        (("--to", "0.4MiB"), "whose vision part is not pruned: give --sparsity"),
+    ],
+)
+def test_what_the_folder_cannot_hold_is_refused_before_any_work(
+    more: tuple[str, ...], sentence: str, tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = save_vision(tiny_vision("llava"), tmp_path / "model")
+    capsys.readouterr()  # what making the folder has said
+    assert main(command(folder, text, tmp_path / "out", *more)) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ") and sentence in lines[0]
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.run").exists()
+
+
+def test_a_run_goes_on_where_it_was_stopped(
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = save_vision(tiny_vision("llava"), tmp_path / "model")
+    assert main(command(folder, text, tmp_path / "whole")) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr("optprune.export.folder.write_weights", stop)
+        assert main(command(folder, text, tmp_path / "out")) != 0
+    assert not (tmp_path / "out").exists() and (tmp_path / "out.run").exists()
+    assert main(command(folder, text, tmp_path / "out", "--resume")) == 0
+    assert raw(tmp_path / "out") == raw(tmp_path / "whole")
+
+
+def stop(*_: Any, **__: Any) -> None:
+    raise OptpruneError("stopped")
+
+
+def test_a_part_is_healed_in_its_folder(tmp_path: Path, text: Path) -> None:
+    folder, out, healed = (tmp_path / name for name in ("model", "out", "healed"))
+    save_vision(tiny_vision("llava"), folder)
+    assert main(command(folder, text, out)) == 0
+    words = ("--text", str(text), "--seq-length", "32", "--tokens", "2048", "--output", str(healed))
+    assert main(["heal", str(out), "--teacher", str(folder), *words]) == 0
+    check_rest(folder, healed)
+    assert raw(healed) != raw(out) and stock(healed).config.text_config.intermediate_size == 88
+
+
+def test_recipes_are_compared_on_the_language_part(
+    tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, out = save_vision(tiny_vision("llava"), tmp_path / "model"), tmp_path / "out"
+    other = tmp_path / "other.txt"
+    other.write_text("\n\n".join(demo_articles("calibration")[20:24]), encoding="utf-8")
+    words = ("--calibration", str(text), "--text", str(other), "--samples", "8", "--seq-length", "32")
+    recipes = ("--recipes", "structured_uniform_best", "--sparsities", "0.2", "--keep-models")
+    assert main(["compare", str(folder), *words, *recipes, "--output", str(out)]) == 0
+    [model] = (out / "models").iterdir()
+    check_rest(folder, model)
+    assert stock(model).config.text_config.intermediate_size == 88
+    capsys.readouterr()
+    assert main(["frontier", str(folder), "--text", str(other), "--seq-length", "32", "--output", str(out)]) == 2
+    assert "which hold no vision part: save the language part alone" in capsys.readouterr().err
+
+
+def test_a_text_model_is_no_part(tmp_path: Path) -> None:
+    assert not hasattr(load_config(save_tiny(tiny_llama(), tmp_path / "text")), "optprune_part_of")
+
+
+@by_vision_family
+def test_single_weights_go(family: str, tmp_path: Path) -> None:
+    folder = save_vision(tiny_vision(family), tmp_path / "model")
+    loaded, recipe = open_model(folder), load_recipe("wanda", {"sparsity": 0.5})
+    report = optprune.prune(loaded.model, batches(), recipe, store=loaded.store)
+    save_model(loaded, out := tmp_path / "out", report=report, recipe=recipe, check_tokens=CHECK_TOKENS)
+    assert fields(out) == fields(folder)
+    for block in stock(out).model.language_model.layers:
+        assert float((block.mlp.up_proj.weight == 0).float().mean()) == 0.5
+    check_rest(folder, out)
