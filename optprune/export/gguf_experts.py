@@ -74,11 +74,15 @@ class GgufExperts(Exporter):
         """Raise InputError where the folder lost or changed more than whole experts, or not equally many."""
         report, shapes = read_report(source.name), source.shapes.shapes()
         advice = f"so its tensors are not those of {self.original}: export it with --type instead of --original"
-        others = [layer.name for layer in report.layers if layer.kind != ExpertChoice.kind]
-        changed = others or [part.name for part in report.recovered]
+        changed = [layer.name for layer in report.layers if layer.kind != ExpertChoice.kind]
         if changed or len(shapes) != len(report.blocks):
             what = f"{changed[0]} was pruned" if changed else "blocks were removed"
             raise InputError(f"{source.name} lost more than experts ({what}), {advice}")
+        if report.recovered:
+            raise InputError(
+                f"the experts of {source.name} were refitted ({report.recovered[0].name}), {advice}, or prune with "
+                "--set refit.recovery=none"
+            )
         if any(before.parts != after.parts for before, after in ((one.before, one.after) for one in report.blocks)):
             raise InputError(f"{source.name} lost more than experts (sub-blocks were removed), {advice}")
         if report.vocabulary is not None:

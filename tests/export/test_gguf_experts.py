@@ -34,11 +34,12 @@ def run(*arguments: str) -> None:
     assert result.exit_code == 0, result.output
 
 
-def prune(dense: Path, output: Path, recipe: str = "experts_best", sparsity: float | None = None) -> Path:
+def prune(dense: Path, output: Path, recipe: str = "experts_best", sparsity: float | None = None, **more: Any) -> Path:
     """Three of four experts left in every block, where no sparsity is given."""
     loaded = load_model(dense, device="cpu")
     share = removed_by_experts(loaded.decoder(), 2)[3] if sparsity is None else sparsity
-    found = load_recipe(recipe, {"sparsity": share})
+    changes = {"refit.recovery": "none"} if recipe == "experts_best" else {}
+    found = load_recipe(recipe, {"sparsity": share, **changes, **more})
     save_model(loaded, output, report=optprune.prune(loaded.model, batches(), found), recipe=found)
     return output
 
@@ -102,11 +103,13 @@ def test_refusals_name_the_reason_and_write_nothing(tmp_path: Path) -> None:
     original = export(dense, tmp_path / "dense.gguf", GgufFile(kind="f16")).path
     narrow = prune(dense, tmp_path / "narrow", "fasp", 0.2)
     folder = prune(dense, tmp_path / "pruned")
+    refitted = prune(dense, tmp_path / "refitted", **{"refit.recovery": 1})
     other = export(saved(made("qwen3_moe", hidden_size=32), tmp_path / "o"), tmp_path / "o.gguf", GgufFile()).path
     stranger = export(saved(made("qwen3_moe", seed=1), tmp_path / "s"), tmp_path / "s.gguf", GgufFile()).path
     (tmp_path / "text.gguf").write_text("no model")
     cases = (
         (narrow, original, r"lost more than experts \(model.layers.0"),
+        (refitted, original, r"were refitted \(model.layers.0.mlp\).* --set refit.recovery=none"),
         (folder, other, "has embedding_length 32, and the dense model of .* 64"),
         (folder, stranger, "the router of block 0 .* has rows that .* does not have"),
         (folder, tmp_path / "text.gguf", "is not a GGUF file that can be read"),
