@@ -109,8 +109,8 @@ class SizeGoal(Goal):
         some = search.program_at(FIRST_TRY)
         if some.decoder.architecture.part_of:
             raise InputError(
-                f"the goal {self.asked} would be the size of a {some.decoder.architecture.part_of} folder, whose vision "
-                "part is not pruned: give --sparsity"
+                f"the goal {self.asked} would be the size of a {some.decoder.architecture.part_of} folder, whose "
+                "vision part is not pruned: give --sparsity"
             )
         itemsize = search.itemsize or some.itemsize
         removed = some.vocabulary_removed * itemsize
