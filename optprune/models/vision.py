@@ -18,7 +18,7 @@ from transformers.dynamic_module_utils import get_relative_import_files
 
 from optprune.errors import InputError
 from optprune.models.architecture import PART_FIELD
-from optprune.models.checkpoint import Checkpoint, own_or_cached
+from optprune.models.checkpoint import ENDING, Checkpoint, own_or_cached
 from optprune.models.families import ARCHITECTURES
 from optprune.models.pruned import (
     modeling_pruned_gemma3,
@@ -181,6 +181,12 @@ class VisionFolder:
     def checkpoint(self) -> Checkpoint:
         """Return all tensors, by their names in the files and in their order there."""
         return Checkpoint.open(self.where, self.source, is_language)
+
+    def bytes_around(self) -> int:
+        """Return the size of the tensors beside the language part; 0 where the weights are not in a folder here."""
+        if not any(Path(self.where).glob(f"*{ENDING}")):
+            return 0
+        return sum(tensor.bytes for name, tensor in self.checkpoint().tensors.items() if not is_language(name))
 
     def language_checkpoint(self) -> Checkpoint:
         """Return the tensors of the language part, by their names in the text model."""

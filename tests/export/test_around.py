@@ -18,8 +18,12 @@ import optprune
 from optprune.cli import main
 from optprune.errors import InputError, OptpruneError
 from optprune.export import GgufFile, OnnxFolder, export, save_model
-from optprune.models import Decoder, KvGroups, LoadedModel, Mlp, load_config, load_model, open_model
+from optprune.models import Decoder, KvGroups, LoadedModel, Mlp, load_config, load_model, load_shapes, open_model
 from optprune.models.vision import language_name
+from optprune.program import Request, resolve
+from optprune.program.memory import output_bytes
+from optprune.program.plan import planned_memory
+from optprune.program.resolve import places_of
 from optprune.recipe import load_recipe
 from optprune.texts import demo_articles
 from tests.helpers.mixed_models import mixed
@@ -458,6 +462,23 @@ def test_a_part_is_healed_in_its_folder(recipe: str, tmp_path: Path, text: Path)
     check_rest(folder, healed)
     assert raw(healed) != raw(out) and fields(healed) == fields(out)
     assert {name: data[1] for name, data in raw(healed).items()} == {name: data[1] for name, data in raw(out).items()}
+
+
+def test_the_plan_counts_the_vision_part(tmp_path: Path) -> None:
+    """The output as it is written, and the memory of the process that reloads it."""
+    folder = save_vision(tiny_vision("llava"), tmp_path / "model")
+    load_model(folder).model.save_pretrained(text := tmp_path / "text")
+    around = sum(len(data) for name, (_, _, data) in raw(folder).items() if not language_name(name))
+    programs = []
+    for where in (folder, text):
+        shapes = load_shapes(where, load_config(where))
+        request = Request(recipe=load_recipe("wanda"), seq_length=32, **places_of(str(where), shapes, "cpu", "auto"))
+        programs.append(resolve(shapes, request))
+    whole, alone = ({phase.name: phase for phase in planned_memory(one, 0).phases} for one in programs)
+    assert whole["saving"].disk_bytes - alone["saving"].disk_bytes == around > 10_000
+    assert whole["checking"].host_bytes - alone["checking"].host_bytes == around
+    save_model(load_model(folder), out := tmp_path / "out")
+    assert sum(len(data) for _, _, data in raw(out).values()) == output_bytes(programs[0])
 
 
 def test_recipes_are_compared_on_the_language_part(
