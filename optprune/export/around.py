@@ -11,11 +11,9 @@ from optprune.errors import InputError
 from optprune.export.place import TAKEN_FILES
 from optprune.export.source_files import own_file
 from optprune.models.checkpoint import own_or_cached
-from optprune.models.vision import VisionFolder, module_name
+from optprune.models.vision import OF_CODE, VisionFolder, module_name
 from optprune.system.files import read_json
 
-CODE = ("auto_map", "custom_pipelines")
-"""the entries of a file that name code elsewhere, which are not copied"""
 HUB_FILES = (
     *("generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
     *("added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model", "tekken.json"),
@@ -46,11 +44,13 @@ def write_around(whole: VisionFolder, config: PretrainedConfig, draft: Path) -> 
     draft.mkdir(parents=True, exist_ok=True)
     text = json.dumps(whole.config_with(config), indent=2, ensure_ascii=False) + "\n"
     (draft / "config.json").write_text(text, encoding="utf-8")
+    for file in whole.code(config):
+        (draft / file.name).write_bytes(file.read_bytes())
     for name, file in files_around(whole).items():
         data = file.read_bytes()
         if name.endswith(".json") and b'"auto_map"' in data:
             fields = read_json(data.decode("utf-8"), name)
-            kept = {key: value for key, value in fields.items() if key not in CODE}
+            kept = {key: value for key, value in fields.items() if key not in OF_CODE}
             data = (json.dumps(kept, indent=2, ensure_ascii=False) + "\n").encode()
         (draft / name).write_bytes(data)
 
@@ -70,7 +70,7 @@ def check_around(whole: VisionFolder, dtype: torch.dtype | None) -> None:
 def places_around(folder: Path, places: dict[str, str | int], here: str | int) -> dict[str, str | int]:
     """Return a device map for the whole of a language part: its modules by their names there, the others `here`."""
     with init_empty_weights():
-        model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(folder))
+        model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(folder, trust_remote_code=False))
     inside = {module_name(name): place for name, place in places.items()}
     others = [f"model.{name}" for name, _ in model.get_submodule("model").named_children()]
     return {name: here for name in others if not any(each.startswith(f"{name}.") for each in inside)} | inside

@@ -17,7 +17,7 @@ from torch import Tensor
 from optprune.errors import InputError, OptpruneError
 from optprune.export import reload_check
 from optprune.export.around import places_around
-from optprune.models import Decoder
+from optprune.models import Decoder, is_stock
 
 TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 """largest difference of logits, relative to the largest logit, that different threads and kernels may cause; a float64
@@ -94,6 +94,7 @@ def compare(
         "threads": torch.get_num_threads(),
         "paths": [path or str(Path.cwd()) for path in sys.path],
         "class": decoder.architecture.auto_class,
+        "trust": not is_stock(decoder.model.config),
         "places": places,
         "scratch": str(scratch),
     }

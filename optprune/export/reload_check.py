@@ -3,7 +3,8 @@
 usage: python -P reload_check.py TASK
 
 TASK is JSON: the folder, the file with token ids and logits, the number of threads, the import path of the process that
-saved the folder, the class of transformers, the device map ("disk" for blocks that are read when they run), and a
+saved the folder, the class of transformers and whether it may
+run code of the folder, the device map ("disk" for blocks that are read when they run), and a
 scratch folder. The script takes the part of a user without optprune: importing optprune is an error. Code in the
 folder, which optprune has just written, is trusted.
 """
@@ -12,7 +13,6 @@ import json
 import os
 import sys
 import threading
-from pathlib import Path
 
 CANNOT_IMPORT = 3
 """exit status where torch, safetensors or transformers cannot be imported"""
@@ -34,10 +34,9 @@ def main(words: str) -> None:
 
     torch.set_num_threads(task["threads"])
     recorded = load_file(task["record"])
-    config = json.loads((Path(task["folder"]) / "config.json").read_text(encoding="utf-8"))
     model = getattr(transformers, task["class"]).from_pretrained(
         task["folder"],
-        trust_remote_code="optprune_shapes" in config,
+        trust_remote_code=task["trust"],
         device_map=task["places"],
         offload_folder=task["scratch"],
     )

@@ -52,7 +52,7 @@ class Content:
 
     def stored_name(self, name: str) -> str:
         """Return the name of a tensor in a file; it is that in the model, except for stock classes."""
-        if name in self.around or not is_stock(self.decoder.model.config):
+        if name in self.around or (not self.named and not is_stock(self.decoder.model.config)):
             return name
         return self.named.get(name) or self.decoder.architecture.checkpoint_name(name)
 

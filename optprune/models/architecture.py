@@ -368,6 +368,8 @@ class Architecture:
     """function that returns the fields of this description that a config sets otherwise"""
     part_of: str = ""
     """the model_type of the vision-language model that the model is the language part of, if it is one"""
+    part_alike: bool = False
+    """whether there are no classes for such a vision-language model whose blocks differ in shape"""
     ordered: str = ""
     """why no block can be removed whole, where that is so"""
 
@@ -381,7 +383,7 @@ class Architecture:
     @property
     def alike(self) -> str:
         """The reason why all blocks keep one shape; empty where they may differ."""
-        if self.part_of:
+        if self.part_of and self.part_alike:
             return f"in the language part of a {self.part_of} model, whose class is that of transformers"
         return "" if self.pruned is not None else "under a draft, which has no classes for that"
 

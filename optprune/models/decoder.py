@@ -344,9 +344,9 @@ class Decoder:
     def _record_pruned(self, shapes: Sequence[BlockShape]) -> None:
         """Give the model the pruned classes of its family, and list the shapes in the config."""
         classes, config = self.architecture.pruned, self.model.config
-        if classes is None or self.architecture.part_of:
-            family, kind = self.architecture.model_type, "language part" if classes else "drafted"
-            raise InputError(f"the blocks of a {kind} {family} model must have one shape: use a uniform allocation")
+        if classes is None or self.architecture.alike:
+            family, alike = self.architecture.model_type, self.architecture.alike
+            raise InputError(f"the blocks of a {family} model must have one shape {alike}: use a uniform allocation")
         config.__class__, self.model.__class__ = classes.config, classes.model
         vars(config).pop("auto_map", None)  # the classes of another library; saving names those of optprune
         setattr(config, SHAPES_FIELD, [shape.counts() for shape in shapes])
@@ -411,6 +411,8 @@ class Decoder:
         kept = [index for index, shape in enumerate(self.shapes()) if shape.parts]
         if len(kept) == len(self.blocks):
             return
+        if self.architecture.ordered:
+            raise InputError(f"a block has nothing left, and cannot go, because {self.architecture.ordered}")
         parent, _, name = self.architecture.blocks.rpartition(".")
         setattr(self.model.get_submodule(parent), name, nn.ModuleList(self.blocks[index] for index in kept))
         self.blocks = self.model.get_submodule(self.architecture.blocks)  # type: ignore[assignment]

@@ -8,16 +8,16 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig
 
 from optprune.errors import InputError
 from optprune.models.architecture import PART_FIELD, Architecture
 from optprune.models.draft import draft_in
 from optprune.models.families import ARCHITECTURES
-from optprune.models.vision import VISION_FAMILIES
+from optprune.models.vision import SHAPES, VISION_FAMILIES
 from optprune.system.wording import shown
 
-SHAPES_FIELD = "optprune_shapes"
+SHAPES_FIELD = SHAPES
 """the config field that lists the blocks' shapes where the stock class cannot have them"""
 LARGEST = {
     "num_hidden_layers": 10_000,
@@ -34,6 +34,9 @@ REQUIRED = {"return_dict": True, "output_attentions": False, "output_hidden_stat
 MOST_NAMED = 6
 """the most modules that one error message names"""
 
+for _family in VISION_FAMILIES.values():
+    AutoConfig.register(_family.config.model_type, _family.config, exist_ok=True)
+    AutoModelForImageTextToText.register(_family.config, _family.model, exist_ok=True)
 for _architecture in ARCHITECTURES.values():
     assert _architecture.pruned is not None
     # So that transformers' own Auto classes find them, wherever optprune is imported; exist_ok for a second import.
@@ -45,7 +48,10 @@ def architecture_of(config: PretrainedConfig) -> Architecture:
     """Return the architecture of a config; InputError that lists the known ones and what is not understood."""
     found = architecture_named(config.model_type, config).for_config(config)
     whole = VISION_FAMILIES.get(getattr(config, PART_FIELD, ""))
-    return found if whole is None else replace(found, part_of=whole.model_type, ordered=whole.ordered)
+    if whole is None:
+        return found
+    alike = found.model_type not in whole.uneven
+    return replace(found, part_of=whole.model_type, part_alike=alike, ordered=whole.ordered)
 
 
 def is_known(config: PretrainedConfig) -> bool:

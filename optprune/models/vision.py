@@ -4,6 +4,7 @@ The text model is one of a family that optprune knows, under the names of its ow
 folder (vision tower, projector, processor) is copied, byte for byte.
 """
 
+import inspect
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -12,12 +13,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers.dynamic_module_utils import get_relative_import_files
 
 from optprune.errors import InputError
 from optprune.models.architecture import PART_FIELD
-from optprune.models.checkpoint import Checkpoint, own_or_cached
+from optprune.models.checkpoint import ENDING, Checkpoint, own_or_cached
 from optprune.models.families import ARCHITECTURES
+from optprune.models.pruned import (
+    modeling_pruned_gemma3,
+    modeling_pruned_llava,
+    modeling_pruned_mistral3,
+    modeling_pruned_qwen3_vl,
+)
 from optprune.models.sources import NO_CODE
 from optprune.system.files import read_json
 
@@ -37,11 +45,19 @@ PLACEHOLDERS = ("image_token_id", "video_token_id")
 """the config fields that hold a token in whose place an image is put"""
 
 
-OF_SAVING = ("_name_or_path", "transformers_version", "architectures", "dtype")
+SHAPES = "optprune_shapes"
+"""the field of the config that lists the shapes of blocks that differ"""
+AUTO = "AutoModelForImageTextToText"
+"""the class of transformers that loads vision-language models"""
+PRUNED = "Pruned"
+"""the beginning of the names of our classes"""
+OF_CODE = ("auto_map", "custom_pipelines")
+"""the fields of config.json that name code"""
+OF_SAVING = ("_name_or_path", "transformers_version", "architectures", "dtype", "model_type", "auto_map", SHAPES)
 """the fields of a config that say how it was loaded and saved, not what the model is"""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class VisionFamily:
     """One family of vision-language models, as data."""
 
@@ -53,6 +69,11 @@ class VisionFamily:
     """the family that computes the same on text, where the language part has a class of its own"""
     dropped: tuple[str, ...] = ()
     """the entries of the rotary embeddings that make no difference on text, and that the other family does not know"""
+    config: type[PretrainedConfig]
+    model: type[PreTrainedModel]
+    """the classes of models whose language part has blocks that differ in shape"""
+    uneven: tuple[str, ...]
+    """the families of the language part that these classes take"""
     ordered: str = ""
     """why blocks cannot be removed whole, where the number of a block says what it gets"""
 
@@ -60,15 +81,34 @@ class VisionFamily:
 VISION_FAMILIES = {
     family.model_type: family
     for family in (
-        VisionFamily("gemma3", text="gemma3_text"),
-        VisionFamily("llava"),
-        VisionFamily("mistral3"),
+        VisionFamily(
+            model_type="gemma3",
+            text="gemma3_text",
+            config=modeling_pruned_gemma3.PrunedGemma3VisionConfig,
+            model=modeling_pruned_gemma3.PrunedGemma3ForConditionalGeneration,
+            uneven=("gemma3_text",),
+        ),
+        VisionFamily(
+            model_type="llava",
+            config=modeling_pruned_llava.PrunedLlavaConfig,
+            model=modeling_pruned_llava.PrunedLlavaForConditionalGeneration,
+            uneven=("llama", "mistral", "qwen2"),
+        ),
+        VisionFamily(
+            model_type="mistral3",
+            config=modeling_pruned_mistral3.PrunedMistral3Config,
+            model=modeling_pruned_mistral3.PrunedMistral3ForConditionalGeneration,
+            uneven=("mistral", "ministral3"),
+        ),
         # Tokens of text have the same position in all three dimensions, so the sections of the angles are as in Qwen3.
         VisionFamily(
-            "qwen3_vl",
+            model_type="qwen3_vl",
             text="qwen3_vl_text",
             read_as="qwen3",
             dropped=("mrope_section", "mrope_interleaved"),
+            config=modeling_pruned_qwen3_vl.PrunedQwen3VLConfig,
+            model=modeling_pruned_qwen3_vl.PrunedQwen3VLForConditionalGeneration,
+            uneven=("qwen3",),
             ordered="the first blocks are those that features of the image are added to",
         ),
     )
@@ -93,7 +133,7 @@ class VisionFolder:
     def of(cls, source: str, where: str) -> "VisionFolder | None":
         """Return the vision-language model in a folder or of a hub name; None for a model of text alone."""
         fields: Any = PretrainedConfig.get_config_dict(where)[0]
-        if not isinstance(fields, dict) or fields.get("model_type") not in VISION_FAMILIES:
+        if not isinstance(fields, dict) or _family(fields.get("model_type")) is None:
             return None
         stored = read_json(Path(str(own_or_cached(where, "config.json"))).read_text(encoding="utf-8"), "config.json")
         return cls(source, where, stored, _text_config(AutoConfig.from_pretrained(where, **NO_CODE), source))
@@ -101,7 +141,7 @@ class VisionFolder:
     @property
     def family(self) -> VisionFamily:
         """The family of the whole model."""
-        return VISION_FAMILIES[self.fields["model_type"]]
+        return _known(self.fields["model_type"])
 
     def refused(self, why: str) -> InputError:
         """Return the error for a use that is for models of text alone."""
@@ -116,12 +156,37 @@ class VisionFolder:
         changed = {name: value for name, value in after.items() if before.get(name) != value}
         for name in OF_SAVING:
             changed.pop(name, None)
-        fields = {name: value for name, value in self.fields.items() if name not in ("auto_map", "custom_pipelines")}
-        return {**fields, TEXT: {**fields.get(TEXT, {}), **changed}} if changed else fields
+        fields = {name: value for name, value in self.fields.items() if name not in OF_CODE}
+        text = {name: value for name, value in fields.get(TEXT, {}).items() if name != SHAPES}
+        stock, uneven = self.family, after.get(SHAPES) is not None
+        classes = [stock.model.__name__.removeprefix(PRUNED)]
+        fields |= {"model_type": stock.model_type}
+        if uneven:
+            module, classes = f"modeling_{stock.config.model_type}", [stock.model.__name__]
+            auto = {"AutoConfig": stock.config.__name__, AUTO: stock.model.__name__}
+            fields |= {"model_type": stock.config.model_type, "architectures": classes}
+            fields |= {"auto_map": {name: f"{module}.{cls}" for name, cls in auto.items()}}
+            text[SHAPES] = after[SHAPES]
+        elif before.get(SHAPES) is not None:
+            fields["architectures"] = classes
+        return {**fields, TEXT: text | changed} if changed or uneven or before.get(SHAPES) else fields
+
+    def code(self, pruned: PretrainedConfig) -> list[Path]:
+        """Return the modelling files that a folder with the language part of this config needs."""
+        if getattr(pruned, SHAPES, None) is None:
+            return []
+        own = Path(str(inspect.getsourcefile(self.family.model)))
+        return [own, *map(Path, get_relative_import_files(own))]
 
     def checkpoint(self) -> Checkpoint:
         """Return all tensors, by their names in the files and in their order there."""
         return Checkpoint.open(self.where, self.source, is_language)
+
+    def bytes_around(self) -> int:
+        """Return the size of the tensors beside the language part; 0 where the weights are not in a folder here."""
+        if not any(Path(self.where).glob(f"*{ENDING}")):
+            return 0
+        return sum(tensor.bytes for name, tensor in self.checkpoint().tensors.items() if not is_language(name))
 
     def language_checkpoint(self) -> Checkpoint:
         """Return the tensors of the language part, by their names in the text model."""
@@ -162,6 +227,18 @@ def module_name(name: str) -> str:
     return name
 
 
+def _family(model_type: object) -> VisionFamily | None:
+    """Return the family of a model_type in config.json, pruned or not; None for other models."""
+    every = VISION_FAMILIES.values()
+    return next((one for one in every if model_type in (one.model_type, one.config.model_type)), None)
+
+
+def _known(model_type: str) -> VisionFamily:
+    found = _family(model_type)
+    assert found is not None
+    return found
+
+
 def stand_alone(config: PretrainedConfig) -> None:
     """Make the config of a language part that of a text model of its own, in place."""
     vars(config).pop(PART_FIELD, None)
@@ -179,7 +256,7 @@ def _plain(config: PretrainedConfig) -> dict[str, Any]:
 
 def _text_config(whole: PretrainedConfig, source: str) -> PretrainedConfig:
     """Return the config of the language part, as one of a family of text models; InputError where there is none."""
-    family, config = VISION_FAMILIES[whole.model_type], deepcopy(getattr(whole, TEXT))
+    family, config = _known(whole.model_type), deepcopy(getattr(whole, TEXT))
     kind = config.model_type
     known = ARCHITECTURES.get(family.read_as or kind)
     layout = known is not None and known.blocks == "model.layers" and known.mixture is None
@@ -188,11 +265,14 @@ def _text_config(whole: PretrainedConfig, source: str) -> PretrainedConfig:
             f"the language part of {source} is a {kind} model, which is not pruned in a {family.model_type} folder: "
             f"optprune takes {family.text or 'dense families with the layout of Llama'}"
         )
-    if family.read_as:
+    shapes = getattr(config, SHAPES, None)
+    if family.read_as or shapes is not None:
         fields = config.to_dict()
         rotary = fields.get("rope_parameters") or {}
         fields["rope_parameters"] = {name: value for name, value in rotary.items() if name not in family.dropped}
-        config = AutoConfig.for_model(**{**fields, "model_type": family.read_as})
+        assert known.pruned is not None
+        kind_read = known.model_type if shapes is None else known.pruned.config.model_type
+        config = AutoConfig.for_model(**{**fields, "model_type": kind_read})
     for name in filter(None, (known.logits_divisor, known.logits_factor, known.logits_cap)):
         if getattr(config, name, None) not in (None, 1, 1.0):
             raise InputError(

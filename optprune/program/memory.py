@@ -271,6 +271,7 @@ def _checking(program: Program, fresh: int) -> Iterator[Part]:
     resident = program.resident_numbers * program.itemsize
     yield Part("embeddings, head and norms, reloaded", resident)
     yield Part("a block, reloaded", program.block_bytes)
+    yield Part("vision part, reloaded", program.request.around)
     yield Part("logits, compared", 3 * logits(program))
     yield Part("run folder", program.pruned_bytes, DISK)
     yield Part("output", output_bytes(program), DISK)
@@ -283,8 +284,13 @@ def output_bytes(program: Program) -> int:
     larger than a shard may be, and files hold its matrices as they are in memory.
     """
     resident = program.resident_numbers * program.itemsize
-    whole = program.pruned_bytes + resident
-    if program.request.whole or program.decoder.architecture.transposed or whole <= program.request.max_shard:
+    whole = program.pruned_bytes + resident + program.request.around
+    if (
+        program.decoder.architecture.part_of
+        or program.request.whole
+        or program.decoder.architecture.transposed
+        or whole <= program.request.max_shard
+    ):
         return whole
     sizes = (program.pruned_bytes * numbers // sum(program.block_numbers) for numbers in program.block_numbers)
     return whole - sum(size for size in sizes if size <= program.request.max_shard)

@@ -49,6 +49,8 @@ class Request:
     """whether the whole model is in memory, instead of one block at a time"""
     max_shard: int = MAX_SHARD
     """largest weights file of the output, in bytes"""
+    around: int = 0
+    """bytes of the tensors of a vision-language model beside its language part, where they are known"""
 
 
 @dataclass(frozen=True)

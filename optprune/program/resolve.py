@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from optprune.calibration import POLICIES
-from optprune.models import Decoder, Weights, stored_dtype
+from optprune.models import Decoder, Weights, stored_dtype, vision_folder
 from optprune.objectives import OBJECTIVES
 from optprune.program.check import check
 from optprune.program.method import Method, Request
@@ -57,7 +57,9 @@ def resolve(shapes: Decoder, request: Request) -> Program:
 def places_of(source: str, shapes: Decoder, device: str, dtype: str) -> dict[str, Any]:
     """Return the fields of a Request for a device and a dtype as commands name them."""
     gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
+    whole = vision_folder(source) if shapes.architecture.part_of else None
     return {
+        "around": 0 if whole is None else whole.bytes_around(),
         "dtype": stored_dtype(source, shapes.model.config, dtype) or torch.float32,
         "device": "cuda" if gpu else "cpu",
         "devices": max(1, torch.cuda.device_count()) if gpu else 1,

@@ -1,22 +1,32 @@
 """Vision-language folders whose language part is pruned: the rest byte for byte, and what stock transformers loads."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 import optprune
 from optprune.cli import main
 from optprune.errors import InputError, OptpruneError
 from optprune.export import GgufFile, OnnxFolder, export, save_model
-from optprune.models import Decoder, KvGroups, LoadedModel, Mlp, load_config, load_model, open_model
+from optprune.models import Decoder, KvGroups, LoadedModel, Mlp, load_config, load_model, load_shapes, open_model
 from optprune.models.vision import language_name
+from optprune.program import Request, resolve
+from optprune.program.memory import output_bytes
+from optprune.program.plan import planned_memory
+from optprune.program.resolve import places_of
 from optprune.recipe import load_recipe
 from optprune.texts import demo_articles
+from tests.helpers.mixed_models import mixed
 from tests.helpers.tiny_models import save_tiny, tiny_llama
 from tests.helpers.tiny_vision import answer, by_vision_family, save_vision, stock, tiny_vision, with_image
 from tests.helpers.token_batches import batches
@@ -185,8 +195,6 @@ def test_tensors_lie_in_shards_of_both_parts(tmp_path: Path) -> None:
 
 def test_numbers_of_any_kind_are_copied(tmp_path: Path) -> None:
     folder = save_vision(tiny_vision("llava"), tmp_path / "model")
-    from safetensors.torch import load_file, save_file
-
     name = "vision_tower.encoder.layers.0.mlp.fc1.bias"
     tensors = load_file(folder / "model.safetensors")
     tensors |= {name: tensors[name].bfloat16(), "vision_tower.embeddings.position_ids": torch.arange(17)[None]}
@@ -239,15 +247,118 @@ def test_the_vision_part_keeps_its_dtype(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_blocks_of_different_shapes_are_refused(tmp_path: Path) -> None:
-    loaded = load_model(save_vision(tiny_vision("llava"), tmp_path / "model"))
+def test_blocks_of_different_shapes_are_refused_where_no_class_takes_them(tmp_path: Path) -> None:
+    loaded = load_model(save_vision(tiny_vision("llava", model_type="qwen3"), tmp_path / "model"))
     with pytest.raises(InputError, match="stay alike in the language part of a llava model, and the recipe"):
         optprune.prune(loaded.model, batches(), load_recipe("structured_best", {"sparsity": 0.2, "units": "mlp"}))
     decoder = Decoder(loaded.model)
     [layers] = Mlp().layers(decoder, 1)
     decoder.keep_units(1, layers, MIXED)
-    with pytest.raises(InputError, match="the blocks of a language part llama model must have one shape"):
+    with pytest.raises(InputError, match="the blocks of a qwen3 model must have one shape in the language part of a"):
         decoder.record_shapes()
+
+
+# -- blocks of different shapes
+
+PROGRAM = """
+import sys
+sys.modules["optprune"] = None  # importing it is an error
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText
+folder, inputs, output = sys.argv[1:]
+try:
+    AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=False)
+    sys.exit("it loads without its code")
+except ValueError as error:
+    assert "trust_remote_code" in str(error)
+model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True).eval()
+given = load_file(inputs)
+with torch.no_grad():
+    logits = model(**given).logits
+    ids = model.generate(**given, max_new_tokens=6, do_sample=False)
+    slow = model.generate(**given, max_new_tokens=6, do_sample=False, use_cache=False)
+save_file({"logits": logits.contiguous(), "ids": ids, "slow": slow}, output)
+"""
+
+
+def without_optprune(folder: Path, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What a process without optprune answers to inputs with an image."""
+    given, output = folder.parent / "inputs.safetensors", folder.parent / "outputs.safetensors"
+    save_file({name: value.contiguous() for name, value in inputs.items()}, given)
+    environment = {**os.environ, "HF_MODULES_CACHE": str(folder.parent / "modules"), "PYTHONWARNINGS": "ignore"}
+    words = [sys.executable, "-c", PROGRAM, str(folder), str(given), str(output)]
+    subprocess.run(words, check=True, env=environment, capture_output=True)
+    return load_file(output)
+
+
+def mixed_by_zeros(model: PreTrainedModel) -> PreTrainedModel:
+    """The model of `mixed` with columns of zeros."""
+    blocks = model.model.language_model.layers
+    blocks[0].self_attn.o_proj.weight.data.zero_()
+    heads = blocks[1].self_attn.o_proj.weight.data.view(64, 4, 16)
+    heads[:, :2] = heads[:, :, 5:] = 0
+    blocks[1].mlp.down_proj.weight.data[:, 50:] = 0
+    blocks[2].mlp.down_proj.weight.data.zero_()
+    return model
+
+
+@by_vision_family
+def test_blocks_of_different_shapes_are_zeroed_columns_without_optprune(family: str, tmp_path: Path) -> None:
+    folder = save_vision(tiny_vision(family, num_hidden_layers=4), tmp_path / "model")
+    loaded, out = load_model(folder), tmp_path / "out"
+    mixed(loaded.model)
+    saved = save_model(loaded, out, check_tokens=CHECK_TOKENS)
+    assert not saved.stock and saved.logits_difference == 0
+    inputs, zeroed = with_image(stock(folder).config), mixed_by_zeros(stock(folder))
+    found = without_optprune(out, inputs)
+    with torch.no_grad():
+        expected = zeroed(**inputs).logits
+    assert (found["logits"] - expected).abs().max() <= rounding(expected, blocks=4)
+    assert torch.equal(found["ids"], found["slow"]) and found["ids"][0].tolist() == answer(zeroed)[1]
+    check_rest(folder, out)
+    again = load_model(out)
+    with torch.no_grad():
+        assert torch.equal(again.model(CHECK_TOKENS).logits, loaded.model(CHECK_TOKENS).logits)
+    save_model(again, tmp_path / "again", check_tokens=CHECK_TOKENS)
+    assert raw(tmp_path / "again") == raw(out) and fields(tmp_path / "again") == fields(out)
+
+
+@pytest.mark.parametrize(
+    ("family", "part"),
+    [("llava", "mistral"), ("llava", "qwen2"), ("mistral3", "ministral3"), ("gemma3", "gemma3_text")],
+)
+def test_parts_of_other_families_differ_too(family: str, part: str, tmp_path: Path) -> None:
+    folder = save_vision(tiny_vision(family, model_type=part), tmp_path / "model")
+    loaded, recipe = open_model(folder), load_recipe("structured_best", {"sparsity": 0.2})
+    report = optprune.prune(loaded.model, batches(), recipe, store=loaded.store)
+    saved = save_model(loaded, out := tmp_path / "out", report=report, recipe=recipe, check_tokens=CHECK_TOKENS)
+    assert not saved.stock and saved.logits_difference == 0
+    assert fields(out)["model_type"] == f"pruned_{family}"
+    check_rest(folder, out)
+    with torch.no_grad():
+        model = AutoModelForImageTextToText.from_pretrained(out, trust_remote_code=True).eval()
+        assert torch.equal(model(CHECK_TOKENS).logits, load_model(out).model(CHECK_TOKENS).logits)
+
+
+def test_a_folder_of_different_shapes_becomes_stock_again(tmp_path: Path) -> None:
+    folder = save_vision(tiny_vision("llava"), tmp_path / "model")
+    loaded = load_model(folder)
+    decoder = loaded.decoder()
+    [layers] = Mlp().layers(decoder, 1)
+    decoder.keep_units(1, layers, torch.arange(128) < 100)
+    decoder.record_shapes()
+    save_model(loaded, uneven := tmp_path / "uneven", check_tokens=CHECK_TOKENS)
+    loaded = load_model(uneven)
+    decoder = loaded.decoder()
+    [layers] = Mlp().layers(decoder, 0)
+    decoder.keep_units(0, layers, torch.arange(128) < 100)
+    decoder.record_shapes()
+    assert save_model(loaded, out := tmp_path / "out", check_tokens=CHECK_TOKENS).stock
+    expected = fields(folder)
+    expected["text_config"]["intermediate_size"] = 100
+    assert fields(out) == expected and not list(out.glob("*.py"))
+    assert stock(out).config.text_config.intermediate_size == 100
 
 
 # -- the commands
@@ -266,12 +377,19 @@ def command(folder: Path, text: Path, out: Path, *more: str) -> list[str]:
     return ["prune", str(folder), *words, "--recipe", "structured_uniform_best", *asked, *more]
 
 
-def test_the_commands_take_the_folder(source: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("recipe", ["structured_uniform_best", "structured_best"])
+def test_the_commands_take_the_folder(
+    recipe: str, source: Path, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out, part = source.parent / "out", source.parent / "text"
-    assert main(command(source, text, out)) == 0
+    assert main(command(source, text, out, "--recipe", recipe)) == 0
     assert "loads with AutoModelForImageTextToText.from_pretrained(" in capsys.readouterr().out
     check_rest(source, out)
-    assert stock(out).config.text_config.intermediate_size == 88
+    if recipe == "structured_uniform_best":
+        assert stock(out).config.text_config.intermediate_size == 88
+    else:
+        shapes = {(block["mlp_width"], block["value_dim"]) for block in fields(out)["text_config"]["optprune_shapes"]}
+        assert min(shapes) < (128, 16)
     load_model(out).model.save_pretrained(part)
     load_model(out).tokenizer.save_pretrained(part)
     found = []
@@ -283,11 +401,13 @@ def test_the_commands_take_the_folder(source: Path, text: Path, capsys: pytest.C
     assert found[0] == found[1]
     assert main(["audit", str(out), "--against", str(source)]) == 0
     assert main(["report", str(out)]) == 0
-    assert main(["plan", str(source), "--no-probe", "--seq-length", "64", "--recipe", "structured_uniform_best"]) == 0
+    assert main(["plan", str(source), "--no-probe", "--seq-length", "64", "--recipe", recipe]) == 0
     assert "AutoModelForImageTextToText" in (out / "report.html").read_text(encoding="utf-8")
     card = (out / "README.md").read_text(encoding="utf-8")
     assert "AutoModelForImageTextToText" in card and "byte for byte" in card
-    assert main(command(source, text, out, "--overwrite")) == 0  # it holds the files of a model and nothing else
+    assert (
+        main(command(source, text, out, "--recipe", recipe, "--overwrite")) == 0
+    )  # it holds the files of a model and nothing else
 
 
 @pytest.mark.parametrize(
@@ -307,7 +427,7 @@ def test_the_commands_take_the_folder(source: Path, text: Path, capsys: pytest.C
 def test_what_the_folder_cannot_hold_is_refused_before_any_work(
     more: tuple[str, ...], sentence: str, tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = save_vision(tiny_vision("llava"), tmp_path / "model")
+    folder = save_vision(tiny_vision("llava", model_type="qwen3"), tmp_path / "model")
     capsys.readouterr()  # what making the folder has said
     assert main(command(folder, text, tmp_path / "out", *more)) == 2
     lines = capsys.readouterr().err.splitlines()
@@ -332,14 +452,33 @@ def stop(*_: Any, **__: Any) -> None:
     raise OptpruneError("stopped")
 
 
-def test_a_part_is_healed_in_its_folder(tmp_path: Path, text: Path) -> None:
+@pytest.mark.parametrize("recipe", ["structured_uniform_best", "structured_best"])
+def test_a_part_is_healed_in_its_folder(recipe: str, tmp_path: Path, text: Path) -> None:
     folder, out, healed = (tmp_path / name for name in ("model", "out", "healed"))
     save_vision(tiny_vision("llava"), folder)
-    assert main(command(folder, text, out)) == 0
+    assert main(command(folder, text, out, "--recipe", recipe, "--sparsity", "0.35")) == 0
     words = ("--text", str(text), "--seq-length", "32", "--tokens", "2048", "--output", str(healed))
     assert main(["heal", str(out), "--teacher", str(folder), *words]) == 0
     check_rest(folder, healed)
-    assert raw(healed) != raw(out) and stock(healed).config.text_config.intermediate_size == 88
+    assert raw(healed) != raw(out) and fields(healed) == fields(out)
+    assert {name: data[1] for name, data in raw(healed).items()} == {name: data[1] for name, data in raw(out).items()}
+
+
+def test_the_plan_counts_the_vision_part(tmp_path: Path) -> None:
+    """The output as it is written, and the memory of the process that reloads it."""
+    folder = save_vision(tiny_vision("llava"), tmp_path / "model")
+    load_model(folder).model.save_pretrained(text := tmp_path / "text")
+    around = sum(len(data) for name, (_, _, data) in raw(folder).items() if not language_name(name))
+    programs = []
+    for where in (folder, text):
+        shapes = load_shapes(where, load_config(where))
+        request = Request(recipe=load_recipe("wanda"), seq_length=32, **places_of(str(where), shapes, "cpu", "auto"))
+        programs.append(resolve(shapes, request))
+    whole, alone = ({phase.name: phase for phase in planned_memory(one, 0).phases} for one in programs)
+    assert whole["saving"].disk_bytes - alone["saving"].disk_bytes == around > 10_000
+    assert whole["checking"].host_bytes - alone["checking"].host_bytes == around
+    save_model(load_model(folder), out := tmp_path / "out")
+    assert sum(len(data) for _, _, data in raw(out).values()) == output_bytes(programs[0])
 
 
 def test_recipes_are_compared_on_the_language_part(

@@ -100,7 +100,7 @@ def with_image(config: PretrainedConfig, seed: int = 0) -> dict[str, Tensor]:
     """Inputs with one image between tokens of text."""
     generator = torch.Generator().manual_seed(seed)
     patches = (SIDE // PATCH) ** 2
-    kind = config.model_type
+    kind = config.model_type.removeprefix("pruned_")
     count = patches if kind == "llava" else patches // 4
     before, after = torch.randint(3, IMAGE, (2, 1, 7), generator=generator)
     ids = torch.cat((before, torch.full((1, count), IMAGE), after), 1)

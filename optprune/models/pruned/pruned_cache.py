@@ -15,7 +15,7 @@ def number_caches(mixers, config):
     next one that has it, and of the last one at the end.
     """
     present = [index for index, mixer in enumerate(mixers) if mixer is not None]
-    kinds = getattr(config, "layer_types", None) or [None] * len(mixers)  # all of one
+    kinds = getattr(config.get_text_config(), "layer_types", None) or [None] * len(mixers)  # all of one
     kinds[:] = [kinds[next((i for i in present if i >= index), present[-1])] for index in range(len(mixers))]
     free = {kind: [index for index, other in enumerate(kinds) if other == kind] for kind in kinds}
     for index in present:

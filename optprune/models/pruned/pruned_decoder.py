@@ -1,8 +1,8 @@
 """Decoder blocks of different shapes, pruned by optprune, for all families; needs torch and transformers only.
 
-`config.optprune_shapes` lists the shape of each block: {"mlp_width": 1024, "kv_heads": 2, "value_dim": 48}. A block
-with kv_heads 0 has no attention, one with mlp_width 0 no MLP; one with experts also has their number, one with a
-recurrent mixer the number of its heads. The config's other fields are those of the stock class.
+`optprune_shapes` of the config, or of its text_config, lists each block's shape: {"mlp_width": 1024, "kv_heads": 2,
+"value_dim": 48}. A block with kv_heads 0 has no attention, one with mlp_width 0 no MLP; one with experts also has their
+number, one with a recurrent mixer the number of its heads. The config's other fields are those of the stock class.
 """
 
 from torch import nn
@@ -143,8 +143,8 @@ class PrunedModel:
 
     def __init__(self, config):
         super().__init__(config)
-        heads = config.num_attention_heads
-        group = heads // getattr(config, "num_key_value_heads", heads)
+        config = config.get_text_config()
+        group = config.num_attention_heads // getattr(config, "num_key_value_heads", config.num_attention_heads)
         for block, shape in zip(self.get_submodule(self.blocks), config.optprune_shapes, strict=True):
             block.__class__ = self.block_class
             block.shrink(shape, group)
