@@ -52,7 +52,7 @@ INEXACT = {
 }
 """the families that cannot be rotated, each with the reason"""
 EXACT = (
-    *("glm4_moe", "granite", "llama", "ministral3", "mistral", "mixtral", "olmoe"),
+    *("glm4_moe", "granite", "lfm2", "llama", "ministral3", "mistral", "mixtral", "olmoe"),
     *("phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "smollm3"),
 )
 """the families with an RMS norm before each sub-block and before the head, and no other norm of the stream"""
@@ -80,11 +80,12 @@ class Part:
 
 
 def parts(decoder: Decoder, index: int) -> Iterator[Part]:
-    """Yield the attention and the MLP of a block."""
+    """Yield the mixer and the MLP of a block."""
     names, block = decoder.architecture, decoder.blocks[index]
-    for norm, place in (names.attention_parts, names.mlp_parts):
+    outputs = {names.output, *names.mlps, *([names.recurrent.output] if names.recurrent else [])}
+    for norm, place in map(names.modules_of, decoder.shape(index).parts):
         own = [path for path in decoder.paths(index) if path.startswith(f"{place}.")]
-        writes = [path for path in own if path == names.output or path in names.mlps]
+        writes = [path for path in own if path in outputs]
         reads = [path for path in own if path not in writes]
         module = block.get_submodule(place)
         if names.mixture is not None and place == names.mixture.module:

@@ -79,6 +79,8 @@ OTHER_FAMILIES: dict[str, dict[str, Any]] = {
         **{"embedding_multiplier": 1.7, "logits_scaling": 1.3},
         **{"residual_multiplier": 0.6, "attention_multiplier": 0.4},
     },
+    # Of the widths that it computes from 128 this is the nearest multiple of 128.
+    "lfm2": {"full_attn_idxs": [1, 3, 5], "block_multiple_of": 128, "conv_bias": True},
     "ministral3": {
         **{"head_dim": 24, "sliding_window": 40},
         "rope_parameters": {**YARN, "max_position_embeddings": 128, "llama_4_scaling_beta": 0.1},

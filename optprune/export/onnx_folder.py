@@ -76,12 +76,14 @@ class OnnxFolder(Exporter):
                 f"the export to ONNX needs the package {absent[0]}, which is not installed: run "
                 "pip install 'optprune[onnx]'"
             )
-        family, runtime = architecture_of(source.config).model_type, RUNTIMES["onnx"]
-        if family not in runtime.families:
-            return (
-                f"a {family} model cannot be exported to ONNX, because each token runs its own experts, which a graph "
-                "cannot do"
+        architecture, runtime = architecture_of(source.config), RUNTIMES["onnx"]
+        if architecture.model_type not in runtime.families:
+            reason = (
+                "each token runs its own experts, which a graph cannot do"
+                if architecture.recurrent is None
+                else "the states of its recurrent mixers are not among the inputs and outputs of a graph"
             )
+            return f"a {architecture.model_type} model cannot be exported to ONNX, because {reason}"
         for kind in rope_types(source.config):
             if kind not in runtime.rotary:
                 return (

@@ -163,6 +163,8 @@ class DenseMlp(MlpKind):
     consumer: str
     width: str
     rows_of_unit: int
+    adjusted: str = ""
+    """the config field that lets the class compute another width from that of the config; off once one is recorded"""
 
     def describes(self, shape: BlockShape) -> bool:
         return shape.mlp_width > 0 and not shape.experts
@@ -175,6 +177,11 @@ class DenseMlp(MlpKind):
 
     def widths(self, config: PretrainedConfig, shape: BlockShape) -> dict[str, int]:
         return {self.consumer: shape.mlp_width}
+
+    def record_widths(self, config: PretrainedConfig, widths: Sequence[int]) -> None:
+        super().record_widths(config, widths)
+        if self.adjusted:
+            setattr(config, self.adjusted, False)
 
 
 @dataclass(frozen=True)
@@ -330,8 +337,12 @@ class Architecture:
     """the order of queries, keys and values in one layer that makes all of them: see `rows_of_heads`"""
     rows_of_unit: int = 1
     """the rows of each MLP producer that a unit has; they are as far apart as there are units"""
+    mlp_width_adjusted: str = ""
+    """the config field that lets the stock class compute another width of the MLP from the one in the config"""
     by_block: tuple[str, ...] = ("layer_types",)
     """the config fields that list something for each block"""
+    numbers: tuple[str, ...] = ()
+    """the config fields that list the numbers of some blocks"""
     indivisible: Mapping[str, str] = field(default_factory=dict)
     """the counts of a block's shape that can only stay whole or become zero, each with the reason"""
     leading: tuple[str, ...] = ()
@@ -395,7 +406,9 @@ class Architecture:
     @cached_property
     def mlp_kinds(self) -> tuple[MlpKind, ...]:
         """The kinds of MLP that blocks may have."""
-        dense = DenseMlp(self.mlp_producers, self.mlp_consumer, self.mlp_width, self.rows_of_unit)
+        dense = DenseMlp(
+            self.mlp_producers, self.mlp_consumer, self.mlp_width, self.rows_of_unit, self.mlp_width_adjusted
+        )
         return (*((dense,) if self.mlp_consumer else ()), *((self.mixture,) if self.mixture else ()))
 
     def first_dense(self, count: int, blocks: int) -> dict[str, Any]:

@@ -423,3 +423,7 @@ class Decoder:
         for field in self.architecture.by_block:
             if getattr(config, field, None):
                 setattr(config, field, [getattr(config, field)[index] for index in kept])
+        for field in self.architecture.numbers:
+            if getattr(config, field, None):
+                listed = set(getattr(config, field))
+                setattr(config, field, [number for number, index in enumerate(kept) if index in listed])

@@ -17,6 +17,7 @@ from transformers.models.glm4_moe_lite import modeling_glm4_moe_lite
 from transformers.models.gpt2 import modeling_gpt2
 from transformers.models.gpt_neox import modeling_gpt_neox
 from transformers.models.granite import modeling_granite
+from transformers.models.lfm2 import modeling_lfm2
 from transformers.models.llama import modeling_llama
 from transformers.models.ministral3 import modeling_ministral3
 from transformers.models.mistral import modeling_mistral
@@ -46,6 +47,7 @@ from optprune.models.pruned import (
     modeling_pruned_gpt2,
     modeling_pruned_gpt_neox,
     modeling_pruned_granite,
+    modeling_pruned_lfm2,
     modeling_pruned_llama,
     modeling_pruned_ministral3,
     modeling_pruned_mistral,
@@ -254,6 +256,40 @@ QWEN3_5 = replace(
     indivisible={"recurrent": WHOLE_MIXER},
     in_transformers_4=False,
     **classes("Qwen3_5", modeling_qwen3_5, modeling_pruned_qwen3_5_text, config="TextConfig"),
+)
+
+# LFM2: short convolutions of gated channels in most blocks, and attention in the others.
+SHORT_CONVOLUTION = Recurrent(
+    module="conv",
+    heads=lambda config: int(config.hidden_size),
+    reads={"conv.in_proj": lambda config: 3 * config.hidden_size},
+    output="conv.out_proj",
+    width=lambda config: int(config.hidden_size),
+    parts=("operator_norm", "conv"),
+)
+LFM2 = replace(
+    LLAMA,
+    model_type="lfm2",
+    after_blocks=("model.embedding_norm",),
+    stages=(
+        *(*SHORT_CONVOLUTION.stages, LLAMA.stages[0], ("self_attn.out_proj",)),
+        *(("feed_forward.w1", "feed_forward.w3"), ("feed_forward.w2",)),
+    ),
+    mlp_producers=("feed_forward.w1", "feed_forward.w3"),
+    mlp_consumer="feed_forward.w2",
+    mlp_width_adjusted="block_auto_adjust_ff_dim",
+    output="self_attn.out_proj",
+    attention_parts=("operator_norm", "self_attn"),
+    mlp_parts=("ffn_norm", "feed_forward"),
+    recurrent=SHORT_CONVOLUTION,
+    indivisible={"recurrent": "the block's recurrent mixer keeps all its channels"},
+    recoverable=(
+        ("self_attn", ("self_attn.v_proj", "self_attn.out_proj")),
+        ("feed_forward", ("feed_forward.w3", "feed_forward.w2")),
+    ),
+    numbers=("full_attn_idxs",),
+    in_transformers_4=False,
+    **classes("Lfm2", modeling_lfm2, modeling_pruned_lfm2),
 )
 
 # Qwen3's attention, and a router that chooses some of many gated MLPs for each token.
@@ -484,7 +520,7 @@ GPT_NEOX = Architecture(
 ARCHITECTURES = {
     architecture.model_type: architecture
     for architecture in (
-        *(DEEPSEEK_V3, EXAONE4, GEMMA2, GEMMA3, GLM4_MOE, GLM4_MOE_LITE, GPT2, GPT_NEOX, GRANITE, LLAMA),
+        *(DEEPSEEK_V3, EXAONE4, GEMMA2, GEMMA3, GLM4_MOE, GLM4_MOE_LITE, GPT2, GPT_NEOX, GRANITE, LFM2, LLAMA),
         *(MINISTRAL3, MISTRAL, MIXTRAL, OLMO2, OLMOE, OPT, PHI3, QWEN2, QWEN2_MOE, QWEN3, QWEN3_5, QWEN3_5_MOE),
         *(QWEN3_MOE, QWEN3_NEXT, SEED_OSS, SMOLLM3),
     )

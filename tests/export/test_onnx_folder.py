@@ -267,7 +267,7 @@ MODELS = {
     **{
         name: lambda make=make: make(num_hidden_layers=4)
         for name, make in ALL_MODELS.items()
-        if ARCHITECTURES[name].mixture is None
+        if not (ARCHITECTURES[name].mixture or ARCHITECTURES[name].recurrent)
     },
     "qwen2, sliding window": tiny_sliding,
     "llama3's rotary embeddings": lambda: tiny_llama(num_hidden_layers=4, **SCALED),

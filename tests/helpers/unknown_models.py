@@ -4,7 +4,7 @@ from typing import Any
 
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from benchmarks.tiny_models import NO_TOKENS, SHAPE, randomise
+from benchmarks.tiny_models import DELTA_NET, NO_TOKENS, SHAPE, randomise
 
 PLAIN_MLP: dict[str, Any] = {"mlp_consumer": "mlp.down_proj", "mlp_producers": ("mlp.up_proj",), "rows_of_unit": 1}
 GATED: dict[str, Any] = {**PLAIN_MLP, "mlp_producers": ("mlp.gate_proj", "mlp.up_proj")}
@@ -22,7 +22,7 @@ UNKNOWN: dict[str, dict[str, Any]] = {
     "persimmon": {"joined": "heads", "query": "self_attn.query_key_value", "after_blocks": ("model.final_layernorm",)},
 }
 """by model type, some of what a draft must say"""
-OWN: dict[str, dict[str, Any]] = {"glm4": {"head_dim": 16}}
+OWN: dict[str, dict[str, Any]] = {"glm4": {"head_dim": 16}, "qwen3_5_text": DELTA_NET}
 """the fields of a model type whose defaults are those of a large one"""
 
 

@@ -12,7 +12,7 @@ from transformers.cache_utils import LinearAttentionCacheLayerMixin
 import optprune
 from optprune import Allocation
 from optprune.errors import InputError
-from optprune.export import save_model
+from optprune.export import GgufFile, OnnxFolder, PackedFolder, export, save_model
 from optprune.grids import Grid
 from optprune.models import ARCHITECTURES, BlockShape, Decoder, KvGroups, Values
 from optprune.models.recurrent import Recurrent
@@ -73,7 +73,8 @@ def test_removing_the_mixer_equals_zeroing_its_last_layer(name: str) -> None:
     removed, zeroed, mixer = made(name), made(name), mixer_of(name)
     decoder, before = Decoder(removed), logits(removed)
     with torch.no_grad():
-        Decoder(zeroed).layer(2, mixer.output).weight.zero_()
+        for parameter in Decoder(zeroed).layer(2, mixer.output).parameters():
+            parameter.zero_()
     with decoder.without([(2, "recurrent")]):
         inside = logits(removed)
     assert torch.equal(logits(removed), before)
@@ -117,7 +118,8 @@ def test_a_folder_without_a_mixer_generates_with_each_cache_as_without(
 @of_recurrent
 def test_padding_is_left_out_as_in_the_stock_class(name: str) -> None:
     """A state would carry it on: an uneven model answers a padded text as a text alone."""
-    model = mixed(made(name))
+    # A bias would be added to padding too, in the stock class as well.
+    model = mixed(made(name, **({"conv_bias": False} if name == "lfm2" else {})))
     padded = torch.cat([torch.full((1, 5), 3), TOKENS], 1)
     seen = torch.cat([torch.zeros(1, 5), torch.ones_like(TOKENS)], 1).long()
     found, alone = logits(model, input_ids=padded, attention_mask=seen)[:, 5:], logits(model)
@@ -225,6 +227,17 @@ def test_every_layer_of_whole_blocks_ends_on_the_grid(name: str) -> None:
             assert Grid(4, 8).off(decoder.layer(block, path).weight.detach()) == 0, path
 
 
+@pytest.mark.parametrize("name", [name for name in RECURRENT if ARCHITECTURES[name].mixture is None])
+def test_four_bits_are_packed_for_plain_transformers(name: str, tmp_path: Path) -> None:
+    model = ALL_MODELS[name]()
+    bits = {"kind": "w4a16", "group": 16}
+    prune(model, batches(), Recipe.model_validate({"units": "weights", "sparsity": 0.0, "bits": bits}))
+    save_model(model, tmp_path / "model")
+    export(tmp_path / "model", tmp_path / "packed", PackedFolder())
+    packed = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+    assert torch.equal(logits(packed), logits(model))
+
+
 @pytest.mark.parametrize("recipe", ["fasp", "sparse_best"])
 @of_recurrent
 def test_streamed_and_resumed_runs_give_the_same_weights(name: str, recipe: str, tmp_path: Path) -> None:
@@ -235,9 +248,12 @@ def test_streamed_and_resumed_runs_give_the_same_weights(name: str, recipe: str,
 @of_recurrent
 def test_depth_names_the_recurrent_mixers_that_it_removes(name: str, tmp_path: Path) -> None:
     model = made(name)
-    before = Decoder(model).shapes()
+    decoder = Decoder(model)
+    before = decoder.shapes()
+    with torch.no_grad():  # so that the mixer of the third block does least
+        decoder.layer(2, mixer_of(name).output).weight.mul_(0.01)
     report = prune(model, batches(), load_recipe("depth", {"sparsity": 0.4, "allocation.score": "influence"}))
-    assert {part.part for part in report.removed} >= {"recurrent"}
+    assert (2, "recurrent") in {(part.block, part.part) for part in report.removed}
     left = [change.after for change in report.blocks]
     for part in report.removed:
         assert part.part in before[part.block].parts and part.part not in left[part.block].parts
@@ -255,6 +271,27 @@ def test_an_uneven_model_takes_a_step_of_training(name: str) -> None:
     optimiser.step()
     own = [key for key in before if mixer_of(name).module in key]
     assert own and all(not torch.equal(model.get_parameter(key), before[key]) for key in own)
+
+
+def test_a_width_of_lfm2_is_that_of_the_config_once_it_is_recorded(tmp_path: Path) -> None:
+    """The stock class computes another one from the same field."""
+    model = made("lfm2", intermediate_size=300, block_multiple_of=8)
+    assert {shape.mlp_width for shape in Decoder(model).shapes()} == {200}
+    prune(model, batches(), load_recipe("fasp", {"units": "mlp", "sparsity": 0.2}))
+    [width] = {shape.mlp_width for shape in Decoder(model).shapes()}
+    assert width < 200 and save_model(model, tmp_path / "out").stock
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert again.config.intermediate_size == width == again.model.layers[0].feed_forward.w2.in_features
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_numbers_of_blocks_in_a_config_follow_those_that_are_left() -> None:
+    model = made("lfm2")
+    decoder = Decoder(model)
+    for part in decoder.shape(0).parts:
+        decoder.remove(0, part)
+    decoder.record_shapes()
+    assert model.config.full_attn_idxs == [0, 2] == [n for n, s in enumerate(decoder.shapes()) if s.kv_heads]
 
 
 # -- refusals
@@ -275,6 +312,21 @@ def test_runtimes_that_are_not_known_to_take_them_refuse_them(name: str, target:
     decoder = Decoder(ALL_MODELS[name]().to("meta"))  # type: ignore[arg-type]
     with pytest.raises(InputError, match=f"the target {target} does not take models of the kind {name}"):
         RUNTIMES[target].fitted(Recipe(units="mlp"), decoder)
+
+
+@of_recurrent
+def test_exports_name_what_they_do_not_take(name: str, tmp_path: Path) -> None:
+    ALL_MODELS[name]().save_pretrained(tmp_path / "model")
+    for exporter, sentence in (
+        (
+            OnnxFolder(),
+            f"a {name} model cannot be exported to ONNX, because the states of its recurrent mixers are not",
+        ),
+        (GgufFile(), f"{name} models cannot be exported to GGUF: export one of "),
+    ):
+        with pytest.raises(InputError, match=sentence):
+            export(tmp_path / "model", tmp_path / "out", exporter)
+    assert not (tmp_path / "out").exists()
 
 
 @of_recurrent

@@ -105,8 +105,8 @@ REFUSED = {
     "falcon": {"transformer.h.0.mlp.dense_h_to_4h": "is no plain linear layer"},
     "lfm2": {"model.layers.0.feed_forward.w2": "no field of the config says how many columns it has"},
     "qwen3_5_text": {
-        "model.layers.0.linear_attn": "it has weights [32] and is no norm",
-        "model.layers.0.linear_attn.norm": "it has weights [128] and is no norm",
+        "model.layers.0.linear_attn": "it has weights [4] and is no norm",
+        "model.layers.0.linear_attn.norm": "it has weights [12] and is no norm",
     },
     "gpt_bigcode": {"transformer.h.0.attn.c_proj": "the rows of attn.c_attn are not queries, keys and values"},
 }
