@@ -13,6 +13,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from optprune.errors import InputError
 from optprune.models import Decoder, is_stock
 from optprune.models.checkpoint import stored_tensors
+from optprune.models.mixture import SeparateExperts, experts_in
 from optprune.numerics.tensors import write_tensors
 from optprune.system.files import write_whole
 
@@ -84,11 +85,32 @@ def write_weights(
 
 
 def tensors_of(decoder: Decoder) -> dict[str, Tensor]:
-    """Return the tensors of a folder: every parameter once, under one of its names, and the persistent buffers."""
-    model = decoder.model
+    """Return the tensors of a folder: every parameter once, under one of its names, and the persistent buffers.
+
+    Where files hold all experts of a block in the stock class's tensors, these have no values here.
+    """
+    model, experts = decoder.model, _fused(decoder)
     parameters, state = dict(model.named_parameters()), model.state_dict()
     buffers = {name: buffer for name, buffer in model.named_buffers() if name in state}
-    return {name: tensor.detach() for name, tensor in {**parameters, **buffers}.items()}
+    found: dict[str, Tensor] = {}
+    for name, tensor in {**parameters, **buffers}.items():
+        place = next((place for place in experts if name.startswith(f"{place}.")), None)
+        if place is None:
+            found[name] = tensor.detach()
+        else:
+            found |= {f"{place}.{own}": whole for own, whole in experts[place].stock_shapes().items()}
+    return found
+
+
+def _fused(decoder: Decoder) -> dict[str, SeparateExperts]:
+    """Return the experts of each block by name, where files hold the tensors of the stock class."""
+    mixture = decoder.architecture.mixture
+    if mixture is None or not mixture.layout.in_files:
+        return {}
+    blocks = {
+        decoder.name(index, mixture.experts): experts_in(block, mixture) for index, block in enumerate(decoder.blocks)
+    }
+    return {name: experts for name, experts in blocks.items() if isinstance(experts, SeparateExperts)}
 
 
 def _bytes(tensor: Tensor) -> int:
@@ -148,9 +170,15 @@ def _write(decoder: Decoder, file: Path, tensors: Mapping[str, Tensor], on_tenso
                     here = index
                     if index is not None:
                         resident.enter_context(decoder.resident(index))
-                value = decoder.model.get_parameter(name) if name in parameters else decoder.model.get_buffer(name)
+                place, _, own = name.rpartition(".")
+                if place in experts:
+                    value = experts[place].stock_tensor(own)
+                else:
+                    value = decoder.model.get_parameter(name) if name in parameters else decoder.model.get_buffer(name)
                 yield _turned(decoder, name, value)
                 on_tensor()
+
+    experts = _fused(decoder)
 
     parameters = dict(decoder.model.named_parameters(remove_duplicate=False)).keys()
     stored = {_stored(decoder, name): _turned(decoder, name, tensor) for name, tensor in tensors.items()}

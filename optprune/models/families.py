@@ -7,6 +7,8 @@ from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.models.deepseek_v3 import modeling_deepseek_v3
 from transformers.models.exaone4 import modeling_exaone4
@@ -16,6 +18,7 @@ from transformers.models.glm4_moe import modeling_glm4_moe
 from transformers.models.glm4_moe_lite import modeling_glm4_moe_lite
 from transformers.models.gpt2 import modeling_gpt2
 from transformers.models.gpt_neox import modeling_gpt_neox
+from transformers.models.gpt_oss import modeling_gpt_oss
 from transformers.models.granite import modeling_granite
 from transformers.models.llama import modeling_llama
 from transformers.models.ministral3 import modeling_ministral3
@@ -32,7 +35,7 @@ from transformers.models.qwen3_moe import modeling_qwen3_moe
 from transformers.models.seed_oss import modeling_seed_oss
 from transformers.models.smollm3 import modeling_smollm3
 
-from optprune.models.architecture import Architecture, Classes, Heads, Latent, Mixture
+from optprune.models.architecture import Architecture, Classes, ExpertTensors, Heads, Latent, Mixture
 from optprune.models.pruned import (
     modeling_pruned_deepseek_v3,
     modeling_pruned_exaone4,
@@ -42,6 +45,7 @@ from optprune.models.pruned import (
     modeling_pruned_glm4_moe_lite,
     modeling_pruned_gpt2,
     modeling_pruned_gpt_neox,
+    modeling_pruned_gpt_oss,
     modeling_pruned_granite,
     modeling_pruned_llama,
     modeling_pruned_ministral3,
@@ -76,6 +80,12 @@ def equal_heads(config: PretrainedConfig) -> Heads:
     """Return the head layout of attention in which every query head has a KV head of its own."""
     count = config.num_attention_heads
     return Heads(count, count, config.hidden_size // count)
+
+
+def clamped_swiglu(experts: Any, gate: Tensor, up: Tensor) -> Tensor:
+    """Return the hidden units of GPT-OSS's experts, in the order of operations of the stock class."""
+    gate, up = gate.clamp(max=experts.limit), up.clamp(min=-experts.limit, max=experts.limit)
+    return (up + 1) * (gate * torch.sigmoid(gate * experts.alpha))
 
 
 def classes(
@@ -318,6 +328,27 @@ GLM4_MOE_LITE = replace(
     by_block=("layer_types", "mlp_layer_types"),
     **classes("Glm4MoeLite", modeling_glm4_moe_lite, modeling_pruned_glm4_moe_lite),
 )
+# Biases everywhere, a sink for each query head, windows in every other block, and a softmax over the chosen experts.
+GPT_OSS = replace(
+    QWEN3_MOE,
+    model_type="gpt_oss",
+    mlp_width="intermediate_size",
+    per_head=("self_attn.sinks",),
+    mixture=Mixture(
+        router="mlp.router",
+        count="num_local_experts",
+        width="intermediate_size",
+        normalised=lambda config: True,
+        layout=ExpertTensors(transposed=True, interleaved=True, biased=True, in_files=True, width="intermediate_size"),
+        gated=clamped_swiglu,
+        rows=("weight", "bias"),
+        quantised=("mxfp4",),
+    ),
+    off=("output_router_logits",),
+    fixed={},
+    older_names={},
+    **classes("GptOss", modeling_gpt_oss, modeling_pruned_gpt_oss),
+)
 
 # A plain MLP, learned positions, biases everywhere.
 OPT = Architecture(
@@ -400,8 +431,23 @@ GPT_NEOX = Architecture(
 ARCHITECTURES = {
     architecture.model_type: architecture
     for architecture in (
-        *(DEEPSEEK_V3, EXAONE4, GEMMA2, GEMMA3, GLM4_MOE, GLM4_MOE_LITE, GPT2, GPT_NEOX, GRANITE, LLAMA),
-        *(MINISTRAL3, MISTRAL, MIXTRAL, OLMO2, OLMOE, OPT, PHI3, QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE, SEED_OSS, SMOLLM3),
+        *(DEEPSEEK_V3, EXAONE4, GEMMA2, GEMMA3, GLM4_MOE, GLM4_MOE_LITE, GPT2, GPT_NEOX, GPT_OSS, GRANITE),
+        *(
+            LLAMA,
+            MINISTRAL3,
+            MISTRAL,
+            MIXTRAL,
+            OLMO2,
+            OLMOE,
+            OPT,
+            PHI3,
+            QWEN2,
+            QWEN2_MOE,
+            QWEN3,
+            QWEN3_MOE,
+            SEED_OSS,
+            SMOLLM3,
+        ),
     )
 }
 """every architecture, by the model_type of its config"""

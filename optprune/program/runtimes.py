@@ -216,7 +216,9 @@ RUNTIMES = {
         Runtime(
             "vllm",
             # These read head_dim from the config (Mistral is its Llama), Qwen2Attention divides the hidden size.
-            fewer_heads=("gemma2", "gemma3_text", "granite", "llama", "mistral", "qwen3"),
+            fewer_heads=("gemma2", "gemma3_text", "gpt_oss", "granite", "llama", "mistral", "qwen3"),
+            # Its GPT-OSS gives every other block a window, by its number.
+            ordered=("gpt_oss",),
             # GPTQ_MARLIN_MIN_THREAD_N in vLLM's marlin_utils.py.
             multiple=64,
             must=True,
@@ -224,7 +226,9 @@ RUNTIMES = {
         ),
         Runtime(
             "gguf",
-            families=tuple(name for name, one in ARCHITECTURES.items() if one.latent is None and name != "opt"),
+            families=tuple(
+                name for name, one in ARCHITECTURES.items() if one.latent is None and name not in ("gpt_oss", "opt")
+            ),
             rotary=("default", "linear", "llama3"),
             further={"ministral3": ("yarn",)},
             # Its architecture deci has Llama's blocks.
