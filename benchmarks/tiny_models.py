@@ -75,6 +75,10 @@ OTHER_FAMILIES: dict[str, dict[str, Any]] = {
     "glm4_moe_lite": LATENT,
     "gpt2": {"n_inner": 128, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
     "gpt_neox": {"attention_bias": True},
+    "gpt_oss": {
+        **{**EXPERTS, "num_local_experts": 4, "head_dim": 24, "sliding_window": 8},
+        **{"swiglu_alpha": 1.4, "swiglu_limit": 0.6, "rope_parameters": {**YARN, "truncate": False}},
+    },
     "granite": {
         **{"embedding_multiplier": 1.7, "logits_scaling": 1.3},
         **{"residual_multiplier": 0.6, "attention_multiplier": 0.4},

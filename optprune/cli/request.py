@@ -130,6 +130,7 @@ class Options:
         from optprune.allocation import Given
         from optprune.export.shards import size_of
         from optprune.models import load_config, load_shapes
+        from optprune.models.load import few_bits
         from optprune.program import Request, resolve
         from optprune.program.check import check_parts
         from optprune.program.resolve import places_of
@@ -169,7 +170,7 @@ class Options:
             from optprune.calibration.generated import check_held_out
 
             check_held_out(self.samples, self.generated, program.held_out)
-        return Resolved(self.model, program, config, runtime, notes)
+        return Resolved(self.model, program, config, runtime, notes, few_bits(self.model))
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,9 +183,13 @@ class Resolved:
     runtime: "Runtime | None" = None
     notes: tuple[str, ...] = ()
     """changes of the recipe for the runtime"""
+    few_bits: str | None = None
+    """the method by which the model stores its experts in few bits, if it does"""
 
     def report_notes(self, say: Callable[[str], None]) -> None:
-        """Report the changes of the recipe for the runtime."""
+        """Report the changes of the recipe for the runtime, and what becomes of weights that are in few bits."""
+        if self.few_bits is not None:
+            say(f"the experts are stored in {self.few_bits}: they are read and saved as floats")
         for sentence in self.notes:
             say(f"for the target {self.runtime.name if self.runtime else ''}: {sentence}")
 

@@ -14,7 +14,7 @@ from optprune.export.gguf_families import Family
 from optprune.export.gguf_types import SMALL_BLOCK, Choice, FileType
 from optprune.models import Decoder
 from optprune.models.architecture import BlockShape, rows_of_heads
-from optprune.models.checkpoint import Checkpoint, StoredTensor
+from optprune.models.checkpoint import Checkpoint, InFiles
 from optprune.models.skeleton import with_model_names
 
 IDLE_WIDTH = 32
@@ -33,7 +33,7 @@ class Target:
 
     name: str
     shape: tuple[int, ...]
-    sources: tuple[tuple[str, StoredTensor], ...]
+    sources: tuple[tuple[str, InFiles], ...]
     """the model's tensors by name: one, or that of each expert; none for a tensor of zeros"""
     columns: Arrangement = unchanged
     """arrangement of the last dimension, which also holds for the importance of the columns"""
@@ -133,7 +133,7 @@ class Tensors:
             if not own.mlp_width:
                 yield from self._idle(index)
 
-    def _stored(self) -> dict[str, StoredTensor]:
+    def _stored(self) -> dict[str, InFiles]:
         """Return the stored tensors of the model by their names in it.
 
         Raises InputError where a tensor is missing, or its shape differs from the config's.
@@ -152,7 +152,7 @@ class Tensors:
         # Older files hold masks as well.
         return {name: stored for name, stored in named.items() if name in known}
 
-    def _embeddings(self, found: dict[str, StoredTensor]) -> tuple[str, StoredTensor] | None:
+    def _embeddings(self, found: dict[str, InFiles]) -> tuple[str, InFiles] | None:
         """Return the embeddings, by name, where they are also the head and llama.cpp needs a separate head."""
         model = self.decoder.model
         inner, outer = model.get_input_embeddings(), model.get_output_embeddings()
@@ -168,7 +168,7 @@ class Tensors:
         number, _, rest = after.partition(".")
         return (f"{before}{found}{rest}", int(number)) if found else ("", 0)
 
-    def _target(self, name: str, stored: StoredTensor, known_as: str) -> Target:
+    def _target(self, name: str, stored: InFiles, known_as: str) -> Target:
         path, block = self._path(name)
         target = Target(known_as, stored.shape, ((name, stored),))
         if block is not None:

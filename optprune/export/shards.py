@@ -13,7 +13,8 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from optprune.errors import InputError
 from optprune.models import Decoder, is_stock
-from optprune.models.checkpoint import StoredTensor, stored_tensors
+from optprune.models.checkpoint import InFiles, stored_tensors
+from optprune.models.mixture import SeparateExperts, experts_in
 from optprune.models.vision import VisionFolder, is_language
 from optprune.numerics.tensors import write_tensors
 from optprune.system.files import write_whole
@@ -29,7 +30,7 @@ class Content:
     decoder: Decoder
     tensors: Mapping[str, Tensor]
     """all tensors in their order, by their names in the model or, around it, in its files; not all need values"""
-    around: Mapping[str, StoredTensor] = field(default_factory=dict)
+    around: Mapping[str, InFiles] = field(default_factory=dict)
     """the tensors that are copied"""
     named: Mapping[str, str] = field(default_factory=dict)
     """the names in files of the others, where they are not those of the model"""
@@ -64,7 +65,7 @@ class Content:
         """Yield the values of tensors as in a file. Of blocks that are on the disk, one at a time is in memory."""
         model = self.decoder.model
         places = {f"{self.decoder.block_name(index)}.": index for index in range(len(self.decoder.blocks))}
-        parameters = dict(model.named_parameters(remove_duplicate=False)).keys()
+        parameters, experts = dict(model.named_parameters(remove_duplicate=False)).keys(), _fused(self.decoder)
         with ExitStack() as resident:
             here: int | None = None
             for name in names:
@@ -74,8 +75,11 @@ class Content:
                     here = index
                     if index is not None:
                         resident.enter_context(self.decoder.resident(index))
+                place, _, own = name.rpartition(".")
                 if name in self.around:
                     yield self.around[name].read()
+                elif place in experts:
+                    yield self.turned(name, experts[place].stock_tensor(own))
                 else:
                     yield self.turned(name, model.get_parameter(name) if name in parameters else model.get_buffer(name))
 
@@ -147,11 +151,32 @@ def write_weights(
 
 
 def tensors_of(decoder: Decoder) -> dict[str, Tensor]:
-    """Return the tensors of a folder: every parameter once, under one of its names, and the persistent buffers."""
-    model = decoder.model
+    """Return the tensors of a folder: every parameter once, under one of its names, and the persistent buffers.
+
+    Where files hold all experts of a block in the stock class's tensors, these have no values here.
+    """
+    model, experts = decoder.model, _fused(decoder)
     parameters, state = dict(model.named_parameters()), model.state_dict()
     buffers = {name: buffer for name, buffer in model.named_buffers() if name in state}
-    return {name: tensor.detach() for name, tensor in {**parameters, **buffers}.items()}
+    found: dict[str, Tensor] = {}
+    for name, tensor in {**parameters, **buffers}.items():
+        place = next((place for place in experts if name.startswith(f"{place}.")), None)
+        if place is None:
+            found[name] = tensor.detach()
+        else:
+            found |= {f"{place}.{own}": whole for own, whole in experts[place].stock_shapes().items()}
+    return found
+
+
+def _fused(decoder: Decoder) -> dict[str, SeparateExperts]:
+    """Return the experts of each block by name, where files hold the tensors of the stock class."""
+    mixture = decoder.architecture.mixture
+    if mixture is None or not mixture.layout.in_files:
+        return {}
+    blocks = {
+        decoder.name(index, mixture.experts): experts_in(block, mixture) for index, block in enumerate(decoder.blocks)
+    }
+    return {name: experts for name, experts in blocks.items() if isinstance(experts, SeparateExperts)}
 
 
 def _bytes(tensor: Tensor) -> int:

@@ -185,6 +185,28 @@ class DenseMlp(MlpKind):
 
 
 @dataclass(frozen=True)
+class ExpertTensors:
+    """The layout of the tensors in which a stock class holds all experts of a block."""
+
+    transposed: bool = False
+    """whether they hold each matrix as [in, out]"""
+    interleaved: bool = False
+    """whether the rows of both layers before the last alternate; otherwise those of the gate come first"""
+    biased: bool = False
+    """whether each of them has one of biases beside it"""
+    in_files: bool = False
+    """whether checkpoints hold these tensors too, and not matrices of each expert"""
+    width: str = "intermediate_dim"
+    """the attribute of the stock module that holds the width of an expert"""
+
+    def rows(self, count: int) -> tuple[range, range]:
+        """Return the rows of the gate and of the layer beside it, among those of both."""
+        if self.interleaved:
+            return range(0, count, 2), range(1, count, 2)
+        return range(count // 2), range(count // 2, count)
+
+
+@dataclass(frozen=True)
 class Mixture(MlpKind):
     """A mixture of experts: gated MLPs of one shape, of which a router chooses some for each token.
 
@@ -226,6 +248,14 @@ class Mixture(MlpKind):
     """whether the weights of the chosen experts are scaled to add up to one"""
     stored: Mapping[str, str] = field(default_factory=dict)
     """parts of tensor names in a block, each with its spelling in checkpoints where that differs"""
+    layout: ExpertTensors = ExpertTensors()
+    """how the stock class holds the experts of a block"""
+    gated: Callable[[Any, Tensor, Tensor], Tensor] = lambda experts, gate, up: experts.act_fn(gate) * up
+    """function of the stock module and of the outputs of an expert's first two layers that returns the hidden units"""
+    rows: tuple[str, ...] = ("weight",)
+    """the router's parameters that have a row for each expert, without the correction"""
+    quantised: tuple[str, ...] = ()
+    """the methods by which checkpoints may store the experts in few bits, which are read into floats"""
 
     def stages(self, count: int) -> tuple[tuple[str, ...], ...]:
         """Return the linear layers of so many experts, grouped by those that run together."""
@@ -351,6 +381,8 @@ class Architecture:
     """the config field that lists the kind of each block's MLP in words, where there is one"""
     float32: tuple[str, ...] = ()
     """the parameters of a block that are float32 whatever the model's dtype, by their names in it"""
+    per_head: tuple[str, ...] = ()
+    """the parameters of a block that have a number for each query head, by their names in it"""
     off: tuple[str, ...] = ()
     """the config fields that must be off, because they change the computation"""
     transposed: tuple[str, ...] = ()

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -20,10 +20,47 @@ from optprune.system.files import read_json
 from optprune.system.wording import shown
 
 DTYPES = {name: dtype for dtype, name in NAMES.items()}
+PACKED = ("_blocks", "_scales")
+"""the endings of tensors of bytes that are read: see mxfp4.py"""
 LONGEST_HEADER = 100_000_000
 """the most bytes of a header that safetensors reads"""
 FETCH = "fetch it again"
 ENDING = ".safetensors"
+
+
+class InFiles(Protocol):
+    """A tensor in files, of which parts can be read."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of what is read."""
+        ...
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of what is read."""
+        ...
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files that hold it."""
+        ...
+
+    def transposed(self) -> Self:
+        """Return the transposed matrix."""
+        ...
+
+    def item(self, number: int) -> Self:
+        """Return one of the tensors of which the first dimension counts the number."""
+        ...
+
+    def rows(self, taken: range) -> Self:
+        """Return some of the rows, in memory of their own where they do not follow one another in the file."""
+        ...
+
+    def read(self) -> Tensor:
+        """Return the values in new memory."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -39,15 +76,40 @@ class StoredTensor:
     """whether the file holds the transposed matrix"""
     version: tuple[int, int, int] | None = None
     """the identity and time of the file when its header was read; None accepts the file as it is now"""
+    taken: range | None = None
+    """the rows that it consists of, of a larger matrix in the file; None for one that the file holds as it is"""
+    among: int = 0
+    """the number of rows of that matrix"""
 
-    def transposed(self) -> "StoredTensor":
+    def transposed(self) -> Self:
         """Return the same matrix as [out, in], where the file has [in, out]."""
         return replace(self, shape=self.shape[::-1], stored_transposed=not self.stored_transposed)
 
+    def item(self, number: int) -> Self:
+        """Return one of the tensors of which the first dimension counts the number."""
+        one = replace(self, shape=self.shape[1:])
+        return replace(one, begin=self.begin + number * one.bytes)
+
+    def rows(self, taken: range) -> Self:
+        """Return some of the rows, in memory of their own where they do not follow one another in the file."""
+        if taken.step == 1 and not self.stored_transposed:
+            row = replace(self, shape=self.shape[1:]).bytes
+            return replace(self, shape=(len(taken), *self.shape[1:]), begin=self.begin + taken.start * row)
+        return replace(self, shape=(len(taken), *self.shape[1:]), taken=taken, among=self.shape[0])
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files that hold it."""
+        return (self.file,)
+
     @property
     def bytes(self) -> int:
-        """The size in bytes."""
-        return math.prod(self.shape) * self.dtype.itemsize
+        """The size in bytes of what is read for it."""
+        return math.prod(self._stored_shape) * self.dtype.itemsize
+
+    @property
+    def _stored_shape(self) -> tuple[int, ...]:
+        return self.shape if self.taken is None else (self.among, *self.shape[1:])
 
     def read(self) -> Tensor:
         """Return the tensor in new memory: a memory map of the whole file would count as this process's memory."""
@@ -61,8 +123,11 @@ class StoredTensor:
             file.seek(self.begin)
             if file.readinto(data.numpy().data) != self.bytes:
                 raise InputError(f"{self.file.name} is cut short: {FETCH}")
-        found = data.view(self.dtype)
-        return found.reshape(self.shape[::-1]).t() if self.stored_transposed else found.reshape(self.shape)
+        shape, found = self._stored_shape, data.view(self.dtype)
+        found = found.reshape(shape[::-1]).t() if self.stored_transposed else found.reshape(shape)
+        if self.taken is None:
+            return found
+        return found[self.taken.start : self.taken.stop : self.taken.step].clone(memory_format=torch.contiguous_format)
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +136,7 @@ class Checkpoint:
 
     source: str
     """the source as the user named it"""
-    tensors: Mapping[str, StoredTensor]
+    tensors: Mapping[str, InFiles]
 
     @classmethod
     def open(
@@ -97,12 +162,13 @@ class Checkpoint:
     @property
     def files(self) -> tuple[Path, ...]:
         """The files that hold the tensors."""
-        return tuple(dict.fromkeys(tensor.file for tensor in self.tensors.values()))
+        return tuple(dict.fromkeys(file for tensor in self.tensors.values() for file in tensor.files))
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the first tensor; most models have one dtype."""
-        return next((tensor.dtype for tensor in self.tensors.values()), torch.float32)
+        """The dtype of the first tensor of floats; most models have one dtype."""
+        floats = (tensor.dtype for tensor in self.tensors.values() if tensor.dtype.is_floating_point)
+        return next(floats, torch.float32)
 
     def read(
         self, prefix: str, names: Iterable[str] | None = None, dtype: torch.dtype | None = None
@@ -149,7 +215,8 @@ def stored_tensors(
         header.pop("__metadata__", None)
         found = {name: _stored(file, what, entry, 8 + length, version) for name, entry in header.items()}
         for name, tensor in found.items():
-            if floats(name) and not tensor.dtype.is_floating_point:
+            packed = name.endswith(PACKED) and tensor.dtype == torch.uint8
+            if floats(name) and not tensor.dtype.is_floating_point and not packed:
                 raise _not_plain(what, header[name]["dtype"])
     except InputError:
         raise

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from optprune.models.surgery import (
     HALF,
     check_linear,
     classes_of,
+    keep_entries,
     keep_inputs,
     keep_outputs,
     parameters_in,
@@ -35,6 +36,8 @@ class LinkedLayers:
     consumer: str
     producers: tuple[str, ...]
     link: Link
+    vectors: Mapping[str, Tensor] = field(default_factory=dict)
+    """the entries [units, n] of vectors that go with the units, by the names of these parameters in the block"""
 
 
 class Decoder:
@@ -240,6 +243,8 @@ class Decoder:
             mask = torch.ones(producer.out_features, dtype=torch.bool, device=rows.device)
             mask[rows[~choice].reshape(-1)] = False
             keep_outputs(producer, mask)
+        for name, entries in layers.vectors.items():
+            keep_entries(self.blocks[block], name, entries[choice].reshape(-1))
         self.take_classes(self.architecture.pruned, block)
 
     def keep_experts(self, block: int, kept: Tensor) -> None:
@@ -306,6 +311,8 @@ class Decoder:
         """Leave a block of the model only these units within the context."""
         linear = [self.layer(block, path) for path in (layers.consumer, *layers.producers)]
         before = [(layer, dict(layer._parameters), layer.in_features, layer.out_features) for layer in linear]
+        places = [self.blocks[block].get_submodule(name.rpartition(".")[0]) for name in layers.vectors]
+        vectors = [(holder, dict(holder._parameters)) for holder in places]
         classes = classes_of(self.blocks[block])
         try:
             self.keep_units(block, layers, choice)
@@ -314,6 +321,8 @@ class Decoder:
             for layer, parameters, inputs, outputs in before:
                 layer._parameters.update(parameters)
                 layer.in_features, layer.out_features = inputs, outputs
+            for holder, parameters in vectors:
+                holder._parameters.update(parameters)
             set_classes(classes)
 
     # -- classes and config
@@ -358,8 +367,8 @@ class Decoder:
         first = next(shape for shape in shapes if shape.kv_heads)
         if architecture.stock is not None and not is_stock(config):
             config.__class__, self.model.__class__ = architecture.stock.config, architecture.stock.model
-            for field in (SHAPES_FIELD, "auto_map"):
-                vars(config).pop(field, None)
+            for name in (SHAPES_FIELD, "auto_map"):
+                vars(config).pop(name, None)
         if first.kv_heads < self.heads.kv:
             config.head_dim = self.heads.dim
             config.num_key_value_heads = first.kv_heads
@@ -418,12 +427,12 @@ class Decoder:
         self.blocks = self.model.get_submodule(self.architecture.blocks)  # type: ignore[assignment]
         config = self.model.config
         config.num_hidden_layers = len(kept)
-        for field in self.architecture.leading:
-            setattr(config, field, sum(index < getattr(config, field) for index in kept))
-        for field in self.architecture.by_block:
-            if getattr(config, field, None):
-                setattr(config, field, [getattr(config, field)[index] for index in kept])
-        for field in self.architecture.numbers:
-            if getattr(config, field, None):
-                listed = set(getattr(config, field))
-                setattr(config, field, [number for number, index in enumerate(kept) if index in listed])
+        for name in self.architecture.leading:
+            setattr(config, name, sum(index < getattr(config, name) for index in kept))
+        for name in self.architecture.by_block:
+            if getattr(config, name, None):
+                setattr(config, name, [getattr(config, name)[index] for index in kept])
+        for name in self.architecture.numbers:
+            if getattr(config, name, None):
+                listed = set(getattr(config, name))
+                setattr(config, name, [number for number, index in enumerate(kept) if index in listed])

@@ -7,6 +7,8 @@ from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.models.deepseek_v3 import modeling_deepseek_v3
 from transformers.models.exaone4 import modeling_exaone4
@@ -16,6 +18,7 @@ from transformers.models.glm4_moe import modeling_glm4_moe
 from transformers.models.glm4_moe_lite import modeling_glm4_moe_lite
 from transformers.models.gpt2 import modeling_gpt2
 from transformers.models.gpt_neox import modeling_gpt_neox
+from transformers.models.gpt_oss import modeling_gpt_oss
 from transformers.models.granite import modeling_granite
 from transformers.models.lfm2 import modeling_lfm2
 from transformers.models.llama import modeling_llama
@@ -36,7 +39,7 @@ from transformers.models.qwen3_next import modeling_qwen3_next
 from transformers.models.seed_oss import modeling_seed_oss
 from transformers.models.smollm3 import modeling_smollm3
 
-from optprune.models.architecture import Architecture, Classes, Heads, Latent, Mixture
+from optprune.models.architecture import Architecture, Classes, ExpertTensors, Heads, Latent, Mixture
 from optprune.models.pruned import (
     modeling_pruned_deepseek_v3,
     modeling_pruned_exaone4,
@@ -46,6 +49,7 @@ from optprune.models.pruned import (
     modeling_pruned_glm4_moe_lite,
     modeling_pruned_gpt2,
     modeling_pruned_gpt_neox,
+    modeling_pruned_gpt_oss,
     modeling_pruned_granite,
     modeling_pruned_lfm2,
     modeling_pruned_llama,
@@ -100,6 +104,12 @@ def keys_of_delta_net(config: PretrainedConfig) -> int:
 def values_of_delta_net(config: PretrainedConfig) -> int:
     """Return the value dimensions of all heads of a gated delta network."""
     return config.linear_num_value_heads * config.linear_value_head_dim
+
+
+def clamped_swiglu(experts: Any, gate: Tensor, up: Tensor) -> Tensor:
+    """Return the hidden units of GPT-OSS's experts, in the order of operations of the stock class."""
+    gate, up = gate.clamp(max=experts.limit), up.clamp(min=-experts.limit, max=experts.limit)
+    return (up + 1) * (gate * torch.sigmoid(gate * experts.alpha))
 
 
 WHOLE_MIXER = "the block's recurrent mixer keeps all its heads"
@@ -438,6 +448,27 @@ GLM4_MOE_LITE = replace(
     by_block=("layer_types", "mlp_layer_types"),
     **classes("Glm4MoeLite", modeling_glm4_moe_lite, modeling_pruned_glm4_moe_lite),
 )
+# Biases everywhere, a sink for each query head, windows in every other block, and a softmax over the chosen experts.
+GPT_OSS = replace(
+    QWEN3_MOE,
+    model_type="gpt_oss",
+    mlp_width="intermediate_size",
+    per_head=("self_attn.sinks",),
+    mixture=Mixture(
+        router="mlp.router",
+        count="num_local_experts",
+        width="intermediate_size",
+        normalised=lambda config: True,
+        layout=ExpertTensors(transposed=True, interleaved=True, biased=True, in_files=True, width="intermediate_size"),
+        gated=clamped_swiglu,
+        rows=("weight", "bias"),
+        quantised=("mxfp4",),
+    ),
+    off=("output_router_logits",),
+    fixed={},
+    older_names={},
+    **classes("GptOss", modeling_gpt_oss, modeling_pruned_gpt_oss),
+)
 
 # A plain MLP, learned positions, biases everywhere.
 OPT = Architecture(
@@ -520,9 +551,9 @@ GPT_NEOX = Architecture(
 ARCHITECTURES = {
     architecture.model_type: architecture
     for architecture in (
-        *(DEEPSEEK_V3, EXAONE4, GEMMA2, GEMMA3, GLM4_MOE, GLM4_MOE_LITE, GPT2, GPT_NEOX, GRANITE, LFM2, LLAMA),
-        *(MINISTRAL3, MISTRAL, MIXTRAL, OLMO2, OLMOE, OPT, PHI3, QWEN2, QWEN2_MOE, QWEN3, QWEN3_5, QWEN3_5_MOE),
-        *(QWEN3_MOE, QWEN3_NEXT, SEED_OSS, SMOLLM3),
+        *(DEEPSEEK_V3, EXAONE4, GEMMA2, GEMMA3, GLM4_MOE, GLM4_MOE_LITE, GPT2, GPT_NEOX, GPT_OSS, GRANITE),
+        *(LFM2, LLAMA, MINISTRAL3, MISTRAL, MIXTRAL, OLMO2, OLMOE, OPT, PHI3, QWEN2, QWEN2_MOE, QWEN3, QWEN3_5),
+        *(QWEN3_5_MOE, QWEN3_MOE, QWEN3_NEXT, SEED_OSS, SMOLLM3),
     )
 }
 """every architecture, by the model_type of its config"""

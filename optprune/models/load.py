@@ -3,7 +3,7 @@
 import copy
 import re
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from optprune.models.checkpoint import Checkpoint, check_finite, check_weights_f
 from optprune.models.decoder import Decoder
 from optprune.models.draft import Draft
 from optprune.models.gguf import GgufTensor, converted, gguf_config, tensors_in
+from optprune.models.mxfp4 import paired
 from optprune.models.registry import architecture_named, architecture_of, check_config
 from optprune.models.skeleton import check_whole, fill, skeleton
 from optprune.models.sources import CONVERT, NO_CODE, cause, is_gguf, locate, reading
@@ -232,13 +233,31 @@ def _config(source: str, where: str, options: dict[str, Any], described: Describ
     check_weights_named(config, source)
     quantised = getattr(config, "quantization_config", None)
     quantised = quantised if whole is None else whole.fields.get("quantization_config", quantised)
-    if quantised is not None and not options:
-        method = quantised.get("quant_method") if isinstance(quantised, dict) else type(quantised).__name__
+    method = None if options else _method(quantised)
+    readable = architecture.mixture is not None and whole is None and method in architecture.mixture.quantised
+    if method is not None and not readable:
         raise InputError(
             f"the checkpoint {source} is quantised ({method or 'by an unnamed method'}), but pruning needs plain "
             "weights: load the unquantised original"
         )
+    if method is not None:  # what is read, and saved, are floats
+        vars(config).pop("quantization_config")
     return config
+
+
+def _method(quantised: Any) -> str | None:
+    """Return the method that a quantization_config names, "" where it names none; None without such a config."""
+    if quantised is None:
+        return None
+    return str(quantised.get("quant_method") or "") if isinstance(quantised, dict) else type(quantised).__name__
+
+
+def few_bits(source: str | Path) -> str | None:
+    """Return the method by which a model folder stores experts in few bits; None where it stores floats."""
+    where, options = locate(str(source))
+    with reading("config", str(source), where, options):
+        fields: Any = {} if options else PretrainedConfig.get_config_dict(where)[0]
+    return _method(fields.get("quantization_config"))
 
 
 def _weights(
@@ -251,6 +270,7 @@ def _weights(
 ) -> PreTrainedModel:
     cls: Any = AutoModelForCausalLM
     with reading("weights", source, where, options):
+        packed = None if options or whole is not None else _packed(source, where, config)
         if options or whole is not None:
             # from_pretrained would parse the file again and list the names of every module, which takes seconds.
             shapes = skeleton(config, torch.float32)
@@ -259,6 +279,11 @@ def _weights(
             cls, folder, given = type(shapes), None, {"config": copy.deepcopy(config), "state_dict": state}
             stored = torch.float32 if whole is None else config.dtype or whole.language_checkpoint().dtype
             dtype = stored if dtype == "auto" else dtype
+        elif packed is not None:
+            dtype = (getattr(config, "dtype", None) or packed.dtype) if dtype == "auto" else dtype
+            state = {name: part.read() for name, part in packed.tensors.items()}
+            given = {"config": copy.deepcopy(config), "state_dict": state}
+            cls, folder = type(skeleton(config, torch.float32)), None
         else:
             check_weights_files(source, where)
             # The config is passed on, since the files do not hold a draft.
@@ -270,10 +295,23 @@ def _weights(
             if "use_safetensors" in str(error):
                 raise InputError(f"{source} has no weights as safetensors; {CONVERT}") from error
             raise
+        if packed is not None:
+            with suppress(OSError):  # there need not be one
+                model.generation_config = GenerationConfig.from_pretrained(where)
     absent = [*sorted(report["missing_keys"]), *sorted(map(str, report["mismatched_keys"]))]
     check_whole(source, config.model_type, absent, report["unexpected_keys"])
     model.name_or_path = model.config.name_or_path = where
     return model
+
+
+def _packed(source: str, where: str, config: PretrainedConfig) -> Checkpoint | None:
+    """Return the checkpoint of a model some of whose weights are stored in few bits; None where all are floats."""
+    mixture = architecture_of(config).mixture
+    if mixture is None or not mixture.quantised:
+        return None
+    checkpoint = Checkpoint.open(where, source)
+    tensors = paired(checkpoint.tensors, source)
+    return None if tensors == checkpoint.tensors else replace(checkpoint, tensors=tensors)
 
 
 def check_dtype(name: str) -> None:

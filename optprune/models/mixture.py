@@ -1,47 +1,109 @@
-"""Experts as modules of three linear layers each, and as the two tensors of the stock classes of transformers 5.
+"""Experts as modules of three linear layers each, and as the tensors of the stock classes of transformers 5.
 
-The stock classes hold the experts of a block in gate_up_proj [experts, 2 width, hidden], with the rows of the gate
-first, and down_proj [experts, hidden, width]. Checkpoints hold three matrices for each expert, under the names that the
-modules here have.
+The stock classes hold the experts of a block in gate_up_proj [experts, 2 width, hidden] and down_proj [experts, hidden,
+width], some of them transposed, with rows that alternate, or with biases (`ExpertTensors`). Checkpoints hold three
+matrices for each expert, under the names that the modules here have, or those tensors.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from optprune.models.architecture import GATED, Mixture
+from optprune.models.architecture import GATED, ExpertTensors, Mixture
 
 GATE, UP, DOWN = GATED
 FUSED, LAST = "gate_up_proj", "down_proj"
+BIAS = "_bias"
+"""the ending of the name of a tensor of biases"""
+
+
+@dataclass(frozen=True)
+class ExpertTensor:
+    """One of the stock class's tensors of all experts in a block."""
+
+    name: str
+    parts: tuple[str, ...]
+    """the parameters of an expert whose rows it holds, by their names in the expert"""
+    transposed: bool
+    """whether it holds a matrix [in, out] for each expert"""
+    dimensions: int
+    """3 for a matrix of each expert, 2 for a vector"""
+
+    def rows(self, count: int, layout: ExpertTensors) -> dict[str, range]:
+        """Return the rows of each part among so many of all."""
+        return dict(zip(self.parts, (range(count),) if len(self.parts) == 1 else layout.rows(count), strict=True))
+
+    def divided(self, of_expert: Tensor, layout: ExpertTensors) -> dict[str, Tensor]:
+        """Return the parameters of an expert, which share memory with its part of the tensor unless rows alternate.
+
+        Transposed ones are copied too, so that they lie in memory as they do after reading them from a file: products
+        of matrices that lie otherwise are rounded otherwise.
+        """
+        whole, copied = of_expert.t() if self.transposed else of_expert, layout.transposed or layout.interleaved
+        found = {
+            part: whole[rows.start : rows.stop : rows.step] for part, rows in self.rows(len(whole), layout).items()
+        }
+        return {
+            part: rows.clone(memory_format=torch.contiguous_format) if copied else rows for part, rows in found.items()
+        }
+
+    def united(self, parts: Sequence[Tensor], layout: ExpertTensors) -> Tensor:
+        """Return an expert's part of the tensor."""
+        if len(parts) > 1:
+            whole = torch.stack(list(parts), 1).flatten(0, 1) if layout.interleaved else torch.cat(list(parts))
+        else:
+            [whole] = parts
+        return whole.t() if self.transposed else whole
+
+
+def expert_tensors(layout: ExpertTensors) -> tuple[ExpertTensor, ...]:
+    """Return the tensors of a layout."""
+    found = list[ExpertTensor]()
+    for name, layers in ((FUSED, (GATE, UP)), (LAST, (DOWN,))):
+        found.append(ExpertTensor(name, tuple(f"{layer}.weight" for layer in layers), layout.transposed, 3))
+        if layout.biased:
+            found.append(
+                ExpertTensor(
+                    f"{name}{BIAS}", tuple(f"{layer}.bias" for layer in layers), transposed=False, dimensions=2
+                )
+            )
+    return tuple(found)
 
 
 class Expert(nn.Module):
     """One expert: a gated MLP."""
 
-    def __init__(self, matrices: dict[str, Tensor], trained: bool) -> None:
+    def __init__(self, parameters: Mapping[str, Tensor], trained: bool) -> None:
         super().__init__()
-        for name, matrix in matrices.items():
-            outputs, inputs = matrix.shape
-            layer = nn.Linear(inputs, outputs, bias=False, device="meta")
-            layer.weight = nn.Parameter(matrix, trained)
+        for name in GATED:
+            outputs, inputs = parameters[f"{name}.weight"].shape
+            layer = nn.Linear(inputs, outputs, bias=f"{name}.bias" in parameters, device="meta")
+            for own in layer._parameters:
+                if f"{name}.{own}" in parameters:
+                    layer._parameters[own] = nn.Parameter(parameters[f"{name}.{own}"], trained)
             self.add_module(name, layer)
 
 
 class SeparateExperts(nn.ModuleDict):
     """The experts of a block by number; it is called with the same arguments as the stock module."""
 
-    def __init__(self, stock: nn.Module) -> None:
+    def __init__(self, stock: nn.Module, mixture: Mixture) -> None:
         """Take the experts out of a stock module, whose tensors they share; that module is empty until `joined`."""
         super().__init__()
-        fused, last = stock.get_parameter(FUSED), stock.get_parameter(LAST)
-        for number, (both, down) in enumerate(zip(fused.detach(), last.detach(), strict=True)):
-            gate, up = both.chunk(2)
-            self[str(number)] = Expert({GATE: gate, UP: up, DOWN: down}, fused.requires_grad)
-        stock._parameters.update({FUSED: None, LAST: None})
+        layout = mixture.layout
+        tensors = {each: stock.get_parameter(each.name) for each in expert_tensors(layout)}
+        for number in range(len(next(iter(tensors.values())))):
+            parameters: dict[str, Tensor] = {}
+            for each, whole in tensors.items():
+                parameters |= each.divided(whole.detach()[number], layout)
+            self[str(number)] = Expert(parameters, next(iter(tensors.values())).requires_grad)
+        stock._parameters.update(dict.fromkeys(each.name for each in tensors))
         self._stock: list[Any] = [stock]  # in a list, so that it is not a sub-module
+        self._mixture = mixture
         self.train(stock.training)
 
     @property
@@ -55,8 +117,8 @@ class SeparateExperts(nn.ModuleDict):
 
     def inner(self, tokens: Tensor, number: int) -> Tensor:
         """Return the inputs of an expert's last layer [tokens, width] for these tokens [tokens, hidden]."""
-        activation = self._stock[0].act_fn
-        return activation(self._layer(number, GATE)(tokens)) * self._layer(number, UP)(tokens)
+        gate, up = (self._layer(number, name)(tokens) for name in (GATE, UP))
+        return self._mixture.gated(self._stock[0], gate, up)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Return the weighted sum [tokens, hidden] of the outputs of each token's experts [tokens, k].
@@ -79,19 +141,38 @@ class SeparateExperts(nn.ModuleDict):
 
     def joined(self) -> nn.Module:
         """Return the stock module, filled with the experts as they are now."""
-        stock, numbers = self._stock[0], range(self.count)
-        fused = torch.stack([torch.cat([self._matrix(number, name) for name in (GATE, UP)]) for number in numbers])
-        last = torch.stack([self._matrix(number, DOWN) for number in numbers])
-        trained = next(self.parameters()).requires_grad
-        stock._parameters.update({FUSED: nn.Parameter(fused, trained), LAST: nn.Parameter(last, trained)})
-        stock.num_experts, stock.intermediate_dim = self.count, last.shape[2]
+        stock, trained = self._stock[0], next(self.parameters()).requires_grad
+        for each in expert_tensors(self._mixture.layout):
+            stock._parameters[each.name] = nn.Parameter(self.stock_tensor(each.name), trained)
+        stock.num_experts = self.count
+        setattr(stock, self._mixture.layout.width, self.width)
         return stock.train(self.training)
+
+    @property
+    def width(self) -> int:
+        """The units of an expert."""
+        return self._parameter(0, f"{DOWN}.weight").shape[1]
+
+    def stock_shapes(self) -> dict[str, Tensor]:
+        """Return the stock class's tensors of these experts by name, without values."""
+        found: dict[str, Tensor] = {}
+        for each in expert_tensors(self._mixture.layout):
+            parts = [self._parameter(0, part).to("meta") for part in each.parts]
+            found[each.name] = each.united(parts, self._mixture.layout).expand(self.count, *[-1] * parts[0].ndim)
+        return found
+
+    def stock_tensor(self, name: str) -> Tensor:
+        """Return one of the stock class's tensors."""
+        layout = self._mixture.layout
+        [each] = (each for each in expert_tensors(layout) if each.name == name)
+        experts = ([self._parameter(number, part) for part in each.parts] for number in range(self.count))
+        return torch.stack([each.united(parts, layout) for parts in experts])
 
     def _layer(self, number: int, name: str) -> nn.Module:
         return self[str(number)].get_submodule(name)
 
-    def _matrix(self, number: int, name: str) -> Tensor:
-        return self._layer(number, name).get_parameter("weight").detach()
+    def _parameter(self, number: int, name: str) -> Tensor:
+        return self[str(number)].get_parameter(name).detach()
 
 
 def separate(block: nn.Module, mixture: Mixture) -> None:
@@ -101,7 +182,7 @@ def separate(block: nn.Module, mixture: Mixture) -> None:
     """
     experts = experts_in(block, mixture)
     if experts is not None and not isinstance(experts, SeparateExperts):
-        block.set_submodule(mixture.experts, SeparateExperts(experts))
+        block.set_submodule(mixture.experts, SeparateExperts(experts, mixture))
         router, name = block.get_submodule(mixture.router), mixture.correction
         if name:  # a parameter meanwhile, so that all that reads and writes those of a block does this one too
             correction = router.get_buffer(name)
@@ -155,5 +236,5 @@ def experts_in(block: nn.Module, mixture: Mixture) -> nn.Module | None:
 
 def _rows(router: nn.Module, mixture: Mixture) -> dict[str, nn.Parameter]:
     """Return the parameters of a router that have a row for each expert, by name."""
-    names = ("weight", mixture.correction) if mixture.correction else ("weight",)
+    names = (*mixture.rows, *((mixture.correction,) if mixture.correction else ()))
     return {name: router.get_parameter(name) for name in names}

@@ -12,8 +12,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from optprune.errors import InputError
-from optprune.models.checkpoint import Checkpoint, StoredTensor
-from optprune.models.mixture import DOWN, FUSED, GATE, LAST, UP, separate
+from optprune.models.architecture import Mixture
+from optprune.models.checkpoint import Checkpoint, InFiles
+from optprune.models.mixture import expert_tensors, separate
+from optprune.models.mxfp4 import METHOD, paired
 from optprune.models.registry import architecture_of
 from optprune.system.wording import counted
 
@@ -90,7 +92,8 @@ def with_model_names(model: PreTrainedModel, checkpoint: Checkpoint) -> Checkpoi
     architecture = architecture_of(model.config)
     tensors = {architecture.model_name(name): at for name, at in checkpoint.tensors.items()}
     if architecture.mixture is not None:
-        tensors = split_experts(tensors, architecture.mixture.experts)
+        tensors = paired(tensors, checkpoint.source) if METHOD in architecture.mixture.quantised else tensors
+        tensors = split_experts(tensors, architecture.mixture)
     prefix = f"{model.base_model_prefix}."
     if not any(name.startswith(prefix) for name in tensors):
         weights = dict(model.named_parameters(remove_duplicate=False))
@@ -100,22 +103,21 @@ def with_model_names(model: PreTrainedModel, checkpoint: Checkpoint) -> Checkpoi
     return replace(checkpoint, tensors=tensors | transposed)
 
 
-def split_experts(tensors: Mapping[str, StoredTensor], experts: str) -> dict[str, StoredTensor]:
-    """Return the tensors with the matrices of each expert, as views of the tensors that hold all experts in a row."""
-    found: dict[str, StoredTensor] = {}
+def split_experts(tensors: Mapping[str, InFiles], mixture: Mixture) -> dict[str, InFiles]:
+    """Return the tensors with the parameters of each expert, as parts of the tensors that hold all experts."""
+    found: dict[str, InFiles] = {}
+    kinds = {kind.name: kind for kind in expert_tensors(mixture.layout)}
     for name, tensor in tensors.items():
         place, _, own = name.rpartition(".")
-        parts = {FUSED: (GATE, UP), LAST: (DOWN,)}.get(own, ()) if place.endswith(f".{experts}") else ()
-        if not parts or len(tensor.shape) != 3:
+        kind = kinds.get(own) if place.endswith(f".{mixture.experts}") else None
+        if kind is None or len(tensor.shape) != kind.dimensions:
             found[name] = tensor
             continue
-        count, rows, columns = tensor.shape
-        shape = (rows // len(parts), columns)
-        matrix = replace(tensor, shape=shape)
-        for number in range(count * len(parts)):
-            expert, part = divmod(number, len(parts))
-            at = replace(matrix, begin=tensor.begin + number * matrix.bytes)
-            found[f"{place}.{expert}.{parts[part]}.weight"] = at
+        for number in range(tensor.shape[0]):
+            one = tensor.item(number)
+            one = one.transposed() if kind.transposed else one
+            for part, rows in kind.rows(one.shape[0], mixture.layout).items():
+                found[f"{place}.{number}.{part}"] = one.rows(rows)
     return found
 
 

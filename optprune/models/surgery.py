@@ -46,6 +46,12 @@ def keep_outputs(layer: nn.Linear, mask: Tensor) -> None:
     layer.out_features = layer.weight.shape[0]
 
 
+def keep_entries(module: nn.Module, name: str, entries: Tensor) -> None:
+    """Keep only these entries of a vector that is a parameter of a module, in place."""
+    vector = module.get_parameter(name)
+    put_parameters(module, {name: vector.detach()[entries]})
+
+
 def classes_of(module: nn.Module) -> list[tuple[nn.Module, type]]:
     """Return a module and all modules inside it, each with its class."""
     return [(part, part.__class__) for part in module.modules()]

@@ -317,7 +317,8 @@ class KvGroups(LinkedUnits):
         for path, own in zip((architecture.query, architecture.key, architecture.value), rows, strict=True):
             made.setdefault(path, []).append(own)  # one layer may make them all
         link = Link(columns, torch.zeros_like(unit), tuple(torch.cat(own, 1) for own in made.values()))
-        return LinkedLayers(consumer, tuple(made), link)
+        queries = torch.arange(shape.kv_heads * heads.group, device=device).reshape(-1, heads.group)
+        return LinkedLayers(consumer, tuple(made), link, dict.fromkeys(architecture.per_head, queries))
 
     def multiple(self, shape: BlockShape, asked: int | None, alike: bool = False) -> int:
         return 1

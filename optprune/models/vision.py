@@ -5,6 +5,7 @@ folder (vision tower, projector, processor) is copied, byte for byte.
 """
 
 import inspect
+import math
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -186,7 +187,8 @@ class VisionFolder:
         """Return the size of the tensors beside the language part; 0 where the weights are not in a folder here."""
         if not any(Path(self.where).glob(f"*{ENDING}")):
             return 0
-        return sum(tensor.bytes for name, tensor in self.checkpoint().tensors.items() if not is_language(name))
+        around = (tensor for name, tensor in self.checkpoint().tensors.items() if not is_language(name))
+        return sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in around)
 
     def language_checkpoint(self) -> Checkpoint:
         """Return the tensors of the language part, by their names in the text model."""

@@ -231,9 +231,11 @@ RUNTIMES = {
             families=tuple(name for name in ARCHITECTURES if name not in RECURRENT),  # not tried there
             # These read head_dim from the config (Mistral is its Llama), Qwen2Attention divides the hidden size.
             fewer_heads=(
-                *("gemma2", "gemma3_text", "glm4_moe", "granite", "llama", "mistral"),
+                *("gemma2", "gemma3_text", "glm4_moe", "gpt_oss", "granite", "llama", "mistral"),
                 *("qwen3", "qwen3_moe", "seed_oss"),
             ),
+            # Its GPT-OSS gives every other block a window, by its number.
+            ordered=("gpt_oss",),
             # GPTQ_MARLIN_MIN_THREAD_N in vLLM's marlin_utils.py.
             multiple=64,
             must=True,
@@ -242,7 +244,9 @@ RUNTIMES = {
         Runtime(
             "gguf",
             families=tuple(
-                name for name, one in ARCHITECTURES.items() if name not in ("opt", *RECURRENT) and one.latent is None
+                name
+                for name, one in ARCHITECTURES.items()
+                if name not in ("gpt_oss", "opt", *RECURRENT) and one.latent is None
             ),
             rotary=("default", "linear", "llama3"),
             further={"ministral3": ("yarn",)},

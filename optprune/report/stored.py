@@ -155,6 +155,8 @@ KEPT_FIELDS = (
     "embedding_multiplier",
     "logits_scaling",
     "residual_multiplier",
+    "swiglu_alpha",
+    "swiglu_limit",
 )
 """the fields of a config that change the meaning of the weights; pruning leaves them unchanged"""
 
@@ -223,7 +225,7 @@ def _same_norms(before: StoredModel, number: int, stored: StoredModel, index: in
     pairs = [
         (before.tensors.get(before.decoder.name(number, name)), stored.tensors.get(stored.decoder.name(index, name)))
         for name in vectors
-        if name.rpartition(".")[0] not in (*linear, router)
+        if name.rpartition(".")[0] not in (*linear, router) and name not in stored.decoder.architecture.per_head
     ]
     return bool(pairs) and all(
         was is not None and now is not None and torch.equal(was.read().to(torch.float64), now.read().to(torch.float64))

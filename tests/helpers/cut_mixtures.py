@@ -14,10 +14,11 @@ def cut(model: PreTrainedModel, block: int, kept: list[int]) -> PreTrainedModel:
     """A copy of a stock model of which a block has these experts alone, cut out of its tensors by hand."""
     other: Any = copy.deepcopy(model)
     mixture = other.model.layers[block].mlp
+    router = mixture.router if model.config.model_type == "gpt_oss" else mixture.gate
     with torch.no_grad():
-        for holder, names in ((mixture.experts, ("gate_up_proj", "down_proj")), (mixture.gate, ("weight",))):
-            for name in names:
-                setattr(holder, name, torch.nn.Parameter(getattr(holder, name)[kept].clone()))
+        for holder in (mixture.experts, router):
+            for name, parameter in list(holder.named_parameters()):
+                setattr(holder, name, torch.nn.Parameter(parameter[kept].clone()))
             for name, buffer in list(holder.named_buffers()):  # a router's correction
                 holder.register_buffer(name, buffer[kept].clone())
             holder.num_experts = len(kept)

@@ -26,17 +26,35 @@ def routed(model: PreTrainedModel, block: int = 0) -> list[tuple[Tensor, Tensor]
 
 def inner(model: PreTrainedModel, expert: int, tokens: Tensor, block: int = 0) -> Tensor:
     """What the last matrix of an expert reads for these tokens: [tokens, width], in float64."""
-    gate, up = first(model, expert, block).double().chunk(2)
-    return silu(tokens.double() @ gate.T) * (tokens.double() @ up.T)
+    stock: Any = model
+    before = tokens.double() @ first(model, expert, block)[:, : tokens.shape[1]].double().T
+    if not in_gpt_oss(model):
+        gate, up = before.chunk(2, 1)
+        return silu(gate) * up
+    gate, up = (before + first(model, expert, block)[:, -1].double()).chunk(2, 1)
+    alpha, limit = stock.config.swiglu_alpha, stock.config.swiglu_limit
+    gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return gate / (1 + (-alpha * gate).exp()) * (up + 1)
+
+
+def in_gpt_oss(model: PreTrainedModel) -> bool:
+    """Whether experts are those of GPT-OSS: transposed, with rows of both matrices in turn, and biases."""
+    return model.config.model_type.endswith("gpt_oss")
 
 
 def first(model: PreTrainedModel, expert: int, block: int = 0) -> Tensor:
-    """The two matrices before that, one above the other: [2 width, hidden]."""
+    """The two matrices before that, one above the other, [2 width, hidden], and in GPT-OSS a column of biases."""
     stock: Any = model
-    return stock.model.layers[block].mlp.experts.gate_up_proj[expert].detach().clone()
+    experts = stock.model.layers[block].mlp.experts
+    both = experts.gate_up_proj[expert].detach().clone()
+    if not in_gpt_oss(model):
+        return both
+    both = torch.cat([both.T, experts.gate_up_proj_bias[expert].detach()[:, None]], 1)
+    return torch.cat([both[::2], both[1::2]])
 
 
 def last(model: PreTrainedModel, expert: int, block: int = 0) -> Tensor:
     """The last matrix of an expert, [hidden, width]."""
     stock: Any = model
-    return stock.model.layers[block].mlp.experts.down_proj[expert].detach().clone()
+    found = stock.model.layers[block].mlp.experts.down_proj[expert].detach().clone()
+    return found.T if in_gpt_oss(model) else found

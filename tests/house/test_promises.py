@@ -27,6 +27,9 @@ PROMISES = {
     ("docs/explanation/budgets.md", "The weights are those of a run alone, bit for bit"): (
         "calibration/test_shared_statistics.py::test_costs_of_weights_that_a_probe_scales_are_as_they_were_for_the_next_run"
     ),
+    ("docs/explanation/units.md", "are read as floats, block by block, bit for bit as transformers reads them"): (
+        "models/test_mxfp4.py::test_a_loaded_model_is_that_of_transformers"
+    ),
     ("docs/guide/heal.md", "Every zero and every width stays as it is, bit for bit"): (
         "healing/test_zeros.py::test_zeros_stay_zeros_in_weights_and_momentum[adamw]"
     ),

@@ -47,13 +47,14 @@ def stays(name: str) -> set[str]:
 
 
 KINDS = [("mlp",), ("vo",), ("kv",), ("vo", "mlp"), ("kv", "mlp")]
+EAGER = ("gemma2", "gpt_oss")
 CASES = [
     (variant, kinds, attention)
     for variant in VARIANTS
     for kinds in KINDS
     for attention in ("sdpa", "eager")
-    # Some units of some families do not go, and the soft caps of Gemma 2 are in no other attention.
-    if not {COUNTS[kind] for kind in kinds} & stays(variant) and not (variant == "gemma2" and attention == "sdpa")
+    # Some units of some families do not go, and soft caps and sinks are in no other attention.
+    if not {COUNTS[kind] for kind in kinds} & stays(variant) and (variant in EAGER) <= (attention == "eager")
 ]
 
 

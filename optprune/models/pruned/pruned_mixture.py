@@ -9,18 +9,28 @@ from .pruned_decoder import PrunedBlock
 class PrunedMixtureBlock(PrunedBlock):
     """A decoder block with a router and any number of experts in place of the MLP, or with one MLP."""
 
+    router = "gate"
+    """the name of the router in the MLP"""
+    width = "intermediate_dim"
+    """the name of the experts' attribute that holds their width"""
+
     def shrink(self, shape, group):
         if shape["mlp_width"] and shape.get("experts"):
-            experts, gate, count, width = self.mlp.experts, self.mlp.gate, shape["experts"], shape["mlp_width"]
-            hidden = gate.weight.shape[1]
-            for name, sizes in (("gate_up_proj", (2 * width, hidden)), ("down_proj", (hidden, width))):
+            experts, router = self.mlp.experts, getattr(self.mlp, self.router)
+            count, width, hidden = shape["experts"], shape["mlp_width"], router.weight.shape[1]
+            for name, sizes in self.expert_sizes(width, hidden).items():
                 setattr(experts, name, nn.Parameter(getattr(experts, name).new_empty(count, *sizes)))
-            gate.weight = nn.Parameter(gate.weight.new_empty(count, hidden))
-            for name, buffer in gate.named_buffers():  # a number for each expert
-                gate.register_buffer(name, buffer[:count].clone())
-            experts.num_experts = gate.num_experts = count
-            experts.intermediate_dim = width
+            for name, rows in list(router.named_parameters()):  # one for each expert
+                setattr(router, name, nn.Parameter(rows.new_empty(count, *rows.shape[1:])))
+            for name, buffer in router.named_buffers():
+                router.register_buffer(name, buffer[:count].clone())
+            experts.num_experts = router.num_experts = count
+            setattr(experts, self.width, width)
         super().shrink(shape, group)
+
+    def expert_sizes(self, width, hidden):
+        """Return the sizes of the tensors of all experts by name, for each expert."""
+        return {"gate_up_proj": (2 * width, hidden), "down_proj": (hidden, width)}
 
     def shrink_mlp(self, width):
         """Give an MLP this number of units; the experts' width is set with their number."""
