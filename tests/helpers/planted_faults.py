@@ -50,6 +50,77 @@ class Fault:
 
 
 FAULTS = [
+    # Vision-language models
+    Fault(
+        "vision: tensors around a language part are zeros",
+        "export/shards.py",
+        "yield self.around[name].read()",
+        "yield self.around[name].read() * 0",
+        "export/test_around.py",
+    ),
+    Fault(
+        "vision: a language part goes back under the names of a text model",
+        "export/shards.py",
+        "return self.named.get(name) or self.decoder",
+        "return self.decoder",
+        "export/test_around.py",
+    ),
+    Fault(
+        "vision: config.json keeps the sizes of the dense language part",
+        "models/vision.py",
+        "TEXT: text | changed}",
+        "TEXT: text}",
+        "export/test_around.py",
+    ),
+    Fault(
+        "vision: whether embeddings are tied is read off the text_config",
+        "models/vision.py",
+        "config.tie_word_embeddings = whole.tie_word_embeddings",
+        "config.tie_word_embeddings = getattr(whole, TEXT).tie_word_embeddings",
+        "models/test_vision.py",
+    ),
+    Fault(
+        "vision: another dtype than the folder's is written",
+        "export/around.py",
+        "if dtype not in (None, stored):",
+        "if False:",
+        "export/test_around.py",
+    ),
+    Fault(
+        "vision: blocks that features are added to are removed",
+        "program/check.py",
+        "if architecture.ordered and",
+        "if not architecture.ordered and",
+        "export/test_around.py",
+    ),
+    Fault(
+        "vision: files behind links are copied",
+        "export/around.py",
+        "if own_file(folder, name) is None:",
+        "if False:",
+        "export/test_around.py",
+    ),
+    Fault(
+        "vision: the path of the source is in config.json",
+        "models/vision.py",
+        'OF_SAVING = ("_name_or_path", "transformers',
+        'OF_SAVING = ("transformers',
+        "export/test_around.py",
+    ),
+    Fault(
+        "vision: Qwen3-VL of different shapes has no norms of heads",
+        "models/pruned/modeling_pruned_qwen3_vl.py",
+        'norms = "head"',
+        "norms = None",
+        "export/test_around.py",
+    ),
+    Fault(
+        "vision: the plan leaves out the vision part",
+        "program/memory.py",
+        "resident + program.request.around",
+        "resident",
+        "export/test_around.py",
+    ),
     # Grids
     Fault(
         "gptq: no compensation within a group",
