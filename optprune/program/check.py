@@ -103,9 +103,9 @@ def _check_alike(program: Program) -> None:
     """Raise InputError where blocks may come to differ, and there are no classes for that, as under a draft."""
     decoder, recipe, allocation = program.decoder, program.request.recipe, program.allocation
     alike = decoder.architecture.alike
+    check_parts(decoder, recipe, allocation)
     if not alike:
         return
-    check_parts(decoder, recipe, allocation)
     fitted, _ = RUNTIMES["transformers"].fitted(recipe, decoder, allocation)
     if fitted != recipe:
         raise InputError(
