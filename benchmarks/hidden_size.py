@@ -51,7 +51,7 @@ INEXACT = {
 }
 """the families that cannot be rotated, each with the reason"""
 EXACT = (
-    *("glm4_moe", "granite", "lfm2", "llama", "ministral3", "mistral", "mixtral", "olmoe"),
+    *("glm4_moe", "granite", "granitemoehybrid", "lfm2", "llama", "ministral3", "mistral", "mixtral", "olmoe"),
     *("phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "smollm3"),
 )
 """the families with an RMS norm before each sub-block and before the head, and no other norm of the stream"""

@@ -31,6 +31,11 @@ def check(program: Program) -> tuple[str, ...]:
     NoSolver where the solver refuses the problems of the layers; StrictError where a strict recipe has a note.
     """
     decoder, method = program.decoder, program.method
+    if not any(shape.kv_heads for shape in decoder.shapes()):
+        raise InputError(
+            f"no block of this {decoder.architecture.model_type} model has attention, by which transformers counts the "
+            "tokens in a cache: give a model with some"
+        )
     _check_alike(program)
     for kind in program.units.kinds:
         kind.check_possible(decoder)
