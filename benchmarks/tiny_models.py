@@ -120,7 +120,7 @@ def tiny(family: str, seed: int = 0, **config: Any) -> PreTrainedModel:
     """A model of a family by its config's name, with 2 KV heads; keywords replace fields of the config."""
     shape = {**SHAPE, "num_key_value_heads": 2, "intermediate_size": 128, **NO_TOKENS}
     fields = {**shape, **OTHER_FAMILIES[family], **config}
-    if "layer_types" in fields:
+    if fields.get("layer_types"):
         fields["layer_types"] = fields["layer_types"][: fields["num_hidden_layers"]]
     return randomise(AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **fields)), seed)
 
