@@ -55,6 +55,8 @@ DELTA_NET = {
     **{"head_dim": 24, "full_attention_interval": 2, "partial_rotary_factor": 0.5, "linear_key_head_dim": 8},
     **{"linear_value_head_dim": 12, "linear_num_key_heads": 2, "linear_num_value_heads": 4},
 }
+MIXERS = ["linear_attention", "full_attention"] * 4
+"""of as many blocks as a model has"""
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 16}
 LATENT: dict[str, Any] = {
     **{"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48},
@@ -82,6 +84,11 @@ OTHER_FAMILIES: dict[str, dict[str, Any]] = {
     "granite": {
         **{"embedding_multiplier": 1.7, "logits_scaling": 1.3},
         **{"residual_multiplier": 0.6, "attention_multiplier": 0.4},
+    },
+    "granitemoehybrid": {
+        **{"embedding_multiplier": 1.7, "logits_scaling": 1.3, "num_local_experts": 0, "shared_intermediate_size": 128},
+        **{"residual_multiplier": 0.6, "attention_multiplier": 0.4, "layer_types": MIXERS, "mamba_n_heads": 4},
+        **{"mamba_n_groups": 2, "mamba_d_state": 16, "mamba_chunk_size": 16},
     },
     # Of the widths that it computes from 128 this is the nearest multiple of 128.
     "lfm2": {"full_attn_idxs": [1, 3, 5], "block_multiple_of": 128, "conv_bias": True},
@@ -119,6 +126,8 @@ def tiny(family: str, seed: int = 0, **config: Any) -> PreTrainedModel:
     """A model of a family by its config's name, with 2 KV heads; keywords replace fields of the config."""
     shape = {**SHAPE, "num_key_value_heads": 2, "intermediate_size": 128, **NO_TOKENS}
     fields = {**shape, **OTHER_FAMILIES[family], **config}
+    if fields.get("layer_types"):
+        fields["layer_types"] = fields["layer_types"][: fields["num_hidden_layers"]]
     return randomise(AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **fields)), seed)
 
 

@@ -46,7 +46,8 @@ class Allocation:
             raise InputError(
                 f"the allocation is for {counted(len(self.blocks), 'block')}, but the model has {len(shapes)}"
             )
-        if not any(block.shape.kv_heads for block in self.blocks):
+        attention = any(shape.kv_heads for shape in shapes)
+        if attention and not any(block.shape.kv_heads for block in self.blocks):
             raise InputError("the allocation keeps no attention: keep at least one")
         for index, (block, shape) in enumerate(zip(self.blocks, shapes, strict=True)):
             for name, kept in asdict(block.shape).items():

@@ -20,6 +20,7 @@ from transformers.models.gpt2 import modeling_gpt2
 from transformers.models.gpt_neox import modeling_gpt_neox
 from transformers.models.gpt_oss import modeling_gpt_oss
 from transformers.models.granite import modeling_granite
+from transformers.models.granitemoehybrid import modeling_granitemoehybrid
 from transformers.models.lfm2 import modeling_lfm2
 from transformers.models.llama import modeling_llama
 from transformers.models.ministral3 import modeling_ministral3
@@ -51,6 +52,7 @@ from optprune.models.pruned import (
     modeling_pruned_gpt_neox,
     modeling_pruned_gpt_oss,
     modeling_pruned_granite,
+    modeling_pruned_granitemoehybrid,
     modeling_pruned_lfm2,
     modeling_pruned_llama,
     modeling_pruned_ministral3,
@@ -300,6 +302,40 @@ LFM2 = replace(
     numbers=("full_attn_idxs",),
     in_transformers_4=False,
     **classes("Lfm2", modeling_lfm2, modeling_pruned_lfm2),
+)
+
+# Granite 4: Mamba 2 in most blocks, and attention in the others, which may have no rotary embeddings.
+MAMBA2 = Recurrent(
+    module="mamba",
+    heads=lambda config: int(config.mamba_n_heads),
+    # A factor and a value for each dimension, what is written and read by each group, and the step of each head.
+    reads={
+        "mamba.in_proj": lambda config: (
+            2 * config.mamba_expand * config.hidden_size
+            + 2 * config.mamba_n_groups * config.mamba_d_state
+            + config.mamba_n_heads
+        )
+    },
+    output="mamba.out_proj",
+    width=lambda config: int(config.mamba_expand * config.hidden_size),
+    parts=("input_layernorm", "mamba"),
+)
+GRANITE_HYBRID = replace(
+    GRANITE,
+    model_type="granitemoehybrid",
+    stages=(*MAMBA2.stages, *LLAMA.stages[:2], ("shared_mlp.input_linear",), ("shared_mlp.output_linear",)),
+    mlp_producers=("shared_mlp.input_linear",),
+    mlp_consumer="shared_mlp.output_linear",
+    mlp_width="shared_intermediate_size",
+    rows_of_unit=2,
+    mlp_parts=("post_attention_layernorm", "shared_mlp"),
+    recurrent=MAMBA2,
+    indivisible={"recurrent": WHOLE_MIXER},
+    recoverable=LLAMA.recoverable[:1],
+    # Experts beside the MLP.
+    fixed={"num_local_experts": 0},
+    in_transformers_4=False,
+    **classes("GraniteMoeHybrid", modeling_granitemoehybrid, modeling_pruned_granitemoehybrid),
 )
 
 # Qwen3's attention, and a router that chooses some of many gated MLPs for each token.
@@ -552,8 +588,8 @@ ARCHITECTURES = {
     architecture.model_type: architecture
     for architecture in (
         *(DEEPSEEK_V3, EXAONE4, GEMMA2, GEMMA3, GLM4_MOE, GLM4_MOE_LITE, GPT2, GPT_NEOX, GPT_OSS, GRANITE),
-        *(LFM2, LLAMA, MINISTRAL3, MISTRAL, MIXTRAL, OLMO2, OLMOE, OPT, PHI3, QWEN2, QWEN2_MOE, QWEN3, QWEN3_5),
-        *(QWEN3_5_MOE, QWEN3_MOE, QWEN3_NEXT, SEED_OSS, SMOLLM3),
+        *(GRANITE_HYBRID, LFM2, LLAMA, MINISTRAL3, MISTRAL, MIXTRAL, OLMO2, OLMOE, OPT, PHI3, QWEN2, QWEN2_MOE, QWEN3),
+        *(QWEN3_5, QWEN3_5_MOE, QWEN3_MOE, QWEN3_NEXT, SEED_OSS, SMOLLM3),
     )
 }
 """every architecture, by the model_type of its config"""

@@ -35,12 +35,17 @@ def skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     return model
 
 
-def one_block_model(config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """Return a model of a config with one block of random weights, for measuring time and memory."""
+def one_block_model(
+    config: PretrainedConfig, dtype: torch.dtype, device: torch.device, index: int = 0
+) -> PreTrainedModel:
+    """Return a model of a config with one block of random weights, for measuring time and memory.
+
+    It has the kind of the block with a number, as the lists of the config say.
+    """
     config = copy.deepcopy(config)
     config.num_hidden_layers = 1
     if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[:1]
+        config.layer_types = [config.layer_types[index]]
     for field, value in architecture_of(config).first_dense(0, 1).items():
         setattr(config, field, value)
     model = skeleton(config, dtype)

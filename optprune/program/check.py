@@ -31,6 +31,11 @@ def check(program: Program) -> tuple[str, ...]:
     NoSolver where the solver refuses the problems of the layers; StrictError where a strict recipe has a note.
     """
     decoder, method = program.decoder, program.method
+    if not any(shape.kv_heads for shape in decoder.shapes()):
+        raise InputError(
+            f"no block of this {decoder.architecture.model_type} model has attention, by which transformers counts the "
+            "tokens in a cache: give a model with some"
+        )
     part_of = decoder.architecture.part_of
     if part_of and program.request.recipe.vocabulary is not None:
         raise InputError(

@@ -143,7 +143,8 @@ def _opened(program: Program, source: str) -> tuple[Decoder, float]:
         open_it = load_model if request.whole else open_model
         decoder = open_it(source, dtype=dtype, device=request.device).decoder()
     else:
-        decoder = Decoder(one_block_model(program.decoder.model.config, request.dtype, torch.device(request.device)))
+        config, device = program.decoder.model.config, torch.device(request.device)
+        decoder = Decoder(one_block_model(config, request.dtype, device, program.largest))
     return decoder, time.perf_counter() - began
 
 

@@ -16,11 +16,14 @@ from optprune.export import GgufFile, OnnxFolder, PackedFolder, export, save_mod
 from optprune.grids import Grid
 from optprune.models import ARCHITECTURES, BlockShape, Decoder, KvGroups, Values
 from optprune.models.recurrent import Recurrent
+from optprune.models.skeleton import one_block_model
 from optprune.program import RUNTIMES
 from optprune.pruning import prune
+from optprune.pruning.measured_plan import BlockProbe
 from optprune.recipe import Recipe, load_recipe
 from tests.helpers.layer_inputs import inputs_of
 from tests.helpers.mixed_models import generated, mixed, narrow
+from tests.helpers.programs import program_of
 from tests.helpers.tiny_models import ALL_MODELS
 from tests.helpers.token_batches import batches
 from tests.helpers.ways_to_run import check_every_way_gives_the_same
@@ -245,6 +248,17 @@ def test_streamed_and_resumed_runs_give_the_same_weights(name: str, recipe: str,
     check_every_way_gives_the_same(name, load_recipe(recipe, settings.get(recipe, {})), tmp_path, shared=False)
 
 
+@pytest.mark.parametrize("recipe", ["structured_best", "sparse_best"])
+@of_recurrent
+def test_a_plan_measures_the_largest_block_with_its_weights_and_without(name: str, recipe: str) -> None:
+    program = program_of(recipe, decoder=Decoder(made(name)))
+    alone = one_block_model(made(name).config, torch.float32, torch.device("cpu"), program.largest)
+    for model, index in ((made(name), program.largest), (alone, 0)):
+        assert Decoder(model).shape(index) == program.decoder.shape(program.largest)
+        rates = BlockProbe(program, Decoder(model), batches(), index).rates()
+        assert rates.passes > 0 and rates.solves > 0 and rates.budget > 0
+
+
 @of_recurrent
 def test_depth_names_the_recurrent_mixers_that_it_removes(name: str, tmp_path: Path) -> None:
     model = made(name)
@@ -283,6 +297,27 @@ def test_a_width_of_lfm2_is_that_of_the_config_once_it_is_recorded(tmp_path: Pat
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert again.config.intermediate_size == width == again.model.layers[0].feed_forward.w2.in_features
     assert torch.equal(logits(again), logits(model))
+
+
+def test_granite_4_with_rotary_embeddings(tmp_path: Path) -> None:
+    model = mixed(made("granitemoehybrid", position_embedding_type="rope"))
+    save_model(model, tmp_path / "out")
+    again = optprune.load_model(tmp_path / "out", device="cpu").model
+    assert torch.equal(logits(again), logits(model))
+    assert (logits(model) - logits(mixed(made("granitemoehybrid")))).abs().max() > 1e-2
+    assert generated(again) == generated(again, use_cache=False)
+
+
+def test_a_model_without_attention_is_refused() -> None:
+    model = made("granitemoehybrid", layer_types=["linear_attention"] * 4)
+    with pytest.raises(InputError, match="no block of this granitemoehybrid model has attention, by which"):
+        prune(model, batches(), load_recipe("wanda", {"sparsity": 0.5}))
+
+
+def test_experts_beside_an_mlp_are_refused(tmp_path: Path) -> None:
+    ALL_MODELS["granitemoehybrid"](num_local_experts=4).save_pretrained(tmp_path / "model")
+    with pytest.raises(InputError, match="has num_local_experts 4, which is not supported for a granitemoehybrid"):
+        optprune.load_model(tmp_path / "model")
 
 
 def test_numbers_of_blocks_in_a_config_follow_those_that_are_left() -> None:

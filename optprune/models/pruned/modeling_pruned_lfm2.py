@@ -39,10 +39,7 @@ class PrunedLfm2DecoderLayer(PrunedHybridBlock, stock.Lfm2DecoderLayer):
     recurrent = "conv"
     attention_norms = ("operator_norm", None)
     mlp_norms = ("ffn_norm", None)
-    mlp = property(lambda self: self.feed_forward)
-
-    def remove(self, *names):
-        super().remove(*("feed_forward" if name == "mlp" else name for name in names))
+    mlp_module = "feed_forward"
 
     def shrink_mlp(self, width):
         self.mlp.w1 = resized(self.mlp.w1, outputs=width)

@@ -25,8 +25,11 @@ class PrunedHybridBlock(PrunedBlock):
 
     recurrent = "linear_attn"
     """the recurrent mixer"""
-    not_recurrent = ("position_embeddings", "position_ids")
+    not_recurrent = ("position_embeddings", "position_ids", "use_cache")
     """the arguments of a block that a recurrent mixer does not take"""
+    mlp_module = "mlp"
+    """the MLP"""
+    mlp = property(lambda self: self._modules.get(self.mlp_module))
 
     @property
     def mixer(self):
@@ -38,6 +41,9 @@ class PrunedHybridBlock(PrunedBlock):
             return super().mixed(states, **kwargs)
         own = {name: value for name, value in kwargs.items() if name not in self.not_recurrent}
         return self.mixer(states, **own)
+
+    def remove(self, *names):
+        super().remove(*(self.mlp_module if name == "mlp" else name for name in names))
 
     def shrink_mixer(self, shape, group):
         if self.recurrent not in self._modules:
