@@ -107,6 +107,7 @@ def check_parts(decoder: Decoder, recipe: Recipe, allocation: Allocation | None)
 def _check_alike(program: Program) -> None:
     """Raise InputError where blocks may come to differ, and there are no classes for that, as under a draft."""
     decoder, recipe, allocation = program.decoder, program.request.recipe, program.allocation
+    check_parts(decoder, recipe, allocation)
     alike = decoder.architecture.alike
     check_parts(decoder, recipe, allocation)
     if not alike:
