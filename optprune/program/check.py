@@ -109,7 +109,6 @@ def _check_alike(program: Program) -> None:
     decoder, recipe, allocation = program.decoder, program.request.recipe, program.allocation
     check_parts(decoder, recipe, allocation)
     alike = decoder.architecture.alike
-    check_parts(decoder, recipe, allocation)
     if not alike:
         return
     fitted, _ = RUNTIMES["transformers"].fitted(recipe, decoder, allocation)
