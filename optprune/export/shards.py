@@ -126,8 +126,9 @@ def write_weights(
         on_tensor(done, len(tensors))
 
     written(0)
-    # These files hold matrices as they are in memory, not transposed, and by the names of the text model.
-    shards = _shards(tensors, most, () if decoder.architecture.transposed or whole is not None else made)
+    # These files hold matrices as they are in memory, and by the names there.
+    linkable = decoder.architecture.stored_as_it_is and whole is None
+    shards = _shards(tensors, most, made if linkable else ())
     names = [SAFE_WEIGHTS_NAME]
     if len(shards) > 1:
         stem, ending = SAFE_WEIGHTS_NAME.split(".")

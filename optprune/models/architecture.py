@@ -448,6 +448,12 @@ class Architecture:
         counts: dict[str, Any] = dict.fromkeys(self.leading, count)
         return counts | ({self.listed: [DENSE] * count + [SPARSE] * (blocks - count)} if self.listed else {})
 
+    @property
+    def stored_as_it_is(self) -> bool:
+        """Whether files of the stock class hold a block's tensors by the model's names, and in their layout there."""
+        mixture = self.mixture
+        return not self.transposed and (mixture is None or not (mixture.stored or mixture.layout.in_files))
+
     def checkpoint_name(self, name: str) -> str:
         """Return the name of a tensor of the model in checkpoints of the stock class."""
         return self.stored_names.get(name) or self._renamed(name, self._stored_parts)

@@ -281,14 +281,14 @@ def output_bytes(program: Program) -> int:
     """Return the bytes of the output on the disk beside the run folder.
 
     A shard of the output is a link to a block of the run folder where the output has several shards, the block is no
-    larger than a shard may be, and files hold its matrices as they are in memory.
+    larger than a shard may be, and files hold its tensors by the same names and in the same layout.
     """
     resident = program.resident_numbers * program.itemsize
     whole = program.pruned_bytes + resident + program.request.around
     if (
         program.decoder.architecture.part_of
         or program.request.whole
-        or program.decoder.architecture.transposed
+        or not program.decoder.architecture.stored_as_it_is
         or whole <= program.request.max_shard
     ):
         return whole

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.tiny_models import tiny
 from optprune.cli import main
 from optprune.export import TransformersFolder
 from optprune.export.shards import size_of
@@ -20,9 +21,18 @@ HEADER = 300
 
 
 @pytest.mark.e2e
-@pytest.mark.parametrize(("max_shard", "linked"), [("5GB", False), ("200KB", True), ("100KB", False)])
+@pytest.mark.parametrize(
+    ("max_shard", "linked", "family"),
+    [
+        ("5GB", False, "llama"),
+        ("200KB", True, "llama"),
+        ("100KB", False, "llama"),
+        ("500KB", False, "mixtral"),  # files of the stock class have other names
+        ("500KB", False, "gpt_oss"),  # and tensors of all experts
+    ],
+)
 def test_the_disk_while_saving_is_what_the_files_take(
-    max_shard: str, linked: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    max_shard: str, linked: bool, family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The blocks in the run folder, and the output, whose shards are links to those where they may be so large."""
     seen, check = dict[int, int](), TransformersFolder.check
@@ -34,7 +44,7 @@ def test_the_disk_while_saving_is_what_the_files_take(
         return check(self, *given)
 
     monkeypatch.setattr(TransformersFolder, "check", look)
-    decoder = Decoder(tiny_llama())
+    decoder = Decoder(tiny_llama() if family == "llama" else tiny(family))
     model, text = save_tiny(decoder.model, tmp_path / "model"), tmp_path / "text.txt"
     text.write_text("Prices rose again in March, the office said, and they will not fall before June. " * 40)
     words = ["--recipe", "wanda", "--sparsity", "0.5", "--samples", "4", "--seq-length", str(LENGTH)]
