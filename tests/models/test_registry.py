@@ -1,5 +1,6 @@
 """Configs that are refused: of unknown architectures, or with numbers that make no model."""
 
+import ast
 import json
 import os
 import shutil
@@ -13,7 +14,7 @@ from transformers import AutoConfig
 
 from benchmarks.tiny_models import tiny
 from optprune.errors import InputError
-from optprune.models import architecture_of
+from optprune.models import ARCHITECTURES, architecture_of, families
 from optprune.models.registry import architecture_named
 from tests.helpers.attempts import Attempt
 from tests.helpers.tiny_models import save_tiny, tiny_opt, tiny_sliding
@@ -152,3 +153,10 @@ def test_a_hub_that_is_out_of_reach(attempt: Attempt) -> None:
     assert run.returncode == 2
     [sentence] = run.stderr.splitlines()
     assert sentence.startswith("error: the config of someone/tiny cannot be loaded: We couldn't connect to ")
+
+
+def test_no_entry_of_the_table_is_longer_than_forty_lines() -> None:
+    source = Path(families.__file__).read_text(encoding="utf-8")
+    entries = [node for node in ast.parse(source).body if isinstance(node, ast.Assign)]
+    lengths = [(entry.end_lineno or entry.lineno) - entry.lineno + 1 for entry in entries]
+    assert len(lengths) > len(ARCHITECTURES) and max(lengths) <= 40
