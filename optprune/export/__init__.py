@@ -13,7 +13,10 @@ from optprune.export.serving import Serving, serving
 from optprune.export.source_files import check_own_files
 
 EXPORTERS: dict[str, type[Exporter]] = {
-    one.name: one for one in (GgufFile, OnnxFolder, PackedFolder, TransformersFolder)
+    GgufFile.name: GgufFile,
+    OnnxFolder.name: OnnxFolder,
+    PackedFolder.name: PackedFolder,
+    TransformersFolder.name: TransformersFolder,
 }
 """the shipped exporters, by the name of their format"""
 

@@ -23,12 +23,13 @@ from optprune.report.reading import read_healing, read_report
 from optprune.work import Work
 
 ROUTER = TENSOR_NAMES[MODEL_TENSOR.FFN_GATE_INP]
-BY_EXPERT = tuple(
-    TENSOR_NAMES[kind]
-    for kind in (
-        *(MODEL_TENSOR.FFN_GATE_INP, MODEL_TENSOR.FFN_EXP_PROBS_B, MODEL_TENSOR.FFN_GATE_UP_EXP),
-        *(MODEL_TENSOR.FFN_GATE_EXP, MODEL_TENSOR.FFN_UP_EXP, MODEL_TENSOR.FFN_DOWN_EXP),
-    )
+BY_EXPERT = (
+    ROUTER,
+    TENSOR_NAMES[MODEL_TENSOR.FFN_EXP_PROBS_B],
+    TENSOR_NAMES[MODEL_TENSOR.FFN_GATE_UP_EXP],
+    TENSOR_NAMES[MODEL_TENSOR.FFN_GATE_EXP],
+    TENSOR_NAMES[MODEL_TENSOR.FFN_UP_EXP],
+    TENSOR_NAMES[MODEL_TENSOR.FFN_DOWN_EXP],
 )
 """names of the tensors whose first dimension counts experts, without their endings"""
 ROUNDING = 0.01

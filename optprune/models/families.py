@@ -114,6 +114,11 @@ def clamped_swiglu(experts: Any, gate: Tensor, up: Tensor) -> Tensor:
     return (up + 1) * (gate * torch.sigmoid(gate * experts.alpha))
 
 
+def stages_of(mixer: Recurrent) -> tuple[tuple[str, ...], ...]:
+    """Return the linear layers of a mixer in the order of the forward pass, those that read the same input together."""
+    return (tuple(mixer.reads), (mixer.output,))
+
+
 WHOLE_MIXER = "the block's recurrent mixer keeps all its heads"
 
 
@@ -262,7 +267,7 @@ DELTA_NET = Recurrent(
 QWEN3_5 = replace(
     LLAMA,
     model_type="qwen3_5_text",
-    stages=(*DELTA_NET.stages, *LLAMA.stages),
+    stages=(*stages_of(DELTA_NET), *LLAMA.stages),
     heads=gated_heads,
     recurrent=DELTA_NET,
     indivisible={"recurrent": WHOLE_MIXER},
@@ -284,7 +289,7 @@ LFM2 = replace(
     model_type="lfm2",
     after_blocks=("model.embedding_norm",),
     stages=(
-        *(*SHORT_CONVOLUTION.stages, LLAMA.stages[0], ("self_attn.out_proj",)),
+        *(*stages_of(SHORT_CONVOLUTION), LLAMA.stages[0], ("self_attn.out_proj",)),
         *(("feed_forward.w1", "feed_forward.w3"), ("feed_forward.w2",)),
     ),
     mlp_producers=("feed_forward.w1", "feed_forward.w3"),
@@ -323,7 +328,7 @@ MAMBA2 = Recurrent(
 GRANITE_HYBRID = replace(
     GRANITE,
     model_type="granitemoehybrid",
-    stages=(*MAMBA2.stages, *LLAMA.stages[:2], ("shared_mlp.input_linear",), ("shared_mlp.output_linear",)),
+    stages=(*stages_of(MAMBA2), *LLAMA.stages[:2], ("shared_mlp.input_linear",), ("shared_mlp.output_linear",)),
     mlp_producers=("shared_mlp.input_linear",),
     mlp_consumer="shared_mlp.output_linear",
     mlp_width="shared_intermediate_size",
@@ -366,7 +371,7 @@ QWEN2_MOE = replace(
 QWEN3_5_MOE = replace(
     QWEN2_MOE,
     model_type="qwen3_5_moe_text",
-    stages=(*DELTA_NET.stages, *LLAMA.stages[:2]),
+    stages=(*stages_of(DELTA_NET), *LLAMA.stages[:2]),
     heads=gated_heads,
     recurrent=DELTA_NET,
     indivisible=QWEN3_5.indivisible,
@@ -387,7 +392,7 @@ JOINED_DELTA_NET = replace(
 QWEN3_NEXT = replace(
     QWEN3_5_MOE,
     model_type="qwen3_next",
-    stages=(*JOINED_DELTA_NET.stages, *LLAMA.stages[:2]),
+    stages=(*stages_of(JOINED_DELTA_NET), *LLAMA.stages[:2]),
     recurrent=JOINED_DELTA_NET,
     mixture=QWEN2_MOE_MIXTURE,
     off=QWEN2_MOE.off,

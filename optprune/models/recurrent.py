@@ -30,11 +30,6 @@ class Recurrent:
     parts: tuple[str, ...] = field(default=())
     """the modules that make up the sub-block: they are removed with it"""
 
-    @property
-    def stages(self) -> tuple[tuple[str, ...], ...]:
-        """The linear layers in the order of the forward pass, grouped by those that read the same input."""
-        return (tuple(self.reads), (self.output,))
-
     def sizes(self, config: PretrainedConfig) -> dict[str, tuple[int, int]]:
         """Return the outputs and inputs of the linear layers."""
         hidden = int(config.hidden_size)

@@ -192,6 +192,5 @@ def test_the_command_line_removes_sub_blocks(tmp_path: Path, capsys: pytest.Capt
     assert "16.67% of the decoder's linear weights removed" in capsys.readouterr().out
     report = json.loads((output / "report.json").read_text())
     assert [entry["part"] for entry in report["removed"]] == ["attention"]
-    assert [vars(shape) for shape in Decoder(load_model(output, device="cpu").model).shapes()] == report["allocation"][
-        "blocks"
-    ]
+    shapes = Decoder(load_model(output, device="cpu").model).shapes()
+    assert [shape.counts(("experts",)) for shape in shapes] == report["allocation"]["blocks"]

@@ -36,6 +36,8 @@ def test_the_difference_is_the_largest_of_any_logit_of_any_position(tmp_path: Pa
         "record": str(tmp_path / "logits.safetensors"),
         "threads": 1,
         "paths": sys.path,
+        "class": "AutoModelForCausalLM",
+        "trust": False,
         "places": places_of(Decoder(model)),
         "scratch": str(tmp_path),
     }

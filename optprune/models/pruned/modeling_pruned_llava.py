@@ -24,7 +24,7 @@ class PrunedLlavaForConditionalGeneration(PrunedModel, stock.LlavaForConditional
 
     config_class = PrunedLlavaConfig
     blocks = "model.language_model.layers"
-    _no_split_modules = [cls.__name__ for cls in BLOCKS.values()]
+    _no_split_modules = ["PrunedLlamaDecoderLayer", "PrunedMistralDecoderLayer", "PrunedQwen2DecoderLayer"]
 
     @property
     def block_class(self):

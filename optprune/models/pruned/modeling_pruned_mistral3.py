@@ -23,7 +23,7 @@ class PrunedMistral3ForConditionalGeneration(PrunedModel, stock.Mistral3ForCondi
 
     config_class = PrunedMistral3Config
     blocks = "model.language_model.layers"
-    _no_split_modules = [cls.__name__ for cls in BLOCKS.values()]
+    _no_split_modules = ["PrunedMistralDecoderLayer", "PrunedMinistral3DecoderLayer"]
 
     @property
     def block_class(self):

@@ -8,20 +8,6 @@ OLDER = int(transformers.__version__.partition(".")[0]) < 5
 """whether transformers is 4.57"""
 
 
-def number_caches(mixers, config):
-    """Number the caches of mixers, from the first cache of each kind (full, sliding, recurrent).
-
-    transformers reads the length off the first cache of a kind, so a block without a mixer, None, takes the kind of the
-    next one that has it, and of the last one at the end.
-    """
-    present = [index for index, mixer in enumerate(mixers) if mixer is not None]
-    kinds = getattr(config.get_text_config(), "layer_types", None) or [None] * len(mixers)  # all of one
-    kinds[:] = [kinds[next((i for i in present if i >= index), present[-1])] for index in range(len(mixers))]
-    free = {kind: [index for index, other in enumerate(kinds) if other == kind] for kind in kinds}
-    for index in present:
-        mixers[index].layer_idx = free[kinds[index]].pop(0)
-
-
 def remembered(cache, layer, key, value, positions):
     """Return the keys and values of a layer for all tokens so far; the cache holds those before these."""
     if not OLDER:

@@ -8,7 +8,7 @@ number, one with a recurrent mixer the number of its heads. The config's other f
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .pruned_cache import number_caches, remembered
+from .pruned_cache import remembered
 
 ATTENTION = getattr(ALL_ATTENTION_FUNCTIONS, "get_interface", ALL_ATTENTION_FUNCTIONS.get)  # transformers 5, or 4.57
 
@@ -151,8 +151,18 @@ class PrunedModel:
         self.number_caches()
 
     def number_caches(self):
-        """Number the caches of the blocks."""
-        number_caches([block.mixer for block in self.get_submodule(self.blocks)], self.config)
+        """Number the caches of the blocks' mixers, from the first cache of each kind (full, sliding, recurrent).
+
+        transformers reads the length off the first cache of a kind, so a block without a mixer takes the kind of the
+        next one that has it, and of the last one at the end.
+        """
+        mixers = [block.mixer for block in self.get_submodule(self.blocks)]
+        present = [index for index, mixer in enumerate(mixers) if mixer is not None]
+        kinds = getattr(self.config.get_text_config(), "layer_types", None) or [None] * len(mixers)  # all of one
+        kinds[:] = [kinds[next((i for i in present if i >= index), present[-1])] for index in range(len(mixers))]
+        free = {kind: [index for index, other in enumerate(kinds) if other == kind] for kind in kinds}
+        for index in present:
+            mixers[index].layer_idx = free[kinds[index]].pop(0)
 
 
 def resized(layer, inputs=None, outputs=None):
