@@ -25,7 +25,6 @@ from optprune.models.skeleton import skeleton
 from optprune.problems import Problem
 from optprune.program import BlockProgram, Method, Stage
 from optprune.pruning.executors import LayerExecutor, SerialExecutor
-from optprune.pruning.expert_recovery import recover_experts
 from optprune.pruning.layer import LayerTask, SolvedLayer, stated_problem, write_layer
 from optprune.report import BlockFinished, BlockStarted, Event, LayerReport, LayerSolved, RecoveredPart
 from optprune.solvers.experts import choose_experts
@@ -205,6 +204,8 @@ class _BlockRun:
         self.on_event(LayerSolved(report))
         recovery = task.method.recovery
         if recovery is not None:
+            from optprune.pruning.expert_recovery import recover_experts
+
             some = fit if recovery.tokens is None else fit.first(recovery.tokens)
             part = recover_experts(
                 decoder,
