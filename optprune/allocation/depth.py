@@ -6,7 +6,6 @@ This is not a layer problem: removing a sub-block leaves nothing to solve. The r
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
 from typing import final
 
 import torch
@@ -65,11 +64,9 @@ class Depth(Allocator):
         candidates = _candidates(shapes, self.parts)
         if not candidates:
             return Work()
-        # A round for each removal, in which every remaining candidate costs half a pass on average, and the head. Small
-        # sub-blocks tend to go first: between removals of average size and those of the smallest.
-        budget, weights = self.sparsity * shapes.linear_weights(), sorted(each.weights for each in candidates)
-        smallest = 1 + sum(total < budget for total in accumulate(weights))
-        rounds = min((budget * len(weights) / sum(weights) + smallest) / 2, float(len(weights)))
+        # A round for each removal, in which every remaining candidate costs half a pass on average, and the head.
+        rounds = self.sparsity * shapes.linear_weights() * len(candidates) / sum(each.weights for each in candidates)
+        rounds = min(rounds, float(len(candidates)))
         tried, read = rounds * (len(candidates) - rounds / 2), min(tokens, self.tokens)
         half, head = forward_work(shapes, read, 0.5), head_work(shapes, read)
         kept = 0 if shapes.store is not None else len(candidates) * states
