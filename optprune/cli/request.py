@@ -55,7 +55,7 @@ class Options:
     architecture: Path | None = None
     """the draft of the model's architecture"""
     experts: int | None = None
-    """the number of experts that a block keeps, on average where one budget divides them"""
+    """the experts that each block keeps; an average where one budget is divided over the blocks"""
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any]) -> "Options":
@@ -170,7 +170,9 @@ class Options:
             from optprune.calibration.generated import check_held_out
 
             check_held_out(self.samples, self.generated, program.held_out)
-        return Resolved(self.model, program, config, runtime, notes, few_bits(self.model))
+        mixture = shapes.architecture.mixture
+        packed = few_bits(self.model) if mixture is not None and mixture.quantised else None
+        return Resolved(self.model, program, config, runtime, notes, packed)
 
 
 @dataclass(frozen=True, eq=False)

@@ -126,7 +126,7 @@ class ModelCard:
             "tokenizer needs no code, although `AutoTokenizer` of transformers 5 would ask for it."
         )
         architecture = architecture_named(self.model.config.model_type, self.model.config)
-        older = architecture.in_transformers_4 and (stock or architecture.mixture is None)
+        older = architecture.read_by_older(stock)
         versions = "transformers 5 and 4.57 give the same logits and tokens." if older else "It needs transformers 5."
         cls, part_of = "AutoModelForCausalLM", getattr(self.model.config, PART_FIELD, "")
         if part_of:

@@ -125,7 +125,7 @@ class Exporter(ABC):
     keeps_unchecked: ClassVar[bool] = False
     """whether a draft that fails its check is kept, as NAME.unchecked beside the output; otherwise it is deleted"""
     takes_parts: ClassVar[bool] = False
-    """whether the output of a language part has the rest of its vision-language model around it"""
+    """whether the output holds the vision part too, where the model is part of a vision-language model"""
     checks: bool = True
     """whether `check` is called"""
 

@@ -1,7 +1,7 @@
 """GGUF file of a mixture without the experts that its pruned folder lost; what stays is copied byte for byte."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,10 +15,12 @@ from torch import Tensor
 
 from optprune.errors import InputError, OptpruneError
 from optprune.export.exporter import Draft, Exporter, ModelSource, OnEvent
+from optprune.export.gguf_file import write_content
 from optprune.models.checkpoint import Checkpoint
 from optprune.models.gguf import PlainReader
 from optprune.models.skeleton import with_model_names
 from optprune.problems import ExpertChoice
+from optprune.report import Report
 from optprune.report.reading import read_healing, read_report
 from optprune.work import Work
 
@@ -31,7 +33,7 @@ BY_EXPERT = (
     TENSOR_NAMES[MODEL_TENSOR.FFN_UP_EXP],
     TENSOR_NAMES[MODEL_TENSOR.FFN_DOWN_EXP],
 )
-"""names of the tensors whose first dimension counts experts, without their endings"""
+"""names of the tensors with an entry for each expert, without .weight or .bias"""
 ROUNDING = 0.01
 """largest relative distance between a router's row in the folder and in the file; rounding to bfloat16 is 0.004"""
 
@@ -65,15 +67,16 @@ class GgufExperts(Exporter):
         if source.loaded is not None:
             return "a loaded model has no report of what was pruned: save it, and export the folder"
         try:
-            self._check_folder(source)
-            self._check_file(source)
+            report = read_report(source.name)
+            self._check_folder(source, report)
+            self._check_file(source, report)
         except InputError as error:
             return str(error)
         return None
 
-    def _check_folder(self, source: ModelSource) -> None:
+    def _check_folder(self, source: ModelSource, report: Report) -> None:
         """Raise InputError where the folder lost or changed more than whole experts, or not equally many."""
-        report, shapes = read_report(source.name), source.shapes.shapes()
+        shapes = source.shapes.shapes()
         advice = f"so its tensors are not those of {self.original}: export it with --type instead of --original"
         changed = [layer.name for layer in report.layers if layer.kind != ExpertChoice.kind]
         if changed or len(shapes) != len(report.blocks):
@@ -99,14 +102,14 @@ class GgufExperts(Exporter):
                 "all of them: prune with --experts, which keeps equally many"
             )
 
-    def _check_file(self, source: ModelSource) -> None:
+    def _check_file(self, source: ModelSource, report: Report) -> None:
         """Raise InputError where the file is not that of the dense model."""
         parts = self._field("split.count")
         if parts is not None and parts > 1:
             raise InputError(
                 f"{self.original} is one of {parts} parts: join them with llama.cpp's llama-gguf-split --merge"
             )
-        dense = {change.before.experts for change in read_report(source.name).blocks} - {0}
+        dense = {change.before.experts for change in report.blocks} - {0}
         expected = {
             "block_count": len(source.shapes.shapes()),
             "embedding_length": int(source.config.hidden_size),
@@ -158,25 +161,23 @@ class GgufExperts(Exporter):
         writer = GGUFWriter(None, self._architecture, use_temp_file=False, endianess=reader.endianess)
         new = {f"{self._architecture}.expert_count": count, f"{self._architecture}.expert_used_count": number}
         copy_metadata(reader, writer, new)
-        rows = {tensor.name: rows_of(tensor.name, kept) for tensor in reader.tensors}
+        by_name = {known.format(bid=index): numbers for index, numbers in kept.items() for known in BY_EXPERT}
+        rows = {tensor.name: by_name.get(tensor.name.rpartition(".")[0]) for tensor in reader.tensors}
         for tensor in reader.tensors:
             shape = tensor.data.shape if rows[tensor.name] is None else (count, *tensor.data.shape[1:])
             size = tensor.data.nbytes // tensor.data.shape[0] * shape[0]
             writer.add_tensor_info(tensor.name, shape, tensor.data.dtype, size, raw_dtype=tensor.tensor_type)
-        digests = {}
-        with draft.open("wb") as stream:
-            # The writer opens files by name unless it is given a stream and a state.
-            writer.fout, writer.state = [stream], gguf.gguf_writer.WriterState.EMPTY  # type: ignore[list-item]
-            writer.write_header_to_file()
-            writer.write_kv_data_to_file()
-            writer.write_ti_data_to_file()
+        digests = dict[str, str]()
+
+        def parts() -> Iterator[np.ndarray[Any, Any]]:
             for tensor in reader.tensors:
                 chosen = rows[tensor.name]
                 part = np.ascontiguousarray(tensor.data if chosen is None else tensor.data[chosen])
                 digests[tensor.name] = _digest(part)
-                writer.write_padding(stream, stream.tell())  # type: ignore[arg-type]
-                stream.write(part.data)
-                writer.write_padding(stream, part.nbytes)  # type: ignore[arg-type]
+                yield part
+
+        with draft.open("wb") as stream:
+            write_content(writer, parts(), stream)
         removed = max(self._field(f"{self._architecture}.expert_count") - count, 0)
         summary = f"architecture {self._architecture}, {removed} experts fewer in a block, types as in {self.original}"
         return Draft(draft, draft.stat().st_size, summary, expected=digests)
@@ -205,14 +206,6 @@ def matching_rows(left: Tensor, dense: Tensor) -> Tensor | None:
     nearest, numbers = distances.min(1)
     ordered = bool((numbers.diff() > 0).all())
     return numbers if ordered and bool((nearest <= ROUNDING * left.double().norm(dim=1)).all()) else None
-
-
-def rows_of(name: str, kept: Mapping[int, np.ndarray[Any, Any]]) -> "np.ndarray[Any, Any] | None":
-    """Return the experts that stay in a tensor of a GGUF file; None where it does not count experts."""
-    for index, numbers in kept.items():
-        if any(name.startswith(f"{known.format(bid=index)}.") for known in BY_EXPERT):
-            return numbers
-    return None
 
 
 def copy_metadata(reader: gguf.GGUFReader, writer: GGUFWriter, new: Mapping[str, int]) -> None:

@@ -1,6 +1,6 @@
 """Exporter to GGUF for llama.cpp: models whose blocks are alike under their own architecture, others as deci."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar
@@ -119,14 +119,19 @@ def write_tensors(
     for target in targets:
         as_stored = np.dtype(np.float32)  # unused where the kind is given
         writer.add_tensor_info(target.name, target.shape, as_stored, target.bytes, raw_dtype=target.kind)
+    weights = (None if importance is None else target.importance(importance.squares) for target in targets)
+    numbers = (packed(target.make(), target.kind, own) for target, own in zip(targets, weights, strict=True))
+    write_content(writer, numbers, stream)
+
+
+def write_content(writer: GGUFWriter, tensors: Iterable[np.ndarray[Any, Any]], stream: BinaryIO) -> None:
+    """Write the header, the metadata, and the bytes of the tensors that the writer was told of, one at a time."""
     # The writer opens files by name unless it is given a stream and a state.
     writer.fout, writer.state = [stream], gguf.gguf_writer.WriterState.EMPTY  # type: ignore[list-item]
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for target in targets:
-        weights = None if importance is None else target.importance(importance.squares)
-        numbers = packed(target.make(), target.kind, weights)
+    for numbers in tensors:
         # The writer's own `write_tensor_data` does not distinguish a full disk from other errors.
         writer.write_padding(stream, stream.tell())  # type: ignore[arg-type]
         stream.write(np.ascontiguousarray(numbers).data)

@@ -8,10 +8,11 @@ from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
 
 from optprune.errors import InputError
 from optprune.export.place import GRAPH_FILES, MODEL_FILES, TAKEN_FILES, UNCHECKED
+from optprune.report.reading import PAGE, REPORT
 from optprune.system.files import is_own_file
 from optprune.system.wording import one_line, shown
 
-REPORTS = ("report.json", "report.html")
+REPORTS = (REPORT, PAGE)
 """the files that may hold paths of this machine"""
 WEIGHTS = (".safetensors", ".onnx")
 OF_THE_HUB = {".gitattributes"}

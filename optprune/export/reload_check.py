@@ -3,10 +3,9 @@
 usage: python -P reload_check.py TASK
 
 TASK is JSON: the folder, the file with token ids and logits, the number of threads, the import path of the process that
-saved the folder, the class of transformers and whether it may
-run code of the folder, the device map ("disk" for blocks that are read when they run), and a
-scratch folder. The script takes the part of a user without optprune: importing optprune is an error. Code in the
-folder, which optprune has just written, is trusted.
+saved the folder, the class of transformers and whether it may run code of the folder, the device map ("disk" for blocks
+that are read when they run), and a scratch folder. The script takes the part of a user without optprune: importing
+optprune is an error. Code in the folder, which optprune has just written, is trusted.
 """
 
 import json

@@ -40,14 +40,11 @@ def serving(folder: str | Path) -> tuple[Serving, ...]:
         if stock
         else Serving("transformers", True, f"{by_class} with trust_remote_code=True, because it has {uneven}")
     ]
-    if not architecture.in_transformers_4:
-        older = f"it has no class for {architecture.model_type} models, or that class fails there: use transformers 5"
-        found.append(Serving("transformers-4.57", False, older))
-    elif not stock and architecture.mixture is not None:
+    older = f"it has no class for {architecture.model_type} models, or that class fails there: use transformers 5"
+    if architecture.in_transformers_4:
         older = f"it holds experts in other modules, so optprune's classes are for transformers 5, and it has {uneven}"
-        found.append(Serving("transformers-4.57", False, older))
-    else:
-        found.append(replace(found[0], runtime="transformers-4.57"))
+    reads = architecture.read_by_older(stock)
+    found.append(replace(found[0], runtime=NAMES[1]) if reads else Serving(NAMES[1], False, older))
     refusal = _refusal("vllm", source) or (None if stock else uneven)
     how = "vllm serve loads it, by the rules of its source" if refusal is None else f"it does not take {refusal}"
     found.append(Serving("vllm", refusal is None, how))

@@ -25,7 +25,7 @@ MAX_SHARD_SIZE = "5GB"
 
 @dataclass(frozen=True, eq=False)
 class Content:
-    """The tensors of a folder: those of a model, and around a language part those that stay as they are in files."""
+    """The tensors to write into a folder: those of a model, and those of a vision part, which are copied."""
 
     decoder: Decoder
     tensors: Mapping[str, Tensor]
@@ -62,7 +62,7 @@ class Content:
         return tensor.t() if self.decoder.architecture.is_transposed(name) else tensor
 
     def values(self, names: Iterable[str]) -> Iterator[Tensor]:
-        """Yield the values of tensors as in a file. Of blocks that are on the disk, one at a time is in memory."""
+        """Yield the values of tensors in the layout of the file, with one block of those on the disk in memory."""
         model = self.decoder.model
         places = {f"{self.decoder.block_name(index)}.": index for index in range(len(self.decoder.blocks))}
         parameters, experts = dict(model.named_parameters(remove_duplicate=False)).keys(), _fused(self.decoder)

@@ -435,6 +435,10 @@ class Architecture:
         """The name of transformers' class that loads a folder of the model, or of the whole that it is a part of."""
         return "AutoModelForImageTextToText" if self.part_of else "AutoModelForCausalLM"
 
+    def read_by_older(self, stock: bool) -> bool:
+        """Return whether transformers 4.57 reads folders of the stock class, or else of optprune's."""
+        return self.in_transformers_4 and (stock or self.mixture is None)
+
     @cached_property
     def mlp_kinds(self) -> tuple[MlpKind, ...]:
         """The kinds of MLP that blocks may have."""

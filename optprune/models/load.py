@@ -203,7 +203,7 @@ def _config(source: str, where: str, options: dict[str, Any], described: Describ
     with reading("config", source, where, options):
         if not options:
             fields: Any = PretrainedConfig.get_config_dict(where)[0]
-            whole = VisionFolder.of(source, where)
+            whole = VisionFolder.of(source, where, fields)
             if whole is not None and draft is not None:
                 raise InputError(
                     f"{source} is a {whole.family.model_type} model, which no draft describes: leave it out"

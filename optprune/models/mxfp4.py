@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from optprune.errors import InputError
-from optprune.models.checkpoint import InFiles, StoredTensor
+from optprune.models.checkpoint import PACKED, InFiles, StoredTensor
 
 METHOD = "mxfp4"
 """the name of the format in a quantization_config"""
-BLOCKS, SCALES = "_blocks", "_scales"
+BLOCKS, SCALES = PACKED
 """the endings of the names of the two tensors that hold one"""
 MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 SHARED = 32

@@ -131,9 +131,12 @@ class VisionFolder:
     """the config of the language part, as it was read"""
 
     @classmethod
-    def of(cls, source: str, where: str) -> "VisionFolder | None":
-        """Return the vision-language model in a folder or of a hub name; None for a model of text alone."""
-        fields: Any = PretrainedConfig.get_config_dict(where)[0]
+    def of(cls, source: str, where: str, fields: Any = None) -> "VisionFolder | None":
+        """Return the vision-language model in a folder or of a hub name; None for a model of text alone.
+
+        `fields` are the contents of its config.json, where they were read already.
+        """
+        fields = PretrainedConfig.get_config_dict(where)[0] if fields is None else fields
         if not isinstance(fields, dict) or _family(fields.get("model_type")) is None:
             return None
         stored = read_json(Path(str(own_or_cached(where, "config.json"))).read_text(encoding="utf-8"), "config.json")

@@ -214,9 +214,14 @@ class _BlockRun:
                 apart,
                 rounds=recovery.rounds,
                 damping=recovery.damping,
-                dtype=None if decoder.computes_in is None else decoder.model.dtype,
+                dtype=self.stored_dtype,
             )
             self.recovered.append(part)
+
+    @property
+    def stored_dtype(self) -> torch.dtype | None:
+        """The dtype in which weights will be stored, where the block is computed in another one."""
+        return None if self.decoder.computes_in is None else self.decoder.model.dtype
 
     def layer_task(self, target: Target) -> LayerTask:
         """Return the task of one layer."""
@@ -248,7 +253,7 @@ class _BlockRun:
             steps=recovery.steps,
             damping=recovery.damping,
             metric=task.metrics.get(decoder.name(task.index, layers[-1])),
-            dtype=None if decoder.computes_in is None else decoder.model.dtype,
+            dtype=self.stored_dtype,
             name=decoder.name(task.index, path),
         )
         self.recovered.append(part)

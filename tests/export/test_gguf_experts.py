@@ -7,11 +7,10 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from typer.testing import CliRunner
 
 import optprune
 from optprune.allocation.uniform import removed_by_experts
-from optprune.cli.app import app
+from optprune.cli import main
 from optprune.errors import InputError
 from optprune.export import GgufExperts, GgufFile, export, save_model
 from optprune.export.gguf_experts import matching_rows
@@ -30,8 +29,7 @@ def mixture(family: str, folder: Path) -> Path:
 
 
 def run(*arguments: str) -> None:
-    result = CliRunner().invoke(app, list(arguments), catch_exceptions=False)
-    assert result.exit_code == 0, result.output
+    assert main(list(arguments)) == 0
 
 
 def prune(dense: Path, output: Path, recipe: str = "experts_best", sparsity: float | None = None, **more: Any) -> Path:
