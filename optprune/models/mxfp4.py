@@ -14,10 +14,10 @@ from torch import Tensor
 
 from optprune.errors import InputError
 from optprune.models.checkpoint import InFiles, StoredTensor, is_plain
+from optprune.models.quantised import float_pairs
 
 BLOCKS, SCALES = "_blocks", "_scales"
 """the endings of the names of the two tensors that hold one"""
-MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 SHARED = 32
 """the numbers that share a scale"""
 BIAS = 127
@@ -75,9 +75,7 @@ class Mxfp4Tensor:
 
 def unpacked(blocks: Tensor, scales: Tensor) -> Tensor:
     """Return the numbers [rows, 32 groups] of packed ones [rows, groups, 16] with scales [rows, groups]."""
-    table = torch.tensor([sign * size for sign in (1.0, -1.0) for size in MAGNITUDES])
-    halves = torch.stack([blocks & 15, blocks >> 4], -1).flatten(-2)
-    numbers = torch.ldexp(table[halves.int()], scales[..., None].int() - BIAS)
+    numbers = torch.ldexp(float_pairs(blocks).flatten(-2), scales[..., None].int() - BIAS)
     return numbers.flatten(-2).to(torch.bfloat16)
 
 

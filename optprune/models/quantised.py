@@ -21,8 +21,10 @@ Parts = Mapping[str, Tensor]
 MXFP4 = "mxfp4"
 """the method that is read for experts alone"""
 E4M3 = torch.float8_e4m3fn
-UNUSED = (".input_scale", ".activation_scale", ".k_scale", ".v_scale", ".q_scale")
+UNUSED = (".input_scale", ".input_global_scale", ".activation_scale", ".k_scale", ".v_scale", ".q_scale")
 """endings of tensors that quantise activations, which stay floats here"""
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+"""the magnitudes of floats of four bits, by their lower three bits; the highest one is the sign"""
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """the columns in a word of AWQ, from its lowest bits"""
 
@@ -134,6 +136,34 @@ class WordsFormat(Format):
 
 @final
 @dataclass(frozen=True)
+class FloatPairsFormat(Format):
+    """Floats of four bits, two in a byte, with FP8 scales of 16 and one scale for the matrix: NVFP4.
+
+    A weight is its number times the scale of its group, over the scale of the matrix.
+    """
+
+    needed: ClassVar[tuple[str, ...]] = (".weight_packed", ".weight_scale", ".weight_global_scale")
+    dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.uint8,)
+
+    group: int
+
+    def shape(self, parts: Mapping[str, StoredTensor]) -> tuple[int, int]:
+        rows, pairs = parts[".weight_packed"].shape
+        if parts[".weight_scale"].shape != (rows, 2 * pairs // self.group) or 2 * pairs % self.group:
+            raise ValueError
+        if parts[".weight_global_scale"].shape not in ((), (1,)):
+            raise ValueError
+        return rows, 2 * pairs
+
+    def decode(self, parts: Parts, shape: tuple[int, int]) -> Tensor:
+        packed = parts[".weight_packed"]
+        numbers = float_pairs(packed).flatten(1)
+        scale = parts[".weight_scale"].float() / parts[".weight_global_scale"].float()
+        return numbers * scale.repeat_interleave(self.group, 1)
+
+
+@final
+@dataclass(frozen=True)
 class ColumnWordsFormat(Format):
     """Integers of four or eight bits in words of 32, as GPTQ (packed along inputs) and AWQ (along outputs) hold them.
 
@@ -180,6 +210,12 @@ class ColumnWordsFormat(Format):
         if self.order is not None:
             found = found[:, :, torch.tensor(self.order).argsort()]
         return found.flatten(1)
+
+
+def float_pairs(packed: Tensor) -> Tensor:
+    """Return the floats [..., 2] of four bits (E2M1) in bytes, the first in the lower half of a byte."""
+    table = torch.tensor([sign * size for sign in (1.0, -1.0) for size in E2M1])
+    return table[torch.stack([packed & 15, packed >> 4], -1).int()]
 
 
 def words(packed: Tensor, bits: int) -> Tensor:
@@ -336,7 +372,9 @@ def _compressed_tensors(fields: Mapping[str, Any]) -> tuple[Format, ...]:
     for group in fields["config_groups"].values():
         kind = str(group.get("format") or fields["format"])
         weights = group["weights"]
-        if kind == "pack-quantized":
+        if kind == "nvfp4-pack-quantized" and weights["num_bits"] == 4:
+            formats.append(FloatPairsFormat(int(weights["group_size"])))
+        elif kind == "pack-quantized":
             formats.append(WordsFormat(_bits(weights["num_bits"])))
         elif kind in ("float-quantized", "int-quantized", "naive-quantized") and weights["num_bits"] == 8:
             block = _scaled_block(weights)

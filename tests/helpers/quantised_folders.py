@@ -37,7 +37,7 @@ def quantised_folder(
     return folder, weights
 
 
-def change_tensors(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
+def change_tensors(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
     """Change the tensors of a folder."""
     tensors = load_file(folder / "model.safetensors")
     change(tensors)

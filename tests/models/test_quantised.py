@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from compressed_tensors.compressors.nvfp4.helpers import pack_fp4_to_uint8
 from compressed_tensors.compressors.pack_quantized import pack_to_int32
 from torch import Tensor
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config
@@ -59,6 +60,21 @@ def packed(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
     return parts, meant_by(integers, zeros, scales, torch.arange(weight.shape[1]) // GROUP)
 
 
+def nvfp4(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """Quantise to floats of four bits by compressed-tensors' own functions."""
+    whole = 448 * 6 / weight.abs().max()
+    scales = (weight.unflatten(1, (-1, GROUP)).abs().amax(2) / 6 * whole).to(torch.float8_e4m3fn)
+    spread = scales.float().repeat_interleave(GROUP, 1) / whole
+    sizes = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    nearest = sizes[((weight / spread).abs()[..., None] - sizes).abs().argmin(-1)] * weight.sign()
+    parts = {
+        ".weight_packed": pack_fp4_to_uint8(nearest),
+        ".weight_scale": scales,
+        ".weight_global_scale": whole.reshape(1),
+    }
+    return parts, nearest.double() * spread.double()
+
+
 FORMATS: dict[str, tuple[Quantise, dict[str, Any]]] = {
     "fp8": (fp8((16, 16)), FP8),
     "fp8, cut blocks": (fp8((48, 40)), {**FP8, "weight_block_size": [48, 40]}),
@@ -79,6 +95,7 @@ FORMATS: dict[str, tuple[Quantise, dict[str, Any]]] = {
         packed,
         compressed("pack-quantized", num_bits=4, type="int", strategy="group", group_size=GROUP, symmetric=False),
     ),
+    "nvfp4": (nvfp4, compressed("nvfp4-pack-quantized", num_bits=4, type="float", group_size=GROUP)),
     "gptq": (gptq(), GPTQ),
     "gptq, groups in any order": (gptq(order=True), {**GPTQ, "desc_act": True}),
     "gptq, second version": (gptq(less=0), {**GPTQ, "checkpoint_format": "gptq_v2"}),
@@ -181,6 +198,7 @@ def shorter(ending: str) -> Any:
         ("rows", shorter(".weight_scale")),
         ("words", without(".weight_scale")),
         ("words", shorter(".weight_zero_point")),
+        ("nvfp4", shorter(".weight_scale")),
         ("gptq", without(".qzeros")),
         ("gptq", shorter(".g_idx")),
         ("gptq", shorter(".qzeros")),
@@ -222,7 +240,7 @@ WORDS = FORMATS["words"][1]
         ({**GPTQ, "bits": 3}, r"\(gptq, with 3 bits\)"),
         ({**AWQ, "version": "gemv"}, r"\(awq, in the version 'gemv' with 4 bits\)"),
         ({**FP8, "scale_fmt": "ue8m0"}, r"\(fp8, with experts or scales in another format than FP8 and float\)"),
-        (compressed("nvfp4-pack-quantized", num_bits=4), "in the format 'nvfp4-pack-quantized'"),
+        (compressed("marlin-24", num_bits=4), "in the format 'marlin-24'"),
         ({**WORDS, "sparsity_config": {"format": "sparse-24"}}, "with sparse or transformed weights"),
         (compressed("int-quantized", num_bits=8, strategy="channel", symmetric=False), "with zero points beside"),
         ({"quant_method": "compressed-tensors", "format": "pack-quantized"}, "its settings are not known"),
