@@ -74,8 +74,8 @@ def fp8_rows(scale_dtype: torch.dtype, one: bool = False) -> Quantise:
     """Quantise to FP8 with a scale for each row, or with one scale, as compressed-tensors does."""
 
     def quantise(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        scales = weight.abs().amax(dim=None if one else 1, keepdim=not one) / 400
-        scales = scales.reshape(1 if one else -1, 1).to(scale_dtype)
+        scales = (weight.abs().flatten()[None] if one else weight.abs()).amax(1, keepdim=True) / 400
+        scales = scales.to(scale_dtype)
         numbers = (weight / scales.float()).to(torch.float8_e4m3fn)
         stored = scales.reshape(1) if one else scales
         return {".weight": numbers, ".weight_scale": stored}, numbers.double() * scales.double()
