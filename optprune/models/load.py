@@ -234,15 +234,17 @@ def _config(source: str, where: str, options: dict[str, Any], described: Describ
     if draft is not None:
         check_laws(draft, config)
     check_weights_named(config, source)
-    if whole is not None and (around := Quantisation.of(whole.fields.get("quantization_config"))) is not None:
+    stored = getattr(config, "quantization_config", None) if whole is None else whole.fields.get("quantization_config")
+    if stored is None or options:
+        return config
+    quantised = Quantisation.of(stored)
+    if whole is not None:
         raise InputError(
-            f"the checkpoint {source} is quantised ({around.method}), and has a vision part, which is read in plain "
+            f"the checkpoint {source} is quantised ({quantised.method}), and has a vision part, which is read in plain "
             "weights only: load the unquantised original"
         )
-    quantised = None if options else Quantisation.of(getattr(config, "quantization_config", None))
-    if quantised is not None:  # what is read, and saved, are floats
-        quantised.check(source, () if architecture.mixture is None else architecture.mixture.quantised)
-        vars(config).pop("quantization_config")
+    quantised.check(source, () if architecture.mixture is None else architecture.mixture.quantised)
+    vars(config).pop("quantization_config")  # what is read, and saved, are floats
     return config
 
 
@@ -251,7 +253,8 @@ def _quantisation(source: str) -> Quantisation | None:
     where, options = locate(source)
     with reading("config", source, where, options):
         fields: Any = {} if options else PretrainedConfig.get_config_dict(where)[0]
-    return Quantisation.of(fields.get("quantization_config"))
+    found = fields.get("quantization_config")
+    return None if found is None else Quantisation.of(found)
 
 
 def few_bits(source: str | Path) -> str | None:

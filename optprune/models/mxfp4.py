@@ -14,10 +14,11 @@ from torch import Tensor
 
 from optprune.errors import InputError
 from optprune.models.checkpoint import InFiles, StoredTensor, is_plain
-from optprune.models.quantised import float_pairs
 
 BLOCKS, SCALES = "_blocks", "_scales"
 """the endings of the names of the two tensors that hold one"""
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+"""the magnitudes of floats of four bits, by their lower three bits; the highest one is the sign"""
 SHARED = 32
 """the numbers that share a scale"""
 BIAS = 127
@@ -71,6 +72,12 @@ class Mxfp4Tensor:
             return torch.stack([self.item(number).read() for number in range(self.shape[0])])
         found = unpacked(self.blocks.read(), self.scales.read())
         return found if self.turned else found.t().contiguous()
+
+
+def float_pairs(packed: Tensor) -> Tensor:
+    """Return the floats [..., 2] of four bits (E2M1) in bytes, the first in the lower half of a byte."""
+    table = torch.tensor([sign * size for sign in (1.0, -1.0) for size in E2M1])
+    return table[torch.stack([packed & 15, packed >> 4], -1).int()]
 
 
 def unpacked(blocks: Tensor, scales: Tensor) -> Tensor:

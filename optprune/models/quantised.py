@@ -14,6 +14,7 @@ from torch import Tensor
 
 from optprune.errors import InputError
 from optprune.models.checkpoint import Checkpoint, InFiles, StoredTensor, is_plain
+from optprune.models.mxfp4 import float_pairs, is_packed, paired
 from optprune.system.wording import either, shown
 
 Parts = Mapping[str, Tensor]
@@ -23,8 +24,6 @@ MXFP4 = "mxfp4"
 E4M3 = torch.float8_e4m3fn
 UNUSED = (".input_scale", ".input_global_scale", ".activation_scale", ".k_scale", ".v_scale", ".q_scale")
 """endings of tensors that quantise activations, which stay floats here"""
-E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-"""the magnitudes of floats of four bits, by their lower three bits; the highest one is the sign"""
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """the columns in a word of AWQ, from its lowest bits"""
 
@@ -212,12 +211,6 @@ class ColumnWordsFormat(Format):
         return found.flatten(1)
 
 
-def float_pairs(packed: Tensor) -> Tensor:
-    """Return the floats [..., 2] of four bits (E2M1) in bytes, the first in the lower half of a byte."""
-    table = torch.tensor([sign * size for sign in (1.0, -1.0) for size in E2M1])
-    return table[torch.stack([packed & 15, packed >> 4], -1).int()]
-
-
 def words(packed: Tensor, bits: int) -> Tensor:
     """Return the integers [rows, words, 32 / bits] in words [rows, words] of 32 bits, from the lowest bits on."""
     places = bits * torch.arange(32 // bits)
@@ -294,10 +287,8 @@ class Quantisation:
     """why the method is not read, where that is known"""
 
     @classmethod
-    def of(cls, config: Any) -> "Quantisation | None":
-        """Return the method of a quantization_config; None without one."""
-        if config is None:
-            return None
+    def of(cls, config: Any) -> Self:
+        """Return the method of a quantization_config."""
         fields = config if isinstance(config, dict) else config.to_dict()
         method = str(fields.get("quant_method") or "")
         try:
@@ -322,8 +313,6 @@ class Quantisation:
     def open(self, folder: str | Path, source: str) -> Checkpoint:
         """Return the checkpoint of a folder or hub name with its layers as floats."""
         if self.method == MXFP4:
-            from optprune.models.mxfp4 import is_packed, paired
-
             checkpoint = Checkpoint.open(folder, source, is_packed)
             return replace(checkpoint, tensors=paired(checkpoint.tensors, source))
         checkpoint = Checkpoint.open(folder, source, self._readable)
