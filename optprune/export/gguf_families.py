@@ -22,6 +22,11 @@ SLIDING = "sliding_attention"
 LARGEST = {"gemma2": 46, "gemma3": 62}
 """number of blocks of the 27B model, for which llama.cpp scales scores by hidden size over heads"""
 
+OTHER_ORDER = "sliding windows in another order of blocks, as it is when whole blocks are removed"
+CLAMPED = {"swiglu_alpha": 1.702, "swiglu_limit": 7.0}
+"""the numbers of GPT-OSS's activation"""
+YARN_BETAS = (32.0, 1.0)
+"""the values that llama.cpp gives to beta_fast and beta_slow; it reads them from the files of few families"""
 EXAONE4_BLOCKS = 64
 """number of blocks of the 32B model, for which alone llama.cpp has sliding windows"""
 
@@ -49,6 +54,8 @@ class Family:
     """whether sliding windows are supported"""
     scaled: bool | None = None
     """whether a mixture scales the weights of the chosen experts to sum to one; None without experts"""
+    rounded: Callable[[Any], Iterator[str]] = lambda config: iter(())
+    """function that yields notes on the settings of a config that llama.cpp follows roughly only"""
 
     @property
     def name(self) -> str:
@@ -129,7 +136,7 @@ def _gemma_unsupported(name: str) -> Callable[[Any], Iterator[str]]:
         if name == "gemma3" and (config.attn_logit_softcapping or config.final_logit_softcapping):
             yield "soft caps"
         if _period(config) == 0 or (name == "gemma2" and _period(config) != 2):
-            yield "sliding windows in another order of blocks, as it is when whole blocks are removed"
+            yield OTHER_ORDER
 
     return unsupported
 
@@ -176,15 +183,60 @@ def _glm4_moe_unsupported(config: Any) -> Iterator[str]:
         yield "a GLM 4.5 without experts"
 
 
+def _yarn(rotary: dict[str, Any], writer: GGUFWriter) -> None:
+    writer.add_rope_scaling_type(RopeScalingType.YARN)
+    writer.add_rope_scaling_factor(float(rotary["factor"]))
+    fast, slow = _betas(rotary)
+    writer.add_rope_scaling_yarn_beta_fast(fast)
+    writer.add_rope_scaling_yarn_beta_slow(slow)
+
+
+def _betas(rotary: dict[str, Any]) -> tuple[float, float]:
+    """Return beta_fast and beta_slow of a yarn scaling, as transformers reads them."""
+    return float(rotary.get("beta_fast") or YARN_BETAS[0]), float(rotary.get("beta_slow") or YARN_BETAS[1])
+
+
+def _gpt_oss(config: Any, writer: GGUFWriter) -> None:
+    rotary = config.rope_parameters
+    writer.add_sliding_window(int(config.sliding_window))
+    writer.add_sliding_window_pattern(_period(config))
+    if rotary["rope_type"] == "yarn":
+        writer.add_rope_scaling_orig_ctx_len(int(rotary["original_max_position_embeddings"]))
+        _yarn(rotary, writer)
+
+
+def _gpt_oss_unsupported(config: Any) -> Iterator[str]:
+    for name, known in CLAMPED.items():
+        if getattr(config, name) != known:
+            yield f"{name} {getattr(config, name):g} in place of {known:g}"
+    if not config.attention_bias:
+        yield "a GPT-OSS without biases in its attention"
+    if not has_windows(config):
+        yield "a GPT-OSS of which no block has a sliding window"
+    if _period(config) == 0:
+        yield OTHER_ORDER
+    rotary = config.rope_parameters
+    if rotary["rope_type"] == "yarn" and (rotary.get("mscale") or rotary.get("attention_factor")):
+        yield "a yarn scaling of a GPT-OSS with mscale or an attention_factor"
+    if rotary["rope_type"] == "yarn" and _betas(rotary) != YARN_BETAS:
+        yield "a yarn scaling of a GPT-OSS with another beta_fast than 32, or another beta_slow than 1"
+
+
+def _gpt_oss_rounded(config: Any) -> Iterator[str]:
+    rotary = config.rope_parameters
+    if rotary["rope_type"] == "yarn" and not rotary.get("truncate", True):
+        yield (
+            "llama.cpp rounds the bounds of the yarn scaling to whole dimensions, as truncate does in transformers: "
+            "its answers differ a little"
+        )
+
+
 def _ministral3(config: Any, writer: GGUFWriter) -> None:
     rotary = config.rope_parameters
     writer.add_attn_temperature_scale(float(rotary["llama_4_scaling_beta"]))
     writer.add_rope_scaling_orig_ctx_len(int(rotary["original_max_position_embeddings"]))
     if rotary["rope_type"] == "yarn":
-        writer.add_rope_scaling_type(RopeScalingType.YARN)
-        writer.add_rope_scaling_factor(float(rotary["factor"]))
-        writer.add_rope_scaling_yarn_beta_fast(float(rotary.get("beta_fast") or 32))
-        writer.add_rope_scaling_yarn_beta_slow(float(rotary.get("beta_slow") or 1))
+        _yarn(rotary, writer)
         writer.add_rope_scaling_yarn_log_mul(float(rotary["mscale_all_dim"]))
 
 
@@ -221,6 +273,16 @@ FAMILIES: dict[str, Family] = {
     ),
     "gpt2": Family(MODEL_ARCH.GPT2, activation=TANH, biases=True, describe=_layer_norms),
     "gpt_neox": Family(MODEL_ARCH.GPTNEOX, activation=("gelu",), biases=True, describe=_parallel, tied=False),
+    "gpt_oss": Family(
+        MODEL_ARCH.GPT_OSS,
+        biases=True,
+        tied=False,
+        windows=True,
+        scaled=True,
+        describe=_gpt_oss,
+        unsupported=_gpt_oss_unsupported,
+        rounded=_gpt_oss_rounded,
+    ),
     "granite": Family(MODEL_ARCH.GRANITE, neighbours=True, describe=_multipliers),
     "llama": Family(MODEL_ARCH.LLAMA, neighbours=True, biases=True),
     "ministral3": Family(

@@ -190,9 +190,8 @@ class _Content:
         if mixture is not None:
             writer.add_expert_count(max(shape.experts for shape in shapes))
             writer.add_expert_used_count(self.decoder.experts_for_a_token)
-            if hasattr(config, "moe_intermediate_size"):
-                own = zip(widths, shapes, strict=True)
-                writer.add_expert_feed_forward_length(max(width for width, shape in own if shape.experts))
+            own = zip(widths, shapes, strict=True)
+            writer.add_expert_feed_forward_length(max(width for width, shape in own if shape.experts))
             if mixture.shared:
                 writer.add_expert_shared_feed_forward_length(self.tensors.width(mixture.width_of_shared(config)))
         self.family.describe(config, writer)
@@ -206,7 +205,8 @@ class _Content:
 
     def notes(self, targets: Sequence[Target]) -> tuple[str, ...]:
         """Return sentences that the user of the file should read."""
-        found, shapes, config = [], self.decoder.shapes(), self.decoder.model.config
+        shapes, config = self.decoder.shapes(), self.decoder.model.config
+        found = list(self.family.rounded(config))
         if any(shape.kv_heads and shape.value_dim != self.decoder.heads.dim for shape in shapes):
             found.append("removed value dimensions are filled with zeros, so they do not make the file smaller")
         file, width = self.tensors.file, self.tensors.width

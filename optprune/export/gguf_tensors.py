@@ -247,6 +247,8 @@ class Tensors:
         there = name
         if mixture is not None and mixture.correction and name.endswith(f".{mixture.correction}"):
             there = f"{name.removesuffix('_bias')}.bias"
+        if name.endswith(tuple(f".{own}" for own in self.decoder.architecture.per_head)):
+            there = f"{name}.weight"
         known = self.names.get_name(there, try_suffixes=(".weight", ".bias"))
         if known is None:
             raise InputError(f"llama.cpp does not support the tensor {name} of {self.checkpoint.source}")

@@ -103,11 +103,11 @@ class Choice:
         return {name: self._kind(name, shape, turns) for name, shape in self.shapes.items()}
 
     def _kind(self, name: str, shape: tuple[int, ...], turns: Mapping[int, int]) -> Kind:
-        if len(shape) == 1 or name.endswith(PLAIN[0]):
+        if len(shape) == 1 or name.endswith(PLAIN[0]) or not name.endswith("weight"):
             return Kind.F32
         if not self.file.quantised:
             return self.file.kind
-        if name.endswith(PLAIN) or not name.endswith("weight"):
+        if name.endswith(PLAIN):
             return Kind.F16
         return fallback(self._wanted(name, shape, turns), shape[-1])
 

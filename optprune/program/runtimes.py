@@ -244,19 +244,17 @@ RUNTIMES = {
         Runtime(
             "gguf",
             families=tuple(
-                name
-                for name, one in ARCHITECTURES.items()
-                if name not in ("gpt_oss", "opt", *RECURRENT) and one.latent is None
+                name for name, one in ARCHITECTURES.items() if name not in ("opt", *RECURRENT) and one.latent is None
             ),
             rotary=("default", "linear", "llama3"),
-            further={"ministral3": ("yarn",)},
+            further={"gpt_oss": ("yarn",), "ministral3": ("yarn",)},
             # Its architecture deci has Llama's blocks.
             uneven=("llama", "mistral", "qwen2"),
-            ordered=("exaone4", "gemma2", "gemma3_text", "smollm3"),
+            ordered=("exaone4", "gemma2", "gemma3_text", "gpt_oss", "smollm3"),
             # Where it takes heads and hidden size to be what the file says, each for itself.
             fewer_heads=(
-                *("gemma2", "gemma3_text", "glm4_moe", "granite", "llama", "ministral3", "mistral", "mixtral"),
-                *("qwen3", "qwen3_moe", "seed_oss", "smollm3"),
+                *("gemma2", "gemma3_text", "glm4_moe", "gpt_oss", "granite", "llama", "ministral3", "mistral"),
+                *("mixtral", "qwen3", "qwen3_moe", "seed_oss", "smollm3"),
             ),
             # The numbers that share a scale in q8_0.
             multiple=32,

@@ -34,7 +34,8 @@ def test_of_floats_nothing_is_said(attempt: Attempt, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("no_weights")
-def test_the_runtime_gguf_refuses_it_before_any_weight_is_read(attempt: Attempt, tmp_path: Path) -> None:
+def test_the_runtime_gguf_refuses_fewer_blocks_before_any_weight_is_read(attempt: Attempt, tmp_path: Path) -> None:
     mixture = Attempt(save_tiny(ALL_MODELS["gpt_oss"](), tmp_path / "m"), attempt.text, tmp_path, attempt.capsys)
-    sentence = mixture.fails(mixture.command("--recipe", "reap", "--target", "gguf"))
-    assert "the target gguf does not take models of the kind gpt_oss: it takes " in sentence
+    depth = ("--recipe", "depth", "--set", "allocation.parts=layers")
+    sentence = mixture.fails(mixture.command(*depth, "--target", "gguf"))
+    assert "the target gguf does not take fewer blocks of models of the kind gpt_oss" in sentence

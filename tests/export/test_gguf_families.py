@@ -17,9 +17,11 @@ from optprune.models import Decoder, Mlp, Values
 from optprune.models.units import KvGroups, LinkedUnits
 from optprune.program import RUNTIMES
 from optprune.recipe import Recipe, load_recipe
-from tests.helpers.gguf_models import PROMPT, THERE, YARN, apart, cut, expected_of, made, saved
+from tests.helpers.gguf_models import BENT, PROMPT, THERE, YARN, apart, cut, expected_of, made, saved
+from tests.helpers.llama_cpp import LlamaCpp
 from tests.helpers.mixed_models import narrow
 
+FULL, SLIDING = ["full_attention"], ["sliding_attention"]
 FIXED_HEADS = ("exaone4", "gpt2", "gpt_neox", "olmo2", "olmoe", "phi3", "qwen2_moe")
 """of which all stay: their sizes add up to the hidden size there, or one norm goes over them"""
 
@@ -79,6 +81,37 @@ def test_a_ministral3_without_a_scaling_of_its_rotary_embeddings(tmp_path: Path)
     check_alike(saved(made("ministral3", rope_parameters={**YARN, "rope_type": "default"}), tmp_path / "m"), "mistral3")
 
 
+@pytest.mark.parametrize("kinds", [SLIDING * 4, [*SLIDING * 2, *FULL, *SLIDING]], ids=["all", "two of three"])
+def test_windows_of_a_gpt_oss_in_other_blocks(kinds: list[str], tmp_path: Path) -> None:
+    check_alike(saved(made("gpt_oss", layer_types=kinds), tmp_path / "model"), "gpt-oss")
+
+
+def test_bounds_of_a_yarn_scaling_that_it_rounds_are_told(tmp_path: Path) -> None:
+    """Its answers are those of the same model with whole bounds."""
+    whole = {**BENT, "original_max_position_embeddings": 512}
+    folder = saved(made("gpt_oss", rope_parameters={**whole, "truncate": False}), tmp_path / "model")
+    rounded = saved(made("gpt_oss", rope_parameters=whole), tmp_path / "rounded")
+    written = export(folder, tmp_path / "model.gguf", GgufFile(kind="f32"))
+    [note] = written.notes
+    assert "rounds the bounds of the yarn scaling to whole dimensions" in note
+    assert apart(written.path, expected_of(rounded, PROMPT)[0], PROMPT) < 1e-4
+    assert apart(written.path, expected_of(folder, PROMPT)[0], PROMPT) > 1e-3
+    assert not export(rounded, tmp_path / "rounded.gguf", GgufFile(kind="f32")).notes
+
+
+def test_biases_of_experts_stay_float32(tmp_path: Path) -> None:
+    """Their units are filled up with zeros, whose answer is zero behind the clamped activation too."""
+    folder = saved(cut(made("gpt_oss"), {Mlp(): 40}), tmp_path / "model")
+    file = export(folder, tmp_path / "model.gguf", GgufFile(kind="q8_0")).path
+    found = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors if "_exps." in tensor.name}
+    assert len(found) == 24
+    for name, tensor in found.items():
+        kind = gguf.GGMLQuantizationType.Q8_0 if name.endswith("weight") else gguf.GGMLQuantizationType.F32
+        assert tensor.tensor_type == kind, name
+    assert found["blk.0.ffn_gate_exps.bias"].data.shape == (3, 64)
+    assert LlamaCpp(file).log_probabilities(PROMPT)
+
+
 def test_windows_that_it_lacks_are_told(tmp_path: Path) -> None:
     """The answers are the same as far as a window goes."""
     folder = saved(made("mistral", sliding_window=8), tmp_path / "model")
@@ -124,6 +157,17 @@ def test_a_file_of_the_model_without_its_head(tmp_path: Path) -> None:
         ("glm4_moe", {"n_group": 2, "topk_group": 1}, "2 groups of experts in a GLM 4.5"),
         ("glm4_moe", {"n_shared_experts": 2}, "n_shared_experts 2 in a GLM 4.5"),
         ("glm4_moe", {"first_k_dense_replace": 4}, "a GLM 4.5 without experts"),
+        ("gpt_oss", {"swiglu_alpha": 1.4}, "swiglu_alpha 1.4 in place of 1.702"),
+        ("gpt_oss", {"swiglu_limit": 0.6}, "swiglu_limit 0.6 in place of 7"),
+        ("gpt_oss", {"attention_bias": False}, "a GPT-OSS without biases in its attention"),
+        ("gpt_oss", {"layer_types": [*FULL, *SLIDING, *SLIDING, *FULL]}, "sliding windows in another order of blocks"),
+        ("gpt_oss", {"layer_types": FULL * 4}, "a GPT-OSS of which no block has a sliding window"),
+        ("gpt_oss", {"rope_parameters": {**BENT, "attention_factor": 1.5}}, "a yarn scaling of a GPT-OSS with mscale"),
+        (
+            "gpt_oss",
+            {"rope_parameters": {**BENT, "beta_slow": 2}},
+            "a yarn scaling of a GPT-OSS with another",
+        ),
         ("granite", {"attention_bias": True}, "biases of linear layers, as model.layers.0.self_attn.q_proj.bias"),
         ("mixtral", {"hidden_act": "gelu"}, "an MLP with the activation gelu"),
         ("ministral3", {"rope_parameters": {**YARN, "mscale": 0.5}}, "a yarn scaling without mscale 1"),
@@ -147,6 +191,7 @@ def test_what_it_has_no_words_for(family: str, config: dict[str, Any], sentence:
     [
         ("qwen3", {Mlp(): 96}, (0,), "blocks of a qwen3 model that differ in shape"),
         ("glm4_moe", {Mlp(): 96}, (0, 1), "blocks of a glm4moe model that differ in shape"),
+        ("gpt_oss", {Mlp(): 40}, (0,), "blocks of a gpt-oss model that differ in shape"),
         ("qwen3_moe", {Mlp(): 3}, (0,), "blocks of a qwen3moe model that differ in shape"),
         ("gpt2", {KvGroups(): 2}, range(4), "heads of a gpt2 model that do not make up its hidden size of 64"),
     ],

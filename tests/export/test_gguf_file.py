@@ -152,6 +152,38 @@ def test_pieces_are_merged_by_their_rank() -> None:
     assert kinds == ["UNKNOWN", "BYTE", "NORMAL", "NORMAL", "NORMAL", "NORMAL", "NORMAL"]
 
 
+def test_a_text_is_split_as_o200k_splits_it(tmp_path: Path) -> None:
+    """As for GPT-OSS: by merges across places where that splits, or where Llama 3's rule does."""
+    from tokenizers import Regex, Tokenizer, pre_tokenizers
+    from tokenizers.models import BPE
+    from transformers import PreTrainedTokenizerFast
+
+    words = (
+        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]%s[\p{Ll}\p{Lm}\p{Lo}\p{M}]%s(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    )
+    rest = r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    pattern = f"{words % ('*', '+')}|{words % ('+', '*')}|{rest}"
+    merges = [("l", "C"), ("t", "'"), ("1", "2"), ("12", "3"), ("123", "4"), ("!", "Ċ"), ("Ċ", "/"), ("M", "L")]
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    names = ["<unk>", *letters, *("".join(pair) for pair in merges)]
+    made = Tokenizer(BPE({name: index for index, name in enumerate(names)}, merges))
+    made.pre_tokenizer = pre_tokenizers.Sequence(  # type: ignore[assignment]
+        [
+            pre_tokenizers.Split(Regex(pattern), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>", eos_token="<unk>")
+    folder = tmp_path / "model"
+    save_model(tiny_llama(vocab_size=len(names)), folder, tokenizer=tokenizer)
+    file = export(folder, tmp_path / "model.gguf", GgufFile()).path
+    assert gguf.GGUFReader(file).fields["tokenizer.ggml.pre"].contents() == "gpt-4o"
+    text = "modelCase isn't it'll 12345 HTML hi!\n/x"
+    ids = tokenizer(text)["input_ids"]
+    assert {names[index] for index in ids} & {"lC", "t'", "123", "1234", "!Ċ", "Ċ/", "ML"} == {"t'", "123", "!Ċ", "ML"}
+    assert LlamaCpp(file).tokens(text) == len(ids)
+
+
 def test_what_llama_cpp_has_no_words_for(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"opt models cannot be exported to GGUF: export one of exaone4, .*, smollm3"):
         export(save_tiny(tiny_opt(), tmp_path / "opt"), tmp_path / "x.gguf", GgufFile())

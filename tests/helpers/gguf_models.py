@@ -22,6 +22,7 @@ HEADS_OF_16 = {"query_pre_attn_scalar": 16}
 FAR = {"rope_type": "linear", "factor": 8.0, "rope_theta": 5e4}
 NEAR = {"rope_type": "default", "rope_theta": 500.0}
 YARN = {**OTHER_FAMILIES["ministral3"]["rope_parameters"], "mscale": 1.0, "mscale_all_dim": 1.0}
+BENT = {**OTHER_FAMILIES["gpt_oss"]["rope_parameters"], "truncate": True}
 THERE: dict[str, dict[str, Any]] = {
     "exaone4": {"head_dim": 16, "sliding_window": None, "layer_types": ["full_attention"] * 4},
     "gemma2": HEADS_OF_16,
@@ -29,6 +30,7 @@ THERE: dict[str, dict[str, Any]] = {
     "glm4_moe": {},
     "gpt2": {},
     "gpt_neox": {},
+    "gpt_oss": {"swiglu_alpha": 1.702, "swiglu_limit": 7.0, "rope_parameters": BENT},
     "granite": {},
     "ministral3": {"sliding_window": None, "rope_parameters": YARN},
     "mistral": NO_WINDOW,
