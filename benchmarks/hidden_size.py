@@ -52,7 +52,7 @@ INEXACT = {
 }
 """the families that cannot be rotated, each with the reason"""
 EXACT = (
-    *("glm4_moe", "gpt_oss", "granite", "granitemoehybrid", "lfm2", "llama", "ministral3", "mistral"),
+    *("falcon_h1", "glm4_moe", "gpt_oss", "granite", "granitemoehybrid", "lfm2", "llama", "ministral3", "mistral"),
     *("mixtral", "olmoe"),
     *("phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "smollm3"),
 )
@@ -117,6 +117,7 @@ def fold_gains(decoder: Decoder) -> None:
     for part in every_part(decoder):
         for layer in part.reads:
             parameter(layer).mul_(parameter(part.norm))
+    for part in every_part(decoder):  # two mixers may read one norm
         parameter(part.norm).fill_(1.0)
 
 

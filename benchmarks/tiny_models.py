@@ -68,6 +68,13 @@ LATENT: dict[str, Any] = {
 OTHER_FAMILIES: dict[str, dict[str, Any]] = {
     "deepseek_v3": {**LATENT, "first_k_dense_replace": 1},
     "exaone4": {"head_dim": 24, "sliding_window": 8, "sliding_window_pattern": 2},
+    "falcon_h1": {
+        **{"head_dim": 24, "mamba_d_ssm": 96, "mamba_n_heads": 4, "mamba_n_groups": 2, "mamba_d_state": 16},
+        **{"mamba_chunk_size": 16, "mamba_rms_norm": True, "embedding_multiplier": 1.7, "lm_head_multiplier": 0.8},
+        **{"mlp_multipliers": [0.7, 1.2], "ssm_multipliers": [0.8, 1.2, 0.9, 1.1, 0.7], "key_multiplier": 0.6},
+        **{"attention_in_multiplier": 1.2, "attention_out_multiplier": 0.7, "ssm_in_multiplier": 1.1},
+        **{"ssm_out_multiplier": 0.9},
+    },
     "gemma2": {**FOUR_NORMS, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
     "gemma3_text": {**FOUR_NORMS, "sliding_window_pattern": 2},
     "glm4_moe": {

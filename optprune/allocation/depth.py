@@ -58,8 +58,9 @@ class Depth(Allocator):
     def work(self, shapes: Decoder, tokens: int) -> Work:
         states = stream_bytes(shapes, min(tokens, self.tokens))
         if self.score == "influence":
-            # Each block is run twice, once without its MLP.
-            passes = forward_work(shapes, tokens, 2.0)
+            # Each block is run twice, once without its MLP, and with each of several mixers alone.
+            mixers = max(len(set(shape.parts) - {"mlp"}) for shape in shapes.shapes())
+            passes = forward_work(shapes, tokens, 2.0 + mixers * (mixers > 1))
             return Work(passes.flops, passes.bytes + stream_bytes(shapes, tokens), 2.0)
         candidates = _candidates(shapes, self.parts)
         if not candidates:
@@ -216,17 +217,23 @@ def _influences(decoder: Decoder, batches: Sequence[Tensor], candidates: Sequenc
     sums = dict.fromkeys(candidates, 0.0)
     tokens = stream.hidden.tokens
     for index, block in enumerate(decoder.blocks):
-        here = [candidate for candidate in candidates if candidate.block == index]
+        shape = decoder.shape(index)
+        others = {each: _behind_or_beside(each, shape) for each in candidates if each.block == index}
         with decoder.resident(index):
             for batch, (before, arguments) in enumerate(zip(stream.hidden, stream.arguments, strict=True)):
-                with decoder.without([(index, "mlp")]):
-                    _, between = run_block(block, before, arguments)
-                _, after = run_block(block, before, arguments)
-                for candidate in here:
-                    first = between if candidate.parts == ("mlp",) else before
-                    last = after if "mlp" in candidate.parts else between
-                    cosine = torch.nn.functional.cosine_similarity(first.double(), last.double(), dim=-1)
+                outputs = dict[tuple[str, ...], Tensor]()
+                for gone in dict.fromkeys(((), ("mlp",), *others.values())):
+                    with decoder.without((index, part) for part in gone):
+                        outputs[gone] = run_block(block, before, arguments)[1]
+                for candidate, gone in others.items():
+                    first = outputs["mlp",] if candidate.parts == ("mlp",) else before
+                    cosine = torch.nn.functional.cosine_similarity(first.double(), outputs[gone].double(), dim=-1)
                     sums[candidate] += float((1 - cosine).sum())
-                stream.hidden[batch] = after
+                stream.hidden[batch] = outputs[()]
         stream.past(stream.hidden)
     return {candidate: total / tokens for candidate, total in sums.items()}
+
+
+def _behind_or_beside(candidate: Candidate, shape: BlockShape) -> tuple[str, ...]:
+    """Return the sub-blocks of a block behind those of a candidate, or beside them: a second mixer."""
+    return () if "mlp" in candidate.parts else tuple(part for part in shape.parts if part not in candidate.parts)

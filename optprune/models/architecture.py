@@ -71,7 +71,7 @@ class BlockShape:
     experts: int = 0
     """the experts that a router chooses from; zero where the block has one MLP"""
     recurrent: int = 0
-    """the heads of a recurrent mixer in place of attention; zero where the block has none"""
+    """the heads of a recurrent mixer in place of attention or beside it; zero where the block has none"""
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -406,7 +406,9 @@ class Architecture:
     latent: Latent | None = None
     """the low-rank layers of its attention, if there are any"""
     recurrent: Recurrent | None = None
-    """the mixer that some blocks have in place of attention, if there is one"""
+    """the mixer that some blocks have in place of attention, or all beside it, if there is one"""
+    whole: tuple[tuple[str, ...], ...] = (("attention", "mlp"), ("recurrent", "mlp"))
+    """the sub-blocks that a block of the stock class has: all of one of these"""
     by_config: Callable[[PretrainedConfig], Mapping[str, Any]] = lambda config: {}
     """function that returns the fields of this description that a config sets otherwise"""
     part_of: str = ""
@@ -523,9 +525,10 @@ class Architecture:
         own = ([shape for shape in shapes if kind.describes(shape)] for kind in self.mlp_kinds)
         return all(len({(shape.mlp_width, shape.experts) for shape in same}) < 2 for same in own)
 
-    def mixer_of(self, shape: BlockShape) -> str:
-        """Return the module that mixes tokens in a block of a shape."""
-        return self.recurrent.module if self.recurrent is not None and shape.recurrent else self.attention
+    def mixers_of(self, shape: BlockShape) -> tuple[str, ...]:
+        """Return the modules that mix tokens in a block of a shape."""
+        recurrent = (self.recurrent.module,) if self.recurrent is not None and shape.recurrent else ()
+        return ((self.attention,) if shape.kv_heads else ()) + recurrent
 
     def scale_logits(self, config: PretrainedConfig, logits: Tensor) -> Tensor:
         """Return a model's logits from its head's output, by the same operations as the stock class."""

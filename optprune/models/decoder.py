@@ -270,12 +270,14 @@ class Decoder:
     def remove(self, block: int, part: str) -> None:
         """Remove a whole sub-block, "attention", "recurrent" or "mlp", with its norm: the hidden states skip it.
 
-        Nothing changes where the block has no such sub-block.
+        A norm that another sub-block reads too stays. Nothing changes where the block has no such sub-block.
         """
         if not self._has_part(block, part):
             return
+        others = [self.architecture.modules_of(other) for other in self.shape(block).parts if other != part]
         for name in self.architecture.modules_of(part):
-            self.blocks[block]._modules[name] = None
+            if not any(name in modules for modules in others):
+                self.blocks[block]._modules[name] = None
         self.take_classes(self.architecture.pruned, block)
 
     def put(self, block: int, shape: BlockShape, weights: Mapping[str, Tensor]) -> None:
@@ -375,8 +377,8 @@ class Decoder:
             config.num_attention_heads = first.kv_heads * self.heads.group
             self.heads = architecture.heads(config)
         for index, block in enumerate(self.blocks):
-            mixer = architecture.mixer_of(shapes[index])
-            block.get_submodule(mixer).layer_idx = index  # type: ignore[assignment]
+            for mixer in architecture.mixers_of(shapes[index]):
+                block.get_submodule(mixer).layer_idx = index  # type: ignore[assignment]
             if not shapes[index].experts:
                 mlp = block.get_submodule(architecture.mlp_consumer.rpartition(".")[0])
                 if architecture.mlp_width in vars(mlp):
@@ -396,12 +398,10 @@ class Decoder:
             if not all(kind.stock_holds(self.model.config, shape) for shape in own):
                 return False
         # A recurrent mixer is whole where there is one.
-        alike = all(
-            shape.recurrent or (shape.kv_heads, shape.value_dim) == (first.kv_heads, first.value_dim)
-            for shape in shapes
-        )
-        alike = alike and self.architecture.mlps_alike(shapes)
-        if not alike or not all(shape.mlp_width for shape in shapes) or first.value_dim != heads.value_dim:
+        attention = {(shape.kv_heads, shape.value_dim) for shape in shapes if shape.kv_heads}
+        alike = len(attention) == 1 and self.architecture.mlps_alike(shapes)
+        whole = all(shape.parts in self.architecture.whole for shape in shapes)
+        if not alike or not whole or first.value_dim != heads.value_dim:
             return False
         # The stock configs require heads that divide the hidden size, though head_dim gives their width.
         divides = first.kv_heads > 0 and self.model.config.hidden_size % (first.kv_heads * heads.group) == 0

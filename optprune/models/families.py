@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.models.deepseek_v3 import modeling_deepseek_v3
 from transformers.models.exaone4 import modeling_exaone4
+from transformers.models.falcon_h1 import modeling_falcon_h1
 from transformers.models.gemma2 import modeling_gemma2
 from transformers.models.gemma3 import modeling_gemma3
 from transformers.models.glm4_moe import modeling_glm4_moe
@@ -44,6 +45,7 @@ from optprune.models.architecture import Architecture, Classes, ExpertTensors, H
 from optprune.models.pruned import (
     modeling_pruned_deepseek_v3,
     modeling_pruned_exaone4,
+    modeling_pruned_falcon_h1,
     modeling_pruned_gemma2,
     modeling_pruned_gemma3_text,
     modeling_pruned_glm4_moe,
@@ -106,6 +108,12 @@ def keys_of_delta_net(config: PretrainedConfig) -> int:
 def values_of_delta_net(config: PretrainedConfig) -> int:
     """Return the value dimensions of all heads of a gated delta network."""
     return config.linear_num_value_heads * config.linear_value_head_dim
+
+
+def width_of_falcon_mamba(config: PretrainedConfig) -> int:
+    """Return the dimensions of all heads of Falcon-H1's Mamba 2, of which a config may name their own number."""
+    named = config.mamba_d_ssm
+    return int(config.mamba_expand * config.hidden_size if named is None else named)
 
 
 def clamped_swiglu(experts: Any, gate: Tensor, up: Tensor) -> Tensor:
@@ -341,6 +349,36 @@ GRANITE_HYBRID = replace(
     fixed={"num_local_experts": 0},
     in_transformers_4=False,
     **classes("GraniteMoeHybrid", modeling_granitemoehybrid, modeling_pruned_granitemoehybrid),
+)
+# Falcon-H1: Mamba 2 and attention side by side in every block, and multipliers of their inputs and outputs.
+FALCON_MAMBA2 = replace(
+    MAMBA2,
+    reads={
+        "mamba.in_proj": lambda config: (
+            2 * width_of_falcon_mamba(config) + 2 * config.mamba_n_groups * config.mamba_d_state + config.mamba_n_heads
+        )
+    },
+    width=width_of_falcon_mamba,
+)
+FALCON_H1 = replace(
+    LLAMA,
+    model_type="falcon_h1",
+    after_blocks=("model.final_layernorm",),
+    stages=(
+        *(*stages_of(FALCON_MAMBA2), *LLAMA.stages[:2]),
+        *(("feed_forward.gate_proj", "feed_forward.up_proj"), ("feed_forward.down_proj",)),
+    ),
+    mlp_producers=("feed_forward.gate_proj", "feed_forward.up_proj"),
+    mlp_consumer="feed_forward.down_proj",
+    mlp_parts=("pre_ff_layernorm", "feed_forward"),
+    recurrent=FALCON_MAMBA2,
+    whole=(("attention", "recurrent", "mlp"),),
+    indivisible={"recurrent": WHOLE_MIXER},
+    recoverable=(LLAMA.recoverable[0], ("feed_forward", ("feed_forward.up_proj", "feed_forward.down_proj"))),
+    by_block=(),
+    logits_factor="lm_head_multiplier",
+    in_transformers_4=False,
+    **classes("FalconH1", modeling_falcon_h1, modeling_pruned_falcon_h1),
 )
 
 # Qwen3's attention, and a router that chooses some of many gated MLPs for each token.
@@ -592,7 +630,7 @@ GPT_NEOX = Architecture(
 ARCHITECTURES = {
     architecture.model_type: architecture
     for architecture in (
-        *(DEEPSEEK_V3, EXAONE4, GEMMA2, GEMMA3, GLM4_MOE, GLM4_MOE_LITE, GPT2, GPT_NEOX, GPT_OSS, GRANITE),
+        *(DEEPSEEK_V3, EXAONE4, FALCON_H1, GEMMA2, GEMMA3, GLM4_MOE, GLM4_MOE_LITE, GPT2, GPT_NEOX, GPT_OSS, GRANITE),
         *(GRANITE_HYBRID, LFM2, LLAMA, MINISTRAL3, MISTRAL, MIXTRAL, OLMO2, OLMOE, OPT, PHI3, QWEN2, QWEN2_MOE, QWEN3),
         *(QWEN3_5, QWEN3_5_MOE, QWEN3_MOE, QWEN3_NEXT, SEED_OSS, SMOLLM3),
     )

@@ -1,8 +1,9 @@
-"""Recurrent mixers: sub-blocks that carry a state from token to token, in the place that attention has elsewhere.
+"""Recurrent mixers: sub-blocks that carry a state from token to token, in the place of attention or beside it.
 
 The laws of such a mixer: its layers of the first stage read the normed hidden states, its last layer makes the output
-of the sub-block, and nothing else of it is linear. It runs before the MLP, and a block that has one has no attention.
-It is removed whole, with its norm, or keeps all its heads.
+of the sub-block, and nothing else of it is linear. It runs before the MLP. A block that has one has no attention, or
+both read the states after one norm and their outputs are added. It is removed whole, with a norm that nothing else
+reads, or keeps all its heads.
 """
 
 from collections.abc import Callable, Mapping

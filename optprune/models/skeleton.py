@@ -42,10 +42,12 @@ def one_block_model(
     It has the kind of the block with a number, as the lists of the config say.
     """
     config = copy.deepcopy(config)
+    architecture = architecture_of(config)
+    for field in architecture.by_block:
+        if getattr(config, field, None):
+            setattr(config, field, [getattr(config, field)[index]])
     config.num_hidden_layers = 1
-    if getattr(config, "layer_types", None):
-        config.layer_types = [config.layer_types[index]]
-    for field, value in architecture_of(config).first_dense(0, 1).items():
+    for field, value in architecture.first_dense(0, 1).items():
         setattr(config, field, value)
     model = skeleton(config, dtype)
     generator = torch.Generator(device).manual_seed(0)

@@ -114,7 +114,7 @@ class Runtime:
 
     def _refuses_shapes(self, before: Decoder, left: Sequence[BlockShape]) -> str | None:
         """Return the property of blocks that a class with equal blocks cannot hold; None where there is none."""
-        if any(len(shape.parts) < 2 for shape in left):
+        if any(shape.parts not in before.architecture.whole for shape in left):
             return f"blocks without attention or without an MLP: {LAYERS}"
         having = [shape for shape in left if shape.kv_heads]
         if any(shape.value_dim != before.heads.value_dim for shape in having):

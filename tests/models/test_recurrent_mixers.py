@@ -1,4 +1,4 @@
-"""Blocks with a recurrent mixer in place of attention: shapes, removal, sparse weights, caches and refusals."""
+"""Blocks with a recurrent mixer: shapes, removal, sparse weights, caches and refusals."""
 
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,10 @@ from tests.helpers.token_batches import batches
 from tests.helpers.ways_to_run import check_every_way_gives_the_same
 
 RECURRENT = [name for name, architecture in ARCHITECTURES.items() if architecture.recurrent is not None]
+IN_PLACE = [name for name in RECURRENT if ("recurrent", "mlp") in ARCHITECTURES[name].whole]
+"""those whose blocks have such a mixer in place of attention"""
 of_recurrent = pytest.mark.parametrize("name", RECURRENT)
+in_place = pytest.mark.parametrize("name", IN_PLACE)
 GATED = [name for name in RECURRENT if ARCHITECTURES[name].heads(ALL_MODELS[name]().config).gated]
 of_gated = pytest.mark.parametrize("name", GATED)
 TOKENS = torch.arange(10, 58)[None]
@@ -55,7 +58,7 @@ def recurrent_in(model: PreTrainedModel) -> list[int]:
     return [block for block, shape in enumerate(Decoder(model).shapes()) if shape.recurrent]
 
 
-@of_recurrent
+@in_place
 def test_the_shape_of_a_block_says_which_mixer_it_has(name: str) -> None:
     decoder = Decoder(made(name))
     mixer = mixer_of(name)
@@ -71,7 +74,7 @@ def test_the_shape_of_a_block_says_which_mixer_it_has(name: str) -> None:
         assert len(Values().layers(decoder, block)) == len(KvGroups().layers(decoder, block)) == (not there)
 
 
-@of_recurrent
+@in_place
 def test_removing_the_mixer_equals_zeroing_its_last_layer(name: str) -> None:
     removed, zeroed, mixer = made(name), made(name), mixer_of(name)
     decoder, before = Decoder(removed), logits(removed)
@@ -130,7 +133,7 @@ def test_padding_is_left_out_as_in_the_stock_class(name: str) -> None:
     assert (logits(model, input_ids=padded)[:, 5:] - alone).abs().max() > 1e-2 * alone.abs().max()
 
 
-@of_recurrent
+@in_place
 def test_a_block_without_anything_is_dropped_with_its_kind(name: str, tmp_path: Path) -> None:
     model = made(name)
     decoder = Decoder(model)
@@ -175,7 +178,7 @@ def test_rotated_value_dimensions_are_refused(name: str) -> None:
         prune(ALL_MODELS[name](), batches(), load_recipe("fasp", {"units": "rotated-all", "sparsity": 0.1}))
 
 
-@of_recurrent
+@in_place
 def test_a_uniform_ratio_of_heads_leaves_blocks_without_attention_as_they_are(name: str) -> None:
     model, dense = made(name), made(name).state_dict()
     before, own = Decoder(model).linear_weights(), Decoder(model).shapes()

@@ -256,8 +256,8 @@ def test_a_block_without_anything_is_dropped_and_the_rest_is_stock(name: str, tm
     extra = {} if name != "qwen2" else {"layer_types": ["full_attention", "sliding_attention"] * 2, **SLIDING}
     model = ALL_MODELS[name](num_hidden_layers=4, **extra)
     decoder = Decoder(model)
-    decoder.remove(1, "attention")
-    decoder.remove(1, "mlp")
+    for part in decoder.shape(1).parts:
+        decoder.remove(1, part)
     with torch.no_grad():
         expected = model(CHECK_TOKENS).logits
     decoder.record_shapes()
@@ -334,7 +334,8 @@ def test_weights_of_a_shape_are_those_of_its_layers(name: str) -> None:
             decoder.layer(block, path).weight.numel() for path in decoder.paths(block)
         )
     dense_first = not experts_in(name) or len(decoder.architecture.mlp_kinds) > 1
-    assert decoder.shape(0) == (BlockShape(128, 0, 0) if dense_first else BlockShape(48, 0, 0, 4))
+    beside = ALL_MODELS[name]().config.mamba_n_heads if name == "falcon_h1" else 0
+    assert decoder.shape(0) == (BlockShape(128, 0, 0, 0, beside) if dense_first else BlockShape(48, 0, 0, 4))
     assert decoder.shape(2).mlp_width == 0
 
 

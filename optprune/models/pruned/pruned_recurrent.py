@@ -2,7 +2,7 @@
 
 import torch
 
-from .pruned_decoder import PrunedAttention, PrunedBlock
+from .pruned_decoder import PrunedAttention, PrunedBlock, PrunedModel
 
 
 class PrunedGatedAttention(PrunedAttention):
@@ -39,8 +39,11 @@ class PrunedHybridBlock(PrunedBlock):
     def mixed(self, states, **kwargs):
         if self._modules.get(self.recurrent) is None:
             return super().mixed(states, **kwargs)
-        own = {name: value for name, value in kwargs.items() if name not in self.not_recurrent}
-        return self.mixer(states, **own)
+        return self.mixer(states, **self.taken(kwargs))
+
+    def taken(self, kwargs):
+        """Return the arguments of a block that a recurrent mixer takes."""
+        return {name: value for name, value in kwargs.items() if name not in self.not_recurrent}
 
     def remove(self, *names):
         super().remove(*(self.mlp_module if name == "mlp" else name for name in names))
@@ -50,3 +53,35 @@ class PrunedHybridBlock(PrunedBlock):
             super().shrink_mixer(shape, group)
         elif not shape.get("recurrent"):
             self.remove(self.recurrent, *self.attention_norms)
+
+
+class PrunedParallelBlock(PrunedHybridBlock):
+    """A decoder block with attention and a recurrent mixer behind one norm, or without one of them, or both."""
+
+    def forward(self, hidden_states, **kwargs):
+        return (super().forward(hidden_states, **kwargs),)
+
+    def mixed(self, states, **kwargs):
+        modules = ((self.recurrent, self.mixed_by_state), ("self_attn", self.mixed_by_attention))
+        found = [mix(states, **kwargs) for name, mix in modules if self._modules.get(name) is not None]
+        return sum(found[1:], found[0])
+
+    def shrink_mixer(self, shape, group):
+        if shape["kv_heads"]:
+            PrunedBlock.shrink_mixer(self, shape, group)
+        else:
+            self.remove("self_attn")
+        if not shape.get("recurrent"):
+            self.remove(self.recurrent)
+        if self.mixer is None:
+            self.remove(*self.attention_norms)
+
+
+class PrunedParallelModel(PrunedModel):
+    """A model of such blocks, whose caches hold what both mixers of a block need."""
+
+    def number_caches(self):
+        for name in ("self_attn", self.block_class.recurrent):
+            found = [block._modules.get(name) for block in self.get_submodule(self.blocks)]
+            for index, mixer in enumerate(mixer for mixer in found if mixer is not None):
+                mixer.layer_idx = index
