@@ -67,6 +67,10 @@ class Allocator(ABC):
     def work(self, shapes: Decoder, tokens: int) -> Work:
         """Return the work of `divide` on so many calibration tokens; `shapes` may be on the meta device."""
 
+    def head_tokens(self, shapes: Decoder, tokens: int) -> int:
+        """Return the number of tokens that `divide` sends through the head, beside that work."""
+        return 0
+
 
 class MeasuredBudget(Allocator):
     """Allocator of one budget by the costs of removal, measured block by block in the dense model.

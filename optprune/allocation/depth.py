@@ -15,7 +15,7 @@ from optprune.allocation.allocation import Allocation, everything
 from optprune.allocation.base import Allocator, DenseModel, Division
 from optprune.calibration import calibrating, first_inputs
 from optprune.calibration.divergence import Variants
-from optprune.calibration.stream import forward_work, head_work, run_block, stream_bytes
+from optprune.calibration.stream import forward_work, run_block, stream_bytes
 from optprune.errors import InputError, NumericalError
 from optprune.measure.evaluate import NAN_MESSAGE, TOKENS_AT_ONCE, negative_log_likelihood, perplexity_from_nll
 from optprune.models import BlockShape, Decoder
@@ -64,13 +64,27 @@ class Depth(Allocator):
         candidates = _candidates(shapes, self.parts)
         if not candidates:
             return Work()
-        # A round for each removal, in which every remaining candidate costs half a pass on average, and the head.
-        rounds = self.sparsity * shapes.linear_weights() * len(candidates) / sum(each.weights for each in candidates)
-        rounds = min(rounds, float(len(candidates)))
-        tried, read = rounds * (len(candidates) - rounds / 2), min(tokens, self.tokens)
-        half, head = forward_work(shapes, read, 0.5), head_work(shapes, read)
+        # A candidate costs half a pass on average, and the head.
+        half = forward_work(shapes, min(tokens, self.tokens), 0.5)
         kept = 0 if shapes.store is not None else len(candidates) * states
-        return Work(tried * (half.flops + head.flops), half.bytes + states + kept)
+        return Work(self._tried(shapes) * half.flops, half.bytes + states + kept)
+
+    def head_tokens(self, shapes: Decoder, tokens: int) -> int:
+        return min(tokens, self.tokens) * self._tried(shapes) if self.score == "perplexity" else 0
+
+    def _tried(self, shapes: Decoder) -> int:
+        """Return the number of candidates that are tried in all rounds, if they are removed in the model's order.
+
+        Which ones go is not known. In this order all kinds of sub-blocks go, and at last those that still fit.
+        """
+        tried, left, blocks = 0, _candidates(shapes, self.parts), list(shapes.shapes())
+        missing = self.sparsity * shapes.linear_weights()
+        while able := _able(left, blocks, missing):
+            tried += len(able)
+            left.remove(able[0])
+            blocks = _without(blocks, able[0])
+            missing -= able[0].weights
+        return tried
 
     def divide(self, dense: DenseModel) -> Division:
         decoder, on_event = dense.decoder, dense.on_event
@@ -87,13 +101,7 @@ class Depth(Allocator):
         removed: list[tuple[Candidate, float]] = []
         weights = 0
         while True:
-            # A candidate may be removed if that brings the sum closer to the budget; the last attention stays.
-            able = [
-                candidate
-                for candidate in candidates
-                if abs(weights + candidate.weights - budget) < abs(weights - budget)
-                and any(shape.kv_heads for shape in _without(shapes, candidate))
-            ]
+            able = _able(candidates, shapes, budget - weights)
             if not able:
                 break
             before = [candidate for candidate, _ in removed]
@@ -128,6 +136,19 @@ def _candidates(decoder: Decoder, which: str) -> list[Candidate]:
         for parts in groups:
             candidates.append(Candidate(index, parts, sum(_weights(decoder, index, part) for part in parts)))
     return candidates
+
+
+def _able(candidates: Sequence[Candidate], shapes: Sequence[BlockShape], missing: float) -> list[Candidate]:
+    """Return the candidates whose removal brings the sum closer to the budget, which is `missing` weights away.
+
+    The last attention stays.
+    """
+    return [
+        candidate
+        for candidate in candidates
+        if abs(missing - candidate.weights) < abs(missing)
+        and any(shape.kv_heads for shape in _without(shapes, candidate))
+    ]
 
 
 def _weights(decoder: Decoder, block: int, part: str) -> int:

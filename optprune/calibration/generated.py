@@ -17,6 +17,8 @@ from optprune.system.wording import shown
 
 PROMPT = 32
 """number of tokens of the text that a window begins with, at most half of the window"""
+TEMPERATURE = 1.0
+"""temperature of sampling"""
 ALONE = SingleProcess()
 FILE = "generated.json"
 """file of a run folder with the windows, so that a run that resumes does not generate them again"""
@@ -141,11 +143,11 @@ def _pieces(batches: Sequence[Tensor], count: int, length: int, generator: torch
 
 @contextmanager
 def _sampling(model: PreTrainedModel) -> Iterator[None]:
-    """Set plain sampling at temperature 1 for the context, in place of the model's own generation config."""
+    """Set plain sampling for the context, in place of the model's own generation config."""
     own = model.generation_config
     eos = own.eos_token_id if own is not None else None
     model.generation_config = GenerationConfig(
-        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, eos_token_id=eos, pad_token_id=0
+        do_sample=True, temperature=TEMPERATURE, top_k=0, top_p=1.0, eos_token_id=eos, pad_token_id=0
     )
     try:
         yield

@@ -116,7 +116,7 @@ def plan_command(
     # Whole documents take as much, except that tokenising may end earlier.
     check_sequences(sequences)
     chosen = options.chosen()
-    if not chosen.sparsity and chosen.given is None and chosen.bits is None:
+    if not chosen.sparsity and chosen.given is None and chosen.bits is None and chosen.vocabulary is None:
         raise InputError("a sparsity of 0 needs no plan, because the model is copied unchanged: give a larger one")
     workers_of(chosen.policy, workers, ray)
     check_json(json_file, models=[model])

@@ -131,7 +131,7 @@ class WholeRun:
         from optprune.pruning import Journal, PartialSums, run_program
         from optprune.pruning.run import OPENED, facts
         from optprune.report import joined, read_report
-        from optprune.report.phases import LOADING
+        from optprune.report.phases import LOADING, VOCABULARY
 
         partial_sums, may_be_finished = partial_sums or PartialSums(), self.output.may_be_finished
         with keep_or_delete(self.output.run_folder(Journal, reporter.say), reporter.say) as journal:
@@ -142,7 +142,7 @@ class WholeRun:
                 loaded = self.opened(journal.sink, journal.scratch)
             change = None
             if self.vocabulary is not None:
-                with phases.phase(LOADING):
+                with phases.phase(VOCABULARY):
                     loaded, change = self.vocabulary.apply(loaded, phases.on_event)
             every = check_batches(loaded.model.config, batches)
             if may_be_finished:

@@ -170,9 +170,7 @@ class Options:
             from optprune.calibration.generated import check_held_out
 
             check_held_out(self.samples, self.generated, program.held_out)
-        mixture = shapes.architecture.mixture
-        packed = few_bits(self.model) if mixture is not None and mixture.quantised else None
-        return Resolved(self.model, program, config, runtime, notes, packed)
+        return Resolved(self.model, program, config, runtime, notes, few_bits(self.model))
 
 
 @dataclass(frozen=True, eq=False)
@@ -186,12 +184,12 @@ class Resolved:
     notes: tuple[str, ...] = ()
     """changes of the recipe for the runtime"""
     few_bits: str | None = None
-    """the method by which the model stores its experts in few bits, if it does"""
+    """the method by which the model stores weights in few bits, if it does"""
 
     def report_notes(self, say: Callable[[str], None]) -> None:
         """Report the changes of the recipe for the runtime, and what becomes of weights that are in few bits."""
         if self.few_bits is not None:
-            say(f"the experts are stored in {self.few_bits}: they are read and saved as floats")
+            say(f"its weights are stored in {self.few_bits}: they are read and saved as floats")
         for sentence in self.notes:
             say(f"for the target {self.runtime.name if self.runtime else ''}: {sentence}")
 

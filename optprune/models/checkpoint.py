@@ -20,12 +20,17 @@ from optprune.system.files import read_json
 from optprune.system.wording import shown
 
 DTYPES = {name: dtype for dtype, name in NAMES.items()}
-PACKED = ("_blocks", "_scales")
-"""the endings of tensors of bytes that are read: see mxfp4.py"""
+PLAIN = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+"""the dtypes of weights that are not quantised"""
 LONGEST_HEADER = 100_000_000
 """the most bytes of a header that safetensors reads"""
 FETCH = "fetch it again"
 ENDING = ".safetensors"
+
+
+def is_plain(name: str, dtype: torch.dtype) -> bool:
+    """Return whether a tensor with a name in the files is of a dtype of plain weights."""
+    return dtype in PLAIN
 
 
 class InFiles(Protocol):
@@ -140,17 +145,17 @@ class Checkpoint:
 
     @classmethod
     def open(
-        cls, folder: str | Path, source: str = "", floats: Callable[[str], bool] = lambda name: True
+        cls, folder: str | Path, source: str = "", accepts: Callable[[str, torch.dtype], bool] = is_plain
     ) -> "Checkpoint":
         """Return the weights in a model folder (or of a hub name), in one file or in the shards of an index.
 
-        InputError for anything but safetensors in the folder itself, for files that are not whole, and for tensors of
-        which `floats` is true and that are none.
+        InputError for anything but safetensors in the folder itself, for files that are not whole, and for tensors
+        that `accepts` refuses by their name and dtype.
         """
         source = source or str(folder)
         tensors: dict[str, StoredTensor] = {}
         for file in weights_files(source, str(folder)):
-            for name, tensor in stored_tensors(file, source, floats).items():
+            for name, tensor in stored_tensors(file, source, accepts).items():
                 if name in tensors:
                     raise InputError(
                         f"{name} of {source} is in two files, {tensors[name].file.name} and {file.name}: fetch both "
@@ -195,12 +200,12 @@ def check_finite(name: str, tensor: Tensor, source: str) -> None:
 
 
 def stored_tensors(
-    file: Path, source: str, floats: Callable[[str], bool] = lambda name: True
+    file: Path, source: str, accepts: Callable[[str, torch.dtype], bool] = is_plain
 ) -> dict[str, StoredTensor]:
     """Return the tensors that a safetensors file's header lists; InputError where it is damaged or lists other dtypes.
 
-    The tensors must fill the file, with no bytes between them or behind the last one. Those of which `floats` is true,
-    by default all, must be of a floating-point dtype.
+    The tensors must fill the file, with no bytes between them or behind the last one, and `accepts` must be true of
+    the name and dtype of each.
     """
     what = f"{file.name} of {source}"
     with file.open("rb") as stream:
@@ -215,8 +220,7 @@ def stored_tensors(
         header.pop("__metadata__", None)
         found = {name: _stored(file, what, entry, 8 + length, version) for name, entry in header.items()}
         for name, tensor in found.items():
-            packed = name.endswith(PACKED) and tensor.dtype == torch.uint8
-            if floats(name) and not tensor.dtype.is_floating_point and not packed:
+            if not accepts(name, tensor.dtype):
                 raise _not_plain(what, header[name]["dtype"])
     except InputError:
         raise

@@ -3,7 +3,7 @@
 import copy
 import re
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from optprune.models.checkpoint import Checkpoint, check_finite, check_weights_f
 from optprune.models.decoder import Decoder
 from optprune.models.draft import Draft
 from optprune.models.gguf import GgufTensor, converted, gguf_config, tensors_in
-from optprune.models.mxfp4 import paired
+from optprune.models.quantised import Quantisation
 from optprune.models.registry import architecture_named, architecture_of, check_config
 from optprune.models.skeleton import check_whole, fill, skeleton
 from optprune.models.sources import CONVERT, NO_CODE, cause, is_gguf, locate, reading
@@ -165,7 +165,10 @@ def stored_checkpoint(source: str, whole: VisionFolder | None) -> Checkpoint:
 
     Names are those of checkpoints of a text model.
     """
-    return Checkpoint.open(locate(source)[0], source) if whole is None else whole.language_checkpoint()
+    if whole is not None:
+        return whole.language_checkpoint()
+    where, quantised = locate(source)[0], _quantisation(source)
+    return Checkpoint.open(where, source) if quantised is None else quantised.open(where, source)
 
 
 def gguf_tensors(source: str, model: PreTrainedModel) -> dict[str, GgufTensor]:
@@ -231,33 +234,30 @@ def _config(source: str, where: str, options: dict[str, Any], described: Describ
     if draft is not None:
         check_laws(draft, config)
     check_weights_named(config, source)
-    quantised = getattr(config, "quantization_config", None)
-    quantised = quantised if whole is None else whole.fields.get("quantization_config", quantised)
-    method = None if options else _method(quantised)
-    readable = architecture.mixture is not None and whole is None and method in architecture.mixture.quantised
-    if method is not None and not readable:
+    if whole is not None and (around := Quantisation.of(whole.fields.get("quantization_config"))) is not None:
         raise InputError(
-            f"the checkpoint {source} is quantised ({method or 'by an unnamed method'}), but pruning needs plain "
-            "weights: load the unquantised original"
+            f"the checkpoint {source} is quantised ({around.method}), and has a vision part, which is read in plain "
+            "weights only: load the unquantised original"
         )
-    if method is not None:  # what is read, and saved, are floats
+    quantised = None if options else Quantisation.of(getattr(config, "quantization_config", None))
+    if quantised is not None:  # what is read, and saved, are floats
+        quantised.check(source, () if architecture.mixture is None else architecture.mixture.quantised)
         vars(config).pop("quantization_config")
     return config
 
 
-def _method(quantised: Any) -> str | None:
-    """Return the method that a quantization_config names, "" where it names none; None without such a config."""
-    if quantised is None:
-        return None
-    return str(quantised.get("quant_method") or "") if isinstance(quantised, dict) else type(quantised).__name__
+def _quantisation(source: str) -> Quantisation | None:
+    """Return the method by which a model folder or hub name is quantised; None where it stores floats."""
+    where, options = locate(source)
+    with reading("config", source, where, options):
+        fields: Any = {} if options else PretrainedConfig.get_config_dict(where)[0]
+    return Quantisation.of(fields.get("quantization_config"))
 
 
 def few_bits(source: str | Path) -> str | None:
-    """Return the method by which a model folder stores experts in few bits; None where it stores floats."""
-    where, options = locate(str(source))
-    with reading("config", str(source), where, options):
-        fields: Any = {} if options else PretrainedConfig.get_config_dict(where)[0]
-    return _method(fields.get("quantization_config"))
+    """Return the method by which a model folder stores weights in few bits; None where it stores floats."""
+    quantised = _quantisation(str(source))
+    return None if quantised is None else quantised.method
 
 
 def _weights(
@@ -270,7 +270,8 @@ def _weights(
 ) -> PreTrainedModel:
     cls: Any = AutoModelForCausalLM
     with reading("weights", source, where, options):
-        packed = None if options or whole is not None else _packed(source, where, config)
+        quantised = None if options or whole is not None else _quantisation(source)
+        packed = None if quantised is None else quantised.open(where, source)
         if options or whole is not None:
             # from_pretrained would parse the file again and list the names of every module, which takes seconds.
             shapes = skeleton(config, torch.float32)
@@ -302,16 +303,6 @@ def _weights(
     check_whole(source, config.model_type, absent, report["unexpected_keys"])
     model.name_or_path = model.config.name_or_path = where
     return model
-
-
-def _packed(source: str, where: str, config: PretrainedConfig) -> Checkpoint | None:
-    """Return the checkpoint of a model some of whose weights are stored in few bits; None where all are floats."""
-    mixture = architecture_of(config).mixture
-    if mixture is None or not mixture.quantised:
-        return None
-    checkpoint = Checkpoint.open(where, source)
-    tensors = paired(checkpoint.tensors, source)
-    return None if tensors == checkpoint.tensors else replace(checkpoint, tensors=tensors)
 
 
 def check_dtype(name: str) -> None:

@@ -13,11 +13,9 @@ import torch
 from torch import Tensor
 
 from optprune.errors import InputError
-from optprune.models.checkpoint import PACKED, InFiles, StoredTensor
+from optprune.models.checkpoint import InFiles, StoredTensor, is_plain
 
-METHOD = "mxfp4"
-"""the name of the format in a quantization_config"""
-BLOCKS, SCALES = PACKED
+BLOCKS, SCALES = "_blocks", "_scales"
 """the endings of the names of the two tensors that hold one"""
 MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 SHARED = 32
@@ -83,6 +81,11 @@ def unpacked(blocks: Tensor, scales: Tensor) -> Tensor:
     return numbers.flatten(-2).to(torch.bfloat16)
 
 
+def is_packed(name: str, dtype: torch.dtype) -> bool:
+    """Return whether a tensor may be in a checkpoint with experts in this format."""
+    return is_plain(name, dtype) or (name.endswith((BLOCKS, SCALES)) and dtype == torch.uint8)
+
+
 def paired(tensors: Mapping[str, InFiles], source: str) -> dict[str, InFiles]:
     """Return the tensors with one for each two that hold numbers and their scales; InputError where they do not fit."""
     found: dict[str, InFiles] = {}
@@ -93,7 +96,7 @@ def paired(tensors: Mapping[str, InFiles], source: str) -> dict[str, InFiles]:
             found[name] = tensor
         elif not (isinstance(blocks, StoredTensor) and isinstance(scales, StoredTensor) and _fit(blocks, scales)):
             raise InputError(
-                f"{own} of {source} is in {METHOD}, but its {BLOCKS[1:]} and {SCALES[1:]} do not fit together: fetch "
+                f"{own} of {source} is in mxfp4, but its {BLOCKS[1:]} and {SCALES[1:]} do not fit together: fetch "
                 "the weights again"
             )
         else:

@@ -15,7 +15,6 @@ from optprune.errors import InputError
 from optprune.models.architecture import Mixture
 from optprune.models.checkpoint import Checkpoint, InFiles
 from optprune.models.mixture import expert_tensors, separate
-from optprune.models.mxfp4 import METHOD, paired
 from optprune.models.registry import architecture_of
 from optprune.system.wording import counted
 
@@ -97,7 +96,6 @@ def with_model_names(model: PreTrainedModel, checkpoint: Checkpoint) -> Checkpoi
     architecture = architecture_of(model.config)
     tensors = {architecture.model_name(name): at for name, at in checkpoint.tensors.items()}
     if architecture.mixture is not None:
-        tensors = paired(tensors, checkpoint.source) if METHOD in architecture.mixture.quantised else tensors
         tensors = split_experts(tensors, architecture.mixture)
     prefix = f"{model.base_model_prefix}."
     if not any(name.startswith(prefix) for name in tensors):

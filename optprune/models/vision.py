@@ -19,7 +19,7 @@ from transformers.dynamic_module_utils import get_relative_import_files
 
 from optprune.errors import InputError
 from optprune.models.architecture import PART_FIELD
-from optprune.models.checkpoint import ENDING, Checkpoint, own_or_cached
+from optprune.models.checkpoint import ENDING, Checkpoint, is_plain, own_or_cached
 from optprune.models.families import ARCHITECTURES
 from optprune.models.pruned import (
     modeling_pruned_gemma3,
@@ -184,7 +184,9 @@ class VisionFolder:
 
     def checkpoint(self) -> Checkpoint:
         """Return all tensors, by their names in the files and in their order there."""
-        return Checkpoint.open(self.where, self.source, is_language)
+        return Checkpoint.open(
+            self.where, self.source, lambda name, dtype: not is_language(name) or is_plain(name, dtype)
+        )
 
     def bytes_around(self) -> int:
         """Return the size of the tensors beside the language part; 0 where the weights are not in a folder here."""

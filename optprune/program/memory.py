@@ -13,12 +13,12 @@ from optprune.calibration.generated import TOKENS_AT_ONCE as TOKENS_AT_ONCE_GENE
 from optprune.models import Target, reorderable
 from optprune.moments import AT_ONCE
 from optprune.numerics.gram import packed_size
-from optprune.program.program import AVERAGE, Program
-from optprune.report.phases import GENERATING
+from optprune.program.program import AVERAGE, VOCABULARY_TOKENS, Program
+from optprune.report.phases import GENERATING, VOCABULARY
 
 AHEAD = 2
 """block jobs in flight for each worker: the present one and the next"""
-PHASES = ("loading", "tokenising", GENERATING, "metric", "budget", "pruning", "saving", "checking")
+PHASES = ("loading", "tokenising", GENERATING, VOCABULARY, "metric", "budget", "pruning", "saving", "checking")
 SUM = 8
 """the bytes of a number in sums over tokens, which are float64"""
 RELOADING = 192 * 2**20
@@ -48,6 +48,8 @@ def parts_of(program: Program, phase: str, base: int, fresh: int) -> list[Part]:
         return [Part("imports", base, HOST), Part("token ids", 64 * program.tokens, HOST)]
     if phase == GENERATING:
         return [Part("imports", base, HOST), *_generating(program)]
+    if phase == VOCABULARY:
+        return [*always, *_vocabulary(program)]
     if phase == "metric":
         return [*always, *_metric(program)] if program.metric is not None else []
     if phase == "budget":
@@ -82,6 +84,13 @@ def _generating(program: Program) -> Iterator[Part]:
     # At most as wide as the hidden states; logits, their softmax and cumulated sums.
     keys = 2 * program.block_count * program.hidden * program.length
     yield Part("keys, values and logits", windows * (keys * program.itemsize + 12 * program.vocabulary))
+
+
+def _vocabulary(program: Program) -> Iterator[Part]:
+    """Yield the uses of memory of the states and predictions that the rows of a smaller vocabulary are fitted to."""
+    yield Part("a block", 0 if program.request.whole else program.block_bytes)
+    yield Part("activations", activations(program, VOCABULARY_TOKENS))
+    yield Part("predictions and states", round(program.vocabulary_work.bytes))
 
 
 # -- passes
@@ -268,7 +277,7 @@ def _saving(program: Program) -> Iterator[Part]:
 def _checking(program: Program, fresh: int) -> Iterator[Part]:
     yield Part("logits of a window", logits(program), HOST)
     yield Part("imports of the process that reloads", fresh, HOST)
-    resident = program.resident_numbers * program.itemsize
+    resident = (program.resident_numbers - program.vocabulary_removed) * program.itemsize
     yield Part("embeddings, head and norms, reloaded", resident)
     yield Part("a block, reloaded", program.block_bytes)
     yield Part("vision part, reloaded", program.request.around)
@@ -283,7 +292,7 @@ def output_bytes(program: Program) -> int:
     A shard of the output is a link to a block of the run folder where the output has several shards, the block is no
     larger than a shard may be, and files hold its tensors by the same names and in the same layout.
     """
-    resident = program.resident_numbers * program.itemsize
+    resident = (program.resident_numbers - program.vocabulary_removed) * program.itemsize
     whole = program.pruned_bytes + resident + program.request.around
     if (
         program.decoder.architecture.part_of

@@ -16,7 +16,7 @@ from optprune.allocation.weight_costs import MOST_COSTS
 from optprune.calibration import Path as Track
 from optprune.calibration import Propagation, Stream
 from optprune.calibration.calls import expert_choice_work
-from optprune.calibration.stream import TOKENS_PER_BATCH
+from optprune.calibration.stream import TOKENS_PER_BATCH, head_work
 from optprune.metric import OutputMetric
 from optprune.models import BlockAllocation, Decoder, Experts, Target, Units
 from optprune.models.places import OnDevice, States
@@ -30,12 +30,20 @@ from optprune.solvers import AnySolver, choose
 from optprune.solvers.greedy_obs import removal_curve_work
 from optprune.solvers.inverse import entry_costs_work
 from optprune.solvers.value_basis import best_basis_work
-from optprune.work import Work
+from optprune.work import Work, product, sweeps
 
 FIRST_FEW = 4
 """first blocks that are skipped when one block represents all"""
 AVERAGE = 4
 """bytes of a number in averages over tokens, which are float32"""
+RECEIVING = 1 / 6
+"""the share of the tokens that receive the probability of removed ones: 0.14 to 0.16 of those of SmolLM2"""
+STATES = 1.15
+"""the number of states that a smaller vocabulary is fitted to, over the tokens of their text"""
+VOCABULARY_PASSES, VOCABULARY_TOKENS = 3, 1024
+"""the passes of that text through the model, and the tokens of a batch"""
+VOCABULARY_SWEEPS, LOGITS = 50, 6
+"""the operations on the logits of each token of it, and the copies of a batch's logits that are in memory at once"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -406,6 +414,26 @@ class Program:
         inner, outer = model.get_input_embeddings(), model.get_output_embeddings()
         tables = {id(table.weight) for table in (inner, outer) if table is not None}
         return round((self.vocabulary - kept) * len(tables) * self.hidden)
+
+    @property
+    def vocabulary_work(self) -> Work:
+        """Work of the refit of a smaller vocabulary, beside the passes of its tokens through the blocks.
+
+        The text passes three times: as it is, with tokens replaced by removed ones, and in the new tokens. The rows
+        that stay are fitted to predictions behind all tokens and behind some pieces of the replaced ones.
+        """
+        smaller = self.request.recipe.vocabulary
+        if smaller is None or not smaller.tokens:
+            return Work()
+        logits, receiving = smaller.tokens * self.vocabulary, self.vocabulary * RECEIVING
+        states = STATES * smaller.tokens
+        head = head_work(self.decoder, VOCABULARY_PASSES * smaller.tokens)
+        fits = 6 * product(round(states), self.hidden, round(receiving))
+        kept = states * (2 * receiving + 4 * self.hidden)
+        at_once = LOGITS * min(smaller.tokens, VOCABULARY_TOKENS) * self.vocabulary * 4
+        # The states of all batches are joined, and then four copies of the rows are fitted.
+        most = kept + max(kept, at_once, 16 * receiving * self.hidden)
+        return head + Work(sweeps(VOCABULARY_SWEEPS, logits) + fits, most, VOCABULARY_PASSES)
 
     @property
     def pruned_numbers(self) -> int:

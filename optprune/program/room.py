@@ -21,6 +21,8 @@ from optprune.system.wording import amount
 
 FEWEST = 8
 """the fewest sequences that a refusal proposes"""
+FEWEST_TOKENS = 8192
+"""the least number of tokens that a smaller vocabulary is proposed to be refitted on"""
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,10 @@ def alternatives(program: Program) -> Iterator[tuple[str, Program]]:
     if program.metric is not None and program.metric.kind == "full":
         metric = program.metric.model_copy(update={"kind": "diagonal"})
         yield "--set metric=diagonal", replace(program, metric=metric)
+    smaller = request.recipe.vocabulary
+    if smaller is not None and smaller.tokens > FEWEST_TOKENS:
+        fields = {"vocabulary": smaller.model_copy(update={"tokens": FEWEST_TOKENS})}
+        yield f"--set vocabulary.tokens={FEWEST_TOKENS}", asked(recipe=request.recipe.model_copy(update=fields))
 
 
 def _of_process(held: int) -> int | None:

@@ -28,8 +28,18 @@ from optprune.errors import OptpruneError
 from optprune.measure.clock import clock
 from optprune.models import Decoder, Experts
 from optprune.program.memory import RELOADING
-from optprune.program.program import Program
-from optprune.report.phases import BUDGET, CHECKING, GENERATING, LOADING, METRIC, PRUNING, SAVING, TOKENISING
+from optprune.program.program import VOCABULARY_TOKENS, Program
+from optprune.report.phases import (
+    BUDGET,
+    CHECKING,
+    GENERATING,
+    LOADING,
+    METRIC,
+    PRUNING,
+    SAVING,
+    TOKENISING,
+    VOCABULARY,
+)
 from optprune.work import Work, factor, product
 
 WIDTH, TIMES = 512, 5
@@ -38,6 +48,8 @@ DISK_SPEED = 5e8
 """the bytes a second that a disk is assumed to read or write"""
 START = 3.0, 60.0
 """the least and the most seconds in which a process is assumed to import torch and transformers"""
+CHOICE = 4e-5
+"""the seconds in which it is decided whether a token stays in a smaller vocabulary"""
 CHARACTERS_PER_SECOND = 1e6
 """the characters that a tokenizer is assumed to read"""
 PIECE = 32 * 2**20
@@ -234,10 +246,12 @@ def seconds_of(
     window = evaluation(program.decoder, program.length).flops * rates.passes
     new = program.request.generated * program.length
     generating = {GENERATING: opening + PASSES * evaluation(program.decoder, new).flops * rates.passes} if new else {}
+    refit = _vocabulary(program, rates, scale)
     return {
         LOADING: starting + opening + model * around.digest,
-        TOKENISING: tokenising,
+        TOKENISING: tokenising if program.request.recipe.vocabulary is None else _twice(program, tokenising),
         **generating,
+        **({VOCABULARY: refit} if refit else {}),
         METRIC: _metric(program, rates, around, scale),
         BUDGET: _budget(program, rates, around, scale),
         PRUNING: _pruning(program, rates, around, scale),
@@ -278,6 +292,23 @@ def _file_seconds(decoder: Decoder) -> float:
     return sum(weight.nbytes for weight in decoder.model.parameters()) / DISK_SPEED
 
 
+def _twice(program: Program, tokenising: float) -> float:
+    """Return the seconds of tokenising a text for the choice of a smaller vocabulary, and once more in its tokens."""
+    return 2 * tokenising + CHOICE * program.vocabulary
+
+
+def _vocabulary(program: Program, rates: Rates, scale: float) -> float:
+    """Return the seconds of fitting the rows of a smaller vocabulary."""
+    work, smaller = program.vocabulary_work, program.request.recipe.vocabulary
+    if smaller is None or not work.flops:
+        return 0.0
+    once = _total(block_pass(program.decoder, index) for index in range(program.block_count)).flops
+    inside = smaller.tokens * work.passes * once * rates.passes
+    batches = -(-smaller.tokens // VOCABULARY_TOKENS)
+    read = 0.0 if program.request.whole else work.passes * batches * scale * rates.read
+    return inside + read + work.flops * rates.head
+
+
 def _metric(program: Program, rates: Rates, around: Surroundings, scale: float) -> float:
     if program.metric is None:
         return 0.0
@@ -295,7 +326,8 @@ def _budget(program: Program, rates: Rates, around: Surroundings, scale: float) 
         return 0.0
     work = program.allocator.work(program.decoder, program.tokens)
     files = 0.0 if program.request.whole else program.block_count * program.probe_changes * around.write_file
-    return work.flops * rates.budget + scale * (rates.read + files)
+    head = head_work(program.decoder, program.allocator.head_tokens(program.decoder, program.tokens)).flops
+    return work.flops * rates.budget + head * rates.head + scale * (rates.read + files)
 
 
 def _pruning(program: Program, rates: Rates, around: Surroundings, scale: float) -> float:

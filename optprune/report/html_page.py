@@ -118,7 +118,7 @@ def _texts(
         "lead": f"{report.sparsity_reached:.2%} of the linear weights of its decoder blocks are removed "
         f"({report.sparsity_requested:.2%} requested), by optprune {report.versions.get('optprune', '')}".strip()
         + "."
-        + ("" if report.vocabulary is None else f" {report.vocabulary.in_words()}."),
+        + "".join(f" {said.in_words()}." for said in (report.vocabulary, report.goal) if said is not None),
         "summary": " ".join(
             f"{one_line(text).rstrip('.')}." for key in ("summary", "source") if (text := report.recipe.get(key))
         ),

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from optprune.errors import InputError
 from optprune.models import LoadedModel, need_tokenizer
 from optprune.report import Event, PhaseAdvanced, VocabularyChange
-from optprune.report.phases import LOADING
+from optprune.report.phases import VOCABULARY
 from optprune.texts import Text, tokenise
 from optprune.texts.windows import drawn_windows
 from optprune.tokens.head import HeadMatching, match_head
@@ -100,7 +100,7 @@ class VocabularyPruning:
         step = "reading predictions of the removed tokens"
 
         def on_window(done: int, windows: int) -> None:
-            on_event(PhaseAdvanced(LOADING, step, "window", done, windows))
+            on_event(PhaseAdvanced(VOCABULARY, step, "window", done, windows))
 
         on_window(0, len(self.windows))
         return read_states(loaded, push, self.windows, seed=self.seed, on_window=on_window)

@@ -70,8 +70,18 @@ def test_depth_takes_a_round_for_each_removal() -> None:
     influence = Depth(0.25, "both", "influence", 512).work(decoder, 10**5)
     assert (influence.passes, influence.flops) == (2, forward_work(decoder, 10**5, 2).flops)
     some, more = (Depth(sparsity, "both", "perplexity", 512).work(decoder, 10**5) for sparsity in (0.125, 0.25))
-    # One and two of eight sub-blocks: 8 - 1/2 candidates, and 2 * (8 - 1).
-    assert more.flops / some.flops == pytest.approx(14 / 7.5)
+    # One round of eight sub-blocks, and one more of seven.
+    assert more.flops / some.flops == pytest.approx(15 / 8)
+
+
+def test_depth_fills_what_is_left_of_its_budget_with_small_sub_blocks() -> None:
+    decoder = shapes("mixtral", num_hidden_layers=4)
+    small, large = (decoder.weights_of(decoder.shape(0).without(part)) for part in ("mlp", "attention"))
+    budget = large + 2.2 * small
+    depth = Depth(budget / decoder.linear_weights(), "both", "perplexity", 512)
+    # An attention, an MLP, and then the attention of the second block: no other MLP fits.
+    assert depth.head_tokens(decoder, 10**5) == 512 * (8 + 7 + 3)
+    assert Depth(0.25, "both", "influence", 512).head_tokens(decoder, 10**5) == 0
 
 
 def test_the_fisher_pass_takes_a_way_back_and_three_heads() -> None:

@@ -10,7 +10,7 @@ from tests.helpers.attempts import Attempt
 from tests.helpers.packed_experts import packed_folder
 from tests.helpers.tiny_models import ALL_MODELS, save_tiny
 
-LINE = "the experts are stored in mxfp4: they are read and saved as floats"
+LINE = "its weights are stored in mxfp4: they are read and saved as floats"
 
 
 def test_a_plan_and_a_run_say_so_once(attempt: Attempt, tmp_path: Path) -> None:

@@ -50,6 +50,49 @@ class Fault:
 
 
 FAULTS = [
+    # Quantised checkpoints
+    Fault(
+        "quantised checkpoints: the zero points of GPTQ are taken as they are stored",
+        "models/quantised.py",
+        "raised=int(first)",
+        "raised=0",
+        "models/test_quantised.py",
+    ),
+    Fault(
+        "quantised checkpoints: the columns of a word of AWQ follow one another",
+        "models/quantised.py",
+        "ColumnWordsFormat(4, along_inputs=False, order=AWQ_ORDER)",
+        "ColumnWordsFormat(4, along_inputs=False)",
+        "models/test_quantised.py",
+    ),
+    Fault(
+        "quantised checkpoints: groups follow one another whatever the index says",
+        "models/quantised.py",
+        "    return given.long()",
+        "    return torch.arange(columns) * count // columns",
+        "models/test_quantised.py",
+    ),
+    Fault(
+        "quantised checkpoints: blocks of FP8 divide a matrix evenly",
+        "models/quantised.py",
+        "                return self.block",
+        "                return shape[0] // scales[0], shape[1] // scales[1]",
+        "models/test_quantised.py",
+    ),
+    Fault(
+        "quantised checkpoints: packed zero points are left out",
+        "models/quantised.py",
+        'if ".weight_zero_point" in parts:',
+        "if False:",
+        "models/test_quantised.py",
+    ),
+    Fault(
+        "quantised checkpoints: the config of the pruned folder still says that it is quantised",
+        "models/load.py",
+        '        vars(config).pop("quantization_config")',
+        "        pass",
+        "models/test_quantised.py",
+    ),
     # Recovery of experts
     Fault(
         "expert recovery: the router's weights are left out",

@@ -141,10 +141,12 @@ def test_damaged_ones_are_refused(read: Any, change: Any, sentence: str, tmp_pat
 
 def test_bytes_of_another_name_or_family_and_other_methods_are_refused(tmp_path: Path) -> None:
     folder = packed_folder(tmp_path / "gpt_oss")
-    write_config(folder, quantization_config={"quant_method": "gptq"})
-    with pytest.raises(InputError, match=r"is quantised \(gptq\), but pruning needs plain weights"):
+    write_config(folder, quantization_config={"quant_method": "bitsandbytes"})
+    with pytest.raises(InputError, match=r"is quantised \(bitsandbytes\), which is not read"):
         optprune.load_model(folder)
     write_config(folder, quantization_config=None)
     changed(folder, lambda tensors: tensors.update({"model.layers.0.bytes": torch.zeros(3, dtype=torch.uint8)}))
+    with pytest.raises(InputError, match="hold 9 tensors that a gpt_oss model does not have"):
+        load_model(folder)
     with pytest.raises(InputError, match="holds tensors of U8, but pruning needs plain weights"):
-        optprune.load_model(folder)
+        open_model(folder)

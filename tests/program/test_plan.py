@@ -169,6 +169,26 @@ def test_only_phases_that_a_recipe_has_take_time() -> None:
     assert along > 12 * 2 * 11 / 2 * forward * RATES.budget
 
 
+def test_a_smaller_vocabulary_has_a_phase_of_its_own() -> None:
+    few, many, none = (program_of("vocabulary", fields={"vocabulary.tokens": tokens}) for tokens in (1024, 4096, 0))
+    assert "vocabulary" not in times(none) and "vocabulary" not in {phase.name for phase in planned_memory(none).phases}
+    once = sum(block_passes(many, index).flops for index in range(many.block_count)) / 2
+    three_passes = 3 * 3072 * once * RATES.passes
+    assert times(many)["vocabulary"] - times(few)["vocabulary"] > three_passes
+    assert times(none)["tokenising"] > 2 * times(program_of())["tokenising"]
+    needed = [planned_memory(work).phases[2].parts["predictions and states"] for work in (few, many)]
+    # At least one prediction of each receiving token, in two bytes, for every token of the text.
+    assert needed[1] - needed[0] > 2 * 3072 * many.vocabulary / 6
+    removed = many.dense_numbers - many.pruned_numbers
+    assert removed == pytest.approx(2 * many.vocabulary / 3 * many.hidden, rel=0.01), "embedding and head are not tied"
+
+
+def test_a_smaller_vocabulary_is_refitted_on_less_text_where_memory_is_short() -> None:
+    work = program_of("vocabulary", fields={"vocabulary.tokens": 10**8})
+    with pytest.raises(InputError, match=r"--set vocabulary.tokens=8192 would fit"):
+        check_room(work, Room(host=8 * GB))
+
+
 def test_workers_share_the_solves() -> None:
     decoder = Decoder(tiny_llama(num_hidden_layers=12))
     alone, shared = (

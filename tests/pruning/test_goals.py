@@ -70,6 +70,7 @@ def test_a_folder_has_at_most_the_size_and_little_less(attempt: Attempt, words: 
     assert report["goal"]["asked"] == f"{asked}KiB"
     assert report["goal"]["reached"] == pytest.approx(found, rel=0.01)
     line = f"for the goal {asked}KiB, a sparsity of"
+    assert line in (attempt.output / "report.html").read_text()
     assert line in attempt.capsys.readouterr().out
     assert line in (attempt.output / "README.md").read_text()
     recipe = load_recipe(str(attempt.output / "recipe.yaml"))

@@ -1,0 +1,89 @@
+"""Text that the dense model writes, as calibration text: how much of it gains how much, and at which temperature.
+
+    .venv/bin/python -m benchmarks.train_small qwen2 small-qwen2
+    .venv/bin/python -m benchmarks.generated_text small-qwen2 --seeds 0 1 2
+    .venv/bin/python -m benchmarks.generated_text demo --samples 16 --seq-length 512 --generated 0 48 --cases 50%
+
+Each model is pruned by windows of news and by as many windows that the dense model writes from them, and evaluated on
+other news and on speeches. With `--real` further real windows are taken in place of written ones, for comparison.
+"""
+
+import argparse
+import copy
+import time
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import torch
+
+from benchmarks.common import evaluation_texts, machine, setting, tokenizer_of, with_earlier, write_table
+from optprune import load_recipe, prune
+from optprune.calibration import generated
+from optprune.measure import perplexity
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "50%": ("sparse_best", {"sparsity": 0.5}),
+    "2:4": ("sparse_best", {"sparsity": 0.5, "units.weights": "2:4"}),
+    "20% of units": ("structured_best", {"sparsity": 0.2}),
+    "30% of units": ("structured_best", {"sparsity": 0.3}),
+}
+KEYS = ("case", "text", "windows more", "temperature", "seeds")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
+    parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--seq-length", type=int, default=256)
+    parser.add_argument("--windows", type=int, default=32, help="of each text that is evaluated on")
+    parser.add_argument("--generated", nargs="+", type=int, default=[0, 32, 96])
+    parser.add_argument("--temperatures", nargs="+", type=float, default=[1.0])
+    parser.add_argument("--real", nargs="*", type=int, default=[], help="numbers of further real windows")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    options = parser.parse_args()
+    name, rows = f"generated_text_{Path(options.model).name}", list[dict[str, Any]]()
+    for case in options.cases:
+        kinds = [("written", count, degree) for count in options.generated for degree in options.temperatures]
+        for text, count, degree in [*kinds, *(("real", count, 1.0) for count in options.real)]:
+            found = [one(options, case, text, count, degree, seed) for seed in options.seeds]
+            of = {"case": case, "text": text, "windows more": count, "temperature": degree, "seeds": len(found)}
+            rows.append({**of, **{key: spread([each[key] for each in found]) for key in found[0]}})
+            print(rows[-1], machine(), flush=True)
+            windows = f"{options.samples} windows of {options.seq_length} tokens and more"
+            write_table(name, f"{Path(options.model).name} pruned by {windows}", with_earlier(name, rows, KEYS))
+
+
+def one(
+    options: argparse.Namespace, case: str, text: str, count: int, temperature: float, seed: int
+) -> dict[str, float]:
+    """Return the perplexities of a model pruned by real windows and `count` more, and the seconds that it took."""
+    more = count if text == "real" else 0
+    made = setting(options.samples + more, options.seq_length, options.windows, seed, options.model)
+    dense, batches, began = made.loaded.model.float(), list(made.batches), time.perf_counter()
+    recipe, fields = CASES[case]
+    chosen = load_recipe(recipe, {**fields, "seed": seed})
+    writing = 0.0
+    if text == "written" and count:
+        generated.TEMPERATURE = temperature
+        windows = generated.generated_windows(dense, batches, count, seed=seed)
+        writing = time.perf_counter() - began
+        batches = generated.with_generated(batches, windows, held_out=getattr(chosen.refit, "held_out", 0.0), seed=seed)
+    model = copy.deepcopy(dense)
+    torch.manual_seed(seed)
+    began = time.perf_counter()
+    prune(model, batches, chosen)
+    seconds = time.perf_counter() - began
+    texts = evaluation_texts(tokenizer_of(made.loaded), options.seq_length, options.windows)
+    found = {name: perplexity(model, ids).perplexity for name, ids in texts.items()}
+    return {**found, "seconds of writing": writing, "seconds of pruning": seconds}
+
+
+def spread(values: list[float]) -> str:
+    """Return a mean, with the standard deviation where there are several values."""
+    return f"{mean(values):.2f}" + (f" ± {stdev(values):.2f}" if len(values) > 1 else "")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,239 @@
+"""Quantised checkpoints: the weights that their numbers and scales stand for, in memory and from files."""
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from compressed_tensors.compressors.pack_quantized import pack_to_int32
+from torch import Tensor
+from transformers import AutoModelForCausalLM, FineGrainedFP8Config
+
+from optprune.cli import main
+from optprune.errors import InputError
+from optprune.export import PackedFolder, export, save_model
+from optprune.models import Decoder, load_model, open_model
+from optprune.models.quantised import Quantisation
+from optprune.pruning import prune
+from optprune.recipe import Recipe, load_recipe
+from tests.helpers.attempts import Attempt
+from tests.helpers.packed_experts import write_config
+from tests.helpers.quantised_folders import (
+    GROUP,
+    Quantise,
+    awq,
+    change_tensors,
+    fp8,
+    fp8_rows,
+    gptq,
+    integers_of,
+    meant_by,
+    quantised_folder,
+)
+from tests.helpers.short_runs import batches
+from tests.helpers.tiny_models import save_tiny, tiny_llama
+
+FP8: dict[str, Any] = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [16, 16]}
+GPTQ: dict[str, Any] = {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "desc_act": False, "sym": False}
+AWQ: dict[str, Any] = {"quant_method": "awq", "bits": 4, "group_size": GROUP, "version": "gemm", "zero_point": True}
+TOKENS = torch.arange(10, 58)[None]
+
+
+def compressed(kind: str, **weights: Any) -> dict[str, Any]:
+    """Return the config of compressed-tensors for one kind of weights."""
+    group = {"targets": ["Linear"], "weights": {"symmetric": True, **weights}}
+    return {"quant_method": "compressed-tensors", "format": kind, "config_groups": {"group_0": group}, "ignore": []}
+
+
+def packed(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """Quantise to four bits in the words of compressed-tensors' own function, with zero points."""
+    integers, zeros, scales = integers_of(weight, 4, GROUP)
+    parts = {
+        ".weight_packed": pack_to_int32((integers - 8).to(torch.int8), 4),
+        ".weight_scale": scales.half(),
+        ".weight_zero_point": pack_to_int32((zeros - 8).to(torch.int8), 4, packed_dim=0),
+        ".weight_shape": torch.tensor(weight.shape),
+    }
+    return parts, meant_by(integers, zeros, scales, torch.arange(weight.shape[1]) // GROUP)
+
+
+FORMATS: dict[str, tuple[Quantise, dict[str, Any]]] = {
+    "fp8": (fp8((16, 16)), FP8),
+    "fp8, cut blocks": (fp8((48, 40)), {**FP8, "weight_block_size": [48, 40]}),
+    "fp8, one scale": (fp8((10**6, 10**6)), {**FP8, "weight_block_size": None}),
+    "rows": (
+        fp8_rows(torch.bfloat16),
+        compressed("float-quantized", num_bits=8, type="float", strategy="channel"),
+    ),
+    "one scale": (
+        fp8_rows(torch.float32, one=True),
+        compressed("naive-quantized", num_bits=8, type="float", strategy="tensor"),
+    ),
+    "blocks": (
+        fp8((32, 16), ".weight_scale"),
+        compressed("float-quantized", num_bits=8, type="float", strategy="block", block_structure=[32, 16]),
+    ),
+    "words": (
+        packed,
+        compressed("pack-quantized", num_bits=4, type="int", strategy="group", group_size=GROUP, symmetric=False),
+    ),
+    "gptq": (gptq(), GPTQ),
+    "gptq, groups in any order": (gptq(order=True), {**GPTQ, "desc_act": True}),
+    "gptq, second version": (gptq(less=0), {**GPTQ, "checkpoint_format": "gptq_v2"}),
+    "gptq, eight bits": (gptq(bits=8), {**GPTQ, "bits": 8}),
+    "awq": (awq, AWQ),
+}
+"""how a layer is quantised, and what the config says"""
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_layers_are_read_as_what_they_stand_for(name: str, tmp_path: Path) -> None:
+    quantise, config = FORMATS[name]
+    folder, expected = quantised_folder(tmp_path / "model", "llama", quantise, config)
+    found = load_model(folder, dtype="float32", device="cpu").model.state_dict()
+    assert len(expected) == 14
+    for layer, weight in expected.items():
+        # A product of two float32 numbers, rounded once.
+        assert torch.allclose(found[layer].double(), weight, rtol=torch.finfo(torch.float32).eps, atol=0), layer
+    loaded = load_model(folder, device="cpu").model
+    assert loaded.dtype == torch.bfloat16 and getattr(loaded.config, "quantization_config", None) is None
+    opened = open_model(folder, device="cpu")
+    decoder, whole = opened.decoder(), Decoder(loaded)
+    for block in range(2):
+        with decoder.resident(block):
+            assert all(torch.equal(weight, whole.weights(block)[own]) for own, weight in decoder.weights(block).items())
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe", "deepseek_v3"])
+def test_fp8_is_what_transformers_makes_of_it(family: str, tmp_path: Path) -> None:
+    # Whole blocks: of cut ones transformers takes others than DeepSeek's checkpoints have.
+    config = {**FP8, "weight_block_size": [8, 8]}
+    folder, _ = quantised_folder(tmp_path / "model", family, fp8((8, 8)), config)
+    stock = AutoModelForCausalLM.from_pretrained(folder, quantization_config=FineGrainedFP8Config(dequantize=True))
+    found, expected = load_model(folder, device="cpu").model, stock.state_dict()
+    assert found.state_dict().keys() == expected.keys()
+    assert all(torch.equal(weight, expected[name]) for name, weight in found.state_dict().items())
+
+
+def test_what_we_pack_is_read_again(tmp_path: Path) -> None:
+    model = tiny_llama()
+    settings = {"kind": "w4a16_shifted", "group": 32}
+    prune(model, batches(), Recipe({"units": "weights", "sparsity": 0.3, "solver": "wanda", "bits": settings}))
+    folder = save_tiny(model, tmp_path / "model")
+    export(folder, tmp_path / "packed", PackedFolder())
+    found, expected = load_model(tmp_path / "packed", device="cpu").model.state_dict(), model.state_dict()
+    assert all(torch.equal(weight, found[name]) for name, weight in expected.items())
+
+
+@pytest.mark.parametrize(
+    ("name", "family", "recipe", "settings"),
+    [
+        ("fp8", "qwen3_moe", "experts_best", {"sparsity": 0.25}),
+        ("gptq", "llama", "fasp", {"sparsity": 0.2, "units": "mlp"}),
+        ("awq", "llama", "sparsegpt", {}),
+    ],
+)
+def test_a_pruned_folder_holds_floats_and_is_the_same_from_files(
+    name: str, family: str, recipe: str, settings: Mapping[str, Any], tmp_path: Path
+) -> None:
+    folder, _ = quantised_folder(tmp_path / "dense", family, *FORMATS[name])
+    model, streamed = load_model(folder, device="cpu").model, open_model(folder, device="cpu")
+    prune(model, batches(), load_recipe(recipe, settings))
+    prune(streamed.model, batches(), load_recipe(recipe, settings), store=streamed.store)
+    assert save_model(streamed, tmp_path / "out", check_tokens=TOKENS).stock
+    again, expected = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto"), model.state_dict()
+    assert again.state_dict().keys() == expected.keys()
+    assert all(torch.equal(weight, expected[name]) for name, weight in again.state_dict().items())
+
+
+def test_the_command_says_that_floats_are_saved(attempt: Attempt, tmp_path: Path) -> None:
+    folder, _ = quantised_folder(tmp_path / "model", "llama", *FORMATS["fp8"])
+    quantised = Attempt(folder, attempt.text, tmp_path, attempt.capsys)
+    assert main(quantised.command("--recipe", "fasp")) == 0
+    said = attempt.capsys.readouterr().err
+    assert said.count("its weights are stored in fp8: they are read and saved as floats") == 1
+    assert main(["audit", str(quantised.output), "--against", str(folder)]) == 0
+
+
+# -- what is refused
+
+
+LAYER = "model.layers.1.mlp.up_proj"
+MISFIT = f"{LAYER} of .* is in {{}}, but its numbers and scales do not fit together: fetch the weights again"
+
+
+def without(ending: str) -> Any:
+    return lambda tensors: tensors.pop(LAYER + ending)
+
+
+def shorter(ending: str) -> Any:
+    return lambda tensors: tensors.update({LAYER + ending: tensors[LAYER + ending][:-1].clone()})
+
+
+@pytest.mark.parametrize("read", [load_model, open_model])
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("fp8", without(".weight_scale_inv")),
+        ("fp8", shorter(".weight_scale_inv")),
+        ("rows", shorter(".weight_scale")),
+        ("words", without(".weight_scale")),
+        ("words", shorter(".weight_zero_point")),
+        ("gptq", without(".qzeros")),
+        ("gptq", shorter(".g_idx")),
+        ("gptq", shorter(".qzeros")),
+        ("awq", shorter(".scales")),
+    ],
+)
+def test_parts_that_do_not_fit_are_refused(name: str, change: Any, read: Any, tmp_path: Path) -> None:
+    quantise, config = FORMATS[name]
+    folder, _ = quantised_folder(tmp_path, "llama", quantise, config)
+    change_tensors(folder, change)
+    with pytest.raises(InputError, match=MISFIT.format(config["quant_method"])):
+        read(folder)
+
+
+@pytest.mark.parametrize("read", [load_model, open_model])
+def test_a_scale_of_no_number_is_refused(read: Any, tmp_path: Path) -> None:
+    folder, _ = quantised_folder(tmp_path, "llama", *FORMATS["fp8"])
+    change_tensors(folder, lambda tensors: tensors[f"{LAYER}.weight_scale_inv"].fill_(torch.nan))
+    refused = pytest.raises(InputError, match=f"{LAYER}.weight of .* holds NaN or infinity")
+    with refused, read(folder).decoder().resident(1):
+        pass
+
+
+def test_numbers_without_a_config_are_refused(tmp_path: Path) -> None:
+    folder, _ = quantised_folder(tmp_path, "llama", *FORMATS["fp8"])
+    write_config(folder, quantization_config=None)
+    with pytest.raises(InputError, match="holds tensors of F8_E4M3, but pruning needs plain weights"):
+        open_model(folder)
+
+
+WORDS = FORMATS["words"][1]
+
+
+@pytest.mark.parametrize(
+    ("config", "why"),
+    [
+        ({"quant_method": "bitsandbytes"}, r"\(bitsandbytes\)"),
+        ({"bits": 4}, r"\(by an unnamed method\)"),
+        ({**GPTQ, "bits": 3}, r"\(gptq, with 3 bits\)"),
+        ({**AWQ, "version": "gemv"}, r"\(awq, in the version 'gemv' with 4 bits\)"),
+        ({**FP8, "scale_fmt": "ue8m0"}, r"\(fp8, with experts or scales in another format than FP8 and float\)"),
+        (compressed("nvfp4-pack-quantized", num_bits=4), "in the format 'nvfp4-pack-quantized'"),
+        ({**WORDS, "sparsity_config": {"format": "sparse-24"}}, "with sparse or transformed weights"),
+        (compressed("int-quantized", num_bits=8, strategy="channel", symmetric=False), "with zero points beside"),
+        ({"quant_method": "compressed-tensors", "format": "pack-quantized"}, "its settings are not known"),
+    ],
+)
+def test_other_methods_are_refused_by_name(config: dict[str, Any], why: str, tmp_path: Path) -> None:
+    folder = save_tiny(tiny_llama(), tmp_path)
+    write_config(folder, quantization_config=config)
+    with pytest.raises(InputError, match=why) as refused:
+        load_model(folder)
+    assert "load the unquantised original, or one in fp8, compressed-tensors, gptq or awq" in str(refused.value)
+    before = copy.deepcopy(config)
+    Quantisation.of(config)
+    assert config == before
