@@ -36,6 +36,7 @@ from optprune.pruning import prune
 from optprune.recipe import load_recipe
 
 INEXACT = {
+    "deepseek_v2": "norms in its latent attention are of vectors of low rank, and not of the stream",
     "deepseek_v3": "norms in its latent attention are of vectors of low rank, and not of the stream",
     "exaone4": "norms behind its sub-blocks have gains that no linear layer reads",
     "gemma2": "norms behind its sub-blocks have gains that no linear layer reads",

@@ -66,6 +66,7 @@ LATENT: dict[str, Any] = {
     "rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 0.7},
 }
 OTHER_FAMILIES: dict[str, dict[str, Any]] = {
+    "deepseek_v2": {**LATENT, "first_k_dense_replace": 1},
     "deepseek_v3": {**LATENT, "first_k_dense_replace": 1},
     "exaone4": {"head_dim": 24, "sliding_window": 8, "sliding_window_pattern": 2},
     "falcon_h1": {

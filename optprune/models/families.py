@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig
+from transformers.models.deepseek_v2 import modeling_deepseek_v2
 from transformers.models.deepseek_v3 import modeling_deepseek_v3
 from transformers.models.exaone4 import modeling_exaone4
 from transformers.models.falcon_h1 import modeling_falcon_h1
@@ -43,6 +44,7 @@ from transformers.models.smollm3 import modeling_smollm3
 
 from optprune.models.architecture import Architecture, Classes, ExpertTensors, Heads, Latent, Mixture
 from optprune.models.pruned import (
+    modeling_pruned_deepseek_v2,
     modeling_pruned_deepseek_v3,
     modeling_pruned_exaone4,
     modeling_pruned_falcon_h1,
@@ -470,19 +472,20 @@ OLMOE = replace(
 )
 # A dense MLP in the first blocks, and experts in the others: a router by sigmoids, which first chooses groups of
 # experts where there are several, and an expert that every token goes through, with a width in those of the others.
+GLM4_MIXTURE = Mixture(
+    count="n_routed_experts",
+    shared="mlp.shared_experts",
+    shared_last=True,
+    shared_count="n_shared_experts",
+    correction="e_score_correction_bias",
+    factor="routed_scaling_factor",
+    groups="n_group",
+    fewest=2,
+)
 GLM4_MOE = replace(
     LLAMA,
     model_type="glm4_moe",
-    mixture=Mixture(
-        count="n_routed_experts",
-        shared="mlp.shared_experts",
-        shared_last=True,
-        shared_count="n_shared_experts",
-        correction="e_score_correction_bias",
-        factor="routed_scaling_factor",
-        groups="n_group",
-        fewest=2,
-    ),
+    mixture=GLM4_MIXTURE,
     leading=("first_k_dense_replace",),
     float32=("mlp.gate.weight", "mlp.gate.e_score_correction_bias"),
     recoverable=LLAMA.recoverable[:1],
@@ -518,6 +521,14 @@ DEEPSEEK_V3 = replace(
     **classes("DeepseekV3", modeling_deepseek_v3, modeling_pruned_deepseek_v3),
 )
 WHOLE_QUERIES = (("self_attn.q_proj",), *DEEPSEEK_V3.stages[2:])
+# A router by a softmax, whose weights never add up to one.
+DEEPSEEK_V2 = replace(
+    DEEPSEEK_V3,
+    model_type="deepseek_v2",
+    mixture=replace(GLM4_MIXTURE, correction="", fewest=1, normalised=lambda config: False),
+    float32=("mlp.gate.weight",),
+    **classes("DeepseekV2", modeling_deepseek_v2, modeling_pruned_deepseek_v2),
+)
 # GLM 4.7 Flash: DeepSeek V3's blocks, of which a list says the kind of MLP.
 GLM4_MOE_LITE = replace(
     DEEPSEEK_V3,
@@ -630,8 +641,9 @@ GPT_NEOX = Architecture(
 ARCHITECTURES = {
     architecture.model_type: architecture
     for architecture in (
-        *(DEEPSEEK_V3, EXAONE4, FALCON_H1, GEMMA2, GEMMA3, GLM4_MOE, GLM4_MOE_LITE, GPT2, GPT_NEOX, GPT_OSS, GRANITE),
-        *(GRANITE_HYBRID, LFM2, LLAMA, MINISTRAL3, MISTRAL, MIXTRAL, OLMO2, OLMOE, OPT, PHI3, QWEN2, QWEN2_MOE, QWEN3),
+        *(DEEPSEEK_V2, DEEPSEEK_V3, EXAONE4, FALCON_H1, GEMMA2, GEMMA3, GLM4_MOE, GLM4_MOE_LITE, GPT2, GPT_NEOX),
+        *(GPT_OSS, GRANITE, GRANITE_HYBRID, LFM2, LLAMA, MINISTRAL3, MISTRAL, MIXTRAL, OLMO2, OLMOE, OPT, PHI3),
+        *(QWEN2, QWEN2_MOE, QWEN3),
         *(QWEN3_5, QWEN3_5_MOE, QWEN3_MOE, QWEN3_NEXT, SEED_OSS, SMOLLM3),
     )
 }

@@ -430,7 +430,7 @@ class Experts(Units):
                 "one: choose a recipe with other units"
             )
         mixture, config = decoder.architecture.mixture, decoder.model.config
-        groups = getattr(config, mixture.groups) if mixture.groups else 1
+        groups = (getattr(config, mixture.groups) if mixture.groups else None) or 1
         if groups > 1:
             raise InputError(
                 f"units {self.name} would leave groups of other sizes, and the router of this "

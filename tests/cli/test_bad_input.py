@@ -196,7 +196,7 @@ def test_an_unknown_architecture(attempt: Attempt) -> None:
     config = BloomConfig(vocab_size=512, hidden_size=32, n_layer=1, n_head=2)
     attempt.model = save_tiny(BloomForCausalLM(config), attempt.folder / "bloom")
     sentence = attempt.fails(attempt.command())
-    assert "the architecture 'bloom' is not known: optprune prunes deepseek_v3, " in sentence
+    assert "the architecture 'bloom' is not known: optprune prunes deepseek_v2, " in sentence
     assert "lacks self_attention.query_key_value (Linear)" in sentence
 
 
@@ -218,7 +218,7 @@ class FooTokenizer(PreTrainedTokenizerFast):
         (
             "config.json",
             {"model_type": "foo", "auto_map": {"AutoConfig": "foo.FooConfig"}},
-            "the architecture 'foo' is not known: optprune prunes deepseek_v3, ",
+            "the architecture 'foo' is not known: optprune prunes deepseek_v2, ",
         ),
         (
             "tokenizer_config.json",

@@ -174,6 +174,30 @@ def test_other_units_of_a_model_with_groups_of_experts_go(tmp_path: Path) -> Non
     assert torch.equal(logits(optprune.load_model(tmp_path / "out", device="cpu").model), logits(model))
 
 
+@pytest.mark.parametrize("fields", [{"n_group": None, "topk_group": None}, {"norm_topk_prob": True}])
+def test_experts_of_deepseek_v2_without_groups_go(fields: dict[str, Any], tmp_path: Path) -> None:
+    """Its class never scales the weights of the chosen experts to add up to one, whatever the config says."""
+    model, same = (made("deepseek_v2", **each) for each in (fields, {}))
+    assert torch.equal(logits(model), logits(same))
+    for each in (model, same):
+        prune(each, batches(), load_recipe("experts_best", {"sparsity": 0.12}))
+    assert torch.equal(logits(model), logits(same)) and model.config.n_routed_experts == 3
+    assert save_model(model, tmp_path / "out").stock
+    again = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
+    assert (again - logits(model)).abs().max() <= 1e-5 * again.abs().max()
+
+
+def test_other_units_of_deepseek_v2_with_groups_of_experts_go(tmp_path: Path) -> None:
+    fields = {**GROUPS, "topk_method": "group_limited_greedy"}
+    model, greedy = made("deepseek_v2", **fields), made("deepseek_v2", **GROUPS)
+    assert not torch.equal(logits(model), logits(greedy))
+    with pytest.raises(InputError, match=r"this deepseek_v2 model chooses among 2 groups of equal size \(n_group\)"):
+        prune(model, batches(), load_recipe("experts_best"))
+    prune(model, batches(), load_recipe("fasp", {"units": "all", "sparsity": 0.2}))
+    save_model(model, tmp_path / "out")
+    assert torch.equal(logits(optprune.load_model(tmp_path / "out", device="cpu").model), logits(model))
+
+
 def test_a_model_of_dense_blocks_alone_has_no_experts_to_remove() -> None:
     model = ALL_MODELS["glm4_moe"](first_k_dense_replace=2)
     assert {shape.experts for shape in Decoder(model).shapes()} == {0}

@@ -32,7 +32,7 @@ def refused(family: str, **fields: Any) -> str:
     with pytest.raises(InputError) as again:
         architecture_named(family, {**config.to_dict(), "auto_map": {"AutoConfig": "foo.Foo"}})
     assert str(again.value) == sentence
-    assert sentence.startswith(f"the architecture '{family}' is not known: optprune prunes deepseek_v3, exaone4, ")
+    assert sentence.startswith(f"the architecture '{family}' is not known: optprune prunes deepseek_v2, deepseek_v3, ")
     assert sentence.endswith("; optprune inspect MODEL drafts one for --architecture, where that is safe")
     return sentence
 
