@@ -70,7 +70,8 @@ class Family:
     def refusal(self, decoder: Decoder) -> str | None:
         """Return the first property of a model that is not supported, or None."""
         config = decoder.model.config
-        activation = next((getattr(config, name) for name in ACTIVATION if hasattr(config, name)), None)
+        # A config without such a field is of a class that computes silu alone.
+        activation = next((getattr(config, name) for name in ACTIVATION if hasattr(config, name)), "silu")
         if activation not in self.activation:
             return f"an MLP with the activation {activation}"
         mixture = decoder.architecture.mixture
@@ -139,6 +140,16 @@ def _gemma_unsupported(name: str) -> Callable[[Any], Iterator[str]]:
             yield OTHER_ORDER
 
     return unsupported
+
+
+def _lfm2(config: Any, writer: GGUFWriter) -> None:
+    writer.add_layer_norm_rms_eps(float(config.norm_eps))
+    writer.add_shortconv_l_cache(int(config.conv_L_cache))
+
+
+def _lfm2_unsupported(config: Any) -> Iterator[str]:
+    if "conv" not in config.layer_types:
+        yield "an LFM2 without short convolutions"
 
 
 def _smollm3_unsupported(config: Any) -> Iterator[str]:
@@ -284,6 +295,7 @@ FAMILIES: dict[str, Family] = {
         rounded=_gpt_oss_rounded,
     ),
     "granite": Family(MODEL_ARCH.GRANITE, neighbours=True, describe=_multipliers),
+    "lfm2": Family(MODEL_ARCH.LFM2, describe=_lfm2, unsupported=_lfm2_unsupported),
     "llama": Family(MODEL_ARCH.LLAMA, neighbours=True, biases=True),
     "ministral3": Family(
         MODEL_ARCH.MISTRAL3, neighbours=True, describe=_ministral3, unsupported=_ministral3_unsupported
@@ -324,7 +336,8 @@ def _refused_shapes(decoder: Decoder, family: Family) -> str | None:
     shapes, heads, hidden = decoder.shapes(), decoder.heads, decoder.model.config.hidden_size
     kinds = {(shape.mlp_width, shape.experts) for shape in shapes}
     # Blocks of several kinds are alike where those of each kind are.
-    alike = len({shape.kv_heads for shape in shapes}) == 1 and len({experts > 0 for _, experts in kinds}) == len(kinds)
+    heads_left = {shape.kv_heads for shape in shapes if shape.kv_heads}
+    alike = len(heads_left) == 1 and len({experts > 0 for _, experts in kinds}) == len(kinds)
     if not alike or any(len(shape.parts) < 2 for shape in shapes):
         return f"blocks of a {family.name} model that differ in shape"
     mixture = decoder.architecture.mixture
@@ -332,7 +345,7 @@ def _refused_shapes(decoder: Decoder, family: Family) -> str | None:
         mixture.stock_holds(decoder.model.config, shape) for shape in shapes if shape.experts
     ):
         return f"experts of a {family.name} model of another width than the one that every token goes through"
-    if shapes[0].kv_heads * heads.group * heads.dim == hidden:
+    if max(heads_left) * heads.group * heads.dim == hidden:
         return None
     free = decoder.architecture.model_type in LLAMA_CPP.fewer_heads
     return None if free else f"heads of a {family.name} model that do not make up its hidden size of {hidden}"

@@ -173,8 +173,9 @@ class _Content:
         queries = [count * heads.group for count in kv]
         alike = self.family is not UNEVEN
         writer.add_feed_forward_length(widths[0] if alike else widths)
-        writer.add_head_count(queries[0] if alike else queries)
-        writer.add_head_count_kv(kv[0] if alike else kv)
+        writer.add_head_count(max(queries) if alike else queries)
+        # A zero stands for a block with a recurrent mixer.
+        writer.add_head_count_kv(kv[0] if alike and all(kv) else kv)
         writer.add_key_length(heads.dim)
         writer.add_value_length(heads.dim)
         if hasattr(config, "rms_norm_eps"):

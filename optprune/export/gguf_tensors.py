@@ -173,6 +173,8 @@ class Tensors:
         target = Target(known_as, stored.shape, ((name, stored),))
         if block is not None:
             target = self._of_mlp(path, self._of_heads(path, self.decoder.shape(block), target))
+        if len(target.shape) == 3:  # a convolution of each channel for itself
+            target = replace(target, shape=(target.shape[0], target.shape[2]), rows=_channels)
         if len(target.shape) == 2 and target.shape[0] == 1:  # llama.cpp has a vector in place of a gate with one row
             target = replace(target, shape=target.shape[1:], rows=torch.flatten)
         if self.family.shift and len(target.shape) == 1:
@@ -253,6 +255,10 @@ class Tensors:
         if known is None:
             raise InputError(f"llama.cpp does not support the tensor {name} of {self.checkpoint.source}")
         return known
+
+
+def _channels(kernel: Tensor) -> Tensor:
+    return kernel.flatten(1)
 
 
 def _shifted(rows: Arrangement, by: float) -> Arrangement:

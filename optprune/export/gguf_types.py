@@ -78,7 +78,9 @@ ROLES = {
     "attn_output.weight": Role.ATTENTION_OUTPUT,
 }
 BLOCK = re.compile(r"blk\.(\d+)\.(.+)")
-PLAIN = ("ffn_gate_inp.weight", "position_embd.weight", "token_types.weight")
+EXACT = ("ffn_gate_inp.weight", "shortconv.conv.weight")
+"""matrices that stay float32"""
+PLAIN = ("position_embd.weight", "token_types.weight")
 """matrices that are never quantised"""
 
 
@@ -103,7 +105,7 @@ class Choice:
         return {name: self._kind(name, shape, turns) for name, shape in self.shapes.items()}
 
     def _kind(self, name: str, shape: tuple[int, ...], turns: Mapping[int, int]) -> Kind:
-        if len(shape) == 1 or name.endswith(PLAIN[0]) or not name.endswith("weight"):
+        if len(shape) == 1 or name.endswith(EXACT) or not name.endswith("weight"):
             return Kind.F32
         if not self.file.quantised:
             return self.file.kind

@@ -244,7 +244,9 @@ RUNTIMES = {
         Runtime(
             "gguf",
             families=tuple(
-                name for name, one in ARCHITECTURES.items() if name not in ("opt", *RECURRENT) and one.latent is None
+                name
+                for name, one in ARCHITECTURES.items()
+                if (name not in ("opt", *RECURRENT) and one.latent is None) or name == "lfm2"
             ),
             rotary=("default", "linear", "llama3"),
             further={"gpt_oss": ("yarn",), "ministral3": ("yarn",)},

@@ -22,7 +22,7 @@ from tests.helpers.llama_cpp import LlamaCpp
 from tests.helpers.mixed_models import narrow
 
 FULL, SLIDING = ["full_attention"], ["sliding_attention"]
-FIXED_HEADS = ("exaone4", "gpt2", "gpt_neox", "olmo2", "olmoe", "phi3", "qwen2_moe")
+FIXED_HEADS = ("exaone4", "gpt2", "gpt_neox", "lfm2", "olmo2", "olmoe", "phi3", "qwen2_moe")
 """of which all stay: their sizes add up to the hidden size there, or one norm goes over them"""
 
 
@@ -79,6 +79,33 @@ def test_experts_narrower_than_the_shared_one_are_refused(tmp_path: Path) -> Non
 
 def test_a_ministral3_without_a_scaling_of_its_rotary_embeddings(tmp_path: Path) -> None:
     check_alike(saved(made("ministral3", rope_parameters={**YARN, "rope_type": "default"}), tmp_path / "m"), "mistral3")
+
+
+@pytest.mark.parametrize(
+    "fields", [{"conv_L_cache": 4, "tie_word_embeddings": False}, {"num_hidden_layers": 7, "full_attn_idxs": [0, 4, 5]}]
+)
+def test_convolutions_of_an_lfm2(fields: dict[str, Any], tmp_path: Path) -> None:
+    check_alike(saved(made("lfm2", **fields), tmp_path / "model"), "lfm2")
+
+
+def test_an_lfm2_without_some_of_its_blocks(tmp_path: Path) -> None:
+    """The counts of KV heads say which blocks have a convolution, so any may go."""
+    decoder = Decoder(made("lfm2", num_hidden_layers=5))
+    for part in ("recurrent", "mlp"):
+        decoder.remove(2, part)
+    decoder.record_shapes()
+    folder = saved(decoder.joined(), tmp_path / "model")
+    check_alike(folder, "lfm2")
+    heads = gguf.GGUFReader(tmp_path / "model.gguf").fields["lfm2.attention.head_count_kv"].contents()
+    assert heads == [0, 2, 2, 0]
+
+
+def test_a_kernel_of_a_convolution_stays_float32(tmp_path: Path) -> None:
+    file = export(saved(made("lfm2"), tmp_path / "model"), tmp_path / "model.gguf", GgufFile(kind="q8_0")).path
+    kinds = {tensor.name: tensor.tensor_type for tensor in gguf.GGUFReader(file).tensors}
+    assert kinds["blk.0.shortconv.conv.weight"] == gguf.GGMLQuantizationType.F32
+    assert kinds["blk.0.shortconv.in_proj.weight"] == gguf.GGMLQuantizationType.Q8_0
+    assert LlamaCpp(file).log_probabilities(PROMPT)
 
 
 @pytest.mark.parametrize("kinds", [SLIDING * 4, [*SLIDING * 2, *FULL, *SLIDING]], ids=["all", "two of three"])
@@ -169,6 +196,8 @@ def test_a_file_of_the_model_without_its_head(tmp_path: Path) -> None:
             "a yarn scaling of a GPT-OSS with another",
         ),
         ("granite", {"attention_bias": True}, "biases of linear layers, as model.layers.0.self_attn.q_proj.bias"),
+        ("lfm2", {"conv_bias": True}, "biases of linear layers, as model.layers.0.conv.in_proj.bias"),
+        ("lfm2", {"layer_types": FULL * 4}, "an LFM2 without short convolutions"),
         ("mixtral", {"hidden_act": "gelu"}, "an MLP with the activation gelu"),
         ("ministral3", {"rope_parameters": {**YARN, "mscale": 0.5}}, "a yarn scaling without mscale 1"),
         ("ministral3", {"rope_parameters": {**YARN, "rope_type": "linear"}}, "rotary embeddings of a Ministral 3"),
@@ -192,6 +221,8 @@ def test_what_it_has_no_words_for(family: str, config: dict[str, Any], sentence:
         ("qwen3", {Mlp(): 96}, (0,), "blocks of a qwen3 model that differ in shape"),
         ("glm4_moe", {Mlp(): 96}, (0, 1), "blocks of a glm4moe model that differ in shape"),
         ("gpt_oss", {Mlp(): 40}, (0,), "blocks of a gpt-oss model that differ in shape"),
+        ("lfm2", {Mlp(): 96}, (0,), "blocks of a lfm2 model that differ in shape"),
+        ("lfm2", {KvGroups(): 1}, range(4), "heads of a lfm2 model that do not make up its hidden size of 64"),
         ("qwen3_moe", {Mlp(): 3}, (0,), "blocks of a qwen3moe model that differ in shape"),
         ("gpt2", {KvGroups(): 2}, range(4), "heads of a gpt2 model that do not make up its hidden size of 64"),
     ],

@@ -32,6 +32,7 @@ THERE: dict[str, dict[str, Any]] = {
     "gpt_neox": {},
     "gpt_oss": {"swiglu_alpha": 1.702, "swiglu_limit": 7.0, "rope_parameters": BENT},
     "granite": {},
+    "lfm2": {"conv_bias": False},
     "ministral3": {"sliding_window": None, "rope_parameters": YARN},
     "mistral": NO_WINDOW,
     "mixtral": NO_WINDOW,
