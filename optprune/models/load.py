@@ -98,9 +98,9 @@ def load_model(
     check_dtype(dtype)
     target = device_of(device)
     where, options = locate(source)
-    config = _config(source, where, options, architecture)
+    config, quantised = _config(source, where, options, architecture)
     whole = _whole(source, config)
-    model = _weights(source, where, config, options, DTYPES.get(dtype, "auto"), whole)
+    model = _weights(source, where, config, quantised, options, DTYPES.get(dtype, "auto"), whole)
     for name, weight in model.named_parameters():
         check_finite(name, weight, source)
     Decoder(model).joined()
@@ -128,10 +128,11 @@ def open_model(
     check_dtype(dtype)
     target = device_of(device)
     where, options = locate(source)
-    config, gguf = _config(source, where, options, architecture), options.get("gguf_file")
+    config, quantised = _config(source, where, options, architecture)
+    gguf = options.get("gguf_file")
     listed, whole = architecture_of(config).blocks, _whole(source, config)
     with reading("weights", source, where, options):
-        checkpoint = None if gguf else stored_checkpoint(source, whole)
+        checkpoint = None if gguf else _checkpoint(source, where, quantised, whole)
     with reading("config", source, where, options):
         stored = torch.float32 if checkpoint is None else getattr(config, "dtype", None) or checkpoint.dtype
         floats = DTYPES.get(dtype, stored)
@@ -165,9 +166,12 @@ def stored_checkpoint(source: str, whole: VisionFolder | None) -> Checkpoint:
 
     Names are those of checkpoints of a text model.
     """
+    return _checkpoint(source, locate(source)[0], _quantisation(source) if whole is None else None, whole)
+
+
+def _checkpoint(source: str, where: str, quantised: Quantisation | None, whole: VisionFolder | None) -> Checkpoint:
     if whole is not None:
         return whole.language_checkpoint()
-    where, quantised = locate(source)[0], _quantisation(source)
     return Checkpoint.open(where, source) if quantised is None else quantised.open(where, source)
 
 
@@ -181,7 +185,7 @@ def gguf_tensors(source: str, model: PreTrainedModel) -> dict[str, GgufTensor]:
 def load_config(source: str | Path, architecture: Described | None = None) -> PretrainedConfig:
     """Return the config of a model source, without its weights; with the draft of its architecture if one is given."""
     source = str(source)
-    return _config(source, *locate(source), architecture)
+    return _config(source, *locate(source), architecture)[0]
 
 
 def traceable_config(source: str | Path) -> PretrainedConfig:
@@ -201,7 +205,10 @@ def load_shapes(source: str | Path, config: PretrainedConfig) -> Decoder:
         return Decoder(AutoModelForCausalLM.from_config(config, trust_remote_code=False))
 
 
-def _config(source: str, where: str, options: dict[str, Any], described: Described | None = None) -> PretrainedConfig:
+def _config(
+    source: str, where: str, options: dict[str, Any], described: Described | None = None
+) -> tuple[PretrainedConfig, Quantisation | None]:
+    """Return the config of a source, without its quantization_config, and the method that this names."""
     draft, whole = Draft.read(described) if isinstance(described, str | Path) else described, None
     with reading("config", source, where, options):
         if not options:
@@ -236,7 +243,7 @@ def _config(source: str, where: str, options: dict[str, Any], described: Describ
     check_weights_named(config, source)
     stored = getattr(config, "quantization_config", None) if whole is None else whole.fields.get("quantization_config")
     if stored is None or options:
-        return config
+        return config, None
     quantised = Quantisation.of(stored)
     if whole is not None:
         raise InputError(
@@ -245,7 +252,7 @@ def _config(source: str, where: str, options: dict[str, Any], described: Describ
         )
     quantised.check(source, () if architecture.mixture is None else architecture.mixture.quantised)
     vars(config).pop("quantization_config")  # what is read, and saved, are floats
-    return config
+    return config, quantised
 
 
 def _quantisation(source: str) -> Quantisation | None:
@@ -267,13 +274,13 @@ def _weights(
     source: str,
     where: str,
     config: PretrainedConfig,
+    quantised: Quantisation | None,
     options: dict[str, Any],
     dtype: torch.dtype | str,
     whole: VisionFolder | None,
 ) -> PreTrainedModel:
     cls: Any = AutoModelForCausalLM
     with reading("weights", source, where, options):
-        quantised = None if options or whole is not None else _quantisation(source)
         packed = None if quantised is None else quantised.open(where, source)
         if options or whole is not None:
             # from_pretrained would parse the file again and list the names of every module, which takes seconds.

@@ -344,7 +344,7 @@ def test_a_hub_model_without_safetensors_is_refused_in_our_words(monkeypatch: py
         raise OSError(f"{where} has no model.safetensors. Please do not set `use_safetensors=True`.")
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)  # what is beside the weights is not asked for over and over
-    monkeypatch.setattr(load_module, "_config", lambda *_: tiny_llama().config)
+    monkeypatch.setattr(load_module, "_config", lambda *_: (tiny_llama().config, None))
     monkeypatch.setattr(load_module.AutoModelForCausalLM, "from_pretrained", missing)
     with pytest.raises(InputError, match=r"owner/name has no weights as safetensors; pickle files"):
         load_model("owner/name")
