@@ -18,12 +18,10 @@ LLAMA3 = (
 )
 QWEN2 = LLAMA3.replace("\\p{N}{1,3}", "\\p{N}")
 UPPER, LOWER = "[\\p{Lu}\\p{Lt}\\p{Lm}\\p{Lo}\\p{M}]", "[\\p{Ll}\\p{Lm}\\p{Lo}\\p{M}]"
-O200K = "|".join(
-    [
-        f"[^\\r\\n\\p{{L}}\\p{{N}}]?{word}(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-        for word in (f"{UPPER}*{LOWER}+", f"{UPPER}+{LOWER}*")
-    ]
-    + ["\\p{N}{1,3}| ?[^\\s\\p{L}\\p{N}]+[\\r\\n/]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"]
+BEFORE, SHORT = "[^\\r\\n\\p{L}\\p{N}]?", "(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+O200K = (
+    f"{BEFORE}{UPPER}*{LOWER}+{SHORT}|{BEFORE}{UPPER}+{LOWER}*{SHORT}|"
+    "\\p{N}{1,3}| ?[^\\s\\p{L}\\p{N}]+[\\r\\n/]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"
 )
 DIGITS = "single digits"
 CUTS = {(GPT2,): "gpt-2", (DIGITS, GPT2): "smollm", (LLAMA3,): "llama-bpe", (QWEN2,): "qwen2", (O200K,): "gpt-4o"}
