@@ -19,7 +19,7 @@ import torch
 
 from benchmarks.common import evaluation_texts, machine, setting, tokenizer_of, with_earlier, write_table
 from optprune import load_recipe, prune
-from optprune.calibration import generated
+from optprune.calibration.generated import generated_windows, with_generated
 from optprune.measure import perplexity
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -66,10 +66,9 @@ def one(
     chosen = load_recipe(recipe, {**fields, "seed": seed})
     writing = 0.0
     if text == "written" and count:
-        generated.TEMPERATURE = temperature
-        windows = generated.generated_windows(dense, batches, count, seed=seed)
+        windows = generated_windows(dense, batches, count, seed=seed, temperature=temperature)
         writing = time.perf_counter() - began
-        batches = generated.with_generated(batches, windows, held_out=getattr(chosen.refit, "held_out", 0.0), seed=seed)
+        batches = with_generated(batches, windows, held_out=getattr(chosen.refit, "held_out", 0.0), seed=seed)
     model = copy.deepcopy(dense)
     torch.manual_seed(seed)
     began = time.perf_counter()

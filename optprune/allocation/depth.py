@@ -61,7 +61,7 @@ class Depth(Allocator):
             # Each block is run twice, once without its MLP, and with each of several mixers alone.
             mixers = max(len(set(shape.parts) - {"mlp"}) for shape in shapes.shapes())
             passes = forward_work(shapes, tokens, 2.0 + mixers * (mixers > 1))
-            return Work(passes.flops, passes.bytes + stream_bytes(shapes, tokens), 2.0)
+            return Work(passes.flops, passes.bytes + stream_bytes(shapes, tokens), passes.passes)
         candidates = _candidates(shapes, self.parts)
         if not candidates:
             return Work()

@@ -39,6 +39,7 @@ def generated_windows(
     count: int,
     *,
     seed: int = 0,
+    temperature: float = TEMPERATURE,
     peers: Peers = ALONE,
     on_part: Callable[[int, int], None] = lambda done, total: None,
 ) -> Tensor:
@@ -54,7 +55,7 @@ def generated_windows(
     parts = prompts.split(max(1, TOKENS_AT_ONCE // length))
     own = dict[int, list[list[int]]]()
     devices = [model.device] if model.device.type == "cuda" else []
-    with _sampling(model), evaluating(model), torch.random.fork_rng(devices):
+    with _sampling(model, temperature), evaluating(model), torch.random.fork_rng(devices):
         for number in range(peers.rank, len(parts), peers.size):
             on_part(number, len(parts))
             torch.manual_seed((seed * len(parts) + number) % LARGEST_SEED)
@@ -142,12 +143,12 @@ def _pieces(batches: Sequence[Tensor], count: int, length: int, generator: torch
 
 
 @contextmanager
-def _sampling(model: PreTrainedModel) -> Iterator[None]:
+def _sampling(model: PreTrainedModel, temperature: float) -> Iterator[None]:
     """Set plain sampling for the context, in place of the model's own generation config."""
     own = model.generation_config
     eos = own.eos_token_id if own is not None else None
     model.generation_config = GenerationConfig(
-        do_sample=True, temperature=TEMPERATURE, top_k=0, top_p=1.0, eos_token_id=eos, pad_token_id=0
+        do_sample=True, temperature=temperature, top_k=0, top_p=1.0, eos_token_id=eos, pad_token_id=0
     )
     try:
         yield

@@ -129,15 +129,15 @@ class Options:
         """Return the program of the run for the model's shapes; InputError where they do not match."""
         from optprune.allocation import Given
         from optprune.export.shards import size_of
-        from optprune.models import load_config, load_shapes
-        from optprune.models.load import few_bits
+        from optprune.models import load_shapes
+        from optprune.models.load import read_config
         from optprune.program import Request, resolve
         from optprune.program.check import check_parts
         from optprune.program.resolve import places_of
         from optprune.program.runtimes import runtime_called
         from optprune.texts import check_seq_length
 
-        config = load_config(self.model, self.architecture)
+        config, quantised = read_config(self.model, self.architecture)
         check_seq_length(config, self.seq_length)
         shapes = load_shapes(self.model, config)
         recipe = self._with_experts(recipe, shapes)
@@ -170,7 +170,7 @@ class Options:
             from optprune.calibration.generated import check_held_out
 
             check_held_out(self.samples, self.generated, program.held_out)
-        return Resolved(self.model, program, config, runtime, notes, few_bits(self.model))
+        return Resolved(self.model, program, config, runtime, notes, None if quantised is None else quantised.method)
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,7 +184,7 @@ class Resolved:
     notes: tuple[str, ...] = ()
     """changes of the recipe for the runtime"""
     few_bits: str | None = None
-    """the method by which the model stores weights in few bits, if it does"""
+    """the method by which the stored weights are quantised; None for floats"""
 
     def report_notes(self, say: Callable[[str], None]) -> None:
         """Report the changes of the recipe for the runtime, and what becomes of weights that are in few bits."""

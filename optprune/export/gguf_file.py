@@ -125,7 +125,7 @@ def write_tensors(
 
 
 def write_content(writer: GGUFWriter, tensors: Iterable[np.ndarray[Any, Any]], stream: BinaryIO) -> None:
-    """Write the header, the metadata, and the bytes of the tensors that the writer was told of, one at a time."""
+    """Write the header, the metadata, and the bytes of the tensors that were added to the writer, one at a time."""
     # The writer opens files by name unless it is given a stream and a state.
     writer.fout, writer.state = [stream], gguf.gguf_writer.WriterState.EMPTY  # type: ignore[list-item]
     writer.write_header_to_file()

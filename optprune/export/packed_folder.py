@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 import torch
 from huggingface_hub import save_torch_state_dict
 from jaxtyping import Int
-from safetensors import safe_open
 from torch import Tensor
 
 from optprune.errors import OptpruneError
@@ -20,6 +19,7 @@ from optprune.export.source_files import origin_of
 from optprune.grids import GRIDS, Codes, Grid
 from optprune.measure.speed import file_bytes
 from optprune.models import Decoder, is_stock, open_model
+from optprune.models.quantised import Quantisation
 from optprune.system.files import json_text
 from optprune.system.wording import counted
 from optprune.work import Work
@@ -79,13 +79,13 @@ class PackedFolder(Exporter):
     def check(self, source: ModelSource, draft: Draft, on_event: OnEvent) -> float | None:
         """Read every layer back, and compare it with the source bit by bit."""
         decoder, packed = draft.expected
-        stored = _stored(draft.path)
+        stored = Quantisation.of(packed.config()).open(draft.path, source.name).tensors
         for index in range(len(decoder.blocks)):
             with decoder.resident(index):
                 for path in decoder.paths(index):
                     name = decoder.name(index, path)
                     if name in packed.layers:
-                        found = unpack(_tensors_of(stored, name), packed.grid)
+                        found = stored[f"{name}.weight"].read()
                         if not torch.equal(found, decoder.layer(index, path).weight.detach().float()):
                             raise OptpruneError(f"{name} of the packed folder is not what was written: report this")
         return None
@@ -199,43 +199,8 @@ def pack(codes: Codes, grid: Grid, dtype: torch.dtype) -> dict[str, Tensor]:
     return found
 
 
-def unpack(tensors: Mapping[str, Tensor], grid: Grid) -> Tensor:
-    """Return the weight [out, in] in float32 of the tensors of a layer."""
-    rows, columns = (int(size) for size in tensors["weight_shape"])
-    integers = _integers(tensors["weight_packed"], columns)
-    if grid.shifted:
-        zero = _integers(tensors["weight_zero_point"].t(), rows).t()
-        integers = integers - zero.repeat_interleave(grid.block, dim=1)
-    return integers.float() * tensors["weight_scale"].float().repeat_interleave(grid.block, dim=1)
-
-
 def _words(integers: Int[Tensor, "rows columns"]) -> Int[Tensor, "rows words"]:
     """Return rows of integers from -8 to 7 in int32 words, filled up with zeros."""
     raised = torch.nn.functional.pad(integers.long() + HALF, (0, -integers.shape[1] % PER_WORD))
     places = BITS * torch.arange(PER_WORD)
     return (raised.unflatten(1, (-1, PER_WORD)) << places).sum(2).to(torch.int32)
-
-
-def _integers(words: Int[Tensor, "rows words"], columns: int) -> Int[Tensor, "rows columns"]:
-    places = BITS * torch.arange(PER_WORD)
-    raised = (words.long()[:, :, None] >> places) & (2**BITS - 1)
-    return raised.flatten(1)[:, :columns] - HALF
-
-
-def _stored(folder: Path) -> dict[str, Path]:
-    """Return the file of each tensor in a folder."""
-    found = dict[str, Path]()
-    for file in folder.glob("*.safetensors"):
-        with safe_open(file, framework="pt") as stream:
-            found |= dict.fromkeys(stream.keys(), file)
-    return found
-
-
-def _tensors_of(stored: Mapping[str, Path], layer: str) -> dict[str, Tensor]:
-    """Return the tensors of a layer, by their own names."""
-    found = dict[str, Tensor]()
-    for name, file in stored.items():
-        if name.startswith(f"{layer}.weight_"):
-            with safe_open(file, framework="pt") as stream:
-                found[name.removeprefix(f"{layer}.")] = stream.get_tensor(name)
-    return found

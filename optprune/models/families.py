@@ -113,7 +113,7 @@ def values_of_delta_net(config: PretrainedConfig) -> int:
 
 
 def width_of_falcon_mamba(config: PretrainedConfig) -> int:
-    """Return the dimensions of all heads of Falcon-H1's Mamba 2, of which a config may name their own number."""
+    """Return the width of all heads of Falcon-H1's Mamba 2: `mamba_d_ssm`, or else the expanded hidden size."""
     named = config.mamba_d_ssm
     return int(config.mamba_expand * config.hidden_size if named is None else named)
 

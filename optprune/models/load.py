@@ -132,7 +132,7 @@ def open_model(
     gguf = options.get("gguf_file")
     listed, whole = architecture_of(config).blocks, _whole(source, config)
     with reading("weights", source, where, options):
-        checkpoint = None if gguf else _checkpoint(source, where, quantised, whole)
+        checkpoint = None if gguf else stored_checkpoint(source, quantised, whole)
     with reading("config", source, where, options):
         stored = torch.float32 if checkpoint is None else getattr(config, "dtype", None) or checkpoint.dtype
         floats = DTYPES.get(dtype, stored)
@@ -161,17 +161,14 @@ def _whole(source: str, config: PretrainedConfig) -> VisionFolder | None:
     return vision_folder(source) if architecture_of(config).part_of else None
 
 
-def stored_checkpoint(source: str, whole: VisionFolder | None) -> Checkpoint:
+def stored_checkpoint(source: str, quantised: Quantisation | None, whole: VisionFolder | None) -> Checkpoint:
     """Return the stored tensors of a model folder or hub name, of a vision-language model those of the language part.
 
     Names are those of checkpoints of a text model.
     """
-    return _checkpoint(source, locate(source)[0], _quantisation(source) if whole is None else None, whole)
-
-
-def _checkpoint(source: str, where: str, quantised: Quantisation | None, whole: VisionFolder | None) -> Checkpoint:
     if whole is not None:
         return whole.language_checkpoint()
+    where = locate(source)[0]
     return Checkpoint.open(where, source) if quantised is None else quantised.open(where, source)
 
 
@@ -184,8 +181,15 @@ def gguf_tensors(source: str, model: PreTrainedModel) -> dict[str, GgufTensor]:
 
 def load_config(source: str | Path, architecture: Described | None = None) -> PretrainedConfig:
     """Return the config of a model source, without its weights; with the draft of its architecture if one is given."""
+    return read_config(source, architecture)[0]
+
+
+def read_config(
+    source: str | Path, architecture: Described | None = None
+) -> tuple[PretrainedConfig, Quantisation | None]:
+    """Return the config of a model source, and the method by which its weights are quantised, if they are."""
     source = str(source)
-    return _config(source, *locate(source), architecture)[0]
+    return _config(source, *locate(source), architecture)
 
 
 def traceable_config(source: str | Path) -> PretrainedConfig:
@@ -208,7 +212,7 @@ def load_shapes(source: str | Path, config: PretrainedConfig) -> Decoder:
 def _config(
     source: str, where: str, options: dict[str, Any], described: Described | None = None
 ) -> tuple[PretrainedConfig, Quantisation | None]:
-    """Return the config of a source, without its quantization_config, and the method that this names."""
+    """Return the config of a source without its quantization_config, and the quantisation that this describes."""
     draft, whole = Draft.read(described) if isinstance(described, str | Path) else described, None
     with reading("config", source, where, options):
         if not options:
@@ -247,27 +251,12 @@ def _config(
     quantised = Quantisation.of(stored)
     if whole is not None:
         raise InputError(
-            f"the checkpoint {source} is quantised ({quantised.method}), and has a vision part, which is read in plain "
+            f"the checkpoint {source} is quantised ({quantised.name}), and has a vision part, which is read in plain "
             "weights only: load the unquantised original"
         )
     quantised.check(source, () if architecture.mixture is None else architecture.mixture.quantised)
     vars(config).pop("quantization_config")  # what is read, and saved, are floats
     return config, quantised
-
-
-def _quantisation(source: str) -> Quantisation | None:
-    """Return the method by which a model folder or hub name is quantised; None where it stores floats."""
-    where, options = locate(source)
-    with reading("config", source, where, options):
-        fields: Any = {} if options else PretrainedConfig.get_config_dict(where)[0]
-    found = fields.get("quantization_config")
-    return None if found is None else Quantisation.of(found)
-
-
-def few_bits(source: str | Path) -> str | None:
-    """Return the method by which a model folder stores weights in few bits; None where it stores floats."""
-    quantised = _quantisation(str(source))
-    return None if quantised is None else quantised.method
 
 
 def _weights(

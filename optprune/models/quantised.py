@@ -25,14 +25,14 @@ E4M3 = torch.float8_e4m3fn
 UNUSED = (".input_scale", ".input_global_scale", ".activation_scale", ".k_scale", ".v_scale", ".q_scale")
 """endings of tensors that quantise activations, which stay floats here"""
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
-"""the columns in a word of AWQ, from its lowest bits"""
+"""the order of columns in a packed word of AWQ, from its lowest bits"""
 
 
 class Format(ABC):
     """A way in which several tensors hold the weight of a linear layer."""
 
     needed: ClassVar[tuple[str, ...]]
-    """endings of the tensors that every layer has; the first one tells that a layer is in this format"""
+    """endings of the tensors that every layer has; the first one identifies the format"""
     optional: ClassVar[tuple[str, ...]] = ()
     """endings of tensors that a layer may have too"""
     dtypes: ClassVar[tuple[torch.dtype, ...]]
@@ -298,15 +298,16 @@ class Quantisation:
 
     @property
     def name(self) -> str:
-        """The method and why it is not read, in words."""
-        return (self.method or "by an unnamed method") + (f", {self.reason}" if self.reason else "")
+        """The method in words."""
+        return self.method or "by an unnamed method"
 
     def check(self, source: str, experts: Sequence[str]) -> None:
         """Raise InputError unless checkpoints of this method are read; `experts` are the methods for experts."""
         if self.formats or self.method in experts:
             return
+        named = self.name + (f", {self.reason}" if self.reason else "")
         raise InputError(
-            f"the checkpoint {source} is quantised ({self.name}), which is not read: load the unquantised original, or "
+            f"the checkpoint {source} is quantised ({named}), which is not read: load the unquantised original, or "
             f"one in {either([*METHODS])}"
         )
 
@@ -366,8 +367,7 @@ def _compressed_tensors(fields: Mapping[str, Any]) -> tuple[Format, ...]:
         elif kind == "pack-quantized":
             formats.append(WordsFormat(_bits(weights["num_bits"])))
         elif kind in ("float-quantized", "int-quantized", "naive-quantized") and weights["num_bits"] == 8:
-            block = _scaled_block(weights)
-            formats.append(ScaledFormat(block))
+            formats.append(ScaledFormat(_scaled_block(weights)))
         else:
             raise InputError(f"in the format {shown(kind)}")
     return tuple(dict.fromkeys(formats))

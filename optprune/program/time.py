@@ -222,9 +222,12 @@ def block_metric(program: Program, index: int) -> Work:
 
 def evaluation(decoder: Decoder, tokens: int) -> Work:
     """Return the work of predicting so many tokens."""
-    return _total(block_pass(decoder, index) for index in range(len(decoder.blocks))) * tokens + head_work(
-        decoder, tokens
-    )
+    return blocks_pass(decoder) * tokens + head_work(decoder, tokens)
+
+
+def blocks_pass(decoder: Decoder) -> Work:
+    """Return the work of one token in a forward pass of all blocks."""
+    return _total(block_pass(decoder, index) for index in range(len(decoder.blocks)))
 
 
 def _total(works: Iterable[Work]) -> Work:
@@ -249,7 +252,7 @@ def seconds_of(
     refit = _vocabulary(program, rates, scale)
     return {
         LOADING: starting + opening + model * around.digest,
-        TOKENISING: tokenising if program.request.recipe.vocabulary is None else _twice(program, tokenising),
+        TOKENISING: _tokenising(program, tokenising),
         **generating,
         **({VOCABULARY: refit} if refit else {}),
         METRIC: _metric(program, rates, around, scale),
@@ -292,9 +295,9 @@ def _file_seconds(decoder: Decoder) -> float:
     return sum(weight.nbytes for weight in decoder.model.parameters()) / DISK_SPEED
 
 
-def _twice(program: Program, tokenising: float) -> float:
-    """Return the seconds of tokenising a text for the choice of a smaller vocabulary, and once more in its tokens."""
-    return 2 * tokenising + CHOICE * program.vocabulary
+def _tokenising(program: Program, once: float) -> float:
+    """Return the seconds of tokenising the text: twice, and the choice of tokens, where the vocabulary is pruned."""
+    return once if program.request.recipe.vocabulary is None else 2 * once + CHOICE * program.vocabulary
 
 
 def _vocabulary(program: Program, rates: Rates, scale: float) -> float:
@@ -302,8 +305,7 @@ def _vocabulary(program: Program, rates: Rates, scale: float) -> float:
     work, smaller = program.vocabulary_work, program.request.recipe.vocabulary
     if smaller is None or not work.flops:
         return 0.0
-    once = _total(block_pass(program.decoder, index) for index in range(program.block_count)).flops
-    inside = smaller.tokens * work.passes * once * rates.passes
+    inside = smaller.tokens * work.passes * blocks_pass(program.decoder).flops * rates.passes
     batches = -(-smaller.tokens // VOCABULARY_TOKENS)
     read = 0.0 if program.request.whole else work.passes * batches * scale * rates.read
     return inside + read + work.flops * rates.head
@@ -341,5 +343,5 @@ def _pruning(program: Program, rates: Rates, around: Surroundings, scale: float)
     inside = scale * rates.fixed + passes + solves + refinement
     if program.workers == 1:
         return inside + scale * rates.read + kept
-    dense = tokens * _total(block_pass(program.decoder, index) for index in blocks).flops * rates.passes
+    dense = tokens * blocks_pass(program.decoder).flops * rates.passes
     return around.start + max(dense + scale * rates.read + kept, inside / program.workers)

@@ -21,7 +21,7 @@ from optprune.models import (
     load_shapes,
     vision_folder,
 )
-from optprune.models.load import stored_checkpoint
+from optprune.models.load import read_config, stored_checkpoint
 from optprune.models.skeleton import unexpected_tensors, with_model_names
 from optprune.models.surgery import put_parameters
 from optprune.report.records import Report
@@ -85,7 +85,7 @@ def open_stored(source: str, draft: Draft | None = None) -> StoredModel:
     An unknown architecture is read by a `draft`, or by the draft within the config. InputError where the config or the
     weights are missing.
     """
-    config = load_config(source, draft)
+    config, quantised = read_config(source, draft)
     decoder = load_shapes(source, config)
     model, faults = decoder.model, list[Fault]()
     tensors: Mapping[str, Readable]
@@ -94,7 +94,7 @@ def open_stored(source: str, draft: Draft | None = None) -> StoredModel:
         found = gguf_tensors(source, model)
         tensors = {name: tensor.transposed() if turned(name) else tensor for name, tensor in found.items()}
     else:
-        checkpoint = with_model_names(model, stored_checkpoint(source, vision_folder(source)))
+        checkpoint = with_model_names(model, stored_checkpoint(source, quantised, vision_folder(source)))
         tensors = checkpoint.tensors
         faults += [
             Fault(

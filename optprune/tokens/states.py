@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from optprune.measure.evaluate import evaluating
 from optprune.models import LoadedModel
+from optprune.program.program import VOCABULARY_TOKENS
 from optprune.tokens.rows import TokenRows
 from optprune.tokens.targets import PushForward
 
@@ -17,8 +18,6 @@ REPLACED = 0.15
 """the share of the tokens of a text that are replaced by removed ones"""
 MOST = 0.5
 """the largest probability with which a token is replaced"""
-TOKENS_AT_ONCE = 1024
-"""the number of tokens in a forward pass"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +66,7 @@ def read_states(
     generator = torch.Generator().manual_seed(seed)
     found, done = list[States](), 0
     with evaluating(model), loaded.decoder().running():
-        for batch in windows.split(max(1, TOKENS_AT_ONCE // windows.shape[1])):
+        for batch in windows.split(max(1, VOCABULARY_TOKENS // windows.shape[1])):
             reading = _Reading(loaded, push, rows)
             hidden, logits = reading.passed(batch)
             replaced = [_replaced(push, ids, scores, generator) for ids, scores in zip(batch, logits, strict=True)]

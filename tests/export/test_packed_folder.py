@@ -12,9 +12,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from optprune.cli import main
 from optprune.errors import InputError, OptpruneError
 from optprune.export import PackedFolder, export
-from optprune.export.packed_folder import pack, unpack
+from optprune.export.packed_folder import BITS, pack
 from optprune.grids import Grid
 from optprune.models import load_model
+from optprune.models.quantised import WordsFormat
 from optprune.pruning import prune
 from optprune.recipe import Recipe
 from tests.helpers.short_runs import batches
@@ -44,7 +45,8 @@ def test_unpacking_gives_the_weights_back(shape: tuple[int, int], shifted: bool)
     grid = Grid(4, 8, shifted)
     weight = grid.nearest(torch.randn(shape, generator=torch.Generator().manual_seed(0)) + 0.3).values()
     weight[1] = 0
-    assert torch.equal(unpack(pack(grid.encode(weight), grid, torch.float32), grid), weight)
+    parts = {f".{name}": part for name, part in pack(grid.encode(weight), grid, torch.float32).items()}
+    assert torch.equal(WordsFormat(BITS).decode(parts, shape), weight)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

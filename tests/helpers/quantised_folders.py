@@ -1,6 +1,5 @@
 """Folders of tiny models whose linear layers are quantised as published checkpoints are, packed number by number."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -42,11 +41,6 @@ def change_tensors(folder: Path, change: Callable[[dict[str, Tensor]], object]) 
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-
-
-def method_of(folder: Path) -> dict[str, Any]:
-    """Return the quantization_config of a folder."""
-    return dict(json.loads((folder / "config.json").read_text())["quantization_config"])
 
 
 # -- FP8
