@@ -421,7 +421,7 @@ class Decoder:
         if len(kept) == len(self.blocks):
             return
         if self.architecture.ordered:
-            raise InputError(f"a block has nothing left, and cannot go, because {self.architecture.ordered}")
+            raise InputError(f"nothing is left of a block that cannot be removed, because {self.architecture.ordered}")
         parent, _, name = self.architecture.blocks.rpartition(".")
         setattr(self.model.get_submodule(parent), name, nn.ModuleList(self.blocks[index] for index in kept))
         self.blocks = self.model.get_submodule(self.architecture.blocks)  # type: ignore[assignment]

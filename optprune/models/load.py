@@ -220,7 +220,7 @@ def _config(
             whole = VisionFolder.of(source, where, fields)
             if whole is not None and draft is not None:
                 raise InputError(
-                    f"{source} is a {whole.family.model_type} model, which no draft describes: leave it out"
+                    f"{source} is a {whole.family.model_type} model, whose folder is known: leave out --architecture"
                 )
             if draft is None and whole is None:
                 # Checked before AutoConfig, which would run the code of an architecture that it does not know.

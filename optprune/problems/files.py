@@ -123,7 +123,7 @@ def load_problem(path: str | Path) -> Any:
     try:
         problem = _decoded_fields(kind, header["fields"], tensors)
     except REFUSED as error:
-        raise InputError(f"{path} is damaged: its fields are no {header['kind']} problem; save it again") from error
+        raise InputError(f"{path} is damaged: its fields make no {header['kind']} problem; save it again") from error
     if fingerprint(problem) != header["fingerprint"]:
         raise InputError(f"{path} was written by another version of optprune: save it again")
     return problem

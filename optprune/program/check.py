@@ -33,8 +33,8 @@ def check(program: Program) -> tuple[str, ...]:
     decoder, method = program.decoder, program.method
     if not any(shape.kv_heads for shape in decoder.shapes()):
         raise InputError(
-            f"no block of this {decoder.architecture.model_type} model has attention, by which transformers counts the "
-            "tokens in a cache: give a model with some"
+            f"no block of this {decoder.architecture.model_type} model has attention, which transformers needs to "
+            "count the tokens of a cache: give a model with at least one such block"
         )
     part_of = decoder.architecture.part_of
     if part_of and program.request.recipe.vocabulary is not None:
@@ -115,7 +115,7 @@ def _check_alike(program: Program) -> None:
     if fitted != recipe:
         raise InputError(
             f"blocks of a {decoder.architecture.model_type} model stay alike {alike.partition(',')[0]}, and the recipe "
-            f"{recipe.name} lets them differ: --target transformers, or --allocation uniform"
+            f"{recipe.name} lets them differ: give --target transformers or --allocation uniform"
         )
 
 

@@ -77,8 +77,8 @@ class Runtime:
         notes, allocation = list[str](), allocation or recipe.given
         if isinstance(recipe.allocation, DepthSearch) and decoder.architecture.model_type in self.ordered:
             raise InputError(
-                f"the target {self.name} does not take fewer blocks of models of the kind "
-                f"{decoder.architecture.model_type}, in which it goes by their numbers what a block sees"
+                f"the target {self.name} sets the attention of a {decoder.architecture.model_type} block by the "
+                "block's number, so no block can be removed: prune units mlp or weights, or choose another target"
             )
         if allocation is None and not self._may_differ(decoder):
             recipe = self._alike(recipe, notes)

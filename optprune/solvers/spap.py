@@ -206,8 +206,8 @@ class Spap(Solver[StructuredProblem, SpapState]):
         check_options(self, may_be_zero=("depth", "walk", "tolerance"))
         if not (self.first <= self.last and (self.growth > 1 or self.first == self.last)):
             raise InputError(
-                f"the penalty of {self.label} grows from first to last by growth, which is above 1: not from "
-                f"{self.first:g} to {self.last:g} by {self.growth:g}"
+                f"the penalty of {self.label} cannot grow from {self.first:g} to {self.last:g} by {self.growth:g}: "
+                "give a last that is not below first, and a growth above 1"
             )
 
     def work(self, outputs: int, inputs: int, *, coupled: bool = False) -> Work:

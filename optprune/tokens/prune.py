@@ -132,8 +132,8 @@ def _windows(read: Sequence[tuple[Tensor, float]], count: int, length: int, seed
             found.append(drawn_windows(ids, samples, length, seed))
     if sum(map(len, found)) < 2:
         raise InputError(
-            f"the text is too short to refit the rows of the vocabulary, for which two windows of {length} tokens are "
-            "the least: give a longer text, or set vocabulary.tokens to 0"
+            f"the text is too short to refit the rows of the vocabulary, which takes at least two windows of {length} "
+            "tokens: give a longer text, or set vocabulary.tokens to 0"
         )
     windows = torch.cat(found)
     return windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))]

@@ -38,4 +38,4 @@ def test_the_runtime_gguf_refuses_fewer_blocks_before_any_weight_is_read(attempt
     mixture = Attempt(save_tiny(ALL_MODELS["gpt_oss"](), tmp_path / "m"), attempt.text, tmp_path, attempt.capsys)
     depth = ("--recipe", "depth", "--set", "allocation.parts=layers")
     sentence = mixture.fails(mixture.command(*depth, "--target", "gguf"))
-    assert "the target gguf does not take fewer blocks of models of the kind gpt_oss" in sentence
+    assert "the target gguf sets the attention of a gpt_oss block by the block" in sentence

@@ -237,7 +237,7 @@ def test_shapes_that_it_has_no_words_for(
 
 def test_a_target_is_refused_what_the_export_would_refuse() -> None:
     runtime, recipe = RUNTIMES["gguf"], load_recipe("depth", {"allocation.parts": "layers"})
-    with pytest.raises(InputError, match="does not take fewer blocks of models of the kind smollm3"):
+    with pytest.raises(InputError, match="sets the attention of a smollm3 block by the block"):
         runtime.fitted(recipe, Decoder(made("smollm3")))
     runtime.fitted(recipe, Decoder(made("qwen3")))
     runtime.fitted(recipe, Decoder(tiny_llama()))

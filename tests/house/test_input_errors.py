@@ -39,7 +39,7 @@ def nested(chain: Solver, _: int) -> Chain:
         (lambda: Fista(-1.0), "tolerance of Fista must be between"),
         (lambda: Random(-1), "seed of Random must be between"),
         (lambda: FistaPath(ratio=0.5), "ratio of FistaPath must be more than 1"),
-        (lambda: Spap(first=10.0, last=1.0), "grows from first to last"),
+        (lambda: Spap(first=10.0, last=1.0), "cannot grow from 10 to 1"),
         (lambda: reduce(nested, range(20), Magnitude()), "a chain of chains is more than"),
         (lambda: L1(-1), "the strength of an l1 penalty"),
         (lambda: reference_optimum(channels(0, "mixed", units=16, keep=8)), "too many to list"),

@@ -122,7 +122,7 @@ def test_whole_numbers_around_the_language_part_are_no_matter(tmp_path: Path) ->
 
 def test_a_draft_describes_no_vision_language_model(tmp_path: Path) -> None:
     folder = save_vision(tiny_vision("llava"), tmp_path / "model")
-    with pytest.raises(InputError, match="which no draft describes"):
+    with pytest.raises(InputError, match="whose folder is known: leave out --architecture"):
         load_config(folder, trace(tiny_llama().config))
 
 
