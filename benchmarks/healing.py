@@ -17,6 +17,8 @@ that was stopped, are in the folder of `--work`, from which it goes on.
 
 import argparse
 import json
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from benchmarks.common import RESULTS, TEXTS, evaluation_texts, machine, markdown, tokenizer_of
 from optprune import load_recipe, prune
 from optprune.calibration import hold_out
+from optprune.calibration.generated import mixed
 from optprune.export import save_model
 from optprune.healing import HealingFolder, HealingSettings, generated_windows, heal
 from optprune.healing.settings import LEARNING_RATE
@@ -41,9 +44,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "sparse_best 2:4": ("sparse_best", {"sparsity": 0.5, "units.weights": "2:4"}),
     "sparse_best 50%": ("sparse_best", {"sparsity": 0.5}),
     "structured_best 20%": ("structured_best", {"sparsity": 0.2}),
+    "structured_best 30%, rotated": ("structured_best", {"sparsity": 0.3, "units": "rotated-all"}),
+    "structured_best 20%, rotated": ("structured_best", {"sparsity": 0.2, "units": "rotated-all"}),
 }
-KEY = ("model", "tokens", "learning rate", "batch", "seed", "evaluated", "text", "epochs", "generated")
-DEFAULTS = {"text": "other articles", "epochs": 1, "generated": 0}
+KEY = ("model", "tokens", "learning rate", "batch", "seed", "evaluated", "text", "epochs", "generated", "dtype")
+DEFAULTS = {"text": "other articles", "epochs": 1, "generated": 0, "dtype": "float32"}
 """of rows from before there were these fields"""
 
 
@@ -57,6 +62,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--generated", type=int, default=0, help="windows that the dense model writes itself")
     parser.add_argument("--learning-rate", type=float, default=LEARNING_RATE)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the products")
     parser.add_argument("--seq-length", type=int, default=512)
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--held-out", type=int, default=16, help="windows that decide what is kept")
@@ -85,7 +91,7 @@ def run(options: argparse.Namespace) -> None:
         model = model if options.blocks is None else f"{model}, {options.blocks} blocks"
         evaluated = options.windows * options.seq_length
         tokens = options.samples * options.seq_length if options.own_text else options.tokens
-        told = "its own" if options.own_text else DEFAULTS["text"], options.epochs, options.generated
+        told = "its own" if options.own_text else DEFAULTS["text"], options.epochs, options.generated, options.dtype
         values = model, tokens, options.learning_rate, options.batch_size, options.seed, evaluated, *told
         key = dict(zip(KEY, values, strict=True))
         if (options.only and not {recipe, name} & set(options.only)) or any(
@@ -171,18 +177,19 @@ def healed(
     before = score(student, windows)
     kept = zeros(student)
     kind = f"own-{options.epochs}" if options.own_text else f"{options.tokens}-{options.epochs}"
-    run_name = f"{kind}-{options.generated}-{options.learning_rate}-{options.batch_size}-{options.seed}.run"
-    folder = HealingFolder(place / run_name, resume=True)
+    sizes = f"{options.generated}-{options.learning_rate}-{options.batch_size}-{options.seed}-{options.dtype}"
+    folder = HealingFolder(place / f"{kind}-{sizes}.run", resume=True)
+    batches, writing = written(dense, text.batches, kind, options)
     report = heal(
         student.model,
         dense.model,
-        text.batches,
+        batches,
         held_out=text.held_out,
         settings=HealingSettings(
             learning_rate=options.learning_rate,
             seed=options.seed,
             epochs=options.epochs,
-            generated=options.generated,
+            dtype=options.dtype,
         ),
         folder=folder,
         on_event=tell,
@@ -205,8 +212,26 @@ def healed(
         "divergence, healed": report.after.divergence,
         "zeros and widths the same": same,
         "steps": f"{report.after.step} of {report.steps_planned}",
-        "seconds": report.seconds,
+        "seconds": report.seconds + writing,
     }
+
+
+def written(
+    dense: LoadedModel, batches: Sequence[Tensor], kind: str, options: argparse.Namespace
+) -> tuple[Sequence[Tensor], float]:
+    """The batches with windows that the dense model writes, which rows share as a file, and the seconds of writing."""
+    if not options.generated:
+        return batches, 0.0
+    name = f"{kind}-{options.generated}-{options.samples}-{options.seq_length}-{options.seed}.json"
+    file = options.work / f"written-{Path(options.model).name}-{name}"
+    if not file.exists():
+        began = time.perf_counter()
+        windows = generated_windows(dense.model, batches, options.generated, seed=options.seed)
+        data = {"seconds": time.perf_counter() - began, "windows": windows.tolist()}
+        options.work.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(data), encoding="utf-8")
+    data = json.loads(file.read_text(encoding="utf-8"))
+    return mixed(batches, torch.tensor(data["windows"]), options.seed), data["seconds"]
 
 
 def zeros(loaded: LoadedModel) -> dict[str, Tensor]:
