@@ -30,11 +30,13 @@ BITS = ("none", "q4_0", "q5_0", "q8_0", "w4a16", "w4a16_shifted")
 RUNTIMES = ("transformers", "vllm", "gguf", "onnx")
 STATES = ("auto", "device", "host", "disk")
 SEQUENCES = ("packed", "whole")
+EFFORTS = ("quick", "standard", "best")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 MULTIPLES = "32, and 64 for MLPs of 4096 units or more; 8 or 16 in small heads and MLPs"
 """the default multiples of widths"""
 CHOICES: Mapping[str, Sequence[str]] = {
     "units": UNITS,
+    "effort": EFFORTS,
     "bits": BITS,
     "propagation": POLICIES,
     "target": RUNTIMES,

@@ -25,6 +25,7 @@ def prune_model(
     *,
     calibration: str,
     output: str | Path,
+    effort: str = "standard",
     sparsity: float | None = None,
     fields: Mapping[str, Any] | None = None,
     samples: int = 128,
@@ -52,7 +53,14 @@ def prune_model(
     OptpruneError, and the output folder then does not exist. Processes of torchrun share the run as those of the
     command do; all but the first return None.
     """
-    given = {"recipe": recipe, "model": str(model), "samples": samples, "seq_length": seq_length, "sparsity": sparsity}
+    given = {
+        "recipe": recipe,
+        "effort": effort,
+        "model": str(model),
+        "samples": samples,
+        "seq_length": seq_length,
+        "sparsity": sparsity,
+    }
     given |= {"sequences": sequences, "generated": generated, "device": device, "dtype": dtype, "target": target}
     given |= {"save_dtype": save_dtype, "workers": workers, "max_shard_size": max_shard_size, "states": "auto"}
     options = Options.of(NOT_GIVEN | given)

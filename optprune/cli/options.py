@@ -19,7 +19,12 @@ Overwrite = Annotated[
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue the unfinished run of this output, if there is one.")]
 Restart = Annotated[
-    bool, typer.Option("--restart", help="Delete the unfinished run of this output, if there is one, and start again.")
+    bool,
+    typer.Option(
+        "--restart",
+        help="Delete the unfinished run of this output, if there is one, and start again.",
+        rich_help_panel=ADVANCED,
+    ),
 ]
 
 # The options of prune, most of which plan takes too.
@@ -34,6 +39,14 @@ Calibration = Annotated[
     ),
 ]
 RecipeName = Annotated[str, typer.Option("--recipe", help="A recipe's name (see optprune recipes), or a .yaml file.")]
+Effort = Annotated[
+    str,
+    typer.Option(
+        "--effort",
+        help=f"How long the recipe may take: {either(choices.EFFORTS)}; quick and best are for structured_best and "
+        "sparse_best.",
+    ),
+]
 Sparsity = Annotated[
     float | None,
     typer.Option(

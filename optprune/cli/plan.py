@@ -13,6 +13,7 @@ from optprune.cli.options import (
     Bits,
     Device,
     Dtype,
+    Effort,
     ExpertsKept,
     Generated,
     JsonFile,
@@ -68,6 +69,7 @@ def plan_command(
         Path | None, typer.Option("--output", metavar="DIR", help="The folder that the run will write.")
     ] = None,
     recipe: RecipeName = "fasp",
+    effort: Effort = "standard",
     sparsity: Sparsity = None,
     experts: ExpertsKept = None,
     samples: Samples = 128,

@@ -10,6 +10,7 @@ from optprune.cli.options import (
     Calibration,
     Device,
     Dtype,
+    Effort,
     Model,
     Pattern,
     RecipeName,
@@ -35,6 +36,7 @@ def problems_command(
         str, typer.Option("--layers", metavar="GLOB", help="Full names of the layers, such as '*.3.*.down_proj'.")
     ] = "*",
     recipe: RecipeName = "fasp",
+    effort: Effort = "standard",
     sparsity: Sparsity = None,
     samples: Samples = 128,
     seq_length: SeqLength = 2048,

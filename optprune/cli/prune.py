@@ -16,6 +16,7 @@ from optprune.cli.options import (
     Calibration,
     Device,
     Dtype,
+    Effort,
     ExpertsKept,
     Generated,
     JsonFile,
@@ -66,6 +67,7 @@ def prune_command(
     calibration: Calibration,
     output: Annotated[Path, typer.Option("--output", metavar="DIR", help="The folder to write.")],
     recipe: RecipeName = "fasp",
+    effort: Effort = "standard",
     sparsity: Sparsity = None,
     experts: ExpertsKept = None,
     to: Annotated[

@@ -54,13 +54,15 @@ class Options:
     """the runtime that the model is for"""
     architecture: Path | None = None
     """the draft of the model's architecture"""
+    effort: str = "standard"
+    """how much time the recipe takes"""
     experts: int | None = None
     """the experts that each block keeps; an average where one budget is divided over the blocks"""
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any]) -> "Options":
         """Return the options among a command's arguments; InputError, without heavy imports, for an unknown name."""
-        names = ("units", "bits", "propagation", "target", "states", "dtype", "save_dtype")
+        names = ("units", "bits", "propagation", "target", "states", "dtype", "save_dtype", "effort")
         named = {name: arguments[name] for name in names}
         check_choices(arguments["recipe"], sequences=arguments["sequences"], **named)
         if arguments["bits"] not in (None, "none") and arguments["save_dtype"] != "auto":
@@ -86,7 +88,7 @@ class Options:
         self.runtime()
         fields = dict(self.fields) | {"allocation": self.allocation if self.allocation_file is None else self._given()}
         given = overrides({key: value for key, value in fields.items() if value is not None}, self.settings)
-        recipe = load_recipe(self.recipe, given)
+        recipe = load_recipe(self.recipe, given, effort=self.effort)
         if self.generated and recipe.vocabulary is not None:
             raise InputError("--generated gives text in tokens that --vocabulary removes: leave out one of them")
         if self.allocation_file is not None and "sparsity" in given and recipe.only_share is None:

@@ -55,7 +55,7 @@ from optprune.solvers.ridge import last_refit
 from optprune.system.display import Displayed, SummaryTable
 from optprune.system.files import read_yaml
 from optprune.system.interrupts import interrupts_held
-from optprune.system.wording import one_line, shown, suggestion
+from optprune.system.wording import either, one_line, shown, suggestion
 
 
 class Recipe(Displayed, BaseModel):
@@ -305,6 +305,9 @@ class Recipe(Displayed, BaseModel):
 
 SHIPPED = resources.files("optprune.recipe") / "shipped"
 """the folder of the recipes that come with optprune"""
+STANDARD = "standard"
+EFFORTS = ("quick", STANDARD, "best")
+"""the efforts with which a recipe can run; standard is the recipe as it is written"""
 DESCRIBED = ("objective", "solver", "units", "propagation", "allocation", "metric", "refit")
 """fields whose values a summary may describe"""
 
@@ -314,8 +317,12 @@ def recipe_names() -> list[str]:
     return sorted(file.name.removesuffix(".yaml") for file in SHIPPED.iterdir() if file.name.endswith(".yaml"))
 
 
-def load_recipe(name_or_path: str, overrides: Mapping[str, Any] | None = None) -> Recipe:
-    """Return a recipe by its name or from a YAML file, with some fields replaced."""
+def load_recipe(name_or_path: str, overrides: Mapping[str, Any] | None = None, *, effort: str = STANDARD) -> Recipe:
+    """Return a recipe by its name or from a YAML file, with some fields replaced.
+
+    `effort` is one of `EFFORTS`. A file may list the fields that the efforts "quick" and "best" change under `efforts`;
+    the overrides come after these.
+    """
     names = recipe_names()
     if name_or_path not in names and Path(name_or_path).suffix not in (".yaml", ".yml"):
         raise InputError(
@@ -330,8 +337,29 @@ def load_recipe(name_or_path: str, overrides: Mapping[str, Any] | None = None) -
     fields = read_yaml(text, f"the recipe file {name_or_path}")
     if not isinstance(fields, dict):
         raise InputError(f"the recipe file {name_or_path} must hold fields and values, such as 'sparsity: 0.2'")
-    recipe = Recipe(fields, overrides or {})
+    efforts = fields.pop("efforts", {})
+    recipe = Recipe(fields, _of_effort(efforts, effort, name_or_path), overrides or {})
     return recipe if "summary" in (overrides or {}) else _with_changes_in_summary(recipe, fields)
+
+
+def _of_effort(efforts: Any, effort: str, name_or_path: str) -> Mapping[Any, Any]:
+    """Return the fields that an effort changes; InputError where the recipe does not have it."""
+    changeable = [name for name in EFFORTS if name != STANDARD]
+    if not isinstance(efforts, dict) or any(
+        name not in changeable or not isinstance(changed, dict) for name, changed in efforts.items()
+    ):
+        raise InputError(
+            f"the efforts of the recipe {name_or_path} are not fields of {either(changeable)}: write efforts such as "
+            "'{quick: {metric: none}}'"
+        )
+    if effort not in EFFORTS:
+        raise InputError(f"the effort {shown(effort)} is not known{suggestion(effort, EFFORTS)}: use {either(EFFORTS)}")
+    if effort != STANDARD and effort not in efforts:
+        raise InputError(
+            f"the recipe {name_or_path} has no effort {effort}: leave the effort out, or choose structured_best or "
+            "sparse_best"
+        )
+    return efforts.get(effort, {})
 
 
 def _with_changes_in_summary(recipe: Recipe, fields: Mapping[str, Any]) -> Recipe:

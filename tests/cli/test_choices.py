@@ -14,6 +14,7 @@ from optprune.pruning.run import STATES
 from optprune.recipe import load_recipe, recipe_names
 from optprune.recipe.groups import GROUPS
 from optprune.recipe.names import NONE
+from optprune.recipe.recipe import EFFORTS
 from optprune.system.wording import either
 from optprune.texts import SEQUENCES
 
@@ -21,6 +22,7 @@ from optprune.texts import SEQUENCES
 def test_the_copies_are_the_tables() -> None:
     assert tuple(recipe_names()) == choices.RECIPES
     assert tuple(UNITS) == choices.UNITS
+    assert EFFORTS == choices.EFFORTS
     assert (*POLICIES, "auto") == choices.POLICIES
     assert tuple(RUNTIMES) == choices.RUNTIMES
     assert tuple(STATES) == choices.STATES
