@@ -6,8 +6,11 @@ from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any
 
+import yaml
+
 from optprune import Recipe, load_recipe
 from optprune.recipe.names import NONE
+from optprune.recipe.recipe import SHIPPED
 
 Settings = dict[str, Any]
 Case = tuple[str, Settings]
@@ -42,6 +45,11 @@ MULTIPLE = 8
 """of widths in all studies: the rows of the tables were made with it"""
 WIDEST = 4096
 """no layer of the models here has as many outputs"""
+
+
+def efforts_of(recipe: str) -> dict[str, Settings]:
+    """What the efforts of a shipped recipe change."""
+    return yaml.safe_load((SHIPPED / f"{recipe}.yaml").read_text(encoding="utf-8"))["efforts"]
 
 
 def structured(recipe: str, sparsity: float) -> tuple[str, Settings]:
@@ -107,6 +115,11 @@ STUDIES: dict[str, list[tuple[str, Settings]]] = {
         for sparsity, least in ((0.3, 0.45), (0.2, 0.45), (0.3, 0.0))
         for units in ("all", "all-heads")
     ],
+    "efforts": [
+        (recipe, settings | changed)
+        for recipe, settings in (("structured_best", {"sparsity": 0.2}), ("sparse_best", HALF), ("sparse_best", PAIRS))
+        for changed in ({}, *efforts_of(recipe).values())
+    ],
     "families": [
         *(structured(recipe, 0.2) for recipe in ("fasp", "spap")),
         ("structured_best", {"sparsity": 0.2}),
@@ -148,6 +161,7 @@ NAMES = {
     "structured": "Whole units",
     "rotated": "Value dimensions that are removed as coordinates, and as directions",
     "heads": "KV heads beside value dimensions in one budget, and sub-blocks that may go whole",
+    "efforts": "Recipes with less and with more effort",
     "families": "Models of several families side by side",
     "recovery": "Recovery of the pruned sub-modules",
     "ablation": "What the output metric, the global budget and probes do for whole units",
