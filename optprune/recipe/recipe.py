@@ -320,8 +320,8 @@ def recipe_names() -> list[str]:
 def load_recipe(name_or_path: str, overrides: Mapping[str, Any] | None = None, *, effort: str = STANDARD) -> Recipe:
     """Return a recipe by its name or from a YAML file, with some fields replaced.
 
-    `effort` is one of `EFFORTS`. A file may list the fields that the efforts "quick" and "best" change under `efforts`;
-    the overrides come after these.
+    `effort` is "quick", "standard" or "best". A file lists under `efforts` which fields quick and best change; the
+    overrides come after these. InputError where the recipe does not have the effort.
     """
     names = recipe_names()
     if name_or_path not in names and Path(name_or_path).suffix not in (".yaml", ".yml"):
