@@ -29,7 +29,7 @@ PROMPTS = (
     "In the second half of the game",
     "Once upon a time there was",
 )
-WINDOWS, LENGTH, CONTINUED = 4, 400, 24
+WINDOWS, LENGTH, CONTINUED = 8, 400, 24
 WITHIN = math.log(1.01)
 """the difference in nats a token that is a percent of the perplexity"""
 TELLING = 3.0
@@ -53,6 +53,7 @@ def test_llama_cpp_says_what_transformers_says(recipe: str, pruned_demo: PrunedD
         other = LlamaCpp(export(folder, tmp_path / f"{kind}.gguf", GgufFile(kind=kind)).path, WINDOWS)
         differences = (other.log_likelihoods(windows) - expected).flatten()
         mean, noise = float(differences.mean()), float(differences.std())
+        print(recipe, kind, f"{math.exp(mean):.6f} ± {noise / math.sqrt(differences.numel()):.6f}")  # shown by -s
         assert TELLING * noise / math.sqrt(differences.numel()) <= WITHIN, "the tokens are too few"
         assert abs(mean) <= WITHIN, kind
         for prompt in PROMPTS:
