@@ -247,7 +247,7 @@ RUNTIMES = {
             families=tuple(
                 name
                 for name, one in ARCHITECTURES.items()
-                if (name not in ("opt", *RECURRENT) and one.latent is None) or name == "lfm2"
+                if (name not in ("opt", *RECURRENT) and one.latent is None) or name in ("lfm2", "nemotron_h")
             ),
             rotary=("default", "linear", "llama3"),
             further={"gpt_oss": ("yarn",), "ministral3": ("yarn",)},
@@ -257,7 +257,7 @@ RUNTIMES = {
             # Where it takes heads and hidden size to be what the file says, each for itself.
             fewer_heads=(
                 *("gemma2", "gemma3_text", "glm4_moe", "gpt_oss", "granite", "llama", "ministral3", "mistral"),
-                *("mixtral", "qwen3", "qwen3_moe", "seed_oss", "smollm3"),
+                *("mixtral", "nemotron_h", "qwen3", "qwen3_moe", "seed_oss", "smollm3"),
             ),
             # The numbers that share a scale in q8_0.
             multiple=32,
