@@ -54,7 +54,7 @@ INEXACT = {
 """the families that cannot be rotated, each with the reason"""
 EXACT = (
     *("falcon_h1", "glm4_moe", "gpt_oss", "granite", "granitemoehybrid", "lfm2", "llama", "ministral3", "mistral"),
-    *("mixtral", "olmoe"),
+    *("mixtral", "nemotron_h", "olmoe"),
     *("phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "smollm3"),
 )
 """the families with an RMS norm before each sub-block and before the head, and no other norm of the stream"""

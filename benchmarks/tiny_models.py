@@ -57,6 +57,12 @@ DELTA_NET = {
 }
 MIXERS = ["linear_attention", "full_attention"] * 4
 """of as many blocks as a model has"""
+SINGLE = {
+    "nemotron_h": [
+        *("linear_attention", "mlp", "full_attention", "moe", "linear_attention", "moe", "full_attention", "moe")
+    ]
+}
+"""the sub-blocks of families whose blocks have one each: two such blocks stand for one of another family"""
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 16}
 LATENT: dict[str, Any] = {
     **{"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48},
@@ -106,6 +112,11 @@ OTHER_FAMILIES: dict[str, dict[str, Any]] = {
     },
     "mistral": {"sliding_window": 8},
     "mixtral": {**EXPERTS, "num_local_experts": 4, "sliding_window": 8},
+    "nemotron_h": {
+        **{"layer_types": SINGLE["nemotron_h"], "head_dim": 24, "mamba_num_heads": 4, "mamba_head_dim": 24},
+        **{"n_groups": 2, "ssm_state_size": 16, "chunk_size": 16, "n_routed_experts": 4, "moe_intermediate_size": 48},
+        **{"moe_shared_expert_intermediate_size": 40, "routed_scaling_factor": 1.5},
+    },
     "olmo2": {},
     "olmoe": {**EXPERTS, "norm_topk_prob": False},
     "phi3": {"sliding_window": 8, "rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
@@ -135,7 +146,8 @@ def tiny(family: str, seed: int = 0, **config: Any) -> PreTrainedModel:
     shape = {**SHAPE, "num_key_value_heads": 2, "intermediate_size": 128, **NO_TOKENS}
     fields = {**shape, **OTHER_FAMILIES[family], **config}
     if fields.get("layer_types"):
-        fields["layer_types"] = fields["layer_types"][: fields["num_hidden_layers"]]
+        each = 2 if family in SINGLE else 1
+        fields["layer_types"] = fields["layer_types"][: each * fields["num_hidden_layers"]]
     return randomise(AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **fields)), seed)
 
 

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from optprune.calibration.partial_sums import Share
 from optprune.calibration.stream import SLOW, TOKENS_PER_BATCH, Stream, run_block, stream_bytes
 from optprune.models import Decoder
-from optprune.models.architecture import GATED
 from optprune.models.mixture import SeparateExperts, experts_in
 from optprune.models.places import States
 from optprune.numerics.tensors import first_output
@@ -197,13 +196,14 @@ def expert_choice_work(decoder: Decoder, index: int, tokens: int) -> Work:
 
     Its memory is that of the calls, of all experts' outputs for a batch, and of the products.
     """
-    shape, hidden = decoder.shape(index), decoder.model.config.hidden_size
+    mixture, shape, hidden = decoder.architecture.mixture, decoder.shape(index), decoder.model.config.hidden_size
+    assert mixture is not None
     count = shape.experts
     held = min(tokens, MOST_PRODUCTS // max(count, 1) ** 2)
     outputs = 4 * min(held, TOKENS_PER_BATCH) * count * hidden
     # The products once more in float64, for the errors.
     memory = 2 * stream_bytes(decoder, tokens) + outputs + held * count**2 * (4 + 8)
-    answers = SLOW * product(held, hidden, len(GATED) * shape.mlp_width * count)
+    answers = SLOW * product(held, hidden, len(mixture.layout.layers) * shape.mlp_width * count)
     return Work(answers + product(held * count, hidden, count), memory)
 
 

@@ -119,7 +119,7 @@ def first_inputs(decoder: Decoder, batches: Sequence[Tensor], partial_sums: Part
         raise InputError("there are no calibration batches: give at least one tensor of token ids [batch, length]")
     share = Share() if partial_sums is None else partial_sums.share(len(batches))
     stream, count = Stream(States(decoder.states), [], share=share), len(decoder.blocks)
-    kinds = decoder.model.config.to_dict().get("layer_types") or []
+    kinds = getattr(decoder.model.config, "layer_types", None) or []
     alike = len(set(kinds[:count])) < 2
     shared: dict[torch.Size, list[dict[str, Any]]] = {}
     caught: list[tuple[Tensor, dict[str, Any]]] = []

@@ -5,7 +5,7 @@ a config may set; tests compare every family with transformers.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, ExpertGatingFuncType, GGUFWriter, RopeScalingType
@@ -16,7 +16,7 @@ from optprune.program import RUNTIMES
 
 TANH = ("gelu_pytorch_tanh", "gelu_new", "gelu_fast")
 """names of GELU with the tanh approximation"""
-ACTIVATION = ("hidden_act", "hidden_activation", "activation_function")
+ACTIVATION = ("hidden_act", "hidden_activation", "activation_function", "mlp_hidden_act")
 """the config fields that name the activation of an MLP"""
 SLIDING = "sliding_attention"
 LARGEST = {"gemma2": 46, "gemma3": 62}
@@ -36,6 +36,12 @@ class Family:
     """Family of models, as llama.cpp reads it."""
 
     known_as: MODEL_ARCH
+    with_experts: MODEL_ARCH | None = None
+    """the family of models with experts, where it is another"""
+    spelled: Callable[[str], str] = lambda name: name
+    """function that returns the name of a tensor in gguf's table of names"""
+    single: bool = False
+    """whether a block has one sub-block; the widths of MLPs are a list, and may differ"""
     neighbours: bool = False
     """whether rotary embeddings rotate neighbouring dimensions of a head; transformers rotates halves"""
     activation: tuple[str, ...] = ("silu",)
@@ -75,7 +81,8 @@ class Family:
         if activation not in self.activation:
             return f"an MLP with the activation {activation}"
         mixture = decoder.architecture.mixture
-        if mixture is not None and mixture.normalised(config) != self.scaled:
+        experts = any(shape.experts for shape in decoder.shapes())
+        if mixture is not None and experts and mixture.normalised(config) != self.scaled:
             return f"routers with norm_topk_prob {not self.scaled}"
         biased = [name for name, _ in decoder.model.named_parameters() if name.endswith("proj.bias")]
         if biased and not self.biases:
@@ -150,6 +157,41 @@ def _lfm2(config: Any, writer: GGUFWriter) -> None:
 def _lfm2_unsupported(config: Any) -> Iterator[str]:
     if "conv" not in config.layer_types:
         yield "an LFM2 without short convolutions"
+
+
+def _nemotron_h(config: Any, writer: GGUFWriter) -> None:
+    _layer_norms(config, writer)  # which it asks for
+    writer.add_layer_norm_rms_eps(float(config.layer_norm_epsilon))
+    writer.add_ssm_conv_kernel(int(config.conv_kernel))
+    writer.add_ssm_inner_size(int(config.mamba_num_heads * config.mamba_head_dim))
+    writer.add_ssm_state_size(int(config.ssm_state_size))
+    writer.add_ssm_time_step_rank(int(config.mamba_num_heads))
+    writer.add_ssm_group_count(int(config.n_groups))
+    if "moe" in config.layer_types:
+        writer.add_expert_shared_count(1)
+        writer.add_expert_weights_norm(bool(config.norm_topk_prob))
+        writer.add_expert_weights_scale(float(config.routed_scaling_factor))
+
+
+def _nemotron_h_names(name: str) -> str:
+    """Return the name that gguf's table has: the experts are those of a model of another class."""
+    if ".experts." in name:
+        return name.replace(".mixer.", ".mlp.")
+    return name.replace("model.", "backbone.", 1).replace(".dt_bias", ".dt.bias")
+
+
+def _nemotron_h_unsupported(config: Any) -> Iterator[str]:
+    kinds = set(config.layer_types)
+    if "linear_attention" not in kinds:
+        yield "a Nemotron-H without Mamba 2"
+    if {"moe", "mlp"} <= kinds:
+        yield "a Nemotron-H with experts in some blocks and an MLP in others"
+    if not config.use_conv_bias:
+        yield "a Mamba 2 whose convolution has no bias"
+    if config.mamba_hidden_act != "silu":
+        yield f"a Mamba 2 with the activation {config.mamba_hidden_act}"
+    if config.n_group > 1 and "moe" in kinds:
+        yield f"{config.n_group} groups of experts in a Nemotron-H"
 
 
 def _smollm3_unsupported(config: Any) -> Iterator[str]:
@@ -302,6 +344,16 @@ FAMILIES: dict[str, Family] = {
     ),
     "mistral": Family(MODEL_ARCH.LLAMA, neighbours=True),
     "mixtral": Family(MODEL_ARCH.LLAMA, neighbours=True, scaled=True),
+    "nemotron_h": Family(
+        MODEL_ARCH.NEMOTRON_H,
+        with_experts=MODEL_ARCH.NEMOTRON_H_MOE,
+        spelled=_nemotron_h_names,
+        single=True,
+        activation=("relu2",),
+        describe=_nemotron_h,
+        unsupported=_nemotron_h_unsupported,
+        scaled=True,
+    ),
     "olmo2": Family(MODEL_ARCH.OLMO2, tied=False),
     "olmoe": Family(MODEL_ARCH.OLMOE, tied=False, unsupported=_olmoe_unsupported, scaled=False),
     "phi3": Family(MODEL_ARCH.PHI3),
@@ -323,6 +375,8 @@ def family_of(decoder: Decoder) -> Family:
     family = FAMILIES.get(model_type)
     if family is None:
         raise InputError(f"{model_type} models cannot be exported to GGUF: export one of {', '.join(FAMILIES)}")
+    if family.with_experts is not None and any(shape.experts for shape in decoder.shapes()):
+        family = replace(family, known_as=family.with_experts)
     wrong = _refused_shapes(decoder, family) or family.refusal(decoder)
     if wrong is not None and model_type in LLAMA_CPP.uneven:
         family, wrong = UNEVEN, UNEVEN.refusal(decoder)
@@ -334,11 +388,13 @@ def family_of(decoder: Decoder) -> Family:
 def _refused_shapes(decoder: Decoder, family: Family) -> str | None:
     """Return the first property of a model's shapes that a family with equal blocks does not support, or None."""
     shapes, heads, hidden = decoder.shapes(), decoder.heads, decoder.model.config.hidden_size
-    kinds = {(shape.mlp_width, shape.experts) for shape in shapes}
+    kinds = {(shape.mlp_width, shape.experts) for shape in shapes if shape.mlp_width or not family.single}
     # Blocks of several kinds are alike where those of each kind are.
     heads_left = {shape.kv_heads for shape in shapes if shape.kv_heads}
     alike = len(heads_left) == 1 and len({experts > 0 for _, experts in kinds}) == len(kinds)
-    if not alike or any(len(shape.parts) < 2 for shape in shapes):
+    if family.single:  # which has no lists of numbers and widths of experts
+        alike = len(heads_left) == 1 and len({each for each in kinds if each[1]}) < 2
+    if not alike or (not family.single and any(len(shape.parts) < 2 for shape in shapes)):
         return f"blocks of a {family.name} model that differ in shape"
     mixture = decoder.architecture.mixture
     if mixture is not None and not all(

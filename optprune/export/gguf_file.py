@@ -168,11 +168,12 @@ class _Content:
         writer.add_context_length(config.max_position_embeddings)
         writer.add_embedding_length(config.hidden_size)
         writer.add_block_count(len(shapes))
-        widths = [self.tensors.width(shape.mlp_width or IDLE_WIDTH) for shape in shapes]
+        idle = 0 if self.family.single else IDLE_WIDTH
+        widths = [self.tensors.width(shape.mlp_width or idle) for shape in shapes]
         kv = [shape.kv_heads for shape in shapes]
         queries = [count * heads.group for count in kv]
         alike = self.family is not UNEVEN
-        writer.add_feed_forward_length(widths[0] if alike else widths)
+        writer.add_feed_forward_length(widths[0] if alike and not self.family.single else widths)
         writer.add_head_count(max(queries) if alike else queries)
         # A zero stands for a block with a recurrent mixer.
         writer.add_head_count_kv(kv[0] if alike and all(kv) else kv)
@@ -188,7 +189,7 @@ class _Content:
             writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
             writer.add_rope_scaling_factor(float(rotary["factor"]))
         mixture = self.decoder.architecture.mixture
-        if mixture is not None:
+        if mixture is not None and any(shape.experts for shape in shapes):
             writer.add_expert_count(max(shape.experts for shape in shapes))
             writer.add_expert_used_count(self.decoder.experts_for_a_token)
             own = zip(widths, shapes, strict=True)

@@ -130,7 +130,7 @@ class Tensors:
             name, stored = embeddings
             yield Target("output.weight", stored.shape, ((name, stored),))
         for index, own in enumerate(self.decoder.shapes()):
-            if not own.mlp_width:
+            if not own.mlp_width and not self.family.single:
                 yield from self._idle(index)
 
     def _stored(self) -> dict[str, InFiles]:
@@ -173,6 +173,7 @@ class Tensors:
         target = Target(known_as, stored.shape, ((name, stored),))
         if block is not None:
             target = self._of_mlp(path, self._of_heads(path, self.decoder.shape(block), target))
+            target = self._of_states(name, target)
         if len(target.shape) == 3:  # a convolution of each channel for itself
             target = replace(target, shape=(target.shape[0], target.shape[2]), rows=_channels)
         if len(target.shape) == 2 and target.shape[0] == 1:  # llama.cpp has a vector in place of a gate with one row
@@ -206,6 +207,16 @@ class Tensors:
         missing = self.width(width) - width
         rows = _with_rows(parts, missing) if missing else target.rows
         return replace(target, shape=(parts * (width + missing), *shape[1:]), rows=rows)
+
+    def _of_states(self, name: str, target: Target) -> Target:
+        """Return a tensor of a Mamba 2 in llama.cpp's layout: the decays themselves, and the norm by groups."""
+        mixer, own = self.decoder.architecture.recurrent, name.rpartition(".")[2]
+        if own in ("A_log", "D"):
+            return replace(target, shape=(*target.shape, 1), rows=_decays if own == "A_log" else _column)
+        if mixer is None or not name.endswith(f".{mixer.module}.norm.weight"):
+            return target
+        groups = int(self.decoder.model.config.n_groups)
+        return replace(target, shape=(groups, target.shape[0] // groups), rows=_in_groups(groups))
 
     def _of_heads(self, path: str, own: BlockShape, target: Target) -> Target:
         """Return a tensor with the rows or columns of heads in llama.cpp's layout."""
@@ -251,10 +262,22 @@ class Tensors:
             there = f"{name.removesuffix('_bias')}.bias"
         if name.endswith(tuple(f".{own}" for own in self.decoder.architecture.per_head)):
             there = f"{name}.weight"
-        known = self.names.get_name(there, try_suffixes=(".weight", ".bias"))
+        known = self.names.get_name(self.family.spelled(there), try_suffixes=(".weight", ".bias"))
         if known is None:
             raise InputError(f"llama.cpp does not support the tensor {name} of {self.checkpoint.source}")
         return known
+
+
+def _column(numbers: Tensor) -> Tensor:
+    return numbers[:, None]
+
+
+def _decays(logarithms: Tensor) -> Tensor:
+    return -logarithms.float().exp()[:, None]
+
+
+def _in_groups(groups: int) -> Arrangement:
+    return lambda gains: gains.unflatten(0, (groups, -1))
 
 
 def _channels(kernel: Tensor) -> Tensor:

@@ -78,7 +78,7 @@ ROLES = {
     "attn_output.weight": Role.ATTENTION_OUTPUT,
 }
 BLOCK = re.compile(r"blk\.(\d+)\.(.+)")
-EXACT = ("ffn_gate_inp.weight", "shortconv.conv.weight")
+EXACT = ("ffn_gate_inp.weight", "shortconv.conv.weight", "ssm_conv1d.weight", "ssm_norm.weight")
 """matrices that stay float32"""
 PLAIN = ("position_embd.weight", "token_types.weight")
 """matrices that are never quantised"""

@@ -198,6 +198,8 @@ class ExpertTensors:
     """whether checkpoints hold these tensors too, and not matrices of each expert"""
     width: str = "intermediate_dim"
     """the attribute of the stock module that holds the width of an expert"""
+    layers: tuple[str, ...] = GATED
+    """the layers of an expert; the last one makes its output, and those before it stand in one tensor"""
 
     def rows(self, count: int) -> tuple[range, range]:
         """Return the rows of the gate and of the layer beside it, among those of both."""
@@ -208,7 +210,7 @@ class ExpertTensors:
 
 @dataclass(frozen=True)
 class Mixture(MlpKind):
-    """A mixture of experts: gated MLPs of one shape, of which a router chooses some for each token.
+    """A mixture of experts: MLPs of one shape, of which a router chooses some for each token.
 
     While a `Decoder` holds the model each expert is a module of its own, named by its number as in checkpoints.
     """
@@ -224,7 +226,7 @@ class Mixture(MlpKind):
     chosen: str = "num_experts_per_tok"
     """the config field that holds the number of experts that each token goes to"""
     shared: str = ""
-    """the shared expert, a gated MLP that every token goes through; empty where there is none"""
+    """the shared expert, an MLP of their layers that every token goes through; empty where there is none"""
     shared_width: str = ""
     """the config field that holds its width"""
     shared_last: bool = False
@@ -250,8 +252,9 @@ class Mixture(MlpKind):
     """parts of tensor names in a block, each with its spelling in checkpoints where that differs"""
     layout: ExpertTensors = ExpertTensors()
     """how the stock class holds the experts of a block"""
-    gated: Callable[[Any, Tensor, Tensor], Tensor] = lambda experts, gate, up: experts.act_fn(gate) * up
-    """function of the stock module and of the outputs of an expert's first two layers that returns the hidden units"""
+    gated: Callable[..., Tensor] = lambda experts, gate, up: experts.act_fn(gate) * up
+    """function of the stock module and of the outputs of an expert's layers before the last that returns the hidden
+    units"""
     rows: tuple[str, ...] = ("weight",)
     """the router's parameters that have a row for each expert, without the correction"""
     quantised: tuple[str, ...] = ()
@@ -263,8 +266,8 @@ class Mixture(MlpKind):
         stages = []
         order = (every, (self.shared,)) if self.shared_last else ((self.shared,), every)
         for places in order if self.shared else (every,):
-            stages.append(tuple(f"{place}.{layer}" for place in places for layer in GATED[:2]))
-            stages.append(tuple(f"{place}.{GATED[2]}" for place in places))
+            stages.append(tuple(f"{place}.{layer}" for place in places for layer in self.layout.layers[:-1]))
+            stages.append(tuple(self.last_of(place) for place in places))
         return tuple(stages)
 
     def describes(self, shape: BlockShape) -> bool:
@@ -278,8 +281,12 @@ class Mixture(MlpKind):
         return self.mlps(path for path in layers if path.startswith(roots))
 
     def widths(self, config: PretrainedConfig, shape: BlockShape) -> dict[str, int]:
-        found = {f"{self.experts}.{number}.{GATED[2]}": shape.mlp_width for number in range(shape.experts)}
-        return found | ({f"{self.shared}.{GATED[2]}": self.width_of_shared(config)} if self.shared else {})
+        found = {self.last_of(f"{self.experts}.{number}"): shape.mlp_width for number in range(shape.experts)}
+        return found | ({self.last_of(self.shared): self.width_of_shared(config)} if self.shared else {})
+
+    def last_of(self, expert: str) -> str:
+        """Return the last layer of an expert."""
+        return f"{expert}.{self.layout.layers[-1]}"
 
     def width_of_shared(self, config: PretrainedConfig) -> int:
         """Return the width of the shared expert."""
@@ -296,8 +303,9 @@ class Mixture(MlpKind):
 
     def mlps(self, layers: Iterable[str]) -> dict[str, tuple[str, ...]]:
         """Return the last layer of every expert among these, each with the layers whose rows are its units."""
-        places = [path.removesuffix(f".{GATED[2]}") for path in layers if path.endswith(f".{GATED[2]}")]
-        return {f"{place}.{GATED[2]}": tuple(f"{place}.{layer}" for layer in GATED[:2]) for place in places}
+        *first, last = self.layout.layers
+        places = [path.removesuffix(f".{last}") for path in layers if path.endswith(f".{last}")]
+        return {self.last_of(place): tuple(f"{place}.{layer}" for layer in first) for place in places}
 
 
 @dataclass(frozen=True)
@@ -391,6 +399,8 @@ class Architecture:
     """the config fields that must have one value"""
     stored_names: Mapping[str, str] = field(default_factory=dict)
     """tensor names in the model, each with its name in checkpoints of the stock class where that differs"""
+    stored_root: str = ""
+    """the first word of the names of the base model's tensors in such checkpoints, where that differs"""
     older_names: Mapping[str, str] = field(default_factory=dict)
     """config fields (rope_theta among them), each with its name in transformers 4.x where that differs"""
     in_transformers_4: bool = True
@@ -458,16 +468,23 @@ class Architecture:
     def stored_as_it_is(self) -> bool:
         """Whether files of the stock class hold a block's tensors by the model's names, and in their layout there."""
         mixture = self.mixture
-        return not self.transposed and (mixture is None or not (mixture.stored or mixture.layout.in_files))
+        renamed = self.stored_root or (mixture is not None and mixture.stored)
+        return not (self.transposed or renamed or (mixture is not None and mixture.layout.in_files))
 
     def checkpoint_name(self, name: str) -> str:
         """Return the name of a tensor of the model in checkpoints of the stock class."""
-        return self.stored_names.get(name) or self._renamed(name, self._stored_parts)
+        found = self.stored_names.get(name) or self._renamed(name, self._stored_parts)
+        return _with_root(found, self._root, self.stored_root)
 
     def model_name(self, name: str) -> str:
         """Return the name in the model of a tensor of a checkpoint; a tensor that has no place there keeps its name."""
         names = {stored: own for own, stored in self.stored_names.items()}
+        name = _with_root(name, self.stored_root, self._root)
         return names.get(name) or self._renamed(name, {there: here for here, there in self._stored_parts.items()})
+
+    @property
+    def _root(self) -> str:
+        return self.blocks.partition(".")[0]
 
     @property
     def _stored_parts(self) -> Mapping[str, str]:
@@ -500,7 +517,7 @@ class Architecture:
     @property
     def mlp_consumers(self) -> tuple[str, ...]:
         """The layers whose columns a block's `mlp_width` counts: those of all MLPs but a shared expert."""
-        shared = "" if self.mixture is None else f"{self.mixture.shared}.{GATED[2]}"
+        shared = "" if self.mixture is None else self.mixture.last_of(self.mixture.shared)
         return tuple(path for path in self.mlps if path != shared)
 
     @property
@@ -519,6 +536,12 @@ class Architecture:
         """Return the modules that make up a sub-block, "attention", "recurrent" or "mlp"; none that there is not."""
         recurrent = () if self.recurrent is None else self.recurrent.parts
         return {"attention": self.attention_parts, "recurrent": recurrent, "mlp": self.mlp_parts}[part]
+
+    def marks_of(self, part: str) -> tuple[str, ...]:
+        """Return modules of which a block has one where it has a sub-block: other parts may have the same modules."""
+        recurrent = () if self.recurrent is None else (self.recurrent.output,)
+        mlp = (self.mlp_consumer, "" if self.mixture is None else self.mixture.experts)
+        return {"attention": (self.output,), "recurrent": recurrent, "mlp": tuple(filter(None, mlp))}[part]
 
     def mlps_alike(self, shapes: Sequence[BlockShape]) -> bool:
         """Return whether the MLPs of blocks of these shapes have one size, those of each kind for themselves."""
@@ -588,6 +611,11 @@ class Architecture:
         # A dense shape may have more experts than a config that was pruned.
         every = dict.fromkeys((*self.layers, *of_mlps))
         return {path: found.get(path, (0, hidden)) for path in every}
+
+
+def _with_root(name: str, before: str, after: str) -> str:
+    """Return a name with another first word, where it has that of `before`; unchanged where either is empty."""
+    return f"{after}{name.removeprefix(before)}" if before and after and name.startswith(f"{before}.") else name
 
 
 def rows_of_heads(joined: str, heads: Heads, shape: BlockShape, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:

@@ -171,6 +171,11 @@ class Decoder:
         """Return the linear layers that a block has, in the order of the forward pass."""
         return tuple(path for path in self.architecture.layers if self._has(block, path))
 
+    def recoverable(self, block: int) -> dict[str, tuple[str, ...]]:
+        """Return the sub-modules of a block whose output is affine in some of its layers, each with these."""
+        there = set(self.paths(block))
+        return {part: layers for part, layers in self.architecture.recoverable if there.issuperset(layers)}
+
     def linear_weights(self) -> int:
         """Return the number of weights in the decoder blocks' linear layers, which sparsity is counted over."""
         return sum(
@@ -229,7 +234,9 @@ class Decoder:
         return module is not None
 
     def _has_part(self, block: int, part: str) -> bool:
-        return all(self._has(block, module) for module in self.architecture.modules_of(part))
+        names = self.architecture
+        whole = all(self._has(block, module) for module in names.modules_of(part))
+        return whole and any(self._has(block, module) for module in names.marks_of(part))
 
     # -- units
 
@@ -379,7 +386,7 @@ class Decoder:
         for index, block in enumerate(self.blocks):
             for mixer in architecture.mixers_of(shapes[index]):
                 block.get_submodule(mixer).layer_idx = index  # type: ignore[assignment]
-            if not shapes[index].experts:
+            if shapes[index].mlp_width and not shapes[index].experts:
                 mlp = block.get_submodule(architecture.mlp_consumer.rpartition(".")[0])
                 if architecture.mlp_width in vars(mlp):
                     setattr(mlp, architecture.mlp_width, shapes[index].mlp_width)

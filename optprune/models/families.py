@@ -28,6 +28,7 @@ from transformers.models.llama import modeling_llama
 from transformers.models.ministral3 import modeling_ministral3
 from transformers.models.mistral import modeling_mistral
 from transformers.models.mixtral import modeling_mixtral
+from transformers.models.nemotron_h import modeling_nemotron_h
 from transformers.models.olmo2 import modeling_olmo2
 from transformers.models.olmoe import modeling_olmoe
 from transformers.models.opt import modeling_opt
@@ -42,7 +43,7 @@ from transformers.models.qwen3_next import modeling_qwen3_next
 from transformers.models.seed_oss import modeling_seed_oss
 from transformers.models.smollm3 import modeling_smollm3
 
-from optprune.models.architecture import Architecture, Classes, ExpertTensors, Heads, Latent, Mixture
+from optprune.models.architecture import GATED, Architecture, Classes, ExpertTensors, Heads, Latent, Mixture
 from optprune.models.pruned import (
     modeling_pruned_deepseek_v2,
     modeling_pruned_deepseek_v3,
@@ -62,6 +63,7 @@ from optprune.models.pruned import (
     modeling_pruned_ministral3,
     modeling_pruned_mistral,
     modeling_pruned_mixtral,
+    modeling_pruned_nemotron_h,
     modeling_pruned_olmo2,
     modeling_pruned_olmoe,
     modeling_pruned_opt,
@@ -116,6 +118,11 @@ def width_of_falcon_mamba(config: PretrainedConfig) -> int:
     """Return the width of all heads of Falcon-H1's Mamba 2: `mamba_d_ssm`, or else the expanded hidden size."""
     named = config.mamba_d_ssm
     return int(config.mamba_expand * config.hidden_size if named is None else named)
+
+
+def width_of_nemotron_mamba(config: PretrainedConfig) -> int:
+    """Return the width of all heads of Nemotron-H's Mamba 2."""
+    return config.mamba_num_heads * config.mamba_head_dim
 
 
 def clamped_swiglu(experts: Any, gate: Tensor, up: Tensor) -> Tensor:
@@ -559,6 +566,58 @@ GPT_OSS = replace(
     older_names={},
     **classes("GptOss", modeling_gpt_oss, modeling_pruned_gpt_oss),
 )
+# Nemotron-H: a block is Mamba 2, or attention without positions, or a plain MLP, or a mixture of plain MLPs as its
+# experts, behind one norm; checkpoints hold the model under another name.
+NEMOTRON_MAMBA2 = Recurrent(
+    module="mixer",
+    heads=lambda config: int(config.mamba_num_heads),
+    reads={
+        "mixer.in_proj": lambda config: (
+            2 * width_of_nemotron_mamba(config) + 2 * config.n_groups * config.ssm_state_size + config.mamba_num_heads
+        )
+    },
+    output="mixer.out_proj",
+    width=width_of_nemotron_mamba,
+    parts=("norm", "mixer"),
+)
+NEMOTRON_H = replace(
+    LLAMA,
+    model_type="nemotron_h",
+    after_blocks=("model.norm_f",),
+    stages=(
+        *(*stages_of(NEMOTRON_MAMBA2), ("mixer.q_proj", "mixer.k_proj", "mixer.v_proj"), ("mixer.o_proj",)),
+        *(("mixer.up_proj",), ("mixer.down_proj",)),
+    ),
+    mlp_producers=("mixer.up_proj",),
+    mlp_consumer="mixer.down_proj",
+    attention="mixer",
+    query="mixer.q_proj",
+    key="mixer.k_proj",
+    value="mixer.v_proj",
+    output="mixer.o_proj",
+    attention_parts=("norm", "mixer"),
+    mlp_parts=("norm", "mixer"),
+    recurrent=NEMOTRON_MAMBA2,
+    whole=(("attention",), ("recurrent",), ("mlp",)),
+    indivisible={"recurrent": WHOLE_MIXER},
+    mixture=replace(
+        GLM4_MIXTURE,
+        module="mixer",
+        experts="mixer.experts",
+        router="mixer.gate",
+        shared="mixer.shared_experts",
+        shared_count="",
+        shared_width="moe_shared_expert_intermediate_size",
+        layout=ExpertTensors(layers=GATED[1:]),
+        gated=lambda experts, up: experts.act_fn(up),
+    ),
+    float32=("mixer.gate.weight", "mixer.gate.e_score_correction_bias"),
+    recoverable=(("mixer", ("mixer.v_proj", "mixer.o_proj")),),
+    off=("output_router_logits", "moe_latent_size"),
+    stored_root="backbone",
+    in_transformers_4=False,
+    **classes("NemotronH", modeling_nemotron_h, modeling_pruned_nemotron_h, block="Block"),
+)
 
 # A plain MLP, learned positions, biases everywhere.
 OPT = Architecture(
@@ -642,8 +701,8 @@ ARCHITECTURES = {
     architecture.model_type: architecture
     for architecture in (
         *(DEEPSEEK_V2, DEEPSEEK_V3, EXAONE4, FALCON_H1, GEMMA2, GEMMA3, GLM4_MOE, GLM4_MOE_LITE, GPT2, GPT_NEOX),
-        *(GPT_OSS, GRANITE, GRANITE_HYBRID, LFM2, LLAMA, MINISTRAL3, MISTRAL, MIXTRAL, OLMO2, OLMOE, OPT, PHI3),
-        *(QWEN2, QWEN2_MOE, QWEN3),
+        *(GPT_OSS, GRANITE, GRANITE_HYBRID, LFM2, LLAMA, MINISTRAL3, MISTRAL, MIXTRAL, NEMOTRON_H, OLMO2, OLMOE),
+        *(OPT, PHI3, QWEN2, QWEN2_MOE, QWEN3),
         *(QWEN3_5, QWEN3_5_MOE, QWEN3_MOE, QWEN3_NEXT, SEED_OSS, SMOLLM3),
     )
 }

@@ -1,8 +1,9 @@
-"""Experts as modules of three linear layers each, and as the tensors of the stock classes of transformers 5.
+"""Experts as modules of linear layers, and as the tensors of the stock classes of transformers 5.
 
 The stock classes hold the experts of a block in gate_up_proj [experts, 2 width, hidden] and down_proj [experts, hidden,
-width], some of them transposed, with rows that alternate, or with biases (`ExpertTensors`). Checkpoints hold three
-matrices for each expert, under the names that the modules here have, or those tensors.
+width], some of them transposed, with rows that alternate, with biases, or with up_proj alone in place of the first one
+(`ExpertTensors`). Checkpoints hold the matrices of each expert, under the names that the modules here have, or those
+tensors.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 from optprune.models.architecture import GATED, ExpertTensors, Mixture
 
 GATE, UP, DOWN = GATED
-FUSED, LAST = "gate_up_proj", "down_proj"
+FUSED = "gate_up_proj"
+"""the name of the tensor of two layers"""
 BIAS = "_bias"
 """the ending of the name of a tensor of biases"""
 
@@ -63,7 +65,8 @@ class ExpertTensor:
 def expert_tensors(layout: ExpertTensors) -> tuple[ExpertTensor, ...]:
     """Return the tensors of a layout."""
     found = list[ExpertTensor]()
-    for name, layers in ((FUSED, (GATE, UP)), (LAST, (DOWN,))):
+    *first, last = layout.layers
+    for name, layers in ((FUSED if len(first) > 1 else UP, first), (last, (last,))):
         found.append(ExpertTensor(name, tuple(f"{layer}.weight" for layer in layers), layout.transposed, 3))
         if layout.biased:
             found.append(
@@ -75,11 +78,11 @@ def expert_tensors(layout: ExpertTensors) -> tuple[ExpertTensor, ...]:
 
 
 class Expert(nn.Module):
-    """One expert: a gated MLP."""
+    """One expert: an MLP, gated or not."""
 
-    def __init__(self, parameters: Mapping[str, Tensor], trained: bool) -> None:
+    def __init__(self, layers: Sequence[str], parameters: Mapping[str, Tensor], trained: bool) -> None:
         super().__init__()
-        for name in GATED:
+        for name in layers:
             outputs, inputs = parameters[f"{name}.weight"].shape
             layer = nn.Linear(inputs, outputs, bias=f"{name}.bias" in parameters, device="meta")
             for own in layer._parameters:
@@ -100,7 +103,7 @@ class SeparateExperts(nn.ModuleDict):
             parameters: dict[str, Tensor] = {}
             for each, whole in tensors.items():
                 parameters |= each.divided(whole.detach()[number], layout)
-            self[str(number)] = Expert(parameters, next(iter(tensors.values())).requires_grad)
+            self[str(number)] = Expert(layout.layers, parameters, next(iter(tensors.values())).requires_grad)
         stock._parameters.update(dict.fromkeys(each.name for each in tensors))
         self._stock: list[Any] = [stock]  # in a list, so that it is not a sub-module
         self._mixture = mixture
@@ -117,8 +120,8 @@ class SeparateExperts(nn.ModuleDict):
 
     def inner(self, tokens: Tensor, number: int) -> Tensor:
         """Return the inputs of an expert's last layer [tokens, width] for these tokens [tokens, hidden]."""
-        gate, up = (self._layer(number, name)(tokens) for name in (GATE, UP))
-        return self._mixture.gated(self._stock[0], gate, up)
+        first = (self._layer(number, name)(tokens) for name in self._mixture.layout.layers[:-1])
+        return self._mixture.gated(self._stock[0], *first)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Return the weighted sum [tokens, hidden] of the outputs of each token's experts [tokens, k].

@@ -125,7 +125,7 @@ def _idle_recovery(program: Program, pruned: Layers) -> tuple[str, ...]:
     parts = [part for part, _ in decoder.architecture.recoverable]
     if program.method.recovery is None or isinstance(program.units, Experts):
         return ()
-    if any(path.startswith(f"{part}.") for _, path in pruned for part in parts):
+    if any(path.startswith(f"{part}.") for index, path in pruned for part in decoder.recoverable(index)):
         return ()
     family = decoder.architecture.model_type
     if not parts:

@@ -97,8 +97,8 @@ def _vocabulary(program: Program) -> Iterator[Part]:
 
 
 def activations(program: Program, tokens: int, backward: bool = False) -> int:
-    """Return the bytes of activations inside the largest block while so many tokens pass through it."""
-    hidden, width = program.hidden, program.decoder.shape(program.largest).mlp_width
+    """Return the bytes of activations inside the widest block while so many tokens pass through it."""
+    hidden, width = program.hidden, max(shape.mlp_width for shape in program.decoder.shapes())
     # Residual and norm, q, k, v and what attention makes of them; the gate, what it lets pass, up, their product.
     numbers = 14 * hidden + 8 * width if backward else max(7 * hidden, 3 * hidden + 3 * width)
     return tokens * numbers * program.itemsize

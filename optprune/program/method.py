@@ -130,7 +130,7 @@ class BlockProgram:
         groups = [stage for stage in stages if stage]
         if groups and not policy.sequential:
             groups = [[target for stage in groups for target in stage]]
-        parts = [part for part, _ in architecture.recoverable] if recovery is not None else []
+        parts = list(decoder.recoverable(index)) if recovery is not None else []
         touched = [
             tuple(part for part in parts if any(target.path.startswith(f"{part}.") for target in group))
             for group in groups

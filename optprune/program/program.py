@@ -226,8 +226,18 @@ class Program:
 
     @cached_property
     def largest(self) -> int:
-        """Index of the block with the most parameters; of equal ones, one after the first few, which often differ."""
-        return max(range(self.block_count), key=lambda index: (self.block_numbers[index], -abs(index - FIRST_FEW)))
+        """Index of the block with the most parameters among those with layers or experts that the recipe prunes.
+
+        Of equal ones it is one after the first few, which often differ.
+        """
+        experts = isinstance(self.units, Experts)
+        having = [
+            index
+            for index, shape in enumerate(self.decoder.shapes())
+            if (experts and shape.experts) or self.units.candidates(self.decoder, index)
+        ]
+        blocks = having or range(self.block_count)
+        return max(blocks, key=lambda index: (self.block_numbers[index], -abs(index - FIRST_FEW)))
 
     @property
     def stream_bytes(self) -> int:

@@ -81,7 +81,7 @@ class Runtime:
                 "block's number, so no block can be removed: prune units mlp or weights, or choose another target"
             )
         if allocation is None and not self._may_differ(decoder):
-            recipe = self._alike(recipe, notes)
+            recipe = self._alike(recipe, decoder, notes)
         if allocation is None:
             recipe = self._aligned(recipe, decoder, notes)
         wrong = self.refuses(decoder, _expected(recipe, decoder, allocation))
@@ -176,10 +176,10 @@ class Runtime:
         """Return the scalings of rotary embeddings that it knows of a family."""
         return (*self.rotary, *self.further.get(family, ()))
 
-    def _alike(self, recipe: Recipe, notes: list[str]) -> Recipe:
+    def _alike(self, recipe: Recipe, decoder: Decoder, notes: list[str]) -> Recipe:
         """Return the recipe with equal blocks: a budget for the whole model is divided evenly, where that is enough."""
-        asked = recipe.allocation
-        if isinstance(asked, DepthSearch) and asked.parts != "layers":
+        asked, several = recipe.allocation, any(len(parts) > 1 for parts in decoder.architecture.whole)
+        if isinstance(asked, DepthSearch) and asked.parts != "layers" and several:
             raise InputError(
                 f"the target {self.name} does not take blocks without attention or without an MLP: {LAYERS}"
             )
@@ -204,7 +204,8 @@ class Runtime:
             or asked.multiple
         ):
             return recipe
-        if all(Mlp().multiple(shape, None) % self.multiple == 0 for shape in decoder.shapes()):
+        having = [shape for shape in decoder.shapes() if shape.mlp_width]
+        if all(Mlp().multiple(shape, None) % self.multiple == 0 for shape in having):
             return recipe
         # The same number would be asked of value dimensions, of which a head has few.
         if any(isinstance(kind, Values) for kind in kinds):
@@ -246,7 +247,7 @@ RUNTIMES = {
             families=tuple(
                 name
                 for name, one in ARCHITECTURES.items()
-                if (name not in ("opt", *RECURRENT) and one.latent is None) or name == "lfm2"
+                if (name not in ("opt", *RECURRENT) and one.latent is None) or name in ("lfm2", "nemotron_h")
             ),
             rotary=("default", "linear", "llama3"),
             further={"gpt_oss": ("yarn",), "ministral3": ("yarn",)},
@@ -256,7 +257,7 @@ RUNTIMES = {
             # Where it takes heads and hidden size to be what the file says, each for itself.
             fewer_heads=(
                 *("gemma2", "gemma3_text", "glm4_moe", "gpt_oss", "granite", "llama", "ministral3", "mistral"),
-                *("mixtral", "qwen3", "qwen3_moe", "seed_oss", "smollm3"),
+                *("mixtral", "nemotron_h", "qwen3", "qwen3_moe", "seed_oss", "smollm3"),
             ),
             # The numbers that share a scale in q8_0.
             multiple=32,

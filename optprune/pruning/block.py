@@ -242,7 +242,7 @@ class _BlockRun:
 
         decoder, task, recovery = self.decoder, self.task, self.task.method.recovery
         assert recovery is not None
-        layers = dict(decoder.architecture.recoverable)[path]
+        layers = decoder.recoverable(task.index)[path]
         fit, apart = calls.split(task.held_out)
         part = recover(
             decoder.blocks[task.index].get_submodule(path),

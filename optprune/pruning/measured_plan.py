@@ -184,7 +184,7 @@ class BlockProbe:
     @full_precision()
     def rates(self) -> Rates:
         """Return the seconds per operation of each kind of work, each timed once after a warm-up."""
-        program, index = self.program, self.index
+        program, index = self.program, self.program.largest
         with calibrating(self.decoder):
             tokens, few = self.tokens, max(1, len(self.batches) // 2)
             cheap = _cheap(program)
@@ -281,7 +281,7 @@ class BlockProbe:
         """Return the seconds per operation that the allocator takes to measure the costs of the block."""
         allocator = self.program.allocator
         if not isinstance(allocator, MeasuredBudget):
-            return _rate(self.forward(), block_pass(self.program.decoder, self.index))
+            return _rate(self.forward(), block_pass(self.program.decoder, self.program.largest))
         one = self.alone()
         probe = Probe(one, first_tokens(self.batches, allocator.probe_tokens)) if allocator.probes else None
         began = clock(self.device)

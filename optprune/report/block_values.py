@@ -11,8 +11,14 @@ FIELDS = {"mlp_width": "MLP units", "kv_heads": "KV heads", "value_dim": "value 
 """the numbers of a block's shape, in words"""
 FURTHER = {"recurrent": "heads of the recurrent mixer"}
 """more such numbers, of models in which a block has some"""
-RECURRENT = tuple(f"{one.recurrent.module}." for one in ARCHITECTURES.values() if one.recurrent is not None)
-"""the beginnings of the paths of layers of recurrent mixers"""
+RECURRENT = frozenset(
+    path
+    for mixer in (one.recurrent for one in ARCHITECTURES.values() if one.recurrent is not None)
+    for path in (*mixer.reads, mixer.output)
+)
+"""the paths of layers of recurrent mixers"""
+ATTENTION = frozenset(path for one in ARCHITECTURES.values() for path in (one.query, one.key, one.value, one.output))
+"""the paths of layers of attention"""
 PLACE = re.compile(r"(?:.*\.)?(\d+)\.(.+)")
 """the name of a layer: the number of its block, and its path within the block"""
 
@@ -64,7 +70,7 @@ def shares(report: Report) -> tuple[BlockValues, ...]:
 
 def removed_with(report: Report, path: str) -> list[int]:
     """Return the numbers of the blocks that lost the sub-block with this layer."""
-    field = "recurrent" if path.startswith(RECURRENT) else "kv_heads" if is_attention(path) else "mlp_width"
+    field = "recurrent" if path in RECURRENT else "kv_heads" if is_attention(path) else "mlp_width"
     there = [(bool(getattr(change.before, field)), bool(getattr(change.after, field))) for change in report.blocks]
     return [number for number, (before, after) in enumerate(there) if before and not after]
 
@@ -97,4 +103,4 @@ def block_count(report: Report) -> int:
 
 def is_attention(path: str) -> bool:
     """Return whether the layer with this path belongs to attention, or to a recurrent mixer in its place."""
-    return "att" in path or path.startswith(RECURRENT)
+    return "att" in path or path in ATTENTION | RECURRENT  # the layers of a draft are not listed

@@ -51,13 +51,16 @@ def test_block_by_block_equals_one_pass_through_the_model(make, labels):
     found = collect_metrics(decoder, [ids], labels(), full=[consumer])
     expected = gradients_of_the_whole_model(decoder, ids, labels())
     assert set(found) == set(expected)
+    # A stock class that gives float32 logits has rounded them.
+    rounding = 1e-9 if decoder.model(input_ids=ids).logits.dtype == torch.float64 else 1e-6
     for name, g in expected.items():
         average = g.T @ g / len(g)
         full = name.endswith(consumer)
         assert found[name].full == full
         assert found[name].tokens == len(g)  # of an expert those that are sent to it
         assert len(g) == ids.numel() or ".experts." in name
-        assert torch.allclose(found[name].average, average if full else average.diagonal(), rtol=1e-9, atol=1e-14)
+        apart = found[name].average - (average if full else average.diagonal())
+        assert apart.abs().max() <= rounding * average.abs().max()
 
 
 @pytest.mark.parametrize("make", [tiny_llama, tiny_opt, tiny_qwen2])

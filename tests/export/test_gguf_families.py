@@ -17,7 +17,7 @@ from optprune.models import Decoder, Mlp, Values
 from optprune.models.units import KvGroups, LinkedUnits
 from optprune.program import RUNTIMES
 from optprune.recipe import Recipe, load_recipe
-from tests.helpers.gguf_models import BENT, PROMPT, THERE, YARN, apart, cut, expected_of, made, saved
+from tests.helpers.gguf_models import BENT, MIXED, PROMPT, THERE, YARN, apart, cut, expected_of, made, saved
 from tests.helpers.llama_cpp import LlamaCpp
 from tests.helpers.mixed_models import narrow
 
@@ -43,7 +43,8 @@ def test_units_that_are_gone(family: str, tmp_path: Path) -> None:
     model = made(family)
     heads = {} if family in FIXED_HEADS else {KvGroups(): 1}
     folder = saved(cut(model, {**heads, Values(): 12, Mlp(): 96}), tmp_path / "model")
-    check_alike(folder, {"gemma3_text": "gemma3"}.get(family, FAMILIES[family].name))
+    other = {"gemma3_text": "gemma3", "nemotron_h": "nemotron_h_moe"}
+    check_alike(folder, other.get(family, FAMILIES[family].name))
 
 
 @pytest.mark.parametrize("family", ["gpt_neox", "olmo2", "olmoe", "qwen2_moe"])
@@ -105,6 +106,38 @@ def test_a_kernel_of_a_convolution_stays_float32(tmp_path: Path) -> None:
     kinds = {tensor.name: tensor.tensor_type for tensor in gguf.GGUFReader(file).tensors}
     assert kinds["blk.0.shortconv.conv.weight"] == gguf.GGMLQuantizationType.F32
     assert kinds["blk.0.shortconv.in_proj.weight"] == gguf.GGMLQuantizationType.Q8_0
+    assert LlamaCpp(file).log_probabilities(PROMPT)
+
+
+DENSE = ["linear_attention", "mlp", "full_attention", "mlp"]
+
+
+@pytest.mark.parametrize("counts", [{}, {Mlp(): 96, Values(): 12}], ids=["alike", "of several widths"])
+@pytest.mark.parametrize("kinds", [DENSE * 2, ["mlp", *DENSE[:3], *DENSE[2:], "linear_attention", "mlp"]])
+def test_a_nemotron_h_without_experts(kinds: list[str], counts: dict[LinkedUnits, int], tmp_path: Path) -> None:
+    """In any order; the file lists a width of each block, so that they may differ."""
+    model = made("nemotron_h", num_hidden_layers=4, layer_types=kinds)
+    check_alike(saved(cut(model, counts, range(1, 5)), tmp_path / "model"), "nemotron_h")
+
+
+def test_a_nemotron_h_without_some_of_its_blocks(tmp_path: Path) -> None:
+    decoder = Decoder(made("nemotron_h", num_hidden_layers=4, layer_types=DENSE * 2))
+    for block, part in ((2, "attention"), (3, "mlp"), (4, "recurrent")):
+        decoder.remove(block, part)
+    decoder.record_shapes()
+    check_alike(saved(decoder.joined(), tmp_path / "model"), "nemotron_h")
+    fields = gguf.GGUFReader(tmp_path / "model.gguf").fields
+    assert fields["nemotron_h.attention.head_count_kv"].contents() == [0, 0, 0, 2, 0]
+    assert fields["nemotron_h.feed_forward_length"].contents() == [0, 128, 128, 0, 128]
+
+
+def test_states_of_a_mamba2_stay_float32(tmp_path: Path) -> None:
+    file = export(saved(made("nemotron_h"), tmp_path / "model"), tmp_path / "model.gguf", GgufFile(kind="q8_0")).path
+    kinds = {tensor.name: tensor.tensor_type for tensor in gguf.GGUFReader(file).tensors}
+    for name in ("ssm_a", "ssm_d", "ssm_dt.bias", "ssm_conv1d.weight", "ssm_conv1d.bias", "ssm_norm.weight"):
+        assert kinds[f"blk.0.{name}"] == gguf.GGMLQuantizationType.F32
+    for name in ("blk.0.ssm_in.weight", "blk.0.ssm_out.weight", "blk.1.ffn_up_exps.weight"):
+        assert kinds[name] == gguf.GGMLQuantizationType.Q8_0
     assert LlamaCpp(file).log_probabilities(PROMPT)
 
 
@@ -201,6 +234,14 @@ def test_a_file_of_the_model_without_its_head(tmp_path: Path) -> None:
         ("mixtral", {"hidden_act": "gelu"}, "an MLP with the activation gelu"),
         ("ministral3", {"rope_parameters": {**YARN, "mscale": 0.5}}, "a yarn scaling without mscale 1"),
         ("ministral3", {"rope_parameters": {**YARN, "rope_type": "linear"}}, "rotary embeddings of a Ministral 3"),
+        ("nemotron_h", {"layer_types": ["full_attention", "moe"] * 2}, "a Nemotron-H without Mamba 2"),
+        ("nemotron_h", {"layer_types": [*MIXED[:3], "mlp"]}, "a Nemotron-H with experts in some blocks and an MLP in"),
+        ("nemotron_h", {"use_conv_bias": False}, "a Mamba 2 whose convolution has no bias"),
+        ("nemotron_h", {"mamba_hidden_act": "gelu"}, "a Mamba 2 with the activation gelu"),
+        ("nemotron_h", {"mlp_hidden_act": "silu"}, "an MLP with the activation silu"),
+        ("nemotron_h", {"use_bias": True}, "biases of linear layers, as model.layers.0.mixer.in_proj.bias"),
+        ("nemotron_h", {"norm_topk_prob": False}, "routers with norm_topk_prob False"),
+        ("nemotron_h", {"n_group": 2, "topk_group": 1}, "2 groups of experts in a Nemotron-H"),
         ("olmoe", {"num_key_value_heads": 2}, "grouped-query attention in an OLMoE"),
         ("qwen3_moe", {"norm_topk_prob": False}, "routers with norm_topk_prob False"),
         ("seed_oss", {"attention_out_bias": True}, "attention_out_bias in a Seed-OSS"),
@@ -223,6 +264,7 @@ def test_what_it_has_no_words_for(family: str, config: dict[str, Any], sentence:
         ("gpt_oss", {Mlp(): 40}, (0,), "blocks of a gpt-oss model that differ in shape"),
         ("lfm2", {Mlp(): 96}, (0,), "blocks of a lfm2 model that differ in shape"),
         ("lfm2", {KvGroups(): 1}, range(4), "heads of a lfm2 model that do not make up its hidden size of 64"),
+        ("nemotron_h", {Mlp(): 40}, (1,), "blocks of a nemotron_h_moe model that differ in shape"),
         ("qwen3_moe", {Mlp(): 3}, (0,), "blocks of a qwen3moe model that differ in shape"),
         ("gpt2", {KvGroups(): 2}, range(4), "heads of a gpt2 model that do not make up its hidden size of 64"),
     ],

@@ -7,13 +7,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from optprune.models import architecture_of
 from tests.helpers.heard_calls import heard
 
 
 def cut(model: PreTrainedModel, block: int, kept: list[int]) -> PreTrainedModel:
     """A copy of a stock model of which a block has these experts alone, cut out of its tensors by hand."""
     other: Any = copy.deepcopy(model)
-    mixture = other.model.layers[block].mlp
+    mixture = mixture_in(other, block)
     router = mixture.router if model.config.model_type == "gpt_oss" else mixture.gate
     with torch.no_grad():
         for holder in (mixture.experts, router):
@@ -27,5 +28,11 @@ def cut(model: PreTrainedModel, block: int, kept: list[int]) -> PreTrainedModel:
 
 def answers(model: PreTrainedModel, block: int) -> Tensor:
     """What the experts of a block answer to the calibration tokens [tokens, hidden]."""
-    module: Any = model
-    return torch.cat([answer for _, answer in heard(model, module.model.layers[block].mlp.experts)]).double()
+    return torch.cat([answer for _, answer in heard(model, mixture_in(model, block).experts)]).double()
+
+
+def mixture_in(model: PreTrainedModel, block: int) -> Any:
+    """The module of a block that holds its router and its experts."""
+    mixture = architecture_of(model.config).mixture
+    assert mixture is not None
+    return model.get_submodule(f"model.layers.{block}.{mixture.module}")

@@ -7,13 +7,24 @@ from torch import Tensor
 from torch.nn.functional import silu
 from transformers import PreTrainedModel
 
+from tests.helpers.cut_mixtures import mixture_in
 from tests.helpers.token_batches import batches
 
 
+def block_of(model: PreTrainedModel, number: int = 0) -> int:
+    """The block of a mixture, counted among those of the model."""
+    having = [name for name, _ in model.named_modules() if name.endswith(".experts")]
+    return int(having[number].split(".")[2])
+
+
+def experts_of(model: PreTrainedModel, number: int) -> Any:
+    """The experts of a mixture."""
+    return mixture_in(model, block_of(model, number)).experts
+
+
 def routed(model: PreTrainedModel, block: int = 0) -> list[tuple[Tensor, Tensor]]:
-    """Of each expert of a block: the calibration tokens that are sent there, and all others [tokens, hidden]."""
-    stock: Any = model
-    experts, found = stock.model.layers[block].mlp.experts, list[tuple[Tensor, Tensor]]()
+    """Of each expert of a mixture: the calibration tokens that are sent there, and all others [tokens, hidden]."""
+    experts, found = experts_of(model, block), list[tuple[Tensor, Tensor]]()
     handle = experts.register_forward_pre_hook(lambda _, args: found.append((args[0], args[1])))
     with torch.no_grad():
         for batch in batches():
@@ -28,6 +39,8 @@ def inner(model: PreTrainedModel, expert: int, tokens: Tensor, block: int = 0) -
     """What the last matrix of an expert reads for these tokens: [tokens, width], in float64."""
     stock: Any = model
     before = tokens.double() @ first(model, expert, block)[:, : tokens.shape[1]].double().T
+    if halves(model) == 1:
+        return before.relu().square()
     if not in_gpt_oss(model):
         gate, up = before.chunk(2, 1)
         return silu(gate) * up
@@ -42,10 +55,16 @@ def in_gpt_oss(model: PreTrainedModel) -> bool:
     return model.config.model_type.endswith("gpt_oss")
 
 
+def halves(model: PreTrainedModel) -> int:
+    """The matrices of an expert before the last one."""
+    return 1 if model.config.model_type.endswith("nemotron_h") else 2
+
+
 def first(model: PreTrainedModel, expert: int, block: int = 0) -> Tensor:
-    """The two matrices before that, one above the other, [2 width, hidden], and in GPT-OSS a column of biases."""
-    stock: Any = model
-    experts = stock.model.layers[block].mlp.experts
+    """The matrices before that, one above the other, [2 width, hidden], and in GPT-OSS a column of biases."""
+    experts = experts_of(model, block)
+    if halves(model) == 1:
+        return experts.up_proj[expert].detach().clone()
     both = experts.gate_up_proj[expert].detach().clone()
     if not in_gpt_oss(model):
         return both
@@ -55,6 +74,5 @@ def first(model: PreTrainedModel, expert: int, block: int = 0) -> Tensor:
 
 def last(model: PreTrainedModel, expert: int, block: int = 0) -> Tensor:
     """The last matrix of an expert, [hidden, width]."""
-    stock: Any = model
-    found = stock.model.layers[block].mlp.experts.down_proj[expert].detach().clone()
+    found = experts_of(model, block).down_proj[expert].detach().clone()
     return found.T if in_gpt_oss(model) else found

@@ -23,6 +23,8 @@ FAR = {"rope_type": "linear", "factor": 8.0, "rope_theta": 5e4}
 NEAR = {"rope_type": "default", "rope_theta": 500.0}
 YARN = {**OTHER_FAMILIES["ministral3"]["rope_parameters"], "mscale": 1.0, "mscale_all_dim": 1.0}
 BENT = {**OTHER_FAMILIES["gpt_oss"]["rope_parameters"], "truncate": True}
+MIXED = ["linear_attention", "moe", "full_attention", "moe"]
+"""of the blocks of a Nemotron-H, whose MLPs are all of one kind there"""
 THERE: dict[str, dict[str, Any]] = {
     "exaone4": {"head_dim": 16, "sliding_window": None, "layer_types": ["full_attention"] * 4},
     "gemma2": HEADS_OF_16,
@@ -36,6 +38,7 @@ THERE: dict[str, dict[str, Any]] = {
     "ministral3": {"sliding_window": None, "rope_parameters": YARN},
     "mistral": NO_WINDOW,
     "mixtral": NO_WINDOW,
+    "nemotron_h": {"num_hidden_layers": 2, "layer_types": MIXED},
     "olmo2": {},
     "olmoe": {"num_key_value_heads": 4},
     "phi3": NO_WINDOW,

@@ -4,25 +4,28 @@ import torch
 from transformers import PreTrainedModel
 
 from optprune.models import Decoder, KvGroups, LinkedUnits, Mlp, Values
+from tests.helpers.sub_blocks import block_with
 
 PROMPT = torch.arange(10, 20)[None]
 
 
 def mixed(model: PreTrainedModel) -> PreTrainedModel:
-    """Four blocks: no mixer, everything narrower, no MLP, intact."""
+    """Four blocks, or mixers and MLPs: no mixer, everything narrower, no MLP, intact."""
     decoder = Decoder(model)
-    decoder.remove(0, decoder.shape(0).parts[0])
+    first, second = (block_with(decoder, number, "attention") for number in (0, 1))
+    mlps = [block_with(decoder, number, "mlp") for number in range(3)]
+    decoder.remove(first, decoder.shape(first).parts[0])
     if "kv_heads" not in decoder.architecture.indivisible:
-        [groups] = KvGroups().layers(decoder, 1)
-        decoder.keep_units(1, groups, torch.arange(groups.link.units) >= 1)
-    [values] = Values().layers(decoder, 1)
-    decoder.keep_units(1, values, torch.arange(values.link.units) % 16 < 5)
+        [groups] = KvGroups().layers(decoder, second)
+        decoder.keep_units(second, groups, torch.arange(groups.link.units) >= 1)
+    [values] = Values().layers(decoder, second)
+    decoder.keep_units(second, values, torch.arange(values.link.units) % 16 < 5)
     mixture = decoder.architecture.mixture is not None
-    for mlp in Mlp().layers(decoder, 1):
-        decoder.keep_units(1, mlp, torch.arange(mlp.link.units) < (40 if mixture else 50))
+    for mlp in Mlp().layers(decoder, mlps[1]):
+        decoder.keep_units(mlps[1], mlp, torch.arange(mlp.link.units) < (40 if mixture else 50))
     if mixture:
-        decoder.keep_experts(1, torch.tensor([True, False, True, True]))
-    decoder.remove(2, "mlp")
+        decoder.keep_experts(mlps[1], torch.tensor([True, False, True, True]))
+    decoder.remove(mlps[2], "mlp")
     decoder.record_shapes()
     return model
 

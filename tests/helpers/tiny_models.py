@@ -8,7 +8,16 @@ import pytest
 from tokenizers import Tokenizer
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen2ForCausalLM
 
-from benchmarks.tiny_models import ALL_MODELS, SHAPE, TINY_MODELS, VOCABULARY, tiny_llama, tiny_opt, tiny_qwen2
+from benchmarks.tiny_models import (
+    ALL_MODELS,
+    SHAPE,
+    SINGLE,
+    TINY_MODELS,
+    VOCABULARY,
+    tiny_llama,
+    tiny_opt,
+    tiny_qwen2,
+)
 from benchmarks.train_small import new_tokenizer
 from optprune.models import ARCHITECTURES
 from optprune.texts import demo_articles
@@ -16,6 +25,7 @@ from optprune.texts import demo_articles
 __all__ = [
     "ALL_MODELS",
     "LLAMA3",
+    "SINGLE",
     "SLIDING",
     "TINY_MODELS",
     "VOCABULARY",
@@ -40,9 +50,10 @@ SLIDING = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers":
 
 
 def tiny_mixture(family: str, seed: int = 0, **config: Any) -> PreTrainedModel:
-    """A tiny model of a family with experts, of which every block has them."""
+    """A tiny model of a family with experts, of which every block with an MLP has them."""
     architecture, blocks = ARCHITECTURES[family], config.get("num_hidden_layers", SHAPE["num_hidden_layers"])
-    return ALL_MODELS[family](seed, **architecture.first_dense(0, blocks), **config)
+    kinds = {"layer_types": ["full_attention", "moe"] * blocks} if family in SINGLE else {}
+    return ALL_MODELS[family](seed, **architecture.first_dense(0, blocks), **kinds, **config)
 
 
 def tiny_sliding(seed: int = 0) -> Qwen2ForCausalLM:

@@ -1,5 +1,6 @@
 """Families whose blocks differ in kind: a dense MLP in the first, and experts in the others."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,10 @@ from optprune.models.architecture import DenseMlp, Mixture
 from optprune.models.mixture import experts_in
 from optprune.pruning import prune
 from optprune.recipe import load_recipe
-from tests.helpers.cut_mixtures import cut
+from tests.helpers.cut_mixtures import cut, mixture_in
 from tests.helpers.mixed_models import generated, narrow
-from tests.helpers.tiny_models import ALL_MODELS, tiny_mixture
+from tests.helpers.sub_blocks import block_with
+from tests.helpers.tiny_models import ALL_MODELS, SINGLE, tiny_mixture
 from tests.helpers.token_batches import batches
 from tests.helpers.ways_to_run import check_every_way_gives_the_same
 
@@ -35,12 +37,23 @@ def logits(model: Any) -> Tensor:
 
 
 def made(name: str, **fields: Any) -> PreTrainedModel:
-    return ALL_MODELS[name](num_hidden_layers=4, **ARCHITECTURES[name].first_dense(2, 4), **fields)
+    """Return a model of which the first two MLPs are dense."""
+    mixers = ("linear_attention", "full_attention") * 2
+    single = [kind for pair in zip(mixers, ("mlp", "mlp", "moe", "moe"), strict=True) for kind in pair]
+    kinds = {"layer_types": single} if name in SINGLE else {}
+    return ALL_MODELS[name](num_hidden_layers=4, **ARCHITECTURES[name].first_dense(2, 4), **kinds, **fields)
+
+
+def mlps_of(decoder: Decoder) -> list[int]:
+    """The blocks that have an MLP or experts."""
+    return [block for block, shape in enumerate(decoder.shapes()) if shape.mlp_width]
 
 
 def leading(model: PreTrainedModel) -> int:
-    """How many of the first blocks are dense, as the config says."""
+    """How many of the first MLPs are dense, as the config says."""
     config = model.config
+    if config.model_type in SINGLE:
+        return config.layer_types.count("mlp")
     fields = ARCHITECTURES[config.model_type].first_dense(0, config.num_hidden_layers)
     [found] = (getattr(config, field) for field in fields)
     assert isinstance(found, int) or found == sorted(found)
@@ -52,22 +65,27 @@ def test_the_shape_of_a_block_says_which_kind_it_has(name: str) -> None:
     decoder = Decoder(made(name))
     dense, mixture = decoder.architecture.mlp_kinds
     assert isinstance(dense, DenseMlp) and isinstance(mixture, Mixture)
+    having = mlps_of(decoder)
+    assert len(having) == 4
+    for number, block in enumerate(having):
+        shape = decoder.shape(block)
+        assert (dense.describes(shape), mixture.describes(shape)) == (number < 2, number >= 2)
+        assert (experts_in(decoder.blocks[block], mixture) is None) == (number < 2)
+        assert (shape.mlp_width, shape.experts) == ((128, 0) if number < 2 else (48, 4))
     for block, shape in enumerate(decoder.shapes()):
-        assert (dense.describes(shape), mixture.describes(shape)) == (block < 2, block >= 2)
-        assert (experts_in(decoder.blocks[block], mixture) is None) == (block < 2)
-        assert (shape.mlp_width, shape.experts) == ((128, 0) if block < 2 else (48, 4))
         sizes = {path: size for path, size in decoder.layer_sizes(shape).items() if all(size)}
         assert set(sizes) == set(decoder.paths(block))
         assert all(decoder.layer(block, path).weight.shape == size for path, size in sizes.items())
-    assert [len(Mlp().layers(decoder, block)) for block in range(4)] == [1, 1, 4, 4]
+    assert [len(Mlp().layers(decoder, block)) for block in having] == [1, 1, 4, 4]
 
 
 @of_several
 def test_a_first_block_that_goes_is_counted_in_the_config(name: str, tmp_path: Path) -> None:
     model = made(name)
     decoder = Decoder(model)
-    for part in ("attention", "mlp"):
-        decoder.remove(0, part)
+    first = {block_with(decoder, 0, part) for part in ("attention", "mlp")}
+    for number, part in [(block, part) for block in first for part in decoder.shape(block).parts]:
+        decoder.remove(number, part)
     expected = logits(model)
     decoder.record_shapes()
     assert leading(model) == 1
@@ -83,28 +101,34 @@ def test_each_kind_is_even_by_itself_in_the_stock_class(name: str, tmp_path: Pat
     """Dense MLPs of one width beside experts of another; where blocks of one kind differ, the folder has our file."""
     model = made(name)
     decoder, width = Decoder(model), ARCHITECTURES[name].mlp_width
-    for block, stock in ((0, False), (1, True)):
-        narrow(decoder, block, Mlp(), 96)
+    for number, stock in ((0, False), (1, True)):
+        narrow(decoder, block_with(decoder, number, "mlp"), Mlp(), 96)
         decoder.record_shapes()
-        assert save_model(model, tmp_path / str(block)).stock is stock
-        again = AutoModelForCausalLM.from_pretrained(tmp_path / str(block))
+        assert save_model(model, tmp_path / str(number)).stock is stock
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / str(number))
         assert torch.equal(logits(again), logits(model))
         decoder = Decoder(model)
     assert getattr(model.config, width) == 96
-    assert [layer.mlp.intermediate_size for layer in model.model.layers[:2]] == [96, 96]  # type: ignore[union-attr]
+    place = ARCHITECTURES[name].mlp_consumer.rpartition(".")[0]
+    dense = [decoder.blocks[block_with(decoder, number, "mlp")].get_submodule(place) for number in range(2)]
+    assert [mlp.intermediate_size for mlp in dense] == [96, 96]
 
 
 @of_several
 def test_experts_go_with_their_rows_their_corrections_and_the_count_of_the_config(name: str, tmp_path: Path) -> None:
     model, dense = made(name), made(name)
-    mixture = ARCHITECTURES[name].mixture
+    mixture, before = ARCHITECTURES[name].mixture, Decoder(dense)
     assert mixture is not None
-    report = prune(model, batches(), load_recipe("experts_best", {"sparsity": 0.12, "refit.recovery": "none"}))
+    having = mlps_of(before)[2:]
+    shapes = [before.shape(block) for block in having]
+    one = sum(before.weights_of(each) - before.weights_of(replace(each, experts=3)) for each in shapes)
+    settings = {"sparsity": one / before.linear_weights(), "refit.recovery": "none"}
+    report = prune(model, batches(), load_recipe("experts_best", settings))
     kept = {int(layer.name.split(".")[2]): layer.kept for layer in report.layers}
-    assert kept == {2: 3, 3: 3} and getattr(model.config, mixture.count) == 3
-    Decoder(model).joined()
-    for block in (2, 3):
-        own, before = (each.model.layers[block].mlp for each in (model, dense))
+    assert kept == dict.fromkeys(having, 3) and getattr(model.config, mixture.count) == 3
+    Decoder(model).joined(), Decoder(dense).joined()
+    for block in having:
+        own, before = (mixture_in(each, block) for each in (model, dense))
         rows = [number for number in range(4) if (own.gate.weight == before.gate.weight[number]).all(1).any()]
         assert len(rows) == 3 and torch.equal(own.gate.weight, before.gate.weight[rows])
         if mixture.correction:
@@ -131,7 +155,8 @@ def test_what_is_float32_stays_so_in_a_model_in_half_precision(name: str, tmp_pa
     exact = ARCHITECTURES[name].float32
     made(name).bfloat16().save_pretrained(tmp_path / "half")
     wide = made(name).state_dict()
-    own = {f"model.layers.{block}.{path}": wide[f"model.layers.{block}.{path}"] for block in (2, 3) for path in exact}
+    having = mlps_of(Decoder(made(name)))[2:]
+    own = {f"model.layers.{block}.{path}": wide[f"model.layers.{block}.{path}"] for block in having for path in exact}
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "half")
     model.load_state_dict({**model.state_dict(), **own})
     model.save_pretrained(tmp_path / "dense")

@@ -10,6 +10,8 @@ import torch
 from optprune.calibration.moments_pass import same_routes
 from optprune.errors import InputError
 from optprune.models import ARCHITECTURES, Decoder, load_model, open_model
+from tests.helpers.cut_mixtures import mixture_in
+from tests.helpers.sub_blocks import block_with
 from tests.helpers.tiny_models import ALL_MODELS, save_tiny
 
 MIXTURES = [name for name, architecture in ARCHITECTURES.items() if architecture.mixture is not None]
@@ -21,12 +23,14 @@ of_mixtures = pytest.mark.parametrize("name", MIXTURES)
 def test_experts_share_the_memory_of_the_stock_tensors_and_answer_the_same(name: str) -> None:
     """Except where the rows of both matrices alternate: those are copied."""
     model: Any = ALL_MODELS[name]()
-    fused, shared = model.model.layers[1].mlp.experts.gate_up_proj, name != "gpt_oss"
+    block, gated = block_with(Decoder(model), 1, "mlp"), name != "nemotron_h"
+    experts = mixture_in(Decoder(model).joined(), block).experts
+    fused, shared = experts.gate_up_proj if gated else experts.up_proj, name != "gpt_oss"
     with torch.no_grad():
         expected, state = model(TOKENS).logits, {key: value.clone() for key, value in model.state_dict().items()}
         decoder = Decoder(model)
-        up = decoder.layer(1, "mlp.experts.2.up_proj").weight
-        assert torch.equal(up, fused[2, 48:] if shared else fused[2, :, 1::2].T)
+        up = decoder.layer(block, f"{decoder.architecture.mixture.experts}.2.up_proj").weight  # type: ignore[union-attr]
+        assert torch.equal(up, fused[2, 48 * gated :] if shared else fused[2, :, 1::2].T)
         assert (up.untyped_storage().data_ptr() == fused.untyped_storage().data_ptr()) is shared
         assert (model(TOKENS).logits - expected).abs().max() <= 1e-5 * expected.abs().max()
         decoder.joined()
@@ -42,7 +46,7 @@ def test_a_store_reads_either_form(name: str, original: bool, tmp_path: Path) ->
     model.save_pretrained(tmp_path, save_original_format=original)
     loaded = open_model(tmp_path)
     decoder, whole = loaded.decoder(), Decoder(model)
-    for block in range(2):
+    for block in range(len(decoder.blocks)):
         with decoder.resident(block):
             found, expected = decoder.weights(block), whole.weights(block)
             assert found.keys() == expected.keys()

@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from optprune.errors import InputError
 from optprune.models import ARCHITECTURES, Decoder, KvGroups, Mlp, Values, architecture_of
 from optprune.models.surgery import write
+from tests.helpers.sub_blocks import block_with
 from tests.helpers.tiny_models import ALL_MODELS, TINY_MODELS, tiny_llama, tiny_opt, tiny_qwen2
 
 LLAMA3_ROPE = {
@@ -104,12 +105,13 @@ def test_a_kv_head_whose_values_were_narrowed_before_goes_whole(name: str, gone:
     sliced = narrowed(ALL_MODELS[name]())
     zeroed = copy.deepcopy(sliced)
     decoder, other = Decoder(sliced), Decoder(zeroed)
-    before, group = decoder.shape(1), decoder.heads.group
+    block = block_with(decoder, 1, "attention")
+    before, group = decoder.shape(block), decoder.heads.group
     assert before.value_dim < decoder.heads.dim
-    [units] = KvGroups().layers(decoder, 1)
-    decoder.keep_units(1, units, torch.arange(before.kv_heads) != gone)
-    assert decoder.shape(1) == replace(before, kv_heads=before.kv_heads - 1)
-    layer = other.layer(1, other.architecture.output)
+    [units] = KvGroups().layers(decoder, block)
+    decoder.keep_units(block, units, torch.arange(before.kv_heads) != gone)
+    assert decoder.shape(block) == replace(before, kv_heads=before.kv_heads - 1)
+    layer = other.layer(block, other.architecture.output)
     with torch.no_grad():
         width = group * before.value_dim
         layer.weight[:, gone * width : (gone + 1) * width] = 0

@@ -23,6 +23,7 @@ from optprune.models import (
 from optprune.patterns import Pattern, PatternFamily, largest, pattern_family
 from optprune.problems import Link
 from optprune.work import Work
+from tests.helpers.sub_blocks import block_with
 from tests.helpers.tiny_models import ALL_MODELS, tiny_llama
 
 
@@ -39,17 +40,18 @@ def test_a_block_keeps_the_units_of_its_shape(name: str, units: LinkedUnits) -> 
         with pytest.raises(InputError, match=rf"units {units.name} remove {units.field}, but {name} models"):
             units.layers(decoder, 1)
         return
-    before, every, total = decoder.shape(1), units.layers(decoder, 1), decoder.linear_weights()
+    block = block_with(decoder, 1, units.part)
+    before, every, total = decoder.shape(block), units.layers(decoder, block), decoder.linear_weights()
     consumers = units.consumers(decoder.architecture)
-    assert [layers.consumer for layers in every] == [path for path in decoder.paths(1) if path in consumers]
+    assert [layers.consumer for layers in every] == [path for path in decoder.paths(block) if path in consumers]
     assert len(every) == (before.experts or 1 if isinstance(units, Mlp) else 1)
     fewer = units.with_count(before, units.there(before) - 1)
     for layers in every:
         assert units.total(before) == layers.link.units == units.there(before) * layers.link.slot_count
         first = torch.zeros(layers.link.units, dtype=torch.bool)
         first[[int((layers.link.slots == slot).nonzero()[0]) for slot in range(layers.link.slot_count)]] = True
-        decoder.keep_units(1, layers, ~first)
-    assert decoder.shape(1) == fewer
+        decoder.keep_units(block, layers, ~first)
+    assert decoder.shape(block) == fewer
     assert total - decoder.linear_weights() == decoder.weights_of(before) - decoder.weights_of(fewer)
     assert units.part in before.parts and units.part not in units.with_count(before, 0).parts
 

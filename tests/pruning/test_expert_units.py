@@ -18,7 +18,7 @@ from optprune.objectives import LayerContext
 from optprune.problems import LinkedLeastSquares
 from optprune.pruning import layer_loss, prune
 from optprune.recipe import Recipe, load_recipe
-from tests.helpers.expert_tokens import first, in_gpt_oss, inner, last, routed
+from tests.helpers.expert_tokens import block_of, first, halves, in_gpt_oss, inner, last, routed
 from tests.helpers.mixed_models import generated
 from tests.helpers.tiny_models import ALL_MODELS, tiny_mixture
 from tests.helpers.token_batches import batches
@@ -47,9 +47,10 @@ def test_each_expert_loses_the_units_that_its_own_tokens_spare(name: str) -> Non
         assert len(kept) == width == last(model, 0).shape[1] < 48
         assert kept == kept_by_wanda(before, inner(dense, expert, own), width)
         by_others.append(kept_by_wanda(before, inner(dense, expert, others), width) != kept)
-        # The rows of the two halves before them go too.
+        # The rows before them go too, of both halves where there are two.
         assert torch.equal(
-            first(model, expert), torch.cat([half[sorted(kept)] for half in first(dense, expert).chunk(2)])
+            first(model, expert),
+            torch.cat([half[sorted(kept)] for half in first(dense, expert).chunk(halves(dense))]),
         )
     assert any(by_others)
 
@@ -58,11 +59,11 @@ def test_each_expert_loses_the_units_that_its_own_tokens_spare(name: str) -> Non
     ("name", "recipe"), [*((name, "fasp") for name in MIXTURES), ("olmoe", "structured_uniform_best")]
 )
 def test_the_errors_told_are_those_of_the_tokens_that_reach_each_expert(name: str, recipe: str) -> None:
-    model, dense = tiny_mixture(name), tiny_mixture(name)
+    model, dense, mixture = tiny_mixture(name), tiny_mixture(name), ARCHITECTURES[name].mixture
     report = prune(model, batches(), load_recipe(recipe, {"units": "mlp", "sparsity": 0.25, "refit": "none"}))
     layers = {layer.name: layer for layer in report.layers}
     for expert, (own, _) in enumerate(routed(dense)):
-        layer = layers[f"model.layers.0.mlp.experts.{expert}.down_proj"]
+        layer = layers[f"model.layers.{block_of(dense)}.{mixture.experts}.{expert}.down_proj"]  # type: ignore[union-attr]
         inputs, weight, left = inner(dense, expert, own), last(dense, expert).double(), last(model, expert).double()
         now, before = inner(model, expert, own) @ left.T, inputs @ weight.T
         if in_gpt_oss(model):  # the bias takes the mean of what it adds up
@@ -78,7 +79,7 @@ def test_the_folder_is_stock_generates_and_trains(name: str, tmp_path: Path) -> 
     before = Decoder(model).linear_weights()
     report = prune(model, batches(), load_recipe("fasp", {"units": "mlp", "sparsity": 0.2}))
     left = Decoder(model)
-    [width] = {shape.mlp_width for shape in left.shapes()}
+    [width] = {shape.mlp_width for shape in left.shapes() if shape.experts}
     assert report.sparsity_reached == pytest.approx(1 - left.linear_weights() / before)
     assert report.sparsity_reached == pytest.approx(
         0.2, abs=0.5 * 2 * 4 * 3 * 64 * 8 / before
@@ -89,7 +90,7 @@ def test_the_folder_is_stock_generates_and_trains(name: str, tmp_path: Path) -> 
     assert save_model(model, tmp_path / "out").stock is stock
     again: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert (type(again) is ARCHITECTURES[name].stock.model) is stock  # type: ignore[union-attr]
-    assert first(again, 3, block=1).shape[0] == 2 * width and last(again, 3, block=1).shape == (64, width)
+    assert first(again, 3, block=1).shape[0] == halves(again) * width and last(again, 3, block=1).shape == (64, width)
     if name == "qwen2_moe":  # every token goes through one more
         assert again.model.layers[1].mlp.shared_expert.down_proj.weight.shape == (64, 40)
     with torch.no_grad():

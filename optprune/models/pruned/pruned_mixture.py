@@ -2,6 +2,7 @@
 
 from torch import nn
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightConverter
 
 from .pruned_decoder import PrunedBlock
 
@@ -38,6 +39,7 @@ class PrunedMixtureBlock(PrunedBlock):
             super().shrink_mlp(width)
 
 
-def name_experts(model_type):
-    """Register that checkpoints of a model type hold the matrices of each expert, as Qwen's do."""
-    register_checkpoint_conversion_mapping(model_type, get_checkpoint_conversion_mapping("qwen2_moe"), overwrite=True)
+def name_experts(model_type, like="qwen2_moe"):
+    """Register that checkpoints of a model type hold the matrices of each expert, as those of another type do."""
+    matrices = [each for each in get_checkpoint_conversion_mapping(like) if isinstance(each, WeightConverter)]
+    register_checkpoint_conversion_mapping(model_type, matrices, overwrite=True)
