@@ -143,7 +143,8 @@ def test_streamed_and_resumed_runs_give_the_same_weights(recipe: str, tmp_path: 
 
 def test_an_uneven_folder_answers_as_the_stock_class_with_zeros(tmp_path: Path) -> None:
     """Value dimensions and units of one block of each kind are gone, and by hand the columns that read them."""
-    model, zeroed = made(num_hidden_layers=4), made(num_hidden_layers=4)
+    fields = {"num_hidden_layers": 4, "layer_types": KINDS * 2}
+    model, zeroed = made(**fields), made(**fields)
     decoder, other = Decoder(model), Decoder(zeroed)
     for block, units, count in ((2, Values(), 10), (1, Mlp(), 100), (3, Mlp(), 40)):
         for layers in units.layers(other, block):
@@ -157,7 +158,7 @@ def test_an_uneven_folder_answers_as_the_stock_class_with_zeros(tmp_path: Path) 
     assert not save_model(model, tmp_path / "out").stock
     again = optprune.load_model(tmp_path / "out", device="cpu").model
     assert torch.equal(logits(again), logits(model))
-    dense = logits(made(num_hidden_layers=4))
+    dense = logits(made(**fields))
     assert apart(logits(again), logits(zeroed)) <= 1e-5 and apart(logits(again), dense) > 1e-2
     assert generated(again) == generated(again, use_cache=False) == generated(zeroed)
 
