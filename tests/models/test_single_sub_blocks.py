@@ -21,6 +21,7 @@ from optprune.pruning import prune
 from optprune.recipe import Recipe, load_recipe
 from optprune.report.block_values import is_attention, removed_with
 from tests.helpers.mixed_models import generated, mixed, narrow
+from tests.helpers.programs import program_of
 from tests.helpers.tiny_models import ALL_MODELS
 from tests.helpers.token_batches import batches
 from tests.helpers.ways_to_run import check_every_way_gives_the_same
@@ -142,7 +143,8 @@ def test_streamed_and_resumed_runs_give_the_same_weights(recipe: str, tmp_path: 
 
 def test_an_uneven_folder_answers_as_the_stock_class_with_zeros(tmp_path: Path) -> None:
     """Value dimensions and units of one block of each kind are gone, and by hand the columns that read them."""
-    model, zeroed = made(num_hidden_layers=4), made(num_hidden_layers=4)
+    fields = {"num_hidden_layers": 4, "layer_types": KINDS * 2}
+    model, zeroed = made(**fields), made(**fields)
     decoder, other = Decoder(model), Decoder(zeroed)
     for block, units, count in ((2, Values(), 10), (1, Mlp(), 100), (3, Mlp(), 40)):
         for layers in units.layers(other, block):
@@ -156,9 +158,17 @@ def test_an_uneven_folder_answers_as_the_stock_class_with_zeros(tmp_path: Path) 
     assert not save_model(model, tmp_path / "out").stock
     again = optprune.load_model(tmp_path / "out", device="cpu").model
     assert torch.equal(logits(again), logits(model))
-    dense = logits(made(num_hidden_layers=4))
+    dense = logits(made(**fields))
     assert apart(logits(again), logits(zeroed)) <= 1e-5 and apart(logits(again), dense) > 1e-2
     assert generated(again) == generated(again, use_cache=False) == generated(zeroed)
+
+
+@pytest.mark.parametrize(("units", "kind"), [("kv-groups", 2), ("mlp", 3), ("experts", 3)])
+def test_a_plan_stands_on_a_block_that_the_recipe_prunes(units: str, kind: int) -> None:
+    """The largest of them, which need not be the largest of all: that has experts, and no heads."""
+    recipe = "experts_best" if units == "experts" else "fasp"
+    program = program_of(recipe, decoder=Decoder(made()), fields={"units": units, "sparsity": 0.1})
+    assert program.largest == kind and program.example.solves
 
 
 def test_plain_transformers_takes_fewer_blocks_and_narrower_mlps() -> None:
