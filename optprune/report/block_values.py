@@ -11,6 +11,8 @@ FIELDS = {"mlp_width": "MLP units", "kv_heads": "KV heads", "value_dim": "value 
 """the numbers of a block's shape, in words"""
 FURTHER = {"recurrent": "heads of the recurrent mixer"}
 """more such numbers, of models in which a block has some"""
+BESIDE = frozenset(path for one in ARCHITECTURES.values() for path in one.beside)
+"""the layers that are in no sub-block"""
 RECURRENT = tuple(f"{one.recurrent.module}." for one in ARCHITECTURES.values() if one.recurrent is not None)
 """the beginnings of the paths of layers of recurrent mixers"""
 PLACE = re.compile(r"(?:.*\.)?(\d+)\.(.+)")
@@ -64,6 +66,8 @@ def shares(report: Report) -> tuple[BlockValues, ...]:
 
 def removed_with(report: Report, path: str) -> list[int]:
     """Return the numbers of the blocks that lost the sub-block with this layer."""
+    if path in BESIDE:
+        return []
     field = "recurrent" if path.startswith(RECURRENT) else "kv_heads" if is_attention(path) else "mlp_width"
     there = [(bool(getattr(change.before, field)), bool(getattr(change.after, field))) for change in report.blocks]
     return [number for number, (before, after) in enumerate(there) if before and not after]

@@ -9,14 +9,16 @@ PROMPT = torch.arange(10, 20)[None]
 
 
 def mixed(model: PreTrainedModel) -> PreTrainedModel:
-    """Four blocks: no mixer, everything narrower, no MLP, intact."""
+    """Four blocks: no mixer, all that can be narrower, no MLP, intact."""
     decoder = Decoder(model)
+    stays = decoder.architecture.indivisible
     decoder.remove(0, decoder.shape(0).parts[0])
-    if "kv_heads" not in decoder.architecture.indivisible:
+    if "kv_heads" not in stays:
         [groups] = KvGroups().layers(decoder, 1)
         decoder.keep_units(1, groups, torch.arange(groups.link.units) >= 1)
-    [values] = Values().layers(decoder, 1)
-    decoder.keep_units(1, values, torch.arange(values.link.units) % 16 < 5)
+    if "value_dim" not in stays:
+        [values] = Values().layers(decoder, 1)
+        decoder.keep_units(1, values, torch.arange(values.link.units) % 16 < 5)
     mixture = decoder.architecture.mixture is not None
     for mlp in Mlp().layers(decoder, 1):
         decoder.keep_units(1, mlp, torch.arange(mlp.link.units) < (40 if mixture else 50))
