@@ -38,10 +38,9 @@ class PrunedGemma4TextDecoderLayer(PrunedBlock, stock.Gemma4TextDecoderLayer):
             self.remove("self_attn", *self.attention_norms)
 
 
-class PrunedGemma4ForCausalLM(PrunedModel, stock.Gemma4ForCausalLM):
-    """Language model whose blocks may differ in shape."""
+class PrunedSharingModel(PrunedModel):
+    """A model of such blocks, whose caches hold the keys and values that several blocks read."""
 
-    config_class = PrunedGemma4Config
     block_class = PrunedGemma4TextDecoderLayer
     _no_split_modules = ["PrunedGemma4TextDecoderLayer"]
 
@@ -55,6 +54,12 @@ class PrunedGemma4ForCausalLM(PrunedModel, stock.Gemma4ForCausalLM):
         for block in self.get_submodule(self.blocks):
             if block.mixer is not None and not block.mixer.is_kv_shared_layer:
                 block.mixer.layer_idx = free[block.mixer.layer_type].pop(0)
+
+
+class PrunedGemma4ForCausalLM(PrunedSharingModel, stock.Gemma4ForCausalLM):
+    """Language model whose blocks may differ in shape."""
+
+    config_class = PrunedGemma4Config
 
 
 # Saving such a model copies this file, and the one it imports, into the folder and names it in the config.
