@@ -41,6 +41,7 @@ INEXACT = {
     "exaone4": "norms behind its sub-blocks have gains that no linear layer reads",
     "gemma2": "norms behind its sub-blocks have gains that no linear layer reads",
     "gemma3_text": "norms behind its sub-blocks have gains that no linear layer reads",
+    "gemma4_text": "norms behind its sub-blocks have gains that no linear layer reads",
     "glm4_moe_lite": "norms in its latent attention are of vectors of low rank, and not of the stream",
     "gpt2": "its layer norms subtract the mean, which a rotation does not keep",
     "gpt_neox": "its layer norms subtract the mean, which a rotation does not keep",

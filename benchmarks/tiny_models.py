@@ -84,6 +84,11 @@ OTHER_FAMILIES: dict[str, dict[str, Any]] = {
     },
     "gemma2": {**FOUR_NORMS, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
     "gemma3_text": {**FOUR_NORMS, "sliding_window_pattern": 2},
+    "gemma4_text": {
+        **{"num_hidden_layers": 4, "head_dim": 16, "global_head_dim": 32, "sliding_window": 8},
+        **{"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCABULARY, "use_double_wide_mlp": True},
+        **{"final_logit_softcapping": 3.0},
+    },
     "glm4_moe": {
         **{"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "first_k_dense_replace": 1},
         **{"head_dim": 24, "use_qk_norm": True, "attention_bias": True, "routed_scaling_factor": 1.5},
@@ -148,7 +153,19 @@ def tiny(family: str, seed: int = 0, **config: Any) -> PreTrainedModel:
     if fields.get("layer_types"):
         each = 2 if family in SINGLE else 1
         fields["layer_types"] = fields["layer_types"][: each * fields["num_hidden_layers"]]
+    if family == "gemma4_text":
+        fields = with_shared_keys(fields["num_hidden_layers"]) | fields
     return randomise(AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **fields)), seed)
+
+
+def with_shared_keys(blocks: int) -> dict[str, Any]:
+    """Fields of Gemma 4 by which the last of at least four blocks reads the keys and values of the one before it."""
+    shared = int(blocks > 3)
+    whole = 1 + shared
+    return {
+        "layer_types": ["sliding_attention"] * (blocks - whole) + ["full_attention"] * whole,
+        "num_kv_shared_layers": shared,
+    }
 
 
 ALL_MODELS = TINY_MODELS | {family: partial(tiny, family) for family in OTHER_FAMILIES}
@@ -158,7 +175,8 @@ ALL_MODELS = TINY_MODELS | {family: partial(tiny, family) for family in OTHER_FA
 def randomise(model: Model, seed: int) -> Model:
     """Draw every parameter anew, norms and biases too, so that nothing is zero or one by initialisation."""
     generator = torch.Generator().manual_seed(seed)
-    corrections = [one for one in model.named_buffers() if one[0].endswith("e_score_correction_bias")]
+    endings = ("e_score_correction_bias", "layer_scalar")
+    corrections = [one for one in model.named_buffers() if one[0].endswith(endings)]
     with torch.no_grad():
         for name, parameter in (*model.named_parameters(), *corrections):
             noise = torch.randn(parameter.shape, generator=generator)

@@ -46,7 +46,7 @@ class Allocation:
             raise InputError(
                 f"the allocation is for {counted(len(self.blocks), 'block')}, but the model has {len(shapes)}"
             )
-        attention = any(shape.kv_heads for shape in shapes)
+        attention, needed = any(shape.kv_heads for shape in shapes), decoder.handed_on()
         if attention and not any(block.shape.kv_heads for block in self.blocks):
             raise InputError("the allocation keeps no attention: keep at least one")
         for index, (block, shape) in enumerate(zip(self.blocks, shapes, strict=True)):
@@ -57,6 +57,7 @@ class Allocation:
                 if kept not in (0, there):
                     request = f"the allocation keeps {name} {kept} in block {index}, which has {there}"
                     decoder.architecture.check_kept(name, kept, request)
+            _check_handed_on(index, block.shape, shape, index in needed)
             if 0 < block.shape.kv_heads < shape.kv_heads and block.shape.value_dim < shape.value_dim:
                 raise InputError(
                     f"the allocation removes KV heads and value dimensions of block {index}: choose one of the two"
@@ -122,6 +123,17 @@ class Allocation:
             return cls(tuple(blocks), float(data["sparsity"]), str(data.get("saves", "")))
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             raise InputError(f"{NO_ALLOCATION}: {one_line(error)}") from error
+
+
+def _check_handed_on(index: int, kept: BlockShape, shape: BlockShape, needed: bool) -> None:
+    """Raise InputError where attention goes that later blocks need, or is said to have other layers than it has."""
+    if needed and not kept.kv_heads:
+        raise InputError(
+            f"the allocation removes the attention of block {index}, whose keys and values go to later blocks or count "
+            "the tokens of a cache: keep it"
+        )
+    if kept.kv_heads and kept.lacking != shape.lacking:
+        raise InputError(f"the allocation keeps lacking {kept.lacking} in block {index}, which has {shape.lacking}")
 
 
 def _shape_in(entry: Mapping[str, Any]) -> BlockShape:

@@ -68,7 +68,7 @@ def operations(decoder: Decoder, shape: BlockShape, tokens: int) -> float:
     Two for each linear weight that the token uses, and two for each query head, visible position and dimension of a
     head and of its values.
     """
-    heads = decoder.heads
+    heads = decoder.heads.of(shape)
     visible = (tokens + 1) / 2
     attention = shape.kv_heads * heads.group * visible * (heads.dim + shape.value_dim)
     return 2 * (_weights_used(decoder, shape) + attention)

@@ -58,9 +58,9 @@ class Depth(Allocator):
     def work(self, shapes: Decoder, tokens: int) -> Work:
         states = stream_bytes(shapes, min(tokens, self.tokens))
         if self.score == "influence":
-            # Each block is run twice, once without its MLP, and with each of several mixers alone.
+            # Each block is run twice, once without its MLP, with each of several mixers alone, and with nothing.
             mixers = max(len(set(shape.parts) - {"mlp"}) for shape in shapes.shapes())
-            passes = forward_work(shapes, tokens, 2.0 + mixers * (mixers > 1))
+            passes = forward_work(shapes, tokens, 2.0 + mixers * (mixers > 1) + shapes.architecture.stays)
             return Work(passes.flops, passes.bytes + stream_bytes(shapes, tokens), passes.passes)
         candidates = _candidates(shapes, self.parts)
         if not candidates:
@@ -130,9 +130,11 @@ class Depth(Allocator):
 
 
 def _candidates(decoder: Decoder, which: str) -> list[Candidate]:
-    candidates = []
+    candidates, needed = [], decoder.handed_on()
     for index, shape in enumerate(decoder.shapes()):
-        there = shape.parts
+        there = tuple(part for part in shape.parts if part != "attention" or index not in needed)
+        if which == "layers" and there != shape.parts:
+            continue
         groups = [there] if which == "layers" else [(part,) for part in there if which in (part, "both")]
         for parts in groups:
             candidates.append(Candidate(index, parts, sum(_weights(decoder, index, part) for part in parts)))
@@ -215,23 +217,35 @@ def _influences(decoder: Decoder, batches: Sequence[Tensor], candidates: Sequenc
     """Return 1 - cos of the hidden states before and after each candidate, the mean over tokens, from one pass."""
     stream = first_inputs(decoder, batches)
     sums = dict.fromkeys(candidates, 0.0)
-    tokens = stream.hidden.tokens
+    tokens, hidden = stream.hidden.tokens, int(decoder.model.config.hidden_size)
     for index, block in enumerate(decoder.blocks):
         shape = decoder.shape(index)
-        others = {each: _behind_or_beside(each, shape) for each in candidates if each.block == index}
+        # The sub-blocks that are gone where the states before a candidate are taken, and where those behind it are.
+        others = {
+            each: (_in_front(decoder, each, shape), _behind_or_beside(each, shape))
+            for each in candidates
+            if each.block == index
+        }
         with decoder.resident(index):
             for batch, (before, arguments) in enumerate(zip(stream.hidden, stream.arguments, strict=True)):
-                outputs = dict[tuple[str, ...], Tensor]()
-                for gone in dict.fromkeys(((), ("mlp",), *others.values())):
+                outputs = dict[tuple[str, ...] | None, Tensor]({None: before})
+                for gone in dict.fromkeys(((), *(gone for pair in others.values() for gone in pair if gone))):
                     with decoder.without((index, part) for part in gone):
                         outputs[gone] = run_block(block, before, arguments)[1]
-                for candidate, gone in others.items():
-                    first = outputs["mlp",] if candidate.parts == ("mlp",) else before
-                    cosine = torch.nn.functional.cosine_similarity(first.double(), outputs[gone].double(), dim=-1)
+                for candidate, pair in others.items():
+                    first, last = (outputs[gone][..., :hidden].double() for gone in pair)
+                    cosine = torch.nn.functional.cosine_similarity(first, last, dim=-1)
                     sums[candidate] += float((1 - cosine).sum())
                 stream.hidden[batch] = outputs[()]
         stream.past(stream.hidden)
     return {candidate: total / tokens for candidate, total in sums.items()}
+
+
+def _in_front(decoder: Decoder, candidate: Candidate, shape: BlockShape) -> tuple[str, ...] | None:
+    """Return the sub-blocks without which a block gives the states before a candidate; None for the block's inputs."""
+    if candidate.parts == ("mlp",):
+        return ("mlp",)
+    return shape.parts if decoder.architecture.stays else None
 
 
 def _behind_or_beside(candidate: Candidate, shape: BlockShape) -> tuple[str, ...]:

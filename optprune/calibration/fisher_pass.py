@@ -23,6 +23,7 @@ from optprune.calibration.stream import (
     activation_bytes,
     block_pass,
     calibrating,
+    call_block,
     first_inputs,
     head_work,
     itemsize,
@@ -34,7 +35,6 @@ from optprune.measure.memory import release
 from optprune.metric import Metrics, MetricSums
 from optprune.models import Decoder
 from optprune.models.places import States
-from optprune.numerics.tensors import first_output
 from optprune.work import Work
 
 TOKENS_AT_ONCE = 512
@@ -255,7 +255,7 @@ def _backward(
     try:
         with torch.enable_grad():
             entry = hidden.detach().requires_grad_()
-            after = first_output(block(entry, **arguments))
+            after = call_block(block, entry, arguments)
         # Only these tensors get gradients, whatever parameters require.
         found = torch.autograd.grad(after, [entry, *(outputs[path] for path in paths)], gradient)
     finally:

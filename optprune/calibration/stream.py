@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from optprune.calibration.carried import CARRIED, Carried, carried, carried_width
 from optprune.calibration.partial_sums import PartialSums, Share
 from optprune.errors import InputError, NumericalError
 from optprune.models import Decoder
@@ -26,6 +27,8 @@ TOKENS_PER_BATCH = 2048
 @dataclass
 class Stream:
     """Hidden states that enter the current block, one tensor a batch, with the other arguments of all blocks.
+
+    What goes from block to block beside them stands in further columns (`carried`).
 
     Where processes share the batches, a stream holds those of this process.
     """
@@ -119,8 +122,8 @@ def first_inputs(decoder: Decoder, batches: Sequence[Tensor], partial_sums: Part
         raise InputError("there are no calibration batches: give at least one tensor of token ids [batch, length]")
     share = Share() if partial_sums is None else partial_sums.share(len(batches))
     stream, count = Stream(States(decoder.states), [], share=share), len(decoder.blocks)
-    kinds = getattr(decoder.model.config, "layer_types", None) or []
-    alike = len(set(kinds[:count])) < 2
+    kinds, beside = getattr(decoder.model.config, "layer_types", None) or [], carried(decoder)
+    alike = len(set(kinds[:count])) < 2 and beside is None
     shared: dict[torch.Size, list[dict[str, Any]]] = {}
     caught: list[tuple[Tensor, dict[str, Any]]] = []
     last = 1
@@ -137,16 +140,36 @@ def first_inputs(decoder: Decoder, batches: Sequence[Tensor], partial_sums: Part
         for batch in share.of(batches):
             caught.clear()
             # Without padding, masks and positions depend on the shape alone, so one copy serves all batches of a shape.
-            last = 1 if alike or batch.shape in shared else count
+            last = 1 if alike or (batch.shape in shared and not (beside and beside[0].argument)) else count
             with suppress(_Reached), _passing(decoder.blocks), decoder.embeddings_in_dtype():
                 decoder.model(input_ids=batch.to(device), use_cache=False)
-            stream.hidden.append(caught[0][0])
             others = [arguments for _, arguments in caught]
+            stream.hidden.append(_entering(caught[0][0], others, beside))
             stream.others.append(shared.setdefault(batch.shape, others * count if alike else others))
     finally:
         for handle in handles:
             handle.remove()
     return stream
+
+
+def _entering(hidden: Tensor, arguments: list[dict[str, Any]], beside: list[Carried] | None) -> Tensor:
+    """Return the inputs of the first block with what they carry, which is removed from the arguments of each block."""
+    if beside is None:
+        return hidden
+    first = beside[0]
+    numbers = [each.pop(first.argument) for each in arguments] if first.argument else []
+    for each, carries in zip(arguments, beside, strict=False):
+        each.pop(first.shared)
+        each[CARRIED] = carries
+    return first.entering(hidden, numbers)
+
+
+def call_block(block: nn.Module, states: Tensor, arguments: dict[str, Any]) -> Tensor:
+    """Return the outputs of a block for its inputs, with what they carry."""
+    carries: Carried | None = arguments.get(CARRIED)
+    if carries is None:
+        return first_output(block(states, **arguments))
+    return carries.called(block, states, {name: value for name, value in arguments.items() if name != CARRIED})
 
 
 def _named(block: nn.Module, args: tuple[Any, ...]) -> dict[str, Any]:
@@ -190,13 +213,13 @@ def run_block(
     handles = [block.get_submodule(path).register_forward_pre_hook(tap(path)) for path in taps]
     output = hidden
     try:
-        output = block(hidden, **arguments)
+        output = call_block(block, hidden, arguments)
     except _Reached:
         pass
     finally:
         for handle in handles:
             handle.remove()
-    return caught, first_output(output)
+    return caught, output
 
 
 def advance(
@@ -255,7 +278,12 @@ def activation_bytes(decoder: Decoder, index: int, tokens: int, *, backward: boo
 
 def stream_bytes(decoder: Decoder, tokens: int) -> int:
     """Return the memory of the hidden states of so many tokens between two blocks."""
-    return tokens * decoder.model.config.hidden_size * itemsize(decoder)
+    return tokens * stream_width(decoder) * itemsize(decoder)
+
+
+def stream_width(decoder: Decoder) -> int:
+    """Return the most numbers of a token that go from a block to the next."""
+    return int(decoder.model.config.hidden_size) + carried_width(decoder)
 
 
 def itemsize(decoder: Decoder) -> int:

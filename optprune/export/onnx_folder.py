@@ -78,11 +78,11 @@ class OnnxFolder(Exporter):
             )
         architecture, runtime = architecture_of(source.config), RUNTIMES["onnx"]
         if architecture.model_type not in runtime.families:
-            reason = (
-                "each token runs its own experts, which a graph cannot do"
-                if architecture.recurrent is None
-                else "the states of its recurrent mixers are not among the inputs and outputs of a graph"
-            )
+            reason = "each token runs its own experts, which a graph cannot do"
+            if architecture.recurrent is not None:
+                reason = "the states of its recurrent mixers are not among the inputs and outputs of a graph"
+            if architecture.shared is not None:
+                reason = "its blocks hand keys and values on to others, which is not tried there"
             return f"a {architecture.model_type} model cannot be exported to ONNX, because {reason}"
         for kind in rope_types(source.config):
             if kind not in runtime.rotary:

@@ -35,10 +35,11 @@ def _add_older_fields(fields: dict[str, Any]) -> None:
     """Add the fields of 4.x for the dtype and the rotary embeddings, where 4.x would silently use its defaults."""
     if "dtype" in fields:
         fields["torch_dtype"] = fields["dtype"]
-    older = architecture_named(fields.get("model_type"), fields).older_names
+    architecture = architecture_named(fields.get("model_type"), fields)
+    older = architecture.older_names
     fields |= {named: fields[name] for name, named in older.items() if name in fields}
     rotary = fields.get("rope_parameters")
-    if not rotary:
+    if not rotary or not architecture.in_transformers_4:  # Gemma 4's config takes no older names
         return
     if "full_attention" in rotary:  # each kind of attention has its own, as in Gemma 3
         fields["rope_local_base_freq"] = rotary["sliding_attention"]["rope_theta"]

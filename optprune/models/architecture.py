@@ -38,6 +38,12 @@ class Heads:
     """the value dimensions of a head in the stock class; zero for those of a query head"""
     gated: bool = False
     """whether the query layer makes a factor for each value dimension of a query head, behind that head's queries"""
+    by_block: bool = False
+    """whether blocks have heads of other sizes, which all stay: then these are the first block's"""
+
+    def of(self, shape: "BlockShape") -> "Heads":
+        """Return the head layout of a block of a shape."""
+        return replace(self, kv=shape.kv_heads or self.kv, dim=shape.value_dim) if self.by_block else self
 
     def query_rows(self, value_dim: int) -> int:
         """Return the rows of the query layer for a KV head with so many value dimensions."""
@@ -72,6 +78,8 @@ class BlockShape:
     """the experts that a router chooses from; zero where the block has one MLP"""
     recurrent: int = 0
     """the heads of a recurrent mixer in place of attention or beside it; zero where the block has none"""
+    lacking: int = 0
+    """the layers that its attention lacks: 1 where keys are values too, 2 where it reads those of an earlier block"""
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -80,7 +88,7 @@ class BlockShape:
 
     def without(self, part: str) -> "BlockShape":
         """Return the shape without a sub-block, "attention", "recurrent" or "mlp"."""
-        further = {"attention": {"value_dim": 0}, "mlp": {"experts": 0}}.get(part, {})
+        further = {"attention": {"value_dim": 0, "lacking": 0}, "mlp": {"experts": 0}}.get(part, {})
         return replace(self, **{PARTS[part]: 0}, **further)
 
     def counts(self, always: Collection[str] = ()) -> dict[str, int]:
@@ -329,6 +337,28 @@ class Latent:
 
 
 @dataclass(frozen=True)
+class Shared:
+    """The keys and values that blocks of some models hand on to later blocks, beside the hidden states."""
+
+    argument: str
+    """the argument of a block with a mapping from kinds of attention to keys and values, which it reads and writes"""
+    kind: Callable[[Any], str]
+    """function that returns the kind of an attention module"""
+    reads: Callable[[Any], bool]
+    """whether an attention module reads those of its kind, in place of its own"""
+    writes: Callable[[Any], bool]
+    """whether an attention module hands on its own; the attention of such a block cannot be removed"""
+    numbers: str = ""
+    """the argument of a block with numbers of its own for each token, if there is one"""
+    width: str = ""
+    """the config field with how many these are"""
+
+    def numbers_of_token(self, config: PretrainedConfig) -> int:
+        """Return how many numbers of its own each token has in each block."""
+        return int(getattr(config, self.width) or 0) if self.width else 0
+
+
+@dataclass(frozen=True)
 class Architecture:
     """One family of decoder models, as data; every path is relative to a decoder block unless it says otherwise."""
 
@@ -427,6 +457,20 @@ class Architecture:
     """whether there are no classes for such a vision-language model whose blocks differ in shape"""
     ordered: str = ""
     """why no block can be removed whole, where that is so"""
+    shared: Shared | None = None
+    """the keys and values that blocks hand on to later ones, if they do"""
+    per_block: Mapping[str, int] = field(default_factory=dict)
+    """the modules outside the blocks whose weights hold as many rows (0) or columns (1) for each block"""
+    beside: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    """the linear layers of a block beside its sub-blocks, each with the config fields of its outputs and inputs"""
+    buffers: tuple[str, ...] = ()
+    """the buffers of a block that checkpoints hold, by their names in it"""
+    stays: bool = False
+    """whether a block without any sub-block stays, because it changes the hidden states still"""
+    wide: Callable[[PretrainedConfig], Sequence[int]] = lambda config: ()
+    """function that returns the multiple of the config's width that each block's MLP has; empty for ones"""
+    alone: Mapping[str, Any] = field(default_factory=dict)
+    """the config fields of a model of one block that have another value there"""
 
     def for_config(self, config: PretrainedConfig) -> "Architecture":
         """Return the same with the linear layers that a config says, of as many experts among them."""
@@ -543,8 +587,16 @@ class Architecture:
         mlp = (self.mlp_consumer, "" if self.mixture is None else self.mixture.experts)
         return {"attention": (self.output,), "recurrent": recurrent, "mlp": tuple(filter(None, mlp))}[part]
 
-    def mlps_alike(self, shapes: Sequence[BlockShape]) -> bool:
+    def multiples(self, config: PretrainedConfig, blocks: int) -> Sequence[int]:
+        """Return the multiple of the config's width that the MLP of each block has in the stock class."""
+        return self.wide(config) or (1,) * blocks
+
+    def mlps_alike(self, config: PretrainedConfig, shapes: Sequence[BlockShape]) -> bool:
         """Return whether the MLPs of blocks of these shapes have one size, those of each kind for themselves."""
+        times = self.multiples(config, len(shapes))
+        if any(shape.mlp_width % time for shape, time in zip(shapes, times, strict=True)):
+            return False
+        shapes = [replace(one, mlp_width=one.mlp_width // time) for one, time in zip(shapes, times, strict=True)]
         own = ([shape for shape in shapes if kind.describes(shape)] for kind in self.mlp_kinds)
         return all(len({(shape.mlp_width, shape.experts) for shape in same}) < 2 for same in own)
 
@@ -563,11 +615,15 @@ class Architecture:
             logits = logits * factor
         return logits if cap is None else (logits / cap).tanh() * cap
 
-    def check_divisible(self, count: str, request: str) -> None:
-        """Raise InputError where a count of a block's shape cannot be lowered; `request` describes the request."""
+    def check_divisible(self, count: str, request: str, instead: str = "") -> None:
+        """Raise InputError where a count of a block's shape cannot be lowered.
+
+        `request` describes the request, and `instead` says what may be requested in its place.
+        """
         if count in self.indivisible:
             raise InputError(
                 f"{request}, but {self.model_type} models must keep all or none of them: {self.indivisible[count]}"
+                f"{'; ' * bool(instead)}{instead}"
             )
 
     def check_kept(self, count: str, kept: int, request: str) -> None:
@@ -586,14 +642,14 @@ class Architecture:
 
     def layer_sizes(self, config: PretrainedConfig, heads: Heads, shape: BlockShape) -> dict[str, tuple[int, int]]:
         """Return the outputs and inputs of every linear layer in a block of a shape, zeros for removed layers."""
-        hidden = int(config.hidden_size)
+        hidden, heads = int(config.hidden_size), heads.of(shape)
         outputs: dict[str, int] = {}
         rows = (
             (self.query, heads.query_rows(shape.value_dim)),
             (self.key, heads.key_rows),
             (self.value, shape.value_dim),
         )
-        for path, width in rows:
+        for path, width in rows[: len(rows) - shape.lacking]:
             outputs[path] = outputs.get(path, 0) + shape.kv_heads * width  # one layer may make them all
         inputs, of_mlps = {self.output: shape.kv_heads * heads.group * shape.value_dim}, list[str]()
         for kind in (kind for kind in self.mlp_kinds if kind.describes(shape)):
@@ -608,6 +664,8 @@ class Architecture:
             found |= self.latent.sizes(config, outputs)
         if self.recurrent is not None and shape.recurrent:
             found |= self.recurrent.sizes(config)
+        beside = {path: [int(getattr(config, name)) for name in names] for path, names in self.beside.items()}
+        found |= {path: (out, of) for path, (out, of) in beside.items() if path in self.layers}
         # A dense shape may have more experts than a config that was pruned.
         every = dict.fromkeys((*self.layers, *of_mlps))
         return {path: found.get(path, (0, hidden)) for path in every}

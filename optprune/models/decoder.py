@@ -17,6 +17,8 @@ from optprune.models.registry import SHAPES_FIELD, architecture_of, is_stock
 from optprune.models.store import BlockStore
 from optprune.models.surgery import (
     HALF,
+    as_buffers,
+    as_parameters,
     check_linear,
     classes_of,
     keep_entries,
@@ -62,6 +64,8 @@ class Decoder:
         if self.architecture.mixture is not None:
             for block in self.blocks:
                 separate(block, self.architecture.mixture)
+        for block in self.blocks:
+            as_parameters(block, self.architecture.buffers)
         for index in range(len(self.blocks)):
             for path in self.paths(index):
                 check_linear(self.layer(index, path), path, path in self.architecture.transposed)
@@ -147,6 +151,7 @@ class Decoder:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the logits [..., vocabulary] for outputs of the last block [..., hidden]."""
+        hidden = hidden[..., : self.model.config.hidden_size]  # without what goes from block to block beside them
         for module in self.after_blocks():
             hidden = module(hidden)
         return self.architecture.scale_logits(self.model.config, hidden)
@@ -187,10 +192,12 @@ class Decoder:
     def shape(self, block: int) -> BlockShape:
         """Return the sizes of a block."""
         width, experts = self._mlp_counts(block) if self._has_part(block, "mlp") else (0, 0)
-        heads = self._head_counts(block) if self._has_part(block, "attention") else (0, 0)
-        mixer = self.architecture.recurrent
+        attention, mixer = self._has_part(block, "attention"), self.architecture.recurrent
+        heads = self._head_counts(block) if attention else (0, 0)
         recurrent = mixer.heads(self.model.config) if mixer and self._has_part(block, "recurrent") else 0
-        return BlockShape(width, *heads, experts, recurrent)
+        made = {self.architecture.key, self.architecture.value}
+        lacking = sum(not self._has(block, path) for path in made) if attention else 0
+        return BlockShape(width, *heads, experts, recurrent, lacking)
 
     def _mlp_counts(self, block: int) -> tuple[int, int]:
         """Return the units of a block's MLP, or of each expert, and the number of experts (zero for one MLP)."""
@@ -206,8 +213,20 @@ class Decoder:
     def _head_counts(self, block: int) -> tuple[int, int]:
         """Return the KV heads of a block's attention, and the value dimensions of each."""
         names = self.architecture
+        if self.heads.by_block:
+            attention: Any = self.blocks[block].get_submodule(names.attention)
+            dim = self.layer(block, names.output).in_features // self.heads.query
+            return self.heads.query // attention.num_key_value_groups, dim
         keys, output = self.layer(block, names.key), self.layer(block, names.output)
         return counts_of_heads(names.joined, self.heads, keys.out_features, output.in_features)
+
+    def handed_on(self) -> frozenset[int]:
+        """Return the numbers of the blocks whose attention hands on its keys and values."""
+        shared, place = self.architecture.shared, self.architecture.attention
+        having = [index for index, shape in enumerate(self.shapes()) if shape.kv_heads and shared is not None]
+        return frozenset(
+            index for index in having if shared is not None and shared.writes(self.blocks[index].get_submodule(place))
+        )
 
     def shapes(self) -> tuple[BlockShape, ...]:
         """Return the sizes of every block."""
@@ -265,13 +284,14 @@ class Decoder:
         return only_experts(self.blocks[block], self.architecture.mixture, kept)
 
     def joined(self) -> PreTrainedModel:
-        """Return the model with the experts of each block in the tensors of the stock class; this decoder ends then.
+        """Return the model with the modules and buffers of the stock class; this decoder ends then.
 
         With a store the experts stay modules, as its files name them.
         """
-        if self.architecture.mixture is not None and self.store is None:
-            for block in self.blocks:
+        for block in self.blocks if self.store is None else ():
+            if self.architecture.mixture is not None:
                 join(block, self.architecture.mixture)
+            as_buffers(block, self.architecture.buffers)
         return self.model
 
     def remove(self, block: int, part: str) -> None:
@@ -345,8 +365,9 @@ class Decoder:
         architecture, config, shapes = self.architecture, self.model.config, self.shapes()
         if not any(shape.kv_heads for shape in shapes):
             raise InputError("no block has attention left: lower the sparsity")
+        every = list(zip(shapes, architecture.multiples(config, len(shapes)), strict=True))
         for kind in architecture.mlp_kinds:
-            widths = [shape.mlp_width for shape in shapes if kind.describes(shape)]
+            widths = [-(-shape.mlp_width // times) for shape, times in every if kind.describes(shape)]
             if widths or len(architecture.mlp_kinds) == 1:
                 kind.record_widths(config, widths)
         self._record_experts(shapes)
@@ -378,7 +399,7 @@ class Decoder:
             config.__class__, self.model.__class__ = architecture.stock.config, architecture.stock.model
             for name in (SHAPES_FIELD, "auto_map"):
                 vars(config).pop(name, None)
-        if first.kv_heads < self.heads.kv:
+        if first.kv_heads < self.heads.kv and not self.heads.by_block:
             config.head_dim = self.heads.dim
             config.num_key_value_heads = first.kv_heads
             config.num_attention_heads = first.kv_heads * self.heads.group
@@ -406,8 +427,11 @@ class Decoder:
                 return False
         # A recurrent mixer is whole where there is one.
         attention = {(shape.kv_heads, shape.value_dim) for shape in shapes if shape.kv_heads}
-        alike = len(attention) == 1 and self.architecture.mlps_alike(shapes)
+        alike = self.architecture.mlps_alike(self.model.config, shapes)
         whole = all(shape.parts in self.architecture.whole for shape in shapes)
+        if heads.by_block:
+            return alike and whole
+        alike = len(attention) == 1 and alike
         if not alike or not whole or first.value_dim != heads.value_dim:
             return False
         # The stock configs require heads that divide the hidden size, though head_dim gives their width.
@@ -424,7 +448,7 @@ class Decoder:
             module.get_submodule(self.architecture.attention).__class__ = classes.attention
 
     def _drop_empty_blocks(self) -> None:
-        kept = [index for index, shape in enumerate(self.shapes()) if shape.parts]
+        kept = [index for index, shape in enumerate(self.shapes()) if shape.parts or self.architecture.stays]
         if len(kept) == len(self.blocks):
             return
         if self.architecture.ordered:

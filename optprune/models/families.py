@@ -16,6 +16,7 @@ from transformers.models.exaone4 import modeling_exaone4
 from transformers.models.falcon_h1 import modeling_falcon_h1
 from transformers.models.gemma2 import modeling_gemma2
 from transformers.models.gemma3 import modeling_gemma3
+from transformers.models.gemma4 import modeling_gemma4
 from transformers.models.glm4_moe import modeling_glm4_moe
 from transformers.models.glm4_moe_lite import modeling_glm4_moe_lite
 from transformers.models.gpt2 import modeling_gpt2
@@ -43,7 +44,7 @@ from transformers.models.qwen3_next import modeling_qwen3_next
 from transformers.models.seed_oss import modeling_seed_oss
 from transformers.models.smollm3 import modeling_smollm3
 
-from optprune.models.architecture import GATED, Architecture, Classes, ExpertTensors, Heads, Latent, Mixture
+from optprune.models.architecture import GATED, Architecture, Classes, ExpertTensors, Heads, Latent, Mixture, Shared
 from optprune.models.pruned import (
     modeling_pruned_deepseek_v2,
     modeling_pruned_deepseek_v3,
@@ -51,6 +52,7 @@ from optprune.models.pruned import (
     modeling_pruned_falcon_h1,
     modeling_pruned_gemma2,
     modeling_pruned_gemma3_text,
+    modeling_pruned_gemma4_text,
     modeling_pruned_glm4_moe,
     modeling_pruned_glm4_moe_lite,
     modeling_pruned_gpt2,
@@ -96,6 +98,25 @@ def latent_heads(config: PretrainedConfig) -> Heads:
     """Return the head layout of latent attention; the rotated dimensions of the keys are one vector for all heads."""
     count, plain = config.num_attention_heads, config.qk_nope_head_dim
     return Heads(count, count, plain + config.qk_rope_head_dim, plain, config.v_head_dim)
+
+
+def heads_of_first_block(config: PretrainedConfig) -> Heads:
+    """Return the head layout of the first block, where blocks have heads of other sizes."""
+    first = config.per_layer_config[0]
+    return Heads(config.num_attention_heads, first.num_key_value_heads, first.head_dim, by_block=True)
+
+
+def double_widths(config: PretrainedConfig) -> list[int]:
+    """Return 2 for blocks whose MLP is twice as wide, because they read keys and values of earlier ones, and else 1."""
+    return [1 + (config.use_double_wide_mlp and mode == "reuse") for mode in config.kv_sharing_modes]
+
+
+def fields_of_gemma4(config: PretrainedConfig) -> dict[str, Any]:
+    """Return what a config of Gemma 4 leaves out of its blocks, and which of its fields must be off."""
+    fields: dict[str, Any] = {} if config.hidden_size_per_layer_input else {"stages": LLAMA.stages}
+    # Among tokens of text alone, "vision" says nothing.
+    both = ("use_bidirectional_attention",) if config.use_bidirectional_attention == "all" else ()
+    return fields | {"off": (*both, "enable_moe_block")}
 
 
 def equal_heads(config: PretrainedConfig) -> Heads:
@@ -146,11 +167,12 @@ def classes(
     *,
     model: str = "ForCausalLM",
     block: str = "DecoderLayer",
+    attention: str = "Attention",
     config: str = "Config",
 ) -> dict[str, Any]:
     """Return the stock and the pruned classes of a family; a class name is the family and an ending."""
-    stock_names = [f"{family}{ending}" for ending in (config, model, block, "Attention")]
-    pruned_names = [f"Pruned{family}{ending}" for ending in ("Config", model, block, "Attention")]
+    stock_names = [f"{family}{ending}" for ending in (config, model, block, attention)]
+    pruned_names = [f"Pruned{family}{ending}" for ending in ("Config", model, block, attention)]
     return {
         "stock": Classes(*(getattr(stock, name) for name in stock_names)),
         "pruned": Classes(*(getattr(pruned, name) for name in pruned_names)),
@@ -216,6 +238,44 @@ GEMMA3 = replace(
     GEMMA2,
     model_type="gemma3_text",
     **classes("Gemma3", modeling_gemma3, modeling_pruned_gemma3_text, config="TextConfig"),
+)
+# Text-only Gemma 4: Gemma 3's blocks with a norm of values, an input of their own for each token, and a scalar; blocks
+# without a window have heads of another size and perhaps no values; the last ones may read those of earlier ones.
+GEMMA4 = replace(
+    GEMMA3,
+    model_type="gemma4_text",
+    stages=(*LLAMA.stages, ("per_layer_input_gate",), ("per_layer_projection",)),
+    heads=heads_of_first_block,
+    head_dim_is_free=False,
+    indivisible={
+        "value_dim": "a norm goes over the values of each head, so removing one changes the others",
+        "kv_heads": "blocks have heads of other sizes, and may share their keys and values",
+    },
+    beside={
+        "per_layer_input_gate": ("hidden_size_per_layer_input", "hidden_size"),
+        "per_layer_projection": ("hidden_size", "hidden_size_per_layer_input"),
+    },
+    shared=Shared(
+        argument="shared_kv_states",
+        kind=lambda attention: attention.layer_type,
+        reads=lambda attention: attention.is_kv_shared_layer,
+        writes=lambda attention: attention.store_full_length_kv,
+        numbers="per_layer_input",
+        width="hidden_size_per_layer_input",
+    ),
+    per_block={"model.embed_tokens_per_layer": 1, "model.per_layer_model_projection": 0},
+    buffers=("layer_scalar",),
+    stays=True,
+    wide=double_widths,
+    alone={"num_kv_shared_layers": 0},
+    recoverable=LLAMA.recoverable[1:],
+    off=(),
+    by_config=fields_of_gemma4,
+    in_transformers_4=False,
+    **classes(
+        *("Gemma4", modeling_gemma4, modeling_pruned_gemma4_text),
+        **{"config": "TextConfig", "block": "TextDecoderLayer", "attention": "TextAttention"},
+    ),
 )
 # Multipliers of the embeddings, the attention scores, the residual branches and the logits.
 GRANITE = replace(
@@ -700,9 +760,9 @@ GPT_NEOX = Architecture(
 ARCHITECTURES = {
     architecture.model_type: architecture
     for architecture in (
-        *(DEEPSEEK_V2, DEEPSEEK_V3, EXAONE4, FALCON_H1, GEMMA2, GEMMA3, GLM4_MOE, GLM4_MOE_LITE, GPT2, GPT_NEOX),
-        *(GPT_OSS, GRANITE, GRANITE_HYBRID, LFM2, LLAMA, MINISTRAL3, MISTRAL, MIXTRAL, NEMOTRON_H, OLMO2, OLMOE),
-        *(OPT, PHI3, QWEN2, QWEN2_MOE, QWEN3),
+        *(DEEPSEEK_V2, DEEPSEEK_V3, EXAONE4, FALCON_H1, GEMMA2, GEMMA3, GEMMA4, GLM4_MOE, GLM4_MOE_LITE, GPT2),
+        *(GPT_NEOX, GPT_OSS, GRANITE, GRANITE_HYBRID, LFM2, LLAMA, MINISTRAL3, MISTRAL, MIXTRAL, NEMOTRON_H, OLMO2),
+        *(OLMOE, OPT, PHI3, QWEN2, QWEN2_MOE, QWEN3),
         *(QWEN3_5, QWEN3_5_MOE, QWEN3_MOE, QWEN3_NEXT, SEED_OSS, SMOLLM3),
     )
 }

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from optprune.models.architecture import GATED, ExpertTensors, Mixture
+from optprune.models.surgery import as_buffers, as_parameters
 
 GATE, UP, DOWN = GATED
 FUSED = "gate_up_proj"
@@ -187,10 +188,7 @@ def separate(block: nn.Module, mixture: Mixture) -> None:
     if experts is not None and not isinstance(experts, SeparateExperts):
         block.set_submodule(mixture.experts, SeparateExperts(experts, mixture))
         router, name = block.get_submodule(mixture.router), mixture.correction
-        if name:  # a parameter meanwhile, so that all that reads and writes those of a block does this one too
-            correction = router.get_buffer(name)
-            del router._buffers[name]
-            router.register_parameter(name, nn.Parameter(correction, requires_grad=False))
+        as_parameters(router, (name,) if name else ())
 
 
 def join(block: nn.Module, mixture: Mixture) -> None:
@@ -199,10 +197,7 @@ def join(block: nn.Module, mixture: Mixture) -> None:
     if isinstance(experts, SeparateExperts):
         block.set_submodule(mixture.experts, experts.joined())
         router, name = block.get_submodule(mixture.router), mixture.correction
-        if name:
-            correction = router.get_parameter(name).detach()
-            del router._parameters[name]
-            router.register_buffer(name, correction)
+        as_buffers(router, (name,) if name else ())
 
 
 def keep_experts(block: nn.Module, mixture: Mixture, kept: Tensor) -> None:

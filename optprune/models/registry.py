@@ -155,9 +155,9 @@ def check_config(config: PretrainedConfig, architecture: Architecture, source: s
         )
 
     for name, most in (LARGEST | {architecture.mlp_width: 2**24}).items():
-        value = getattr(config, name, None)
-        if value is not None and not (isinstance(value, int) and 1 <= value <= most):
-            refuse(name, value, f"a whole number from 1 to {most}")
+        for value in values_of(config, name):
+            if value is not None and not (isinstance(value, int) and 1 <= value <= most):
+                refuse(name, value, f"a whole number from 1 to {most}")
     for name, value in REQUIRED.items():
         if getattr(config, name, value) is not value:
             refuse(name, getattr(config, name), f"{value}")
@@ -177,6 +177,14 @@ def check_config(config: PretrainedConfig, architecture: Architecture, source: s
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     if window is not None and not (isinstance(window, int) and window >= 1):
         refuse("sliding_window", window, "a whole number of at least 1")
+
+
+def values_of(config: PretrainedConfig, name: str) -> list[Any]:
+    """Return the values of a config field: one, or where blocks have their own those of all blocks."""
+    try:
+        return [getattr(config, name, None)]
+    except RuntimeError:  # transformers wants to know which block is meant
+        return [getattr(one, name, None) for one in config.per_layer_config]
 
 
 def _check_understood(config: PretrainedConfig, architecture: Architecture, source: str) -> None:

@@ -15,7 +15,8 @@ from optprune.errors import InputError
 from optprune.models.architecture import Mixture
 from optprune.models.checkpoint import Checkpoint, InFiles
 from optprune.models.mixture import expert_tensors, separate
-from optprune.models.registry import architecture_of
+from optprune.models.registry import SHAPES_FIELD, architecture_of
+from optprune.models.surgery import as_parameters
 from optprune.system.wording import counted
 
 OLD_BUFFER = r"rotary_emb\.inv_freq"
@@ -28,10 +29,28 @@ def skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     with init_empty_weights(include_buffers=False):
         model = cls.from_config(config, dtype=dtype, trust_remote_code=False)
     architecture = architecture_of(config)
-    if architecture.mixture is not None:  # files hold experts one by one
-        for block in model.get_submodule(architecture.blocks):
+    for block in model.get_submodule(architecture.blocks):
+        if architecture.mixture is not None:  # files hold experts one by one
             separate(block, architecture.mixture)
+        as_parameters(block, architecture.buffers)
     return model
+
+
+def keep_block(config: PretrainedConfig, index: int) -> None:
+    """Make a config one of a model that has only the block with a number, in place."""
+    architecture = architecture_of(config)
+    wide, own = architecture.wide(config), config.to_dict().get("per_layer_config") or {}
+    for field in (*architecture.by_block, SHAPES_FIELD):
+        if getattr(config, field, None):
+            setattr(config, field, [getattr(config, field)[index]])
+    if wide:
+        setattr(config, architecture.mlp_width, getattr(config, architecture.mlp_width) * wide[index])
+    for field, value in architecture.alone.items():
+        setattr(config, field, value)
+    config.num_hidden_layers = 1
+    if own:  # numbers of blocks are words in files
+        named = {int(number): fields for number, fields in own.items()}
+        config.per_layer_config = {0: named[index]} if index in named else {}
 
 
 def one_block_model(
@@ -42,12 +61,8 @@ def one_block_model(
     It has the kind of the block with a number, as the lists of the config say.
     """
     config = copy.deepcopy(config)
-    architecture = architecture_of(config)
-    for field in architecture.by_block:
-        if getattr(config, field, None):
-            setattr(config, field, [getattr(config, field)[index]])
-    config.num_hidden_layers = 1
-    for field, value in architecture.first_dense(0, 1).items():
+    keep_block(config, index)
+    for field, value in architecture_of(config).first_dense(0, 1).items():
         setattr(config, field, value)
     model = skeleton(config, dtype)
     generator = torch.Generator(device).manual_seed(0)

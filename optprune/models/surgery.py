@@ -1,6 +1,6 @@
 """Changes of modules in place: weights written, rows and columns deleted, dtypes and classes exchanged."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -50,6 +50,24 @@ def keep_entries(module: nn.Module, name: str, entries: Tensor) -> None:
     """Keep only these entries of a vector that is a parameter of a module, in place."""
     vector = module.get_parameter(name)
     put_parameters(module, {name: vector.detach()[entries]})
+
+
+def as_parameters(module: nn.Module, names: Iterable[str]) -> None:
+    """Make buffers of a module parameters without gradients: what reads and writes its parameters does these too."""
+    for name in names:
+        if name in module._buffers:
+            value = module.get_buffer(name)
+            del module._buffers[name]
+            module.register_parameter(name, nn.Parameter(value, requires_grad=False))
+
+
+def as_buffers(module: nn.Module, names: Iterable[str]) -> None:
+    """Make such parameters of a module buffers again."""
+    for name in names:
+        if name in module._parameters:
+            value = module.get_parameter(name).detach()
+            del module._parameters[name]
+            module.register_buffer(name, value)
 
 
 def classes_of(module: nn.Module) -> list[tuple[nn.Module, type]]:

@@ -162,7 +162,9 @@ class LinkedUnits(Units):
 
     def check_possible(self, decoder: Decoder) -> None:
         """Raise InputError where no such unit of a model can be removed."""
-        decoder.architecture.check_divisible(self.field, f"units {self.name} remove {self.field}")
+        decoder.architecture.check_divisible(
+            self.field, f"units {self.name} remove {self.field}", "choose others, such as --units mlp"
+        )
 
     @abstractmethod
     def consumers(self, architecture: Architecture) -> tuple[str, ...]:

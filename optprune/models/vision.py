@@ -23,6 +23,7 @@ from optprune.models.checkpoint import ENDING, Checkpoint, is_plain, own_or_cach
 from optprune.models.families import ARCHITECTURES
 from optprune.models.pruned import (
     modeling_pruned_gemma3,
+    modeling_pruned_gemma4,
     modeling_pruned_llava,
     modeling_pruned_mistral3,
     modeling_pruned_qwen3_vl,
@@ -42,8 +43,8 @@ PREFIXES = (
 another, each with that in the text model's own checkpoints"""
 MODULES = (("lm_head.", "lm_head."), ("model.", "model.language_model."))
 """the beginnings of names in the text model, each with that in the vision-language model of transformers"""
-PLACEHOLDERS = ("image_token_id", "video_token_id")
-"""the config fields that hold a token in whose place an image is put"""
+PLACEHOLDERS = ("image_token_id", "video_token_id", "audio_token_id")
+"""the config fields that hold a token in whose place an image, a film or a sound is put"""
 
 
 SHAPES = "optprune_shapes"
@@ -75,6 +76,8 @@ class VisionFamily:
     """the classes of models whose language part has blocks that differ in shape"""
     uneven: tuple[str, ...]
     """the families of the language part that these classes take"""
+    scales: bool = False
+    """whether it scales its logits as its language part does alone"""
     ordered: str = ""
     """why blocks cannot be removed whole, where the number of a block says what it gets"""
 
@@ -88,6 +91,15 @@ VISION_FAMILIES = {
             config=modeling_pruned_gemma3.PrunedGemma3VisionConfig,
             model=modeling_pruned_gemma3.PrunedGemma3ForConditionalGeneration,
             uneven=("gemma3_text",),
+        ),
+        # Among tokens of text its language part sees no later ones.
+        VisionFamily(
+            model_type="gemma4",
+            text="gemma4_text",
+            config=modeling_pruned_gemma4.PrunedGemma4VisionConfig,
+            model=modeling_pruned_gemma4.PrunedGemma4ForConditionalGeneration,
+            uneven=("gemma4_text",),
+            scales=True,
         ),
         VisionFamily(
             model_type="llava",
@@ -280,7 +292,8 @@ def _text_config(whole: PretrainedConfig, source: str) -> PretrainedConfig:
         assert known.pruned is not None
         kind_read = known.model_type if shapes is None else known.pruned.config.model_type
         config = AutoConfig.for_model(**{**fields, "model_type": kind_read})
-    for name in filter(None, (known.logits_divisor, known.logits_factor, known.logits_cap)):
+    scales = () if family.scales else (known.logits_divisor, known.logits_factor, known.logits_cap)
+    for name in filter(None, scales):
         if getattr(config, name, None) not in (None, 1, 1.0):
             raise InputError(
                 f"the {TEXT} of {source} has {name}, which a {kind} model scales its logits by and a "

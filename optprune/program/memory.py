@@ -109,7 +109,7 @@ def streams(program: Program, count: int) -> Iterator[Part]:
     where = {"host": HOST, "disk": DISK}.get(program.request.states, DEVICE)
     yield Part("hidden states", count * program.stream_bytes, where)
     if where != DEVICE:
-        yield Part("hidden states of two batches", 2 * program.batch_tokens * program.hidden * program.itemsize)
+        yield Part("hidden states of two batches", 2 * program.batch_tokens * program.stream_width * program.itemsize)
 
 
 def collecting(program: Program, taps: dict[str, int], drifted: bool, held_out: bool) -> int:
@@ -161,14 +161,14 @@ def _metric(program: Program) -> Iterator[Part]:
     assert program.metric is not None
     tokens = program.first_tokens(program.metric.tokens)
     group = min(tokens, max(1, TOKENS_AT_ONCE // program.length) * program.length)
-    states = tokens * program.hidden * program.itemsize
+    states = tokens * program.stream_width * program.itemsize
     yield Part("a block", 0 if program.request.whole else program.block_bytes)
     inside = activations(program, group, backward=True) + _metric_sums(program, [program.largest])
     # Logits, their softmax, and its cumulated sums in float64 with what is summed.
     head = POSITIONS_AT_ONCE * program.vocabulary * (2 * program.itemsize + 2 * SUM)
     if program.request.whole:
         # One group at a time goes through all blocks, and the sums of all layers are there.
-        entries = (program.block_count + 2) * group * program.hidden * program.itemsize
+        entries = (program.block_count + 2) * group * program.stream_width * program.itemsize
         yield Part("block inputs and gradients of a group", entries)
         yield Part("sums of the metric", _metric_sums(program, range(program.block_count)))
         yield Part("backward pass", max(head, activations(program, group, backward=True)))

@@ -16,7 +16,7 @@ from optprune.allocation.weight_costs import MOST_COSTS
 from optprune.calibration import Path as Track
 from optprune.calibration import Propagation, Stream
 from optprune.calibration.calls import expert_choice_work
-from optprune.calibration.stream import TOKENS_PER_BATCH, head_work
+from optprune.calibration.stream import TOKENS_PER_BATCH, head_work, stream_width
 from optprune.metric import OutputMetric
 from optprune.models import BlockAllocation, Decoder, Experts, Target, Units
 from optprune.models.places import OnDevice, States
@@ -199,6 +199,11 @@ class Program:
         """The width of the hidden states."""
         return self.decoder.model.config.hidden_size
 
+    @cached_property
+    def stream_width(self) -> int:
+        """The numbers of a token that go from a block to the next."""
+        return stream_width(self.decoder)
+
     @property
     def vocabulary(self) -> int:
         """The outputs of the head."""
@@ -242,7 +247,7 @@ class Program:
     @property
     def stream_bytes(self) -> int:
         """The hidden states of all tokens between two blocks."""
-        return self.tokens * self.hidden * self.computed_itemsize
+        return self.tokens * self.stream_width * self.computed_itemsize
 
     # -- the recipe
 
@@ -399,7 +404,7 @@ class Program:
     @property
     def probe_bytes(self) -> int:
         """Bytes of the hidden states of all changes that a division tries, propagated to the end of the model."""
-        return self.probe_changes * self.block_count * self.probe_tokens * self.hidden * self.itemsize
+        return self.probe_changes * self.block_count * self.probe_tokens * self.stream_width * self.itemsize
 
     # -- the folder
 

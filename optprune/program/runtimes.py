@@ -31,7 +31,10 @@ FIXED = ("default", "linear", "llama3", "yarn")
 
 
 RECURRENT = tuple(name for name, one in ARCHITECTURES.items() if one.recurrent is not None)
-WITHOUT_EXPERTS = tuple(name for name, one in ARCHITECTURES.items() if one.mixture is None and name not in RECURRENT)
+SHARING = tuple(name for name, one in ARCHITECTURES.items() if one.shared is not None)
+"""families whose blocks hand keys and values on to others"""
+NOT_TRIED = (*RECURRENT, *SHARING)
+WITHOUT_EXPERTS = tuple(name for name, one in ARCHITECTURES.items() if one.mixture is None and name not in NOT_TRIED)
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,7 @@ class Runtime:
 
         `before` is the model that is pruned: the widths that it has are no choice. Blocks without anything are gone.
         """
-        left = [shape for shape in shapes if shape.parts]
+        left = [shape for shape in shapes if shape.parts or before.architecture.stays]
         wrong = None if self._may_differ(before) else self._refuses_shapes(before, left)
         known = {shape.mlp_width for shape in before.shapes()}
         odd = sorted({shape.mlp_width for shape in left if shape.mlp_width % self.multiple} - known)
@@ -117,10 +120,14 @@ class Runtime:
         if any(shape.parts not in before.architecture.whole for shape in left):
             return f"blocks without attention or without an MLP: {LAYERS}"
         having = [shape for shape in left if shape.kv_heads]
-        if any(shape.value_dim != before.heads.value_dim for shape in having):
+        by_block = before.heads.by_block
+        if not by_block and any(shape.value_dim != before.heads.value_dim for shape in having):
             return f"heads with fewer value dimensions than key dimensions: {NARROW_MLPS}"
-        if len({shape.kv_heads for shape in having}) > 1 or not before.architecture.mlps_alike(left):
+        several = not by_block and len({shape.kv_heads for shape in having}) > 1
+        if several or not before.architecture.mlps_alike(before.model.config, left):
             return f"blocks of different shapes: {ALIKE}"
+        if by_block:
+            return None
         return self._refuses_heads(before, having[0].kv_heads) if having else None
 
     def check_folder(self, before: Decoder, folder: Path) -> None:
@@ -229,7 +236,7 @@ RUNTIMES = {
         Runtime("transformers", drafted=True, parts=True),
         Runtime(
             "vllm",
-            families=tuple(name for name in ARCHITECTURES if name not in RECURRENT),  # not tried there
+            families=tuple(name for name in ARCHITECTURES if name not in NOT_TRIED),
             # These read head_dim from the config (Mistral is its Llama), Qwen2Attention divides the hidden size.
             fewer_heads=(
                 *("gemma2", "gemma3_text", "glm4_moe", "gpt_oss", "granite", "llama", "mistral"),
@@ -247,7 +254,7 @@ RUNTIMES = {
             families=tuple(
                 name
                 for name, one in ARCHITECTURES.items()
-                if (name not in ("opt", *RECURRENT) and one.latent is None) or name in ("lfm2", "nemotron_h")
+                if (name not in ("opt", *NOT_TRIED) and one.latent is None) or name in ("lfm2", "nemotron_h")
             ),
             rotary=("default", "linear", "llama3"),
             further={"gpt_oss": ("yarn",), "ministral3": ("yarn",)},

@@ -316,7 +316,7 @@ def _metric(program: Program, rates: Rates, around: Surroundings, scale: float) 
         return 0.0
     tokens, files = program.first_tokens(program.metric.tokens), 0.0
     if not program.request.whole:
-        states = program.block_count * tokens * program.hidden * program.itemsize
+        states = program.block_count * tokens * program.stream_width * program.itemsize
         files = 2 * scale * rates.read + states * around.write
     inside = _total(block_metric(program, index) for index in range(program.block_count)).flops * rates.metric
     head = (1 + PASSES_BACK) * head_work(program.decoder, tokens).flops * rates.head

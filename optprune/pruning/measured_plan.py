@@ -23,8 +23,7 @@ from optprune.measure.clock import clock
 from optprune.measure.memory import free_memory, held_bytes
 from optprune.metric import Metrics
 from optprune.models import DTYPES, Decoder, has_weights, load_config, load_model, load_shapes, open_model
-from optprune.models.registry import SHAPES_FIELD
-from optprune.models.skeleton import one_block_model
+from optprune.models.skeleton import keep_block, one_block_model
 from optprune.numerics.precision import full_precision
 from optprune.objectives import OBJECTIVES
 from optprune.program.method import Method, Request
@@ -244,11 +243,12 @@ class BlockProbe:
         shared[id(decoder.blocks)] = nn.ModuleList([copy.deepcopy(self.block)])
         shared[id(decoder.blocks)].train(False)  # type: ignore[attr-defined]
         one = copy.deepcopy(model, shared)
-        one.config.num_hidden_layers = 1
-        for field in (*decoder.architecture.by_block, SHAPES_FIELD):
-            every = getattr(one.config, field, None)
-            if every:
-                setattr(one.config, field, [every[self.index]])
+        blocks = len(decoder.blocks)
+        keep_block(one.config, self.index)
+        for path, dim in decoder.architecture.per_block.items():
+            if path in dict(one.named_modules()):
+                module = one.get_submodule(path)
+                module.weight = nn.Parameter(module.get_parameter("weight").chunk(blocks, dim)[self.index])
         alone = Decoder(one)
         return alone.precise() if self.program.computed_itemsize > self.program.itemsize else alone
 

@@ -11,6 +11,8 @@ FIELDS = {"mlp_width": "MLP units", "kv_heads": "KV heads", "value_dim": "value 
 """the numbers of a block's shape, in words"""
 FURTHER = {"recurrent": "heads of the recurrent mixer"}
 """more such numbers, of models in which a block has some"""
+BESIDE = frozenset(path for one in ARCHITECTURES.values() for path in one.beside)
+"""the paths of layers that are in no sub-block"""
 RECURRENT = frozenset(
     path
     for mixer in (one.recurrent for one in ARCHITECTURES.values() if one.recurrent is not None)
@@ -70,6 +72,8 @@ def shares(report: Report) -> tuple[BlockValues, ...]:
 
 def removed_with(report: Report, path: str) -> list[int]:
     """Return the numbers of the blocks that lost the sub-block with this layer."""
+    if path in BESIDE:
+        return []
     field = "recurrent" if path in RECURRENT else "kv_heads" if is_attention(path) else "mlp_width"
     there = [(bool(getattr(change.before, field)), bool(getattr(change.after, field))) for change in report.blocks]
     return [number for number, (before, after) in enumerate(there) if before and not after]

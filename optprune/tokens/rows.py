@@ -43,7 +43,8 @@ class TokenRows:
             )
         own = {embedding.weight, head.weight, head.bias}
         for name, weight in model.named_parameters():
-            if weight.shape[0] == rows and "embed" in name and all(weight is not each for each in own):
+            of_tokens = "embed_tokens" in name or (weight.shape[0] == rows and "embed" in name)
+            if of_tokens and all(weight is not each for each in own):
                 raise InputError(
                     f"{name} has a row for each token too, beside the embedding and the head, so that the vocabulary "
                     "cannot be pruned"

@@ -10,16 +10,18 @@ PROMPT = torch.arange(10, 20)[None]
 
 
 def mixed(model: PreTrainedModel) -> PreTrainedModel:
-    """Four blocks, or mixers and MLPs: no mixer, everything narrower, no MLP, intact."""
+    """Four blocks, or mixers and MLPs: no mixer, all that can be narrower, no MLP, intact."""
     decoder = Decoder(model)
+    stays = decoder.architecture.indivisible
     first, second = (block_with(decoder, number, "attention") for number in (0, 1))
     mlps = [block_with(decoder, number, "mlp") for number in range(3)]
     decoder.remove(first, decoder.shape(first).parts[0])
-    if "kv_heads" not in decoder.architecture.indivisible:
+    if "kv_heads" not in stays:
         [groups] = KvGroups().layers(decoder, second)
         decoder.keep_units(second, groups, torch.arange(groups.link.units) >= 1)
-    [values] = Values().layers(decoder, second)
-    decoder.keep_units(second, values, torch.arange(values.link.units) % 16 < 5)
+    if "value_dim" not in stays:
+        [values] = Values().layers(decoder, second)
+        decoder.keep_units(second, values, torch.arange(values.link.units) % 16 < 5)
     mixture = decoder.architecture.mixture is not None
     for mlp in Mlp().layers(decoder, mlps[1]):
         decoder.keep_units(mlps[1], mlp, torch.arange(mlp.link.units) < (40 if mixture else 50))

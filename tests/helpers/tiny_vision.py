@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import (
     AutoModelForImageTextToText,
     Gemma3Config,
+    Gemma4Config,
     LlavaConfig,
     Mistral3Config,
     PretrainedConfig,
@@ -17,7 +18,7 @@ from transformers import (
     Qwen3VLConfig,
 )
 
-from benchmarks.tiny_models import SHAPE, randomise
+from benchmarks.tiny_models import OTHER_FAMILIES, SHAPE, randomise, with_shared_keys
 from optprune.models.vision import VISION_FAMILIES
 from tests.helpers.tiny_models import save_tiny
 
@@ -49,6 +50,20 @@ def gemma3(**text: Any) -> PretrainedConfig:
     return _config(Gemma3Config, {**own, **text}, tower, mm_tokens_per_image=4, **tokens)
 
 
+def gemma4(**text: Any) -> PretrainedConfig:
+    """A tower of Gemma's own and Gemma 4 of at least four blocks, with tied embeddings and a cap of the logits."""
+    blocks = text.get("num_hidden_layers", 4)
+    own = {**OTHER_FAMILIES["gemma4_text"], **with_shared_keys(blocks), "num_hidden_layers": blocks}
+    own["use_double_wide_mlp"] = False
+    tower = {
+        **{"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2},
+        **{"num_key_value_heads": 2, "head_dim": 16, "patch_size": PATCH, "pooling_kernel_size": 2},
+        "position_embedding_size": 16,
+    }
+    tokens = {"video_token_id": 501, "audio_token_id": 502, "boi_token_id": 503, "eoi_token_id": 504}
+    return _config(Gemma4Config, {**own, **text}, tower, image_token_id=IMAGE, audio_config=None, **tokens)
+
+
 def mistral3(**text: Any) -> PretrainedConfig:
     """Pixtral and Mistral."""
     own = {"model_type": "mistral", "sliding_window": None}
@@ -68,6 +83,7 @@ def qwen3_vl(**text: Any) -> PretrainedConfig:
 
 CONFIGS: dict[str, Callable[..., PretrainedConfig]] = {
     "gemma3": gemma3,
+    "gemma4": gemma4,
     "llava": llava,
     "mistral3": mistral3,
     "qwen3_vl": qwen3_vl,
@@ -105,10 +121,16 @@ def with_image(config: PretrainedConfig, seed: int = 0) -> dict[str, Tensor]:
     before, after = torch.randint(3, IMAGE, (2, 1, 7), generator=generator)
     ids = torch.cat((before, torch.full((1, count), IMAGE), after), 1)
     pixels = torch.randn(1, 3, SIDE, SIDE, generator=generator)
+    if kind == "gemma4":
+        pixels = torch.randn(1, patches, 3 * PATCH**2, generator=generator)
     if kind == "qwen3_vl":
         pixels = torch.randn(patches, 3 * 2 * PATCH**2, generator=generator)
     more: dict[str, Tensor] = {
         "gemma3": {"token_type_ids": (ids == IMAGE).long()},
+        "gemma4": {
+            "image_position_ids": torch.cartesian_prod(*[torch.arange(SIDE // PATCH)] * 2).flip(1)[None],
+            "mm_token_type_ids": (ids == IMAGE).long(),
+        },
         "mistral3": {"image_sizes": torch.tensor([[SIDE, SIDE]])},
         "qwen3_vl": {
             "image_grid_thw": torch.tensor([[1, SIDE // PATCH, SIDE // PATCH]]),

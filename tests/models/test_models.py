@@ -122,13 +122,14 @@ def test_a_kv_head_whose_values_were_narrowed_before_goes_whole(name: str, gone:
 def narrowed(model: PreTrainedModel) -> PreTrainedModel:
     decoder = Decoder(model)
     generator = torch.Generator().manual_seed(0)
+    kind = "vo" if "value_dim" not in decoder.architecture.indivisible else "mlp"
     for block in range(len(decoder.blocks)):
-        halve(decoder, block, "vo", generator, cut=True)
+        halve(decoder, block, kind, generator, cut=True)
     decoder.record_shapes()
     return model
 
 
-@pytest.mark.parametrize("name", ALL_MODELS)
+@pytest.mark.parametrize("name", [name for name in ALL_MODELS if "value_dim" not in stays(name)])
 def test_narrow_values_make_the_cache_smaller_and_generation_the_same(name: str) -> None:
     model = narrowed(ALL_MODELS[name]())
     with torch.no_grad():

@@ -31,9 +31,14 @@ def hidden(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("hidden")
-# Experts and recurrent mixers are refused: see REFUSED.
+# Experts and recurrent mixers are refused: see REFUSED. Blocks of Gemma 4 differ in their heads, which no draft says.
 @pytest.mark.parametrize(
-    "name", [name for name in ALL_MODELS if not (ARCHITECTURES[name].mixture or ARCHITECTURES[name].recurrent)]
+    "name",
+    [
+        name
+        for name, one in ARCHITECTURES.items()
+        if name in ALL_MODELS and not (one.mixture or one.recurrent or one.shared)
+    ],
 )
 def test_a_draft_is_what_was_described_by_hand(name: str) -> None:
     config, hand = ALL_MODELS[name]().config, ARCHITECTURES[name]

@@ -25,7 +25,7 @@ def loaded(model: PreTrainedModel) -> LoadedModel:
     return LoadedModel(model.eval(), tiny_tokenizer(), "tiny")
 
 
-@pytest.mark.parametrize("name", ALL_MODELS)
+@pytest.mark.parametrize("name", [name for name in ALL_MODELS if name != "gemma4_text"])
 @torch.no_grad()
 def test_logits_of_kept_tokens_stay(name: str) -> None:
     model = ALL_MODELS[name]().eval()

@@ -144,7 +144,8 @@ class PrunedModel:
     def __init__(self, config):
         super().__init__(config)
         config = config.get_text_config()
-        group = config.num_attention_heads // getattr(config, "num_key_value_heads", config.num_attention_heads)
+        # Read from the dict: transformers refuses the field where blocks have heads of their own.
+        group = config.num_attention_heads // vars(config).get("num_key_value_heads", config.num_attention_heads)
         for block, shape in zip(self.get_submodule(self.blocks), config.optprune_shapes, strict=True):
             block.__class__ = self.block_class
             block.shrink(shape, group)
