@@ -218,7 +218,7 @@ def test_an_index_that_asks_for_all_memory_is_a_sentence(index: int, tmp_path: P
     problem = LinkedLeastSquares(loss(2), replace(LINK), 6)
     object.__setattr__(problem.link, "slots", problem.link.slots.index_fill(0, torch.tensor([3]), index))
     save_problem(problem, tmp_path / "file")
-    with pytest.raises(InputError, match="its fields are no linked problem"):
+    with pytest.raises(InputError, match="its fields make no linked problem"):
         load_problem(tmp_path / "file")
 
 
