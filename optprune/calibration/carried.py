@@ -84,14 +84,13 @@ class Carried:
         return torch.cat([hidden, *numbers, *made], -1)
 
 
-def carried(decoder: Decoder) -> list[Carried] | None:
-    """Return what the inputs of every block carry; None where that is nothing in models of the kind.
+def carried(decoder: Decoder) -> list[Carried]:
+    """Return what the inputs of every block carry, in a model whose architecture shares anything.
 
     A block that reads keys and values that no earlier one makes, as in a model of one block alone, gets zeros.
     """
     shared, count = decoder.architecture.shared, len(decoder.blocks)
-    if shared is None:
-        return None
+    assert shared is not None
     width = shared.numbers_of_token(decoder.model.config)
     uses = [_uses(decoder, index, shared) for index in range(count)]
     found, there, made = list[Carried](), dict[str, Kept](), set[str]()
@@ -122,7 +121,7 @@ def carried(decoder: Decoder) -> list[Carried] | None:
 
 def carried_width(decoder: Decoder) -> int:
     """Return the most columns that go from a block to the next behind the hidden states."""
-    return max((each.columns for each in carried(decoder) or ()), default=0)
+    return max((each.columns for each in carried(decoder)), default=0)
 
 
 def _uses(decoder: Decoder, index: int, shared: Shared) -> tuple[Kept | None, bool, bool]:

@@ -122,7 +122,8 @@ def first_inputs(decoder: Decoder, batches: Sequence[Tensor], partial_sums: Part
         raise InputError("there are no calibration batches: give at least one tensor of token ids [batch, length]")
     share = Share() if partial_sums is None else partial_sums.share(len(batches))
     stream, count = Stream(States(decoder.states), [], share=share), len(decoder.blocks)
-    kinds, beside = getattr(decoder.model.config, "layer_types", None) or [], carried(decoder)
+    kinds = getattr(decoder.model.config, "layer_types", None) or []
+    beside = None if decoder.architecture.shared is None else carried(decoder)
     alike = len(set(kinds[:count])) < 2 and beside is None
     shared: dict[torch.Size, list[dict[str, Any]]] = {}
     caught: list[tuple[Tensor, dict[str, Any]]] = []
@@ -283,7 +284,8 @@ def stream_bytes(decoder: Decoder, tokens: int) -> int:
 
 def stream_width(decoder: Decoder) -> int:
     """Return the most numbers of a token that go from a block to the next."""
-    return int(decoder.model.config.hidden_size) + carried_width(decoder)
+    further = 0 if decoder.architecture.shared is None else carried_width(decoder)
+    return int(decoder.model.config.hidden_size) + further
 
 
 def itemsize(decoder: Decoder) -> int:

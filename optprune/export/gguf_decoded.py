@@ -23,13 +23,14 @@ def decode_into(model: PreTrainedModel, file: Path, source: ModelSource, exporte
     float32, stay. Raises OptpruneError where a tensor is not in the file.
     """
     parameters = dict(Decoder(model).model.named_parameters())
-    stored = {tensor.name: tensor for tensor in PlainReader(file).tensors}
+    tensors = {tensor.name: tensor for tensor in PlainReader(file).tensors}
     for target in exporter.targets(source):
-        if len(target.shape) < 2 or not target.sources:
+        of_a_vector = len(target.sources) == 1 and len(target.sources[0][1].shape) < 2
+        if len(target.shape) < 2 or not target.sources or of_a_vector:
             continue
-        if target.name not in stored:
+        if target.name not in tensors:
             raise OptpruneError(f"{file} has no tensor {target.name}: export the model again")
-        tensor = stored[target.name]
+        tensor = tensors[target.name]
         plain = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy()).reshape(target.shape)
         for (name, _), part in zip(target.sources, _in_their_places(target, plain), strict=True):
             parameters[name].copy_(part)

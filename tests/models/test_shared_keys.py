@@ -193,7 +193,7 @@ def test_two_batches_of_one_shape_keep_apart(fields: dict[str, Any]) -> None:
 
 def test_states_carry_what_later_blocks_need_and_no_more() -> None:
     decoder = Decoder(made())
-    widths = [each.columns for each in carried(decoder) or ()]
+    widths = [each.columns for each in carried(decoder)]
     # Numbers of this block's tokens and of later ones, and keys and values of 2 heads of 16 or 32 from block 1 and 2.
     assert widths == [5 * 8, 4 * 8, 3 * 8 + 64, 2 * 8 + 64 + 128, 8 + 128]
     assert carried_width(decoder) == max(widths)
