@@ -6,11 +6,9 @@ from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any
 
-import yaml
-
 from optprune import Recipe, load_recipe
 from optprune.recipe.names import NONE
-from optprune.recipe.recipe import SHIPPED
+from optprune.recipe.recipe import efforts_of
 
 Settings = dict[str, Any]
 Case = tuple[str, Settings]
@@ -45,11 +43,6 @@ MULTIPLE = 8
 """of widths in all studies: the rows of the tables were made with it"""
 WIDEST = 4096
 """no layer of the models here has as many outputs"""
-
-
-def efforts_of(recipe: str) -> dict[str, Settings]:
-    """What the efforts of a shipped recipe change."""
-    return yaml.safe_load((SHIPPED / f"{recipe}.yaml").read_text(encoding="utf-8"))["efforts"]
 
 
 def structured(recipe: str, sparsity: float) -> tuple[str, Settings]:

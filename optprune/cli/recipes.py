@@ -22,8 +22,11 @@ def recipes_command(
     fields: Annotated[bool, typer.Option("--fields", help="List every field of a recipe.")] = False,
 ) -> None:
     """List the recipes by kind, print one as YAML, or list the fields that --set and a file may set."""
+    import yaml
+
     from optprune.errors import InputError
     from optprune.recipe import load_recipe
+    from optprune.recipe.recipe import efforts_of
     from optprune.recipe.reference import recipe_fields
 
     if name is not None and fields:
@@ -35,7 +38,8 @@ def recipes_command(
             echo(textwrap.fill(field.meaning, 100, initial_indent="    ", subsequent_indent="    "))
         return
     if name is not None:
-        echo(load_recipe(name).to_yaml().rstrip())
+        efforts = efforts_of(name)
+        echo(load_recipe(name).to_yaml() + (yaml.safe_dump({"efforts": efforts}, sort_keys=False) if efforts else ""))
         return
     _overview()
 

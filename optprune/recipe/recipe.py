@@ -323,6 +323,19 @@ def load_recipe(name_or_path: str, overrides: Mapping[str, Any] | None = None, *
     `effort` is "quick", "standard" or "best". A file lists under `efforts` which fields quick and best change; the
     overrides come after these. InputError where the recipe does not have the effort.
     """
+    fields = _fields_of(name_or_path)
+    efforts = fields.pop("efforts", {})
+    recipe = Recipe(fields, _of_effort(efforts, effort, name_or_path), overrides or {})
+    return recipe if "summary" in (overrides or {}) else _with_changes_in_summary(recipe, fields)
+
+
+def efforts_of(name_or_path: str) -> dict[str, Any]:
+    """Return the fields that the efforts of a recipe change, by effort."""
+    return _fields_of(name_or_path).get("efforts", {})
+
+
+def _fields_of(name_or_path: str) -> dict[Any, Any]:
+    """Return what the file of a recipe holds."""
     names = recipe_names()
     if name_or_path not in names and Path(name_or_path).suffix not in (".yaml", ".yml"):
         raise InputError(
@@ -337,9 +350,7 @@ def load_recipe(name_or_path: str, overrides: Mapping[str, Any] | None = None, *
     fields = read_yaml(text, f"the recipe file {name_or_path}")
     if not isinstance(fields, dict):
         raise InputError(f"the recipe file {name_or_path} must hold fields and values, such as 'sparsity: 0.2'")
-    efforts = fields.pop("efforts", {})
-    recipe = Recipe(fields, _of_effort(efforts, effort, name_or_path), overrides or {})
-    return recipe if "summary" in (overrides or {}) else _with_changes_in_summary(recipe, fields)
+    return fields
 
 
 def _of_effort(efforts: Any, effort: str, name_or_path: str) -> Mapping[Any, Any]:

@@ -98,3 +98,13 @@ def test_the_command_refuses_before_it_reads_a_model(capsys: pytest.CaptureFixtu
     assert main(["prune", *arguments, "--effort", "quick"]) != 0
     assert "the recipe fasp has no effort quick" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", WITH_EFFORTS)
+def test_a_printed_recipe_has_its_efforts(name: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["recipes", name]) == 0
+    file = tmp_path / "mine.yaml"
+    file.write_text(capsys.readouterr().out)
+    for effort in ("quick", "standard", "best"):
+        same = {"summary": load_recipe(name).summary}
+        assert load_recipe(str(file), same, effort=effort) == load_recipe(name, same, effort=effort)
