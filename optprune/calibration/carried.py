@@ -50,33 +50,33 @@ class Carried:
     later: int
     """the blocks after this one, whose numbers stand behind its own"""
     shared: str
-    """the argument with keys and values of earlier blocks; empty where there is none"""
+    """the argument with keys and values of earlier blocks"""
     comes: tuple[Kept, ...]
     """the keys and values that stand behind all that"""
     goes: tuple[Kept, ...]
     """those that stand in the outputs: some that come, and those that the block makes"""
 
     @property
+    def sizes(self) -> tuple[int, ...]:
+        """The columns that come in: hidden states, numbers of this block and the later ones, and keys and values."""
+        return self.hidden, self.width * (1 + self.later), *(kept.width for kept in self.comes)
+
+    @property
     def columns(self) -> int:
         """The number of columns behind the hidden states that come in."""
-        return self.width * (1 + self.later) + sum(kept.width for kept in self.comes)
+        return sum(self.sizes) - self.hidden
 
     def called(self, block: nn.Module, states: Tensor, arguments: dict[str, Any]) -> Tensor:
         """Return the outputs of a block, which carry what later blocks need."""
-        further = self.width * (1 + self.later) if self.argument else 0
-        sizes = (self.hidden, further, *(kept.width for kept in self.comes))
-        hidden, numbers, *columns = states.split(sizes, dim=-1)
-        given: dict[str, Any] = {}
-        own, numbers = numbers.split((self.width, further - self.width), dim=-1) if further else (numbers, numbers)
-        if further:
-            given[self.argument] = own
-        there: dict[str, tuple[Tensor, ...]] = {}
-        if self.shared:
-            there |= {kept.kind: kept.opened(part) for kept, part in zip(self.comes, columns, strict=True)}
-            given[self.shared] = there
+        hidden, numbers, *columns = states.split(self.sizes, dim=-1)
+        there = {kept.kind: kept.opened(part) for kept, part in zip(self.comes, columns, strict=True)}
+        given: dict[str, Any] = {self.shared: there}
+        if self.argument:
+            given[self.argument] = numbers[..., : self.width]
         output = first_output(block(hidden.contiguous(), **arguments, **given))
         made = [half.transpose(1, 2).flatten(-2) for kept in self.goes for half in there[kept.kind]]
-        return torch.cat([output, numbers, *made], -1) if further > self.width or made else output
+        later = numbers[..., self.width :]
+        return torch.cat([output, later, *made], -1) if later.shape[-1] or made else output
 
     def entering(self, hidden: Tensor, numbers: Sequence[Tensor]) -> Tensor:
         """Return the inputs of the first block, with those numbers of every block; no keys and values are made yet."""

@@ -107,4 +107,4 @@ def block_count(report: Report) -> int:
 
 def is_attention(path: str) -> bool:
     """Return whether the layer with this path belongs to attention, or to a recurrent mixer in its place."""
-    return "att" in path or path in ATTENTION | RECURRENT  # the layers of a draft are not listed
+    return "att" in path or path in ATTENTION or path in RECURRENT  # the layers of a draft are not listed
