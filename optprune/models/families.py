@@ -3,6 +3,7 @@
 A new architecture is one entry here, and a modelling file in `pruned/` whose blocks may differ in shape.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from types import ModuleType
 from typing import Any
@@ -141,11 +142,6 @@ def width_of_falcon_mamba(config: PretrainedConfig) -> int:
     return int(config.mamba_expand * config.hidden_size if named is None else named)
 
 
-def width_of_nemotron_mamba(config: PretrainedConfig) -> int:
-    """Return the width of all heads of Nemotron-H's Mamba 2."""
-    return config.mamba_num_heads * config.mamba_head_dim
-
-
 def clamped_swiglu(experts: Any, gate: Tensor, up: Tensor) -> Tensor:
     """Return the hidden units of GPT-OSS's experts, in the order of operations of the stock class."""
     gate, up = gate.clamp(max=experts.limit), up.clamp(min=-experts.limit, max=experts.limit)
@@ -155,6 +151,29 @@ def clamped_swiglu(experts: Any, gate: Tensor, up: Tensor) -> Tensor:
 def stages_of(mixer: Recurrent) -> tuple[tuple[str, ...], ...]:
     """Return the linear layers of a mixer in the order of the forward pass, those that read the same input together."""
     return (tuple(mixer.reads), (mixer.output,))
+
+
+def mamba2(
+    norm: str, module: str, *, width: Callable[[PretrainedConfig], int], sizes: tuple[str, str, str]
+) -> Recurrent:
+    """Return a Mamba 2 behind a norm, from the config fields of its heads, its groups and the size of a state.
+
+    `width` returns the dimensions of all heads.
+    """
+    heads, groups, state = sizes
+
+    def projected(config: PretrainedConfig) -> int:
+        # A factor and a value for each dimension, what is written and read by each group, and the step of each head.
+        return 2 * width(config) + 2 * getattr(config, groups) * getattr(config, state) + getattr(config, heads)
+
+    return Recurrent(
+        module=module,
+        heads=lambda config: int(getattr(config, heads)),
+        reads={f"{module}.in_proj": projected},
+        output=f"{module}.out_proj",
+        width=width,
+        parts=(norm, module),
+    )
 
 
 WHOLE_MIXER = "the block's recurrent mixer keeps all its heads"
@@ -387,20 +406,10 @@ LFM2 = replace(
 )
 
 # Granite 4: Mamba 2 in most blocks, and attention in the others, which may have no rotary embeddings.
-MAMBA2 = Recurrent(
-    module="mamba",
-    heads=lambda config: int(config.mamba_n_heads),
-    # A factor and a value for each dimension, what is written and read by each group, and the step of each head.
-    reads={
-        "mamba.in_proj": lambda config: (
-            2 * config.mamba_expand * config.hidden_size
-            + 2 * config.mamba_n_groups * config.mamba_d_state
-            + config.mamba_n_heads
-        )
-    },
-    output="mamba.out_proj",
+MAMBA2 = mamba2(
+    *("input_layernorm", "mamba"),
     width=lambda config: int(config.mamba_expand * config.hidden_size),
-    parts=("input_layernorm", "mamba"),
+    sizes=("mamba_n_heads", "mamba_n_groups", "mamba_d_state"),
 )
 GRANITE_HYBRID = replace(
     GRANITE,
@@ -420,14 +429,10 @@ GRANITE_HYBRID = replace(
     **classes("GraniteMoeHybrid", modeling_granitemoehybrid, modeling_pruned_granitemoehybrid),
 )
 # Falcon-H1: Mamba 2 and attention side by side in every block, and multipliers of their inputs and outputs.
-FALCON_MAMBA2 = replace(
-    MAMBA2,
-    reads={
-        "mamba.in_proj": lambda config: (
-            2 * width_of_falcon_mamba(config) + 2 * config.mamba_n_groups * config.mamba_d_state + config.mamba_n_heads
-        )
-    },
+FALCON_MAMBA2 = mamba2(
+    *("input_layernorm", "mamba"),
     width=width_of_falcon_mamba,
+    sizes=("mamba_n_heads", "mamba_n_groups", "mamba_d_state"),
 )
 FALCON_H1 = replace(
     LLAMA,
@@ -628,17 +633,10 @@ GPT_OSS = replace(
 )
 # Nemotron-H: a block is Mamba 2, or attention without positions, or a plain MLP, or a mixture of plain MLPs as its
 # experts, behind one norm; checkpoints hold the model under another name.
-NEMOTRON_MAMBA2 = Recurrent(
-    module="mixer",
-    heads=lambda config: int(config.mamba_num_heads),
-    reads={
-        "mixer.in_proj": lambda config: (
-            2 * width_of_nemotron_mamba(config) + 2 * config.n_groups * config.ssm_state_size + config.mamba_num_heads
-        )
-    },
-    output="mixer.out_proj",
-    width=width_of_nemotron_mamba,
-    parts=("norm", "mixer"),
+NEMOTRON_MAMBA2 = mamba2(
+    *("norm", "mixer"),
+    width=lambda config: config.mamba_num_heads * config.mamba_head_dim,
+    sizes=("mamba_num_heads", "n_groups", "ssm_state_size"),
 )
 NEMOTRON_H = replace(
     LLAMA,

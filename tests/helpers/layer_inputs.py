@@ -17,6 +17,15 @@ def inputs_of(model: torch.nn.Module, name: str) -> Tensor:
     return torch.cat([part.reshape(-1, part.shape[-1]) for part in caught])
 
 
+def check_wanda(pruned: torch.nn.Module, dense: torch.nn.Module, name: str) -> None:
+    """A layer of the first block keeps, in every row, the half of |W_ij| times the norm of input j that is largest."""
+    weight = dense.get_submodule(name).get_parameter("weight").detach()
+    score = weight.double().abs() * inputs_of(dense, name).square().mean(0).sqrt()
+    kept = torch.zeros_like(weight, dtype=torch.bool)
+    kept.scatter_(1, score.argsort(1)[:, weight.shape[1] // 2 :], True)
+    assert torch.equal(pruned.get_submodule(name).get_parameter("weight"), weight * kept)
+
+
 def statistics(weight: Tensor, inputs: Tensor, ideal: Tensor) -> tuple[Tensor, Tensor]:
     """E[x* x*^T] and W E[x x*^T], from the samples."""
     return inputs.T @ inputs / len(inputs), weight.double() @ ideal.T @ inputs / len(inputs)

@@ -21,7 +21,7 @@ from optprune.program import RUNTIMES
 from optprune.pruning import prune
 from optprune.pruning.measured_plan import BlockProbe
 from optprune.recipe import Recipe, load_recipe
-from tests.helpers.layer_inputs import inputs_of
+from tests.helpers.layer_inputs import check_wanda
 from tests.helpers.mixed_models import generated, mixed, narrow
 from tests.helpers.programs import program_of
 from tests.helpers.sub_blocks import block_with
@@ -202,11 +202,7 @@ def test_weights_of_the_mixer_go_by_the_inputs_that_its_layers_see(name: str) ->
     model, dense, mixer = made(name), made(name), mixer_of(name)
     prune(model, batches(), load_recipe("wanda", {"sparsity": 0.5}))
     for path in (*mixer.reads, mixer.output):
-        weight = Decoder(dense).layer(0, path).weight.detach()
-        score = weight.double().abs() * inputs_of(dense, f"model.layers.0.{path}").square().mean(0).sqrt()
-        kept = torch.zeros_like(weight, dtype=torch.bool)
-        kept.scatter_(1, score.argsort(1)[:, weight.shape[1] // 2 :], True)
-        assert torch.equal(Decoder(model).layer(0, path).weight, weight * kept)
+        check_wanda(model, dense, f"model.layers.0.{path}")
 
 
 @of_recurrent

@@ -35,7 +35,7 @@ from optprune.pruning import prune
 from optprune.pruning.measured_plan import BlockProbe
 from optprune.recipe import Recipe, load_recipe
 from optprune.tokens.rows import TokenRows
-from tests.helpers.layer_inputs import inputs_of
+from tests.helpers.layer_inputs import check_wanda
 from tests.helpers.mixed_models import generated, narrow
 from tests.helpers.programs import program_of
 from tests.helpers.streams import logits_block_by_block
@@ -264,13 +264,7 @@ def test_weights_of_the_inputs_of_a_block_go_by_what_its_layers_see() -> None:
     model, dense = made(), made()
     prune(model, batches(), load_recipe("wanda", {"sparsity": 0.5}))
     for path in ("self_attn.o_proj", "per_layer_input_gate", "per_layer_projection"):
-        weight = Decoder(dense).layer(0, path).weight.detach()
-        if path.startswith("self_attn"):
-            dense_inputs = dense
-        score = weight.double().abs() * inputs_of(dense_inputs, f"model.layers.0.{path}").square().mean(0).sqrt()
-        kept = torch.zeros_like(weight, dtype=torch.bool)
-        kept.scatter_(1, score.argsort(1)[:, weight.shape[1] // 2 :], True)
-        assert torch.equal(Decoder(model).layer(0, path).weight, weight * kept)
+        check_wanda(model, dense, f"model.layers.0.{path}")
 
 
 @by_variant
