@@ -10,7 +10,7 @@ import copy
 import math
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -86,9 +86,16 @@ def rows(base: Setting) -> Iterator[tuple[str, Callable[[], PreTrainedModel]]]:
     metric = {"propagation": "cross", "metric": METRIC}
     yield "gptq, grid_descent, output metric", lambda: pruned(base, bits=bits(CHAIN), **metric)
     for name, recipe in (("ALPS", ALPS), ("sparse_best", ALPS | {"metric": METRIC, "allocation": "global"})):
-        yield f"2:4 ({name})", partial(pruned, base, **recipe)
-        yield f"2:4 ({name}), then q4_0 by rounding", partial(pruned, base, **recipe, bits=bits("round_to_nearest"))
+        sparse = cache(partial(pruned, base, **recipe))
+        yield f"2:4 ({name})", sparse
+        yield f"2:4 ({name}), then q4_0 of llama.cpp, importance matrix", partial(afterwards, base, sparse)
         yield f"2:4 ({name}) with q4_0", partial(pruned, base, **recipe, bits=bits(CHAIN))
+
+
+def afterwards(base: Setting, sparse: Callable[[], PreTrainedModel]) -> PreTrainedModel:
+    """Return a pruned model as llama.cpp's quantiser leaves it, with an importance matrix of its own inputs."""
+    squares = mean_squares(Decoder(copy.deepcopy(sparse())), base.batches)
+    return by_ggml(copy.deepcopy(sparse()), squares)
 
 
 def main() -> None:

@@ -60,8 +60,12 @@ class GridLeastSquares(Problem):
         return float(self.grid.off(weight) + int(((weight != 0) & ~self.kept).sum()))
 
     def start(self) -> Float[Tensor, "out in"]:
-        """Return the original weights, rounded."""
-        return self.project(self.loss.weight)
+        """Return the original weights, rounded by the importance of their inputs."""
+        return self.rounded(self.loss.weight).values()
+
+    def rounded(self, weight: Float[Tensor, "out in"]) -> Codes:
+        """Return the codes of a feasible weight, or of another one rounded with scales weighed by the diagonal of A."""
+        return self._codes(weight, self.loss.input_scale.square().to(weight))
 
     def project(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
         """Return a feasible weight near a weight, each block by the least square error of the scales tried."""
@@ -69,9 +73,12 @@ class GridLeastSquares(Problem):
 
     def codes(self, weight: Float[Tensor, "out in"]) -> Codes:
         """Return the codes of a feasible weight, and of its projection for another one."""
+        return self._codes(weight, None)
+
+    def _codes(self, weight: Float[Tensor, "out in"], importance: Float[Tensor, " in"] | None) -> Codes:
         inside = torch.where(self.kept, weight, 0.0)
         codes, off = self.grid.find(inside)
-        return self.grid.nearest(inside) if bool(off.any()) else codes
+        return self.grid.nearest(inside, importance) if bool(off.any()) else codes
 
     def inputs(self, weight: Float[Tensor, "out in"]) -> Bool[Tensor, " in"]:
         """Return the inputs that the mask leaves to some output."""

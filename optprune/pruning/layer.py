@@ -253,7 +253,7 @@ def _on_grid(task: LayerTask, loss: LayerLoss, weight: Tensor, held_out: InputMo
     problem = GridLeastSquares(loss, grid, None if bool(kept.all()) else kept)
     if solver.refusal(problem) is not None:
         problem = replace(problem, loss=loss.plain)
-    solution = solve(problem, solver, start=problem.project(weight))
+    solution = solve(problem, solver, start=weight)
     _check(solution, task.name)
     return _Answer(problem, solution, held_out, None, _dead(problem))
 

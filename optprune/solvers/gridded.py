@@ -20,13 +20,13 @@ from optprune.work import Work, eigenvectors, factor, inverse, product, storage,
 COUPLED = "it rounds row by row, and the full output metric couples the rows: take its diagonal"
 SPREADS = 38
 """number of scales that are tried in each block, for the plan"""
-PROVING = 50
-"""the most steps of conjugate gradients for a lower bound"""
+RESTORING = 50
+"""the most steps of conjugate gradients for the minimiser on the mask, and for a lower bound"""
 
 
 def _work(flops: float, outputs: int, inputs: int, coupled: bool) -> Work:
     """Return the work of a solve of so many flops, of measuring its answer, and of proving a bound."""
-    proof = PROVING * (product(outputs, inputs, inputs) + sweeps(20, outputs, inputs)) + factor(inputs)
+    proof = RESTORING * (product(outputs, inputs, inputs) + sweeps(20, outputs, inputs)) + factor(inputs)
     whole = flops + proof + measuring(outputs, inputs, coupled=coupled)
     return Work(whole, unfitted(outputs, inputs, coupled=coupled))
 
@@ -35,22 +35,28 @@ def relaxed_bound(problem: GridLeastSquares, value: Float[Tensor, "out in"]) -> 
     """Return the lower bound of the problem without its grid, by some steps of conjugate gradients from a value."""
     if problem.mask is None and problem.loss.pull is None:
         return Certificate(0.0, "the original weights have no loss without the grid")
+    return restored_bound(problem.relaxed, _restored(problem, value))
+
+
+def _restored(problem: GridLeastSquares, start: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
+    """Return the best weight on the mask, without the grid, by conjugate gradients from a start."""
     solver, steps = ConjugateGradients(), 0
     relaxed, size, _ = problem.relaxed.in_moderate_units()
     assert isinstance(relaxed, MaskedLeastSquares)
-    state = solver.init(relaxed, value * size)
-    while solver.done(relaxed, state) is None and steps < PROVING:
+    state = solver.init(relaxed, start * size)
+    while solver.done(relaxed, state) is None and steps < RESTORING:
         state, steps = solver.step(relaxed, state), steps + 1
-    return restored_bound(problem.relaxed, solver.value(relaxed, state) / size)
+    return solver.value(relaxed, state) / size
 
 
 @final
 @dataclass(frozen=True)
 class RoundToNearest(DirectSolver[GridLeastSquares]):
-    """Round every weight to the grid, with scales chosen by sum_j A_jj (w_j - s q_j)^2; the start is not used.
+    """Round every weight of the start to the grid, with scales chosen by sum_j A_jj (v_j - s q_j)^2.
 
-    Zeros of the mask stay zero. The diagonal of A is what llama.cpp calls the importance matrix. Cost: 38 passes of the
-    weights. Reference: the baseline of GPTQ (arXiv 2210.17323); make_qx_quants of ggml.
+    A start on the grid is returned as it is; the problem's own start is the original weights, rounded in this way.
+    Weights outside the mask become zero. The diagonal of A is what llama.cpp calls the importance matrix. Cost: 38
+    passes of the weights. Reference: the baseline of GPTQ (arXiv 2210.17323); make_qx_quants of ggml.
     """
 
     accepts = (GridLeastSquares,)
@@ -62,9 +68,7 @@ class RoundToNearest(DirectSolver[GridLeastSquares]):
         return COUPLED if problem.loss.coupled else None
 
     def answer(self, problem: GridLeastSquares, start: Tensor) -> Answer:
-        loss = problem.loss
-        masked = torch.where(problem.kept, loss.weight, 0.0)
-        return Answer(problem.grid.nearest(masked, loss.input_scale.square().to(masked)).values())
+        return Answer(problem.rounded(start).values())
 
     def prove(self, problem: GridLeastSquares, value: Tensor) -> Certificate | None:
         return relaxed_bound(problem, value)
@@ -80,8 +84,10 @@ class Gptq(DirectSolver[GridLeastSquares]):
         e = (v_j - round(v_j)) / U_jj;   V[:, j:] -= e U[j, j:]
 
     A weight outside the mask is rounded to zero. The scale of a block is chosen when its first column is reached, by
-    sum_j (v_j - s q_j)^2 / U_jj^2. It starts from the minimiser B A^-1 (which is W when x* = x); the start is not used.
-    Raises NumericalError where A is not positive definite by more than rounding.
+    sum_j (v_j - s q_j)^2 / U_jj^2. V begins at the minimiser B A^-1 (which is W when x* = x), or with a mask at the
+    minimiser on the mask V*, by conjugate gradients from the start: f(V) - f(V*) = 1/2 tr(S (V - V*) A (V - V*)^T) for
+    all V on the mask, so that nothing is lost but by rounding. Raises NumericalError where A is not positive definite
+    by more than rounding.
 
     A full output metric S = (R^T R)^-1, with R upper triangular, couples the rows. They are then rounded in groups G
     from the first to the last, and the errors E of a group are compensated by the rows L that follow:
@@ -90,7 +96,8 @@ class Gptq(DirectSolver[GridLeastSquares]):
 
     With groups of one row this is the same method on all weights in one row, whose Hessian is the product S x A.
 
-    Cost: in^3 + out in^2 and 38 passes of the weights, with a full metric out^3 + out^2 in more; memory 2 in^2 + 2 out
+    Cost: in^3 + out in^2 and 38 passes of the weights, with a mask the gradients' steps, with a full metric out^3 +
+    out^2 in more; memory 2 in^2 + 2 out
     in in float64. Reference: GPTQ (arXiv 2210.17323), Algorithm 1; with a mask the joint form of SparseGPT (arXiv
     2301.00774, section 3.5); the compensation in rows is that of YAQA (arXiv 2505.22988).
     """
@@ -121,6 +128,8 @@ class Gptq(DirectSolver[GridLeastSquares]):
             raise NumericalError(
                 "the inverse Gram matrix is not positive definite in this precision: raise the damping"
             )
+        if problem.mask is not None:
+            weight = _restored(problem, start).to(weight)
         metric, kept = problem.loss.metric, problem.kept.expand_as(weight)
         if metric is None or not metric.full:
             self._round(problem.grid, weight, kept, upper)

@@ -115,10 +115,23 @@ def test_rows_that_are_not_whole_blocks_are_refused():
 # -- the literal methods
 
 
+def literal_target(problem):
+    """B, or with a mask V* A: the quadratic whose minimiser is the best weight on the mask."""
+    loss = problem.loss
+    if problem.mask is None:
+        return loss.target
+    kept = problem.kept.flatten()
+    metric = torch.eye(len(loss.weight), dtype=torch.float64) if loss.metric is None else loss.metric.matrix
+    best = torch.zeros_like(kept, dtype=torch.float64)
+    hessian = torch.kron(metric, loss.gram)
+    best[kept] = torch.linalg.solve(hessian[kept][:, kept], (metric @ loss.target).flatten()[kept])
+    return best.reshape(loss.weight.shape) @ loss.gram
+
+
 def literal_gptq(problem):
     """Each column rounded, the columns behind it at the minimiser for the columns that are fixed."""
     loss, grid, kept = problem.loss, problem.grid, problem.kept.expand_as(problem.loss.weight).numpy()
-    gram, target = loss.gram.numpy(), loss.target.numpy()
+    gram, target = loss.gram.numpy(), literal_target(problem).numpy()
     rows, width = target.shape
     answer, upper = np.zeros((rows, width)), np.linalg.cholesky(np.linalg.inv(gram)).T
     importance = 1 / np.diagonal(upper) ** 2
@@ -149,7 +162,7 @@ def literal_coupled_gptq(problem):
     loss, grid, kept = problem.loss, problem.grid, problem.kept.expand_as(problem.loss.weight).flatten().numpy()
     rows, width = loss.weight.shape
     hessian = np.kron(loss.metric.matrix.numpy(), loss.gram.numpy())
-    target = (loss.metric.matrix @ loss.target).flatten().numpy()
+    target = (loss.metric.matrix @ literal_target(problem)).flatten().numpy()
     # Of a row, the columns' curvature alone: that of the rows is one factor of all of its weights.
     importance = 1 / np.diagonal(np.linalg.cholesky(np.linalg.inv(loss.gram.numpy())).T) ** 2
     answer = np.zeros(rows * width)
@@ -171,6 +184,15 @@ def test_gptq_of_coupled_rows_is_the_literal_loop_over_all_weights(masked):
         problem = correlated(seed, rows=4, masked=masked, drifted=seed % 2 == 1, coupled=True)
         found = solve(problem, Gptq(rows=1)).value
         torch.testing.assert_close(found, literal_coupled_gptq(problem), rtol=1e-9, atol=1e-12)
+
+
+def test_rounding_rounds_the_start_and_leaves_one_on_the_grid():
+    problem = correlated(0, masked=True)
+    start = solve(problem.relaxed).value
+    rounded = solve(problem, RoundToNearest(), start=start).value
+    assert torch.equal(rounded, problem.grid.nearest(start, problem.loss.input_scale.square()).values())
+    assert torch.equal(solve(problem, RoundToNearest(), start=rounded).value, rounded)
+    assert torch.equal(solve(problem, RoundToNearest()).value, problem.start())
 
 
 def test_rows_that_are_compensated_lose_less_in_the_metric():
