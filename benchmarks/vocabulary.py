@@ -1,15 +1,14 @@
 """A smaller vocabulary: bits per byte of held-out news, with and without refitted rows, and healed.
 
-    python -m benchmarks.vocabulary --pieces 40 --tokens 0 --heal 49152
+    python -m benchmarks.vocabulary --pieces 40 --tokens 0 --heal 98304
 
 SmolLM2-135M-Instruct. Tokens are chosen on one half of the news articles, rows are refitted on windows of it, and the
-last model of each vocabulary is healed on other windows of it, by the dense model's predictions pushed forward. The
-other half is cut into pieces of 1500 characters, of which `--pieces` are drawn; each is predicted alone, without its
-first token. Rows are written as they are measured.
+last model of each vocabulary is healed on the windows of it with the most pieces of removed tokens, in bfloat16, by the
+dense model's predictions pushed forward. The other half is cut into pieces of 1500 characters, of which `--pieces` are
+drawn; each is predicted alone, without its first token. Rows are written as they are measured.
 """
 
 import argparse
-import contextlib
 import math
 import random
 import time
@@ -19,6 +18,7 @@ import torch
 
 from benchmarks.common import tokenizer_of, with_earlier, write_table
 from optprune.healing import HealingSettings, heal
+from optprune.healing.heal import precision_of
 from optprune.models import LoadedModel, load_model
 from optprune.report import DivergenceMeasured, Event
 from optprune.texts import demo_articles, read_documents, read_texts, split_held_out, tokenise
@@ -26,7 +26,7 @@ from optprune.tokens import PushedTeacher, SmallerVocabulary, prune_vocabulary
 
 PIECE = 1500
 """the characters of a piece of text"""
-LENGTH = 256
+LENGTH = 64
 """the tokens of a window that a model is healed on"""
 
 
@@ -54,16 +54,17 @@ def healed(loaded: LoadedModel, dense: LoadedModel, tokens: int, rate: float) ->
     """Heal a model with fewer tokens in place, and return the number of tokens that it was trained on."""
     smaller = SmallerVocabulary.between(tokenizer_of(dense), tokenizer_of(loaded))
     assert smaller is not None
-    teacher = PushedTeacher(dense.model, smaller=smaller, precision=contextlib.nullcontext)
+    settings = HealingSettings(learning_rate=rate, dtype="bfloat16", patience=10)
+    teacher = PushedTeacher(dense.model, smaller=smaller, precision=precision_of(settings, dense.model.device))
     documents = read_documents("demo:calibration")
-    sizes = {"seq_length": LENGTH, "batch_size": 4, "held_out": 8, "tokens": tokens, "most": tokens, "seed": 0}
-    text = split_held_out(documents, lambda some: tokenise(tokenizer_of(loaded), some), **sizes)
+    sizes = {"seq_length": LENGTH, "batch_size": 16, "held_out": 32, "tokens": tokens, "most": tokens, "seed": 0}
+    worth = teacher.push.inside
+    text = split_held_out(documents, lambda some: tokenise(tokenizer_of(loaded), some), **sizes, worth=worth)
 
     def show(event: Event) -> None:
         if isinstance(event, DivergenceMeasured):
             print(event, flush=True)
 
-    settings = HealingSettings(learning_rate=rate)
     report = heal(loaded.model, teacher, text.batches, held_out=text.held_out, settings=settings, on_event=show)
     return report.tokens
 

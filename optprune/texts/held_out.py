@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from optprune.errors import InputError, check_at_least
 from optprune.system.wording import counted
 from optprune.texts.documents import Document, normalised_text
-from optprune.texts.windows import calibration_batches, evaluation_windows
+from optprune.texts.windows import batched, drawn_windows, evaluation_windows
 
 if TYPE_CHECKING:  # torch takes seconds to import
     from torch import LongTensor, Tensor
@@ -38,11 +38,13 @@ def split_held_out(
     batch_size: int,
     held_out: int,
     seed: int,
+    worth: "Callable[[Tensor], Tensor] | None" = None,
 ) -> TrainingText:
     """Split a text into training batches of `batch_size` windows, and `held_out` windows of other documents.
 
     Both are drawn by the seed. `tokens` is the number of training tokens: InputError where there are fewer; None means
-    `most`, or all if there are fewer. A single document is held out at its end.
+    `most`, or all if there are fewer. A single document is held out at its end. `worth` returns a number for each of
+    the tokens [n]: the training windows are then those with the largest sums.
     """
     import torch
 
@@ -74,7 +76,8 @@ def split_held_out(
             "or give a longer text"
         )
     samples = min(there, (most if tokens is None else tokens) // seq_length)
-    batches = calibration_batches(others, samples, seq_length, seed, min(batch_size, samples) * seq_length)
+    windows = drawn_windows(others, samples, seq_length, seed, worth=None if worth is None else worth(others))
+    batches = batched(windows, min(batch_size, samples) * seq_length)
     return TrainingText(batches, evaluation_windows(own, seq_length, held_out), count)
 
 

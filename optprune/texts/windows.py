@@ -172,11 +172,17 @@ def calibration_batches(
 
 
 def drawn_windows(
-    tokens: "Tensor", samples: int, seq_length: int, seed: int, what: str = "calibration text"
+    tokens: "Tensor",
+    samples: int,
+    seq_length: int,
+    seed: int,
+    what: str = "calibration text",
+    worth: "Tensor | None" = None,
 ) -> "LongTensor":
     """Return the windows [samples, seq_length] of `calibration_batches`; fewer samples are the first of more.
 
-    InputError, with `what` as the name of the text, when its tokens are too few.
+    With the `worth` of each token [n] the windows with the largest sums are drawn, in a random order. InputError, with
+    `what` as the name of the text, when its tokens are too few.
     """
     import torch
 
@@ -188,8 +194,13 @@ def drawn_windows(
     generator = torch.Generator().manual_seed(seed)
     # The start of the first window is random too, so that every token can be drawn.
     start = int(torch.randint(len(tokens) - fitting * seq_length + 1, (), generator=generator))
-    windows = tokens[start : start + fitting * seq_length].view(fitting, seq_length)
-    return windows[torch.randperm(fitting, generator=generator)[:samples]].long()  # type: ignore[return-value]
+    inside = slice(start, start + fitting * seq_length)
+    windows, order = tokens[inside].view(fitting, seq_length), torch.randperm(fitting, generator=generator)
+    if worth is not None:
+        sums = worth[inside].view(fitting, seq_length).sum(1)[order]
+        best = sums.argsort(descending=True, stable=True)[:samples]
+        order = order[best.sort().values]
+    return windows[order[:samples]].long()  # type: ignore[return-value]
 
 
 def batched(windows: "LongTensor", tokens_per_batch: int = 2048) -> "list[LongTensor]":

@@ -105,7 +105,8 @@ class PushForward:
         ids, found, place = tuple(new.tolist()), list[int](), 0
         while place < len(ids):
             token, count = self.vocabulary.kept[ids[place]], 1
-            for longer in range(min(self._longest, len(ids) - place), 1, -1):
+            longest = self._longest.get(ids[place : place + 2], 1)
+            for longer in range(min(longest, len(ids) - place), 1, -1):
                 removed = self._removed_with.get(ids[place : place + longer])
                 if removed is not None:
                     token, count = removed, longer
@@ -121,9 +122,12 @@ class PushForward:
         return {pieces[old]: old for old in reversed(self.removed.tolist())}
 
     @cached_property
-    def _longest(self) -> int:
-        """The largest number of pieces of a token."""
-        return max(map(len, self._removed_with), default=1)
+    def _longest(self) -> dict[Pieces, int]:
+        """The largest number of pieces of the removed tokens that begin with these two pieces."""
+        found = dict[Pieces, int]()
+        for pieces in self._removed_with:
+            found[pieces[:2]] = max(len(pieces), found.get(pieces[:2], 0))
+        return found
 
     def counts(self, old: Tensor) -> Tensor:
         """Return the number of pieces of each of the old ids [n]."""
@@ -133,6 +137,10 @@ class PushForward:
         """Return for each piece of old ids [n] whether it is the last one of its token."""
         last = self.counts(old).cumsum(0) - 1
         return torch.zeros(int(last[-1]) + 1, dtype=torch.bool).index_fill(0, last, True)
+
+    def inside(self, new: Tensor) -> Tensor:
+        """Return for each of the new ids [n] whether it is a piece of a removed token, and not the last one."""
+        return ~self.ends(self.old_ids(new))
 
     def targets(self, old: Tensor, probabilities: Tensor, between: Tensor) -> Tensor:
         """Return the probabilities [pieces, receiving] of the pieces behind each piece of the tokens `old` [n].

@@ -1011,7 +1011,7 @@ FAULTS = [
     Fault(
         "teacher: a window is read by single pieces",
         "tokens/targets.py",
-        "range(min(self._longest, len(ids) - place), 1, -1)",
+        "range(min(longest, len(ids) - place), 1, -1)",
         "range(1, 1, -1)",
         "tokens/test_teacher.py",
     ),

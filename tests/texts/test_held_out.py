@@ -14,7 +14,7 @@ def by_letters(documents: list[str]) -> Tensor:
     return torch.tensor([ord(letter) for document in documents for letter in document], dtype=torch.int32)
 
 
-def cut(documents: list[str] = DOCUMENTS, **options: int | None) -> TrainingText:
+def cut(documents: list[str] = DOCUMENTS, **options: object) -> TrainingText:
     sizes = {"tokens": None, "most": 200, "seq_length": 8, "batch_size": 3, "held_out": 6, "seed": 0}
     return split_held_out(documents, by_letters, **{**sizes, **options})  # type: ignore[arg-type]
 
@@ -32,6 +32,18 @@ def test_the_seed_draws_both() -> None:
     one, again, other = cut(), cut(), cut(seed=1)
     assert all(torch.equal(a, b) for a, b in zip(one.batches, again.batches, strict=True))
     assert not torch.equal(one.held_out, other.held_out)
+
+
+def test_windows_of_most_worth_are_trained_on_where_tokens_have_a_worth() -> None:
+    rare = ord("t")
+    found = cut(worth=lambda tokens: (tokens == rare).long(), most=24, held_out=1)
+    counts = [int((window == rare).sum()) for window in torch.cat(found.batches)]
+    everything = cut(most=10_000, held_out=1)
+    assert sorted(counts) == sorted(int((window == rare).sum()) for window in torch.cat(everything.batches))[-3:]
+    assert min(counts) > 0 and torch.equal(found.held_out, everything.held_out)
+    plain = cut(held_out=1)
+    equal = cut(worth=lambda tokens: torch.zeros(len(tokens)), held_out=1)
+    assert torch.equal(torch.cat(equal.batches), torch.cat(plain.batches)), "equal windows are drawn at random"
 
 
 def test_the_end_of_a_single_document_is_held_out() -> None:

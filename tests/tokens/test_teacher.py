@@ -51,6 +51,14 @@ def test_any_ids_are_the_pieces_of_the_tokens_that_they_are_read_as(ids: list[in
     assert len(old) <= len(ids), "the longest tokens are taken"
 
 
+@given(ids=st.lists(st.integers(3, 690), min_size=1, max_size=30))
+def test_a_piece_is_inside_of_a_removed_token_unless_it_is_its_last(ids: list[int]) -> None:
+    push = PushForward(smaller_of("merged bytes"), 720)
+    new = push.new_ids(torch.tensor(ids))
+    counts = [len(push.vocabulary.pieces[token]) for token in push.old_ids(new).tolist()]
+    assert push.inside(new).tolist() == [left > 1 for count in counts for left in range(count, 0, -1)]
+
+
 def test_the_token_with_the_id_0_is_read_too() -> None:
     smaller = smaller_of("merged bytes")
     first = next(old for old, own in smaller.pieces.items() if len(own) == 2)
