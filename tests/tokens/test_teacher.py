@@ -4,17 +4,19 @@ import contextlib
 import copy
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
-from optprune import heal
+from optprune import heal, texts
 from optprune.cli import main
 from optprune.errors import InputError
 from optprune.healing import HealingSettings
-from optprune.models import LoadedModel
+from optprune.models import LoadedModel, load_tokenizer
 from optprune.texts import Text, demo_articles, tokenise
 from optprune.tokens import PushedTeacher, PushForward, SmallerVocabulary, prune_vocabulary
 from tests.helpers.fewer_tokens import KEEP, bits_per_byte, loaded
@@ -198,7 +200,8 @@ def test_it_generates_no_text_in_tokens_that_the_model_lacks(student: LoadedMode
         )
 
 
-def test_a_folder_of_fewer_tokens_is_healed_from_the_shell(tmp_path: Path) -> None:
+def test_a_folder_of_fewer_tokens_is_healed_from_the_shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the windows with the most pieces of removed tokens."""
     save_tiny(trained(200), tmp_path / "dense")
     (tmp_path / "text.txt").write_text("\n".join(demo_articles("calibration")[:40]))
     text = str(tmp_path / "text.txt")
@@ -207,7 +210,22 @@ def test_a_folder_of_fewer_tokens_is_healed_from_the_shell(tmp_path: Path) -> No
     assert main([*prune, "--calibration", text, "--output", str(tmp_path / "small")]) == 0
     given = ["--seq-length", "32", "--batch-size", "4", "--held-out", "4", "--tokens", "2048"]
     healing = ["heal", str(tmp_path / "small"), "--teacher", str(tmp_path / "dense"), "--text", text, *given]
-    assert main([*healing, "--output", str(tmp_path / "healed")]) == 0
+    split, drawn = texts.split_held_out, list[Tensor]()
+
+    def record(*arguments: Any, **options: Any) -> texts.TrainingText:
+        found = split(*arguments, **options)
+        drawn.extend(torch.cat(each.batches) for each in (split(*arguments, **options | {"tokens": None}), found))
+        return found
+
+    with monkeypatch.context() as patched:
+        patched.setattr(texts, "split_held_out", record)
+        assert main([*healing, "--output", str(tmp_path / "healed")]) == 0
+    tokenizers = (load_tokenizer(str(tmp_path / name)) for name in ("dense", "small"))
+    smaller = SmallerVocabulary.between(*tokenizers)  # type: ignore[arg-type]
+    assert smaller is not None
+    push = PushForward(smaller, 720)
+    every, chosen = (torch.stack([push.inside(window) for window in some]).double().mean() for some in drawn)
+    assert chosen > 1.5 * every
     section = json.loads((tmp_path / "healed" / "report.json").read_text())["healing"]
     assert section["after"]["divergence"] < section["before"]["divergence"]
     assert main([*healing, "--output", str(tmp_path / "healed"), "--resume"]) == 0
