@@ -1,4 +1,4 @@
-"""Quantised checkpoints, whose linear layers are read as floats one by one: FP8, compressed-tensors, GPTQ and AWQ.
+"""Quantised checkpoints, read as floats layer by layer: FP8, compressed-tensors, ModelOpt, GPTQ and AWQ.
 
 A layer is then several tensors in the files, which a format decodes together. MXFP4, of experts, is in mxfp4.py.
 """
@@ -24,6 +24,8 @@ MXFP4 = "mxfp4"
 E4M3 = torch.float8_e4m3fn
 UNUSED = (".input_scale", ".input_global_scale", ".activation_scale", ".k_scale", ".v_scale", ".q_scale")
 """endings of tensors that quantise activations, which stay floats here"""
+NVFP4_GROUP = 16
+"""the columns that share a scale in NVFP4"""
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """the order of columns in a packed word of AWQ, from its lowest bits"""
 
@@ -133,32 +135,51 @@ class WordsFormat(Format):
         return (integers - zero[:, groups]).float() * scale[:, groups]
 
 
-@final
 @dataclass(frozen=True)
 class FloatPairsFormat(Format):
-    """Floats of four bits, two in a byte, with FP8 scales of 16 and one scale for the matrix: NVFP4.
+    """Floats of four bits, two in a byte, with FP8 scales of a group and one scale for the matrix: NVFP4."""
 
-    A weight is its number times the scale of its group, over the scale of the matrix.
-    """
-
-    needed: ClassVar[tuple[str, ...]] = (".weight_packed", ".weight_scale", ".weight_global_scale")
     dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.uint8,)
 
     group: int
 
     def shape(self, parts: Mapping[str, StoredTensor]) -> tuple[int, int]:
-        rows, pairs = parts[".weight_packed"].shape
-        if parts[".weight_scale"].shape != (rows, 2 * pairs // self.group) or 2 * pairs % self.group:
-            raise ValueError
-        if parts[".weight_global_scale"].shape not in ((), (1,)):
+        packed, scales, whole = (parts[name].shape for name in self.needed)
+        rows, pairs = packed
+        if scales != (rows, 2 * pairs // self.group) or 2 * pairs % self.group or whole not in ((), (1,)):
             raise ValueError
         return rows, 2 * pairs
 
     def decode(self, parts: Parts, shape: tuple[int, int]) -> Tensor:
-        packed = parts[".weight_packed"]
-        numbers = float_pairs(packed).flatten(1)
-        scale = parts[".weight_scale"].float() / parts[".weight_global_scale"].float()
-        return numbers * scale.repeat_interleave(self.group, 1)
+        packed, scales, whole = (parts[name] for name in self.needed)
+        scale = self._scale(scales.float(), whole.float())
+        return float_pairs(packed).flatten(1) * scale.repeat_interleave(self.group, 1)
+
+    @abstractmethod
+    def _scale(self, scales: Tensor, whole: Tensor) -> Tensor:
+        """Return the scale of each group from its own and the matrix's."""
+
+
+@final
+@dataclass(frozen=True)
+class CompressedPairs(FloatPairsFormat):
+    """NVFP4 of compressed-tensors: a weight is its number times the scale of its group, over that of the matrix."""
+
+    needed: ClassVar[tuple[str, ...]] = (".weight_packed", ".weight_scale", ".weight_global_scale")
+
+    def _scale(self, scales: Tensor, whole: Tensor) -> Tensor:
+        return scales / whole
+
+
+@final
+@dataclass(frozen=True)
+class ModelOptPairs(FloatPairsFormat):
+    """NVFP4 of ModelOpt: a weight is its number times the scale of its group, times that of the matrix."""
+
+    needed: ClassVar[tuple[str, ...]] = (".weight", ".weight_scale", ".weight_scale_2")
+
+    def _scale(self, scales: Tensor, whole: Tensor) -> Tensor:
+        return scales * whole
 
 
 @final
@@ -348,8 +369,8 @@ class Quantisation:
 
 def _fp8(fields: Mapping[str, Any]) -> tuple[Format, ...]:
     """Return the formats of FP8 with scales of blocks, as in DeepSeek V3 (arXiv 2412.19437)."""
-    if fields.get("expert_dtype", "fp8") != "fp8" or fields.get("scale_fmt", "float") not in ("float", None):
-        raise InputError("with experts or scales in another format than FP8 and float")
+    if fields.get("expert_dtype", "fp8") != "fp8" or fields.get("scale_fmt", "float") not in ("float", "ue8m0", None):
+        raise InputError("with experts in another format than FP8, or scales in one that is not known")
     block = fields.get("weight_block_size", (128, 128))
     return (ScaledFormat(None if block is None else (int(block[0]), int(block[1]))),)
 
@@ -363,7 +384,7 @@ def _compressed_tensors(fields: Mapping[str, Any]) -> tuple[Format, ...]:
         kind = str(group.get("format") or fields["format"])
         weights = group["weights"]
         if kind == "nvfp4-pack-quantized" and weights["num_bits"] == 4:
-            formats.append(FloatPairsFormat(int(weights["group_size"])))
+            formats.append(CompressedPairs(int(weights["group_size"])))
         elif kind == "pack-quantized":
             formats.append(WordsFormat(_bits(weights["num_bits"])))
         elif kind in ("float-quantized", "int-quantized", "naive-quantized") and weights["num_bits"] == 8:
@@ -384,6 +405,17 @@ def _scaled_block(weights: Mapping[str, Any]) -> tuple[int, int] | None:
     if weights["strategy"] not in ("channel", "tensor"):
         raise InputError(f"with a scale for each {shown(weights['strategy'])}")
     return None
+
+
+def _modelopt(fields: Mapping[str, Any]) -> tuple[Format, ...]:
+    """Return the formats of ModelOpt: FP8 with a scale for the matrix or for each row, and NVFP4."""
+    algorithm = str(fields["quant_algo"]).upper()
+    group = next(iter(fields.get("config_groups", {"": {}}).values())).get("weights", {}).get("group_size")
+    if algorithm == "NVFP4":
+        return (ModelOptPairs(int(group or NVFP4_GROUP)),)
+    if algorithm in ("FP8", "FP8_PER_CHANNEL_PER_TOKEN"):
+        return (ScaledFormat(),)
+    raise InputError(f"by the algorithm {shown(algorithm)}")
 
 
 def _gptq(fields: Mapping[str, Any]) -> tuple[Format, ...]:
@@ -409,6 +441,7 @@ def _bits(given: Any) -> int:
 METHODS: Mapping[str, Callable[[Mapping[str, Any]], tuple[Format, ...]]] = {
     "fp8": _fp8,
     "compressed-tensors": _compressed_tensors,
+    "modelopt": _modelopt,
     "gptq": _gptq,
     "awq": _awq,
 }

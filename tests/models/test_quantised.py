@@ -75,10 +75,29 @@ def nvfp4(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
     return parts, nearest.double() * spread.double()
 
 
+def modelopt_nvfp4(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """Store NVFP4 as ModelOpt does, with the scale of the matrix as a factor."""
+    parts, meant = nvfp4(weight)
+    whole = 1 / parts[".weight_global_scale"][0]
+    meant *= whole.double() * parts[".weight_global_scale"].double()  # its rounding
+    names = {".weight": ".weight_packed", ".weight_scale": ".weight_scale"}
+    return {name: parts[other] for name, other in names.items()} | {".weight_scale_2": whole}, meant
+
+
+def powers_of_two(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """Quantise to FP8 with scales of blocks of 16 in E8M0, which are powers of two."""
+    blocks = weight.unflatten(0, (-1, 16)).unflatten(2, (-1, 16))
+    scales = torch.exp2((blocks.abs().amax((1, 3)) / 448).log2().ceil())
+    numbers = (blocks / scales[:, None, :, None]).to(torch.float8_e4m3fn)
+    meant = (numbers.double() * scales[:, None, :, None].double()).reshape(weight.shape)
+    return {".weight": numbers.reshape(weight.shape), ".weight_scale_inv": scales.to(torch.float8_e8m0fnu)}, meant
+
+
 FORMATS: dict[str, tuple[Quantise, dict[str, Any]]] = {
     "fp8": (fp8((16, 16)), FP8),
     "fp8, cut blocks": (fp8((48, 40)), {**FP8, "weight_block_size": [48, 40]}),
     "fp8, one scale": (fp8((10**6, 10**6)), {**FP8, "weight_block_size": None}),
+    "fp8, scales that are powers of two": (powers_of_two, {**FP8, "scale_fmt": "ue8m0"}),
     "rows": (
         fp8_rows(torch.bfloat16),
         compressed("float-quantized", num_bits=8, type="float", strategy="channel"),
@@ -96,6 +115,8 @@ FORMATS: dict[str, tuple[Quantise, dict[str, Any]]] = {
         compressed("pack-quantized", num_bits=4, type="int", strategy="group", group_size=GROUP, symmetric=False),
     ),
     "nvfp4": (nvfp4, compressed("nvfp4-pack-quantized", num_bits=4, type="float", group_size=GROUP)),
+    "modelopt, nvfp4": (modelopt_nvfp4, {"quant_method": "modelopt", "quant_algo": "NVFP4"}),
+    "modelopt, fp8": (fp8_rows(torch.float32, one=True), {"quant_method": "modelopt", "quant_algo": "FP8"}),
     "gptq": (gptq(), GPTQ),
     "gptq, groups in any order": (gptq(order=True), {**GPTQ, "desc_act": True}),
     "gptq, second version": (gptq(less=0), {**GPTQ, "checkpoint_format": "gptq_v2"}),
@@ -199,6 +220,7 @@ def shorter(ending: str) -> Any:
         ("words", without(".weight_scale")),
         ("words", shorter(".weight_zero_point")),
         ("nvfp4", shorter(".weight_scale")),
+        ("modelopt, nvfp4", without(".weight_scale_2")),
         ("gptq", without(".qzeros")),
         ("gptq", shorter(".g_idx")),
         ("gptq", shorter(".qzeros")),
@@ -239,7 +261,8 @@ WORDS = FORMATS["words"][1]
         ({"bits": 4}, r"\(by an unnamed method\)"),
         ({**GPTQ, "bits": 3}, r"\(gptq, with 3 bits\)"),
         ({**AWQ, "version": "gemv"}, r"\(awq, in the version 'gemv' with 4 bits\)"),
-        ({**FP8, "scale_fmt": "ue8m0"}, r"\(fp8, with experts or scales in another format than FP8 and float\)"),
+        ({**FP8, "expert_dtype": "fp4"}, r"\(fp8, with experts in another format than FP8, or scales in one"),
+        ({"quant_method": "modelopt", "quant_algo": "W4A8_AWQ"}, r"\(modelopt, by the algorithm 'W4A8_AWQ'\)"),
         (compressed("marlin-24", num_bits=4), "in the format 'marlin-24'"),
         ({**WORDS, "sparsity_config": {"format": "sparse-24"}}, "with sparse or transformed weights"),
         (compressed("int-quantized", num_bits=8, strategy="channel", symmetric=False), "with zero points beside"),
@@ -251,7 +274,8 @@ def test_other_methods_are_refused_by_name(config: dict[str, Any], why: str, tmp
     write_config(folder, quantization_config=config)
     with pytest.raises(InputError, match=why) as refused:
         load_model(folder)
-    assert "load the unquantised original, or one in fp8, compressed-tensors, gptq or awq" in str(refused.value)
+    methods = "fp8, compressed-tensors, modelopt, gptq or awq"
+    assert f"load the unquantised original, or one in {methods}" in str(refused.value)
     before = copy.deepcopy(config)
     Quantisation.of(config)
     assert config == before
