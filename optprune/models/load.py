@@ -23,7 +23,7 @@ from optprune.models.sources import CONVERT, NO_CODE, cause, is_gguf, locate, re
 from optprune.models.store import BlockSink, BlockStore
 from optprune.models.tokenizer import load_tokenizer
 from optprune.models.tracing import check_laws
-from optprune.models.vision import VisionFolder, stand_alone
+from optprune.models.vision import QUANTISED, VisionFolder, stand_alone
 from optprune.system.display import Displayed, SummaryTable
 from optprune.system.wording import one_line
 
@@ -245,17 +245,12 @@ def _config(
     if draft is not None:
         check_laws(draft, config)
     check_weights_named(config, source)
-    stored = getattr(config, "quantization_config", None) if whole is None else whole.fields.get("quantization_config")
+    # What is read, and saved, are floats.
+    stored = vars(config).pop(QUANTISED, None) if whole is None else whole.fields.get(QUANTISED)
     if stored is None or options:
         return config, None
     quantised = Quantisation.of(stored)
-    if whole is not None:
-        raise InputError(
-            f"the checkpoint {source} is quantised ({quantised.name}), and has a vision part, which is read in plain "
-            "weights only: load the unquantised original"
-        )
     quantised.check(source, () if architecture.mixture is None else architecture.mixture.quantised)
-    vars(config).pop("quantization_config")  # what is read, and saved, are floats
     return config, quantised
 
 
@@ -270,7 +265,7 @@ def _weights(
 ) -> PreTrainedModel:
     cls: Any = AutoModelForCausalLM
     with reading("weights", source, where, options):
-        packed = None if quantised is None else quantised.open(where, source)
+        packed = None if quantised is None or whole is not None else quantised.open(where, source)
         if options or whole is not None:
             # from_pretrained would parse the file again and list the names of every module, which takes seconds.
             shapes = skeleton(config, torch.float32)

@@ -337,14 +337,15 @@ class Quantisation:
         if self.method == MXFP4:
             checkpoint = Checkpoint.open(folder, source, is_packed)
             return replace(checkpoint, tensors=paired(checkpoint.tensors, source))
-        checkpoint = Checkpoint.open(folder, source, self._readable)
-        return replace(checkpoint, tensors=self._layers(checkpoint.tensors, source))
+        checkpoint = Checkpoint.open(folder, source, self.readable)
+        return replace(checkpoint, tensors=self.layers(checkpoint.tensors, source))
 
-    def _readable(self, name: str, dtype: torch.dtype) -> bool:
+    def readable(self, name: str, dtype: torch.dtype) -> bool:
+        """Return whether a tensor is plain or may be part of a quantised layer, by its name and its dtype."""
         return is_plain(name, dtype) or name.endswith(UNUSED) or any(one.holds(name, dtype) for one in self.formats)
 
-    def _layers(self, tensors: Mapping[str, InFiles], source: str) -> dict[str, InFiles]:
-        """Return the tensors with one for each layer; InputError where parts of a layer do not fit together."""
+    def layers(self, tensors: Mapping[str, InFiles], source: str) -> dict[str, InFiles]:
+        """Return the tensors with one of floats for each layer; InputError where parts of one do not fit together."""
         found = {name: tensor for name, tensor in tensors.items() if not name.endswith(UNUSED)}
         for each in self.formats:
             first = each.needed[0]

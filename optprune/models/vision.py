@@ -8,7 +8,7 @@ import inspect
 import math
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from optprune.models.pruned import (
     modeling_pruned_mistral3,
     modeling_pruned_qwen3_vl,
 )
+from optprune.models.quantised import Quantisation
 from optprune.models.sources import NO_CODE
 from optprune.system.files import read_json
 
@@ -53,6 +54,8 @@ AUTO = "AutoModelForImageTextToText"
 """the class of transformers that loads vision-language models"""
 PRUNED = "Pruned"
 """the beginning of the names of our classes"""
+QUANTISED = "quantization_config"
+"""the field of config.json that says how numbers stand for weights"""
 OF_CODE = ("auto_map", "custom_pipelines")
 """the fields of config.json that name code"""
 OF_SAVING = ("_name_or_path", "transformers_version", "architectures", "dtype", "model_type", "auto_map", SHAPES)
@@ -172,7 +175,7 @@ class VisionFolder:
         changed = {name: value for name, value in after.items() if before.get(name) != value}
         for name in OF_SAVING:
             changed.pop(name, None)
-        fields = {name: value for name, value in self.fields.items() if name not in OF_CODE}
+        fields = {name: value for name, value in self.fields.items() if name not in (*OF_CODE, QUANTISED)}
         text = {name: value for name, value in fields.get(TEXT, {}).items() if name != SHAPES}
         stock, uneven = self.family, after.get(SHAPES) is not None
         classes = [stock.model.__name__.removeprefix(PRUNED)]
@@ -194,11 +197,32 @@ class VisionFolder:
         own = Path(str(inspect.getsourcefile(self.family.model)))
         return [own, *map(Path, get_relative_import_files(own))]
 
+    @property
+    def quantisation(self) -> Quantisation | None:
+        """The method by which the language part is quantised, if it is."""
+        stored = self.fields.get(QUANTISED)
+        return None if stored is None else Quantisation.of(stored)
+
     def checkpoint(self) -> Checkpoint:
-        """Return all tensors, by their names in the files and in their order there."""
-        return Checkpoint.open(
-            self.where, self.source, lambda name, dtype: not is_language(name) or is_plain(name, dtype)
+        """Return all tensors, those of the language part as floats, by their names in the files.
+
+        InputError where other parts are quantised: their numbers stay, and no config would say what they stand for.
+        """
+        method = self.quantisation
+        readable = is_plain if method is None else method.readable
+        found = Checkpoint.open(
+            self.where, self.source, lambda name, dtype: not is_language(name) or readable(name, dtype)
         )
+        if method is None:
+            return found
+        own = {name: tensor for name, tensor in found.tensors.items() if is_language(name)}
+        around = {name: tensor for name, tensor in found.tensors.items() if name not in own}
+        for name in method.layers(around, self.source).keys() ^ around.keys():
+            raise InputError(
+                f"{name} of {self.source} is in {method.name} and not of the language part, and other parts are read "
+                "in plain weights only: load the unquantised original"
+            )
+        return replace(found, tensors=around | method.layers(own, self.source))
 
     def bytes_around(self) -> int:
         """Return the size of the tensors beside the language part; 0 where the weights are not in a folder here."""

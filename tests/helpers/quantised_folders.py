@@ -22,18 +22,24 @@ def quantised_folder(
 ) -> tuple[Path, dict[str, Tensor]]:
     """Return a folder in bfloat16 with quantised linear layers in its blocks, and the weights that they stand for."""
     folder = save_tiny(ALL_MODELS[family](**fields).bfloat16(), place)
+    return folder, quantise_layers(folder, quantise, config)
+
+
+def quantise_layers(
+    folder: Path, quantise: Quantise, config: dict[str, Any], start: str = "model.layers."
+) -> dict[str, Tensor]:
+    """Quantise the linear layers of blocks in a folder, and return the weights that they stand for."""
     file = folder / "model.safetensors"
     tensors, weights = dict[str, Tensor](), dict[str, Tensor]()
     for name, tensor in load_file(file).items():
-        inside = ".layers." in name and name.endswith("_proj.weight")
-        if not inside:
+        if not (name.startswith(start) and name.endswith("_proj.weight")):
             tensors[name] = tensor
             continue
         parts, weights[name] = quantise(tensor.float())
         tensors |= {name.removesuffix(".weight") + ending: part.contiguous() for ending, part in parts.items()}
     save_file(tensors, file, {"format": "pt"})
     write_config(folder, quantization_config=config)
-    return folder, weights
+    return weights
 
 
 def change_tensors(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:

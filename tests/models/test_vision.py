@@ -86,7 +86,7 @@ def changed(folder: Path, **fields: Any) -> Path:
         ({"text_config__model_type": "gpt2"}, "is a gpt2 model, which is not pruned in a llava folder"),
         ({"text_config__model_type": "qwen3_moe"}, "dense families with the layout of Llama"),
         ({"text_config__model_type": "granite", "text_config__logits_scaling": 2.0}, "has logits_scaling"),
-        ({"quantization_config": {"quant_method": "awq"}}, r"is quantised \(awq\)"),
+        ({"quantization_config": {"quant_method": "bitsandbytes"}}, r"is quantised \(bitsandbytes\)"),
         ({"text_config__num_key_value_heads": 3}, "num_key_value_heads 3"),
     ],
 )
