@@ -129,6 +129,28 @@ FAULTS = [
         "ridge = 0.5 * self.damping * float(gram.diagonal().mean())",
         "pruning/test_expert_recovery.py",
     ),
+    # Given scores of experts
+    Fault(
+        "given scores: every block has those of the first",
+        "solvers/given_scores.py",
+        "[self.scores[self.block]]",
+        "[self.scores[0]]",
+        "cli/test_expert_scores.py",
+    ),
+    Fault(
+        "given scores: the experts with the smallest stay",
+        "solvers/experts.py",
+        "scores.argsort(descending=True, stable=True)",
+        "scores.argsort(descending=False, stable=True)",
+        "cli/test_expert_scores.py",
+    ),
+    Fault(
+        "given scores: the recipe of the folder leaves them out",
+        "recipe/names.py",
+        "return {str(key): list(numbers) for key, numbers in value.items()}",
+        "return {}",
+        "cli/test_expert_scores.py",
+    ),
     # Experts out of a GGUF file
     Fault(
         "gguf experts: the first experts are copied in place of those that stay",
