@@ -2,6 +2,7 @@
 
 from optprune.calibration.dense_statistics import BlockMoments, DensePass, DenseStatistics, KnownMoments, Statistics
 from optprune.calibration.divergence import Change, Probe
+from optprune.calibration.expert_use import ExpertUse, UseByText, expert_use
 from optprune.calibration.fisher_pass import collect_metrics, from_text, sampled
 from optprune.calibration.propagation import POLICIES, OnePath, Path, Propagation, TwoPaths, Visit
 from optprune.calibration.statistics_cache import Source
@@ -13,6 +14,7 @@ __all__ = [
     "Change",
     "DensePass",
     "DenseStatistics",
+    "ExpertUse",
     "KnownMoments",
     "OnePath",
     "Path",
@@ -22,10 +24,12 @@ __all__ = [
     "Statistics",
     "Stream",
     "TwoPaths",
+    "UseByText",
     "Visit",
     "advance",
     "calibrating",
     "collect_metrics",
+    "expert_use",
     "first_inputs",
     "first_tokens",
     "from_text",

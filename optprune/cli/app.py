@@ -13,6 +13,7 @@ from optprune.cli.compare import compare_command
 from optprune.cli.demo import demo_command
 from optprune.cli.errors import report_error, report_errors
 from optprune.cli.evaluate import evaluate_command
+from optprune.cli.experts import experts_command
 from optprune.cli.export import export_command
 from optprune.cli.frontier import frontier_command
 from optprune.cli.heal import heal_command
@@ -55,6 +56,7 @@ COMMANDS = {
     "plan": (plan_command, "Plan the memory and the time of a run of prune."),
     "audit": (audit_command, "Measure a model's weights, and check expectations of them."),
     "inspect": (inspect_command, "Audit a model, or draft the description of an unknown architecture."),
+    "experts": (experts_command, "Measure which experts of a mixture serve which text."),
     "evaluate": (evaluate_command, "Measure a model's perplexity on a text."),
     "heal": (heal_command, "Train a pruned model towards the dense one; zeros stay."),
     "compare": (compare_command, "Prune by several recipes and compare quality, size and time."),

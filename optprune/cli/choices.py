@@ -31,6 +31,7 @@ RUNTIMES = ("transformers", "vllm", "gguf", "onnx")
 STATES = ("auto", "device", "host", "disk")
 SEQUENCES = ("packed", "whole")
 EFFORTS = ("quick", "standard", "best")
+MEASURES = ("reap", "share", "weight")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 MULTIPLES = "32, and 64 for MLPs of 4096 units or more; 8 or 16 in small heads and MLPs"
 """the default multiples of widths"""
@@ -42,6 +43,7 @@ CHOICES: Mapping[str, Sequence[str]] = {
     "target": RUNTIMES,
     "states": STATES,
     "sequences": SEQUENCES,
+    "by": MEASURES,
     "dtype": DTYPES,
     "save-dtype": DTYPES,
 }

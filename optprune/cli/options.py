@@ -178,6 +178,15 @@ ExpertsKept = Annotated[
         rich_help_panel=ADVANCED,
     ),
 ]
+ExpertScores = Annotated[
+    str | None,
+    typer.Option(
+        "--expert-scores",
+        metavar="FILE",
+        help="Keep the experts with the largest scores in a JSON file, which lists them by block.",
+        rich_help_panel=ADVANCED,
+    ),
+]
 States = Annotated[
     str,
     typer.Option(

@@ -17,6 +17,7 @@ from optprune.cli.options import (
     Device,
     Dtype,
     Effort,
+    ExpertScores,
     ExpertsKept,
     Generated,
     JsonFile,
@@ -70,6 +71,7 @@ def prune_command(
     effort: Effort = "standard",
     sparsity: Sparsity = None,
     experts: ExpertsKept = None,
+    expert_scores: ExpertScores = None,
     to: Annotated[
         str | None,
         typer.Option(

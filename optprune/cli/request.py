@@ -58,6 +58,8 @@ class Options:
     """how much time the recipe takes"""
     experts: int | None = None
     """the experts that each block keeps; an average where one budget is divided over the blocks"""
+    expert_scores: str | None = None
+    """the file of scores by which experts are chosen"""
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any]) -> "Options":
@@ -84,9 +86,12 @@ class Options:
     def chosen(self) -> "Recipe":
         """Return the recipe with the user's settings."""
         from optprune.recipe import load_recipe
+        from optprune.solvers import GivenScores
 
         self.runtime()
         fields = dict(self.fields) | {"allocation": self.allocation if self.allocation_file is None else self._given()}
+        if self.expert_scores is not None:
+            fields["solver"] = GivenScores.read(self.expert_scores)
         given = overrides({key: value for key, value in fields.items() if value is not None}, self.settings)
         recipe = load_recipe(self.recipe, given, effort=self.effort)
         if self.generated and recipe.vocabulary is not None:

@@ -46,6 +46,10 @@ def check(program: Program) -> tuple[str, ...]:
     for kind in program.units.kinds:
         kind.check_possible(decoder)
     program.allocator.check(decoder)
+    if isinstance(program.units, Experts):
+        refusal = method.expert_solver.refusal([shape.experts for shape in decoder.shapes()])
+        if refusal is not None:
+            raise InputError(refusal)
     pruned = [(index, target.path) for index, targets in enumerate(program.candidates()) for target in targets]
     family = program.units.family or ANYWHERE
     for index, path in pruned:

@@ -268,7 +268,7 @@ def remove_experts(decoder: Decoder, index: int, keep: int, method: Method, fit:
 
     The choice uses the first tokens of `fit`, as many as `expert_choice` takes; the tokens of `apart` only measure it.
     """
-    began, solver, mixture = time.perf_counter(), method.expert_solver, decoder.architecture.mixture
+    began, solver, mixture = time.perf_counter(), method.expert_solver.of_block(index), decoder.architecture.mixture
     assert mixture is not None
     name, problem = decoder.name(index, mixture.experts), expert_choice(decoder, index, fit, keep)
     found = choose_experts(problem, solver)

@@ -28,6 +28,7 @@ SOLVERS: dict[str, type[Solver] | type[ExpertSolver]] = {
     "fista_path": solvers.FistaPath,
     "fistapruner": solvers.FistaPruner,
     "flap_metric": solvers.FlapMetric,
+    "given_scores": solvers.GivenScores,
     "gptq": solvers.Gptq,
     "greedy_obs": solvers.GreedyObs,
     "grid_descent": solvers.GridDescent,
@@ -160,6 +161,8 @@ def _read_option(solver: str, option: str, kind: Any, value: Any) -> Any:
     """Return the value of an option in the type that the solver declares."""
     if kind is torch.dtype and isinstance(value, str):
         value = _known("dtype", SOLVER_DTYPES, value.removeprefix("torch."))
+    if solver == "given_scores" and option == "scores" and isinstance(value, str):
+        return solvers.GivenScores.read(value).scores
     try:
         return TypeAdapter(kind, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
     except ValidationError as error:
@@ -182,5 +185,7 @@ def write_solver(solver: Solver | ExpertSolver | None) -> Any:
     return {name: {option: _write_option(value) for option, value in changed.items()}} if changed else name
 
 
-def _write_option(value: Any) -> int | float | str:
+def _write_option(value: Any) -> int | float | str | dict[str, list[float]]:
+    if isinstance(value, Mapping):
+        return {str(key): list(numbers) for key, numbers in value.items()}
     return value if isinstance(value, int | float | str) else str(value).removeprefix("torch.")

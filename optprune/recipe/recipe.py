@@ -151,7 +151,7 @@ class Recipe(Displayed, BaseModel):
         if self.solver is not None and isinstance(self.solver, ExpertSolver) != experts:
             raise ValueError(
                 f"{self.solver.label} does not solve the problems of units {self.units.name}: use expert_elimination, "
-                "reap or expert_frequency for experts, and other solvers for other units"
+                "reap, expert_frequency or given_scores for experts, and other solvers for other units"
             )
         if experts and self.objective is not None:
             raise ValueError("units experts have a fixed objective: leave the objective out")

@@ -19,6 +19,7 @@ from optprune.solvers.files import load_solution, save_solution
 from optprune.solvers.fista import Fista
 from optprune.solvers.fista_path import FistaPath
 from optprune.solvers.fistapruner import FistaPruner
+from optprune.solvers.given_scores import GivenScores
 from optprune.solvers.greedy_obs import GreedyObs, removal_curve
 from optprune.solvers.gridded import Gptq, GridDescent, RoundToNearest
 from optprune.solvers.hard_threshold import HardThreshold
@@ -53,6 +54,7 @@ __all__ = [
     "FistaPath",
     "FistaPruner",
     "FlapMetric",
+    "GivenScores",
     "Gptq",
     "GreedyObs",
     "GridDescent",

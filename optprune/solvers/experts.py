@@ -49,6 +49,14 @@ class ExpertSolver(ABC):
         """Return whether no other choice is promised to cost less."""
         return False
 
+    def of_block(self, block: int) -> "ExpertSolver":
+        """Return the method for one block of a model; for most it is the same for all."""
+        return self
+
+    def refusal(self, experts: Sequence[int]) -> str | None:
+        """Return why it cannot choose in blocks with so many experts, 0 in those without; None if it can."""
+        return None
+
     @property
     def label(self) -> str:
         """The name in reports."""
@@ -161,8 +169,9 @@ class ExpertScore(ExpertSolver):
 
     def choice(self, problem: ExpertChoice) -> Bool[Tensor, "experts"]:
         scores = self.score(problem)
-        gone = scores.topk(problem.experts - problem.keep, largest=False).indices
-        return torch.ones_like(scores, dtype=torch.bool).index_fill(0, gone, False)
+        # Of experts with equal scores the first stay, on every device.
+        kept = scores.argsort(descending=True, stable=True)[: problem.keep]
+        return torch.zeros_like(scores, dtype=torch.bool).index_fill(0, kept, True)
 
 
 def _routed(problem: ExpertChoice) -> Bool[Tensor, "tokens experts"]:

@@ -23,8 +23,9 @@ LONGEST_NAME = 240
 """the largest number of bytes in the name of an output: its draft has 15 more, and file systems allow 255"""
 DEEPEST = 20
 """the largest depth of YAML; a recipe needs five"""
-MOST_VALUES = 10_000
-"""the largest number of values of a YAML text, with aliases expanded; a recipe has a few dozen"""
+MOST_VALUES = 50_000
+"""the largest number of values of a YAML text, with aliases expanded; a recipe has a few dozen, and one that lists
+scores of experts has one for each of them"""
 
 
 def write_whole(

@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from optprune.calibration import POLICIES
+from optprune.calibration.expert_use import MEASURES
 from optprune.cli import choices, main
 from optprune.models import DTYPES, UNITS
 from optprune.models.units import LEAST_MULTIPLE, MULTIPLE, WIDE, WIDE_MULTIPLE
@@ -28,6 +29,7 @@ def test_the_copies_are_the_tables() -> None:
     assert tuple(STATES) == choices.STATES
     assert (NONE, *GROUPS["bits"].kinds) == choices.BITS
     assert tuple(SEQUENCES) == choices.SEQUENCES
+    assert MEASURES == choices.MEASURES
     assert ("auto", *DTYPES) == choices.DTYPES
     small = f"{LEAST_MULTIPLE} or {MULTIPLE // 2} in small heads and MLPs"
     assert f"{MULTIPLE}, and {WIDE_MULTIPLE} for MLPs of {WIDE} units or more; {small}" == choices.MULTIPLES

@@ -129,6 +129,57 @@ FAULTS = [
         "ridge = 0.5 * self.damping * float(gram.diagonal().mean())",
         "pruning/test_expert_recovery.py",
     ),
+    # Given scores of experts
+    Fault(
+        "given scores: every block has those of the first",
+        "solvers/given_scores.py",
+        "[self.scores[self.block]]",
+        "[self.scores[0]]",
+        "cli/test_expert_scores.py",
+    ),
+    Fault(
+        "given scores: the experts with the smallest stay",
+        "solvers/experts.py",
+        "scores.argsort(descending=True, stable=True)",
+        "scores.argsort(descending=False, stable=True)",
+        "cli/test_expert_scores.py",
+    ),
+    Fault(
+        "given scores: the recipe of the folder leaves them out",
+        "recipe/names.py",
+        "return {str(key): list(numbers) for key, numbers in value.items()}",
+        "return {}",
+        "cli/test_expert_scores.py",
+    ),
+    # Use of experts by texts
+    Fault(
+        "use of experts: batches count for the text at the other end",
+        "calibration/expert_use.py",
+        "passing = dict[str, ExpertUse](), iter(names)",
+        "passing = dict[str, ExpertUse](), iter(names[::-1])",
+        "calibration/test_expert_use.py",
+    ),
+    Fault(
+        "use of experts: answers are not weighed by the router",
+        "calibration/expert_use.py",
+        "gates[tokens, number] @ norms[number]",
+        "norms[number].sum()",
+        "calibration/test_expert_use.py",
+    ),
+    Fault(
+        "use of experts: gates are a softmax where the router has sigmoids",
+        "calibration/expert_use.py",
+        "gates = raw.softmax(1) if not mixture.correction else raw.sigmoid()",
+        "gates = raw.softmax(1)",
+        "calibration/test_expert_use.py",
+    ),
+    Fault(
+        "use of experts: the overlap takes the larger share",
+        "calibration/expert_use.py",
+        "torch.minimum(*",
+        "torch.maximum(*",
+        "calibration/test_expert_use.py",
+    ),
     # Experts out of a GGUF file
     Fault(
         "gguf experts: the first experts are copied in place of those that stay",
