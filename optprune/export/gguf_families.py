@@ -12,6 +12,7 @@ from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, ExpertGatingFuncType, GGUFWriter,
 
 from optprune.errors import InputError
 from optprune.models import Decoder
+from optprune.models.architecture import DENSE
 from optprune.program import RUNTIMES
 
 TANH = ("gelu_pytorch_tanh", "gelu_new", "gelu_fast")
@@ -27,6 +28,12 @@ CLAMPED = {"swiglu_alpha": 1.702, "swiglu_limit": 7.0}
 """the numbers of GPT-OSS's activation"""
 YARN_BETAS = (32.0, 1.0)
 """the values that llama.cpp gives to beta_fast and beta_slow; it reads them from the files of few families"""
+LATENT_EPS = 1e-6
+"""what the norms of low-rank vectors add in transformers"""
+LITE_BLOCKS = (26, 27)
+"""numbers of blocks by which llama.cpp knows models whose queries have no low rank"""
+KANANA = (48, 128256)
+"""blocks and vocabulary of another such model"""
 EXAONE4_BLOCKS = 64
 """number of blocks of the 32B model, for which alone llama.cpp has sliding windows"""
 
@@ -59,7 +66,7 @@ class Family:
     windows: bool = False
     """whether sliding windows are supported"""
     scaled: bool | None = None
-    """whether a mixture scales the weights of the chosen experts to sum to one; None without experts"""
+    """whether a mixture scales the weights of the chosen experts to sum to one; None where the metadata say it"""
     rounded: Callable[[Any], Iterator[str]] = lambda config: iter(())
     """function that yields notes on the settings of a config that llama.cpp follows roughly only"""
 
@@ -82,7 +89,7 @@ class Family:
             return f"an MLP with the activation {activation}"
         mixture = decoder.architecture.mixture
         experts = any(shape.experts for shape in decoder.shapes())
-        if mixture is not None and experts and mixture.normalised(config) != self.scaled:
+        if mixture is not None and experts and self.scaled not in (None, mixture.normalised(config)):
             return f"routers with norm_topk_prob {not self.scaled}"
         biased = [name for name, _ in decoder.model.named_parameters() if name.endswith("proj.bias")]
         if biased and not self.biases:
@@ -302,6 +309,76 @@ def _ministral3_unsupported(config: Any) -> Iterator[str]:
         yield "a yarn scaling without mscale 1 and mscale_all_dim 1, or with an attention_factor, or not truncated"
 
 
+def _deepseek2(gating: ExpertGatingFuncType) -> Callable[[Any, GGUFWriter], None]:
+    """Return the function that describes a model with latent attention, by how its router makes weights of scores."""
+
+    def describe(config: Any, writer: GGUFWriter) -> None:
+        dense = _without_experts(config)
+        writer.add_leading_dense_block_count(sum(dense))
+        if all(dense):  # it asks for it still
+            writer.add_expert_feed_forward_length(int(config.moe_intermediate_size))
+        writer.add_q_lora_rank(int(config.q_lora_rank or 0))
+        writer.add_kv_lora_rank(int(config.kv_lora_rank))
+        writer.add_expert_shared_count(int(config.n_shared_experts))
+        writer.add_expert_gating_func(gating)
+        writer.add_expert_weights_scale(float(config.routed_scaling_factor))
+        if gating == ExpertGatingFuncType.SIGMOID:
+            writer.add_expert_weights_norm(bool(config.norm_topk_prob))
+            if _in_groups(config):
+                writer.add_expert_group_count(int(config.n_group))
+                writer.add_expert_group_used_count(int(config.topk_group))
+        rotary = config.rope_parameters
+        if rotary["rope_type"] == "yarn":
+            writer.add_rope_scaling_orig_ctx_len(int(rotary["original_max_position_embeddings"]))
+            _yarn(rotary, writer)
+            # A tenth of it is what llama.cpp reads of this family.
+            writer.add_rope_scaling_yarn_log_mul(0.1 * float(rotary["mscale_all_dim"]))
+
+    return describe
+
+
+def _without_experts(config: Any) -> list[bool]:
+    """Return for each block of a model with latent attention whether its MLP is dense."""
+    kinds = getattr(config, "mlp_layer_types", None)
+    if kinds is not None:
+        return [kind == DENSE for kind in kinds]
+    return [index < config.first_k_dense_replace for index in range(config.num_hidden_layers)]
+
+
+def _in_groups(config: Any) -> bool:
+    """Return whether the router first chooses some groups of experts."""
+    return bool(config.n_group) and config.n_group > config.topk_group
+
+
+def _deepseek2_unsupported(config: Any) -> Iterator[str]:
+    dense, rotary = _without_experts(config), config.rope_parameters
+    if sorted(dense, reverse=True) != dense:
+        yield "a dense MLP behind a block with experts"
+    if getattr(config, "topk_method", "greedy") != "greedy" and _in_groups(config):
+        yield "groups of experts that are chosen by the largest score in each"
+    if not getattr(config, "rope_interleave", True):
+        yield "latent attention whose rotary embeddings rotate the halves of a head"
+    blocks, vocabulary = len(dense), config.vocab_size
+    if config.q_lora_rank and (blocks in LITE_BLOCKS or (blocks, vocabulary) == KANANA):
+        yield f"queries of low rank in a model with latent attention of {blocks} blocks, which it takes for a small one"
+    if rotary["rope_type"] not in ("default", "yarn"):
+        yield f"rotary embeddings of latent attention scaled by {rotary['rope_type']}"
+    if rotary["rope_type"] == "yarn":
+        same = rotary.get("mscale") and rotary["mscale"] == rotary.get("mscale_all_dim")
+        if not same or rotary.get("attention_factor") or not rotary.get("truncate", True):
+            yield "a yarn scaling without mscale equal to mscale_all_dim, or with an attention_factor, or not truncated"
+        if _betas(rotary) != YARN_BETAS:
+            yield "a yarn scaling of latent attention with another beta_fast than 32, or another beta_slow than 1"
+
+
+def _deepseek2_rounded(config: Any) -> Iterator[str]:
+    if config.rms_norm_eps != LATENT_EPS:
+        yield (
+            f"llama.cpp adds the rms_norm_eps of {config.rms_norm_eps:g} in the norms of low-rank vectors too, where "
+            f"transformers adds {LATENT_EPS:g}: its answers differ a little"
+        )
+
+
 def _seed_oss_unsupported(config: Any) -> Iterator[str]:
     for name in ("attention_out_bias", "mlp_bias"):
         if getattr(config, name):
@@ -317,13 +394,18 @@ def has_windows(config: Any) -> bool:
 
 
 GEMMA: dict[str, Any] = {"activation": TANH, "shift": 1.0, "windows": True}
+LATENT: dict[str, Any] = {"unsupported": _deepseek2_unsupported, "rounded": _deepseek2_rounded}
+BY_SIGMOIDS: dict[str, Any] = {**LATENT, "describe": _deepseek2(ExpertGatingFuncType.SIGMOID)}
 FAMILIES: dict[str, Family] = {
+    "deepseek_v2": Family(MODEL_ARCH.DEEPSEEK2, **LATENT, describe=_deepseek2(ExpertGatingFuncType.SOFTMAX)),
+    "deepseek_v3": Family(MODEL_ARCH.DEEPSEEK2, **BY_SIGMOIDS),
     "exaone4": Family(MODEL_ARCH.EXAONE4, windows=True, describe=_exaone4, unsupported=_exaone4_unsupported),
     "gemma2": Family(MODEL_ARCH.GEMMA2, **GEMMA, describe=_gemma2, unsupported=_gemma_unsupported("gemma2")),
     "gemma3_text": Family(MODEL_ARCH.GEMMA3, **GEMMA, describe=_gemma3, unsupported=_gemma_unsupported("gemma3")),
     "glm4_moe": Family(
         MODEL_ARCH.GLM4_MOE, biases=True, describe=_glm4_moe, unsupported=_glm4_moe_unsupported, scaled=True
     ),
+    "glm4_moe_lite": Family(MODEL_ARCH.DEEPSEEK2, **BY_SIGMOIDS),
     "gpt2": Family(MODEL_ARCH.GPT2, activation=TANH, biases=True, describe=_layer_norms),
     "gpt_neox": Family(MODEL_ARCH.GPTNEOX, activation=("gelu",), biases=True, describe=_parallel, tied=False),
     "gpt_oss": Family(

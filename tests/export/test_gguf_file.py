@@ -185,7 +185,7 @@ def test_a_text_is_split_as_o200k_splits_it(tmp_path: Path) -> None:
 
 
 def test_what_llama_cpp_has_no_words_for(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"opt models cannot be exported to GGUF: export one of exaone4, .*, smollm3"):
+    with pytest.raises(InputError, match=r"opt models cannot be exported to GGUF: export one of deepseek_v2, .*, smollm3"):
         export(save_tiny(tiny_opt(), tmp_path / "opt"), tmp_path / "x.gguf", GgufFile())
     folder = save_tiny(tiny_llama(), tmp_path / "llama")
     with pytest.raises(InputError, match="the type 'q9' is unknown: give f32, f16, q8_0, q6_K, q5_K, q5_0, q4_K, q4_0"):
