@@ -4,14 +4,15 @@ Facts about llama.cpp are from its sources (src/llama-model.cpp, conversion/), w
 a config may set; tests compare every family with transformers.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, ExpertGatingFuncType, GGUFWriter, RopeScalingType
 
 from optprune.errors import InputError
-from optprune.models import Decoder
+from optprune.models import BlockShape, Decoder
 from optprune.models.architecture import DENSE
 from optprune.program import RUNTIMES
 
@@ -43,12 +44,14 @@ class Family:
     """Family of models, as llama.cpp reads it."""
 
     known_as: MODEL_ARCH
-    with_experts: MODEL_ARCH | None = None
-    """the family of models with experts, where it is another"""
+    variant: Callable[[Sequence[BlockShape]], MODEL_ARCH | None] = lambda shapes: None
+    """function that returns the family of models with such blocks, where it is another"""
     spelled: Callable[[str], str] = lambda name: name
     """function that returns the name of a tensor in gguf's table of names"""
     single: bool = False
     """whether a block has one sub-block; the widths of MLPs are a list, and may differ"""
+    halves: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    """layers, by their paths in a block, whose halves of rows are two layers there, with these paths"""
     neighbours: bool = False
     """whether rotary embeddings rotate neighbouring dimensions of a head; transformers rotates halves"""
     activation: tuple[str, ...] = ("silu",)
@@ -164,6 +167,35 @@ def _lfm2(config: Any, writer: GGUFWriter) -> None:
 def _lfm2_unsupported(config: Any) -> Iterator[str]:
     if "conv" not in config.layer_types:
         yield "an LFM2 without short convolutions"
+
+
+def _granite_hybrid(config: Any, writer: GGUFWriter) -> None:
+    _multipliers(config, writer)
+    # By this llama.cpp knows whether there are any rotary embeddings.
+    writer.add_rope_scaling_finetuned(config.position_embedding_type == "rope")
+    if "linear_attention" in config.layer_types:
+        writer.add_ssm_conv_kernel(int(config.mamba_d_conv))
+        writer.add_ssm_inner_size(int(config.mamba_expand * config.hidden_size))
+        writer.add_ssm_state_size(int(config.mamba_d_state))
+        writer.add_ssm_time_step_rank(int(config.mamba_n_heads))
+        writer.add_ssm_group_count(int(config.mamba_n_groups))
+
+
+def _granite_hybrid_names(name: str) -> str:
+    """Return the name that gguf's table has: the MLP is that of a Granite, in place of an expert for every token."""
+    return name.replace(".shared_mlp.output_linear.", ".mlp.down_proj.").replace(".dt_bias", ".dt_proj.bias")
+
+
+def _granite_hybrid_unsupported(config: Any) -> Iterator[str]:
+    if "linear_attention" not in config.layer_types:
+        return
+    if config.mamba_expand != 2:
+        yield f"a mamba_expand of {config.mamba_expand} in a Granite 4"
+    if not config.mamba_conv_bias:
+        yield "a Mamba 2 whose convolution has no bias"
+    low, high = config.time_step_limit or (0.0, math.inf)
+    if low > 0 or high < math.inf:
+        yield f"a Mamba 2 whose steps are limited to {low:g} to {high:g}"
 
 
 def _nemotron_h(config: Any, writer: GGUFWriter) -> None:
@@ -419,6 +451,15 @@ FAMILIES: dict[str, Family] = {
         rounded=_gpt_oss_rounded,
     ),
     "granite": Family(MODEL_ARCH.GRANITE, neighbours=True, describe=_multipliers),
+    "granitemoehybrid": Family(
+        MODEL_ARCH.GRANITE_HYBRID,
+        variant=lambda shapes: None if any(shape.recurrent for shape in shapes) else MODEL_ARCH.GRANITE,
+        spelled=_granite_hybrid_names,
+        halves={"shared_mlp.input_linear": ("mlp.gate_proj", "mlp.up_proj")},
+        neighbours=True,
+        describe=_granite_hybrid,
+        unsupported=_granite_hybrid_unsupported,
+    ),
     "lfm2": Family(MODEL_ARCH.LFM2, describe=_lfm2, unsupported=_lfm2_unsupported),
     "llama": Family(MODEL_ARCH.LLAMA, neighbours=True, biases=True),
     "ministral3": Family(
@@ -428,7 +469,7 @@ FAMILIES: dict[str, Family] = {
     "mixtral": Family(MODEL_ARCH.LLAMA, neighbours=True, scaled=True),
     "nemotron_h": Family(
         MODEL_ARCH.NEMOTRON_H,
-        with_experts=MODEL_ARCH.NEMOTRON_H_MOE,
+        variant=lambda shapes: MODEL_ARCH.NEMOTRON_H_MOE if any(shape.experts for shape in shapes) else None,
         spelled=_nemotron_h_names,
         single=True,
         activation=("relu2",),
@@ -457,8 +498,7 @@ def family_of(decoder: Decoder) -> Family:
     family = FAMILIES.get(model_type)
     if family is None:
         raise InputError(f"{model_type} models cannot be exported to GGUF: export one of {', '.join(FAMILIES)}")
-    if family.with_experts is not None and any(shape.experts for shape in decoder.shapes()):
-        family = replace(family, known_as=family.with_experts)
+    family = replace(family, known_as=family.variant(decoder.shapes()) or family.known_as)
     wrong = _refused_shapes(decoder, family) or family.refusal(decoder)
     if wrong is not None and model_type in LLAMA_CPP.uneven:
         family, wrong = UNEVEN, UNEVEN.refusal(decoder)

@@ -190,12 +190,29 @@ class Tensors:
         return (f"{before}{found}{rest}", int(number)) if found else ("", 0)
 
     def _targets(self, name: str, stored: InFiles) -> Iterator[Target]:
-        """Yield the tensors of the file from one of the model, which are two where a layer makes keys and values."""
+        """Yield the tensors of the file from one of the model, which are two where llama.cpp has two layers of one."""
         architecture, (path, block) = self.decoder.architecture, self._path(name)
-        if block is None or architecture.latent is None or path != architecture.value:
+        if path in self.family.halves:
+            for half, known_as in enumerate(self.family.halves[path]):
+                yield self._half(half, stored, self._name(name.replace(path, known_as)), name)
+        elif block is None or architecture.latent is None or path != architecture.value:
             yield self._target(name, stored, self._name(name))
-            return
-        own, sources = self.decoder.shape(block), ((name, stored),)
+        else:
+            yield from self._keys_and_values(name, stored, self.decoder.shape(block))
+
+    def _half(self, half: int, stored: InFiles, known_as: str, name: str) -> Target:
+        """Return one half of the rows of a layer that makes both factors of the hidden units."""
+        width, hidden = stored.shape[0] // 2, stored.shape[1]
+        filled = self.width(width)
+
+        def rows(matrix: Tensor) -> Tensor:
+            return torch.nn.functional.pad(matrix.unflatten(0, (2, width))[half], (0, 0, 0, filled - width))
+
+        return Target(known_as, (filled, hidden), ((name, stored),), rows=rows)
+
+    def _keys_and_values(self, name: str, stored: InFiles, own: BlockShape) -> Iterator[Target]:
+        """Yield the keys and the values that one layer makes of a low-rank vector, head by head."""
+        architecture, sources = self.decoder.architecture, ((name, stored),)
         _, key, value = rows_of_heads(architecture.joined, self.decoder.heads, own, torch.device("cpu"))
         both, rank, missing = self._name(name), stored.shape[1], self.value_dim - own.value_dim
         # llama.cpp multiplies the queries by the keys' matrix, and takes the low-rank vectors for its keys.
@@ -266,7 +283,7 @@ class Tensors:
             return replace(target, shape=(*target.shape, 1), rows=_decays if own == "A_log" else _column)
         if mixer is None or not name.endswith(f".{mixer.module}.norm.weight"):
             return target
-        groups = int(self.decoder.model.config.n_groups)
+        groups = mixer.groups(self.decoder.model.config)
         return replace(target, shape=(groups, target.shape[0] // groups), rows=_in_groups(groups))
 
     def _of_heads(self, path: str, own: BlockShape, target: Target) -> Target:

@@ -255,7 +255,7 @@ RUNTIMES = {
             families=tuple(
                 name
                 for name, one in ARCHITECTURES.items()
-                if name not in ("opt", *NOT_TRIED) or name in ("lfm2", "nemotron_h")
+                if name not in ("opt", *NOT_TRIED) or name in ("granitemoehybrid", "lfm2", "nemotron_h")
             ),
             rotary=("default", "linear", "llama3"),
             rotary_of={
@@ -268,8 +268,8 @@ RUNTIMES = {
             # Where it takes heads and hidden size to be what the file says, each for itself.
             fewer_heads=(
                 *LATENT,
-                *("gemma2", "gemma3_text", "glm4_moe", "gpt_oss", "granite", "llama", "ministral3", "mistral"),
-                *("mixtral", "nemotron_h", "qwen3", "qwen3_moe", "seed_oss", "smollm3"),
+                *("gemma2", "gemma3_text", "glm4_moe", "gpt_oss", "granite", "granitemoehybrid", "llama"),
+                *("ministral3", "mistral", "mixtral", "nemotron_h", "qwen3", "qwen3_moe", "seed_oss", "smollm3"),
             ),
             # The numbers that share a scale in q8_0.
             multiple=32,

@@ -195,6 +195,38 @@ def test_states_of_a_mamba2_stay_float32(tmp_path: Path) -> None:
     assert LlamaCpp(file).log_probabilities(PROMPT)
 
 
+@pytest.mark.parametrize(
+    ("fields", "known_as"),
+    [
+        ({"position_embedding_type": "rope", "mamba_n_groups": 4, "tie_word_embeddings": True}, "granitehybrid"),
+        ({"position_embedding_type": "rope", "layer_types": FULL * 4}, "granite"),
+        ({"layer_types": FULL * 4}, "granite"),
+    ],
+)
+def test_a_granite_4_with_other_blocks(fields: dict[str, Any], known_as: str, tmp_path: Path) -> None:
+    """Rotary embeddings or none, and attention in all blocks, as in those that are called micro."""
+    check_alike(saved(cut(made("granitemoehybrid", **fields), {Mlp(): 96, KvGroups(): 1}), tmp_path / "m"), known_as)
+
+
+def test_halves_of_a_layer_are_two_there(tmp_path: Path) -> None:
+    """Each is filled up for itself."""
+    folder = saved(cut(made("granitemoehybrid"), {Mlp(): 88}), tmp_path / "model")
+    tensors = {
+        one.name: one for one in gguf.GGUFReader(export(folder, tmp_path / "m", GgufFile(kind="q8_0")).path).tensors
+    }
+    weight = load_file(folder / "model.safetensors")["model.layers.1.shared_mlp.input_linear.weight"]
+    for name, half in zip(("gate", "up"), weight.chunk(2), strict=True):
+        stored = torch.from_numpy(decoded(tensors[f"blk.1.ffn_{name}.weight"]))
+        assert stored.shape == (96, 64) and not stored[88:].any()
+        assert float((stored[:88] - half).abs().max()) < 0.01
+    for name in ("ssm_a", "ssm_d", "ssm_dt.bias", "ssm_conv1d.weight", "ssm_norm.weight"):
+        assert tensors[f"blk.0.{name}"].tensor_type == gguf.GGMLQuantizationType.F32
+
+
+def decoded(tensor: gguf.ReaderTensor) -> Any:
+    return gguf.dequantize(tensor.data, tensor.tensor_type).copy()
+
+
 @pytest.mark.parametrize("kinds", [SLIDING * 4, [*SLIDING * 2, *FULL, *SLIDING]], ids=["all", "two of three"])
 def test_windows_of_a_gpt_oss_in_other_blocks(kinds: list[str], tmp_path: Path) -> None:
     check_alike(saved(made("gpt_oss", layer_types=kinds), tmp_path / "model"), "gpt-oss")
@@ -305,6 +337,15 @@ def test_a_file_of_the_model_without_its_head(tmp_path: Path) -> None:
             "a yarn scaling of a GPT-OSS with another",
         ),
         ("granite", {"attention_bias": True}, "biases of linear layers, as model.layers.0.self_attn.q_proj.bias"),
+        ("granitemoehybrid", {"attention_bias": True}, "biases of linear layers, as model.layers.1.self_attn.q_proj"),
+        (
+            "granitemoehybrid",
+            {"mamba_proj_bias": True},
+            "biases of linear layers, as model.layers.0.mamba.in_proj.bias",
+        ),
+        ("granitemoehybrid", {"mamba_conv_bias": False}, "a Mamba 2 whose convolution has no bias"),
+        ("granitemoehybrid", {"mamba_expand": 1}, "a mamba_expand of 1 in a Granite 4"),
+        ("granitemoehybrid", {"time_step_limit": (0.0, 0.1)}, "a Mamba 2 whose steps are limited to 0 to 0.1"),
         ("lfm2", {"conv_bias": True}, "biases of linear layers, as model.layers.0.conv.in_proj.bias"),
         ("lfm2", {"layer_types": FULL * 4}, "an LFM2 without short convolutions"),
         ("mixtral", {"hidden_act": "gelu"}, "an MLP with the activation gelu"),
@@ -339,6 +380,7 @@ def test_what_it_has_no_words_for(family: str, config: dict[str, Any], sentence:
         ("glm4_moe", {Mlp(): 96}, (0, 1), "blocks of a glm4moe model that differ in shape"),
         ("deepseek_v3", {KvGroups(): 3}, (0,), "blocks of a deepseek2 model that differ in shape"),
         ("gpt_oss", {Mlp(): 40}, (0,), "blocks of a gpt-oss model that differ in shape"),
+        ("granitemoehybrid", {Mlp(): 96}, (0,), "blocks of a granitehybrid model that differ in shape"),
         ("lfm2", {Mlp(): 96}, (0,), "blocks of a lfm2 model that differ in shape"),
         ("lfm2", {KvGroups(): 1}, range(4), "heads of a lfm2 model that do not make up its hidden size of 64"),
         ("nemotron_h", {Mlp(): 40}, (1,), "blocks of a nemotron_h_moe model that differ in shape"),

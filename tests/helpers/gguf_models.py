@@ -43,6 +43,7 @@ THERE: dict[str, dict[str, Any]] = {
     "gpt_neox": {},
     "gpt_oss": {"swiglu_alpha": 1.702, "swiglu_limit": 7.0, "rope_parameters": BENT},
     "granite": {},
+    "granitemoehybrid": {},
     "lfm2": {"conv_bias": False},
     "ministral3": {"sliding_window": None, "rope_parameters": YARN},
     "mistral": NO_WINDOW,
