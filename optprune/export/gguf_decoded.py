@@ -1,5 +1,6 @@
 """Weights of a GGUF file, decoded into the model that the file was written from: its quality without llama.cpp."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import gguf
@@ -32,18 +33,22 @@ def decode_into(model: PreTrainedModel, file: Path, source: ModelSource, exporte
             raise OptpruneError(f"{file} has no tensor {target.name}: export the model again")
         tensor = tensors[target.name]
         plain = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy()).reshape(target.shape)
-        for (name, _), part in zip(target.sources, _in_their_places(target, plain), strict=True):
-            parameters[name].copy_(part)
+        before = [parameters[name] for name, _ in target.sources]
+        for parameter, part in zip(before, _in_their_places(target, plain, before), strict=True):
+            parameter.copy_(part)
 
 
-def _in_their_places(target: Target, plain: torch.Tensor) -> list[torch.Tensor]:
-    """Return the model's tensors from the tensor of the file, by the places that numbers have in the file."""
+def _in_their_places(target: Target, plain: torch.Tensor, before: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Return the model's tensors from the tensor of the file, by the places that numbers have in the file.
+
+    Numbers that the file has in another tensor stay as they are `before`.
+    """
     shapes = [torch.Size(stored.shape) for _, stored in target.sources]
     total = sum(shape.numel() for shape in shapes)
     # Number one stands for the first entry: zeros in the file are no entry of the model.
     numbers = torch.arange(1, total + 1).split([shape.numel() for shape in shapes])
     places = target.arranged([part.view(shape) for part, shape in zip(numbers, shapes, strict=True)]).flatten()
-    found = plain.new_empty(total)
+    found = torch.cat([part.reshape(-1).to(plain.dtype) for part in before])
     found[places[places > 0] - 1] = plain.flatten()[places > 0]
     parts = found.split([shape.numel() for shape in shapes])
     return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]

@@ -4,14 +4,16 @@ Facts about llama.cpp are from its sources (src/llama-model.cpp, conversion/), w
 a config may set; tests compare every family with transformers.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, ExpertGatingFuncType, GGUFWriter, RopeScalingType
 
 from optprune.errors import InputError
-from optprune.models import Decoder
+from optprune.models import BlockShape, Decoder
+from optprune.models.architecture import DENSE
 from optprune.program import RUNTIMES
 
 TANH = ("gelu_pytorch_tanh", "gelu_new", "gelu_fast")
@@ -27,6 +29,12 @@ CLAMPED = {"swiglu_alpha": 1.702, "swiglu_limit": 7.0}
 """the numbers of GPT-OSS's activation"""
 YARN_BETAS = (32.0, 1.0)
 """the values that llama.cpp gives to beta_fast and beta_slow; it reads them from the files of few families"""
+LATENT_EPS = 1e-6
+"""what the norms of low-rank vectors add in transformers"""
+LITE_BLOCKS = (26, 27)
+"""numbers of blocks by which llama.cpp knows models whose queries have no low rank"""
+KANANA = (48, 128256)
+"""blocks and vocabulary of another such model"""
 EXAONE4_BLOCKS = 64
 """number of blocks of the 32B model, for which alone llama.cpp has sliding windows"""
 
@@ -36,12 +44,14 @@ class Family:
     """Family of models, as llama.cpp reads it."""
 
     known_as: MODEL_ARCH
-    with_experts: MODEL_ARCH | None = None
-    """the family of models with experts, where it is another"""
+    variant: Callable[[Sequence[BlockShape]], MODEL_ARCH | None] = lambda shapes: None
+    """function that returns the family of models with such blocks, where it is another"""
     spelled: Callable[[str], str] = lambda name: name
     """function that returns the name of a tensor in gguf's table of names"""
     single: bool = False
     """whether a block has one sub-block; the widths of MLPs are a list, and may differ"""
+    halves: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    """layers, by their paths in a block, whose halves of rows are two layers there, with these paths"""
     neighbours: bool = False
     """whether rotary embeddings rotate neighbouring dimensions of a head; transformers rotates halves"""
     activation: tuple[str, ...] = ("silu",)
@@ -59,7 +69,7 @@ class Family:
     windows: bool = False
     """whether sliding windows are supported"""
     scaled: bool | None = None
-    """whether a mixture scales the weights of the chosen experts to sum to one; None without experts"""
+    """whether a mixture scales the weights of the chosen experts to sum to one; None where the metadata say it"""
     rounded: Callable[[Any], Iterator[str]] = lambda config: iter(())
     """function that yields notes on the settings of a config that llama.cpp follows roughly only"""
 
@@ -82,7 +92,7 @@ class Family:
             return f"an MLP with the activation {activation}"
         mixture = decoder.architecture.mixture
         experts = any(shape.experts for shape in decoder.shapes())
-        if mixture is not None and experts and mixture.normalised(config) != self.scaled:
+        if mixture is not None and experts and self.scaled not in (None, mixture.normalised(config)):
             return f"routers with norm_topk_prob {not self.scaled}"
         biased = [name for name, _ in decoder.model.named_parameters() if name.endswith("proj.bias")]
         if biased and not self.biases:
@@ -157,6 +167,35 @@ def _lfm2(config: Any, writer: GGUFWriter) -> None:
 def _lfm2_unsupported(config: Any) -> Iterator[str]:
     if "conv" not in config.layer_types:
         yield "an LFM2 without short convolutions"
+
+
+def _granite_hybrid(config: Any, writer: GGUFWriter) -> None:
+    _multipliers(config, writer)
+    # By this llama.cpp knows whether there are any rotary embeddings.
+    writer.add_rope_scaling_finetuned(config.position_embedding_type == "rope")
+    if "linear_attention" in config.layer_types:
+        writer.add_ssm_conv_kernel(int(config.mamba_d_conv))
+        writer.add_ssm_inner_size(int(config.mamba_expand * config.hidden_size))
+        writer.add_ssm_state_size(int(config.mamba_d_state))
+        writer.add_ssm_time_step_rank(int(config.mamba_n_heads))
+        writer.add_ssm_group_count(int(config.mamba_n_groups))
+
+
+def _granite_hybrid_names(name: str) -> str:
+    """Return the name that gguf's table has: the MLP is that of a Granite, in place of an expert for every token."""
+    return name.replace(".shared_mlp.output_linear.", ".mlp.down_proj.").replace(".dt_bias", ".dt_proj.bias")
+
+
+def _granite_hybrid_unsupported(config: Any) -> Iterator[str]:
+    if "linear_attention" not in config.layer_types:
+        return
+    if config.mamba_expand != 2:
+        yield f"a mamba_expand of {config.mamba_expand} in a Granite 4"
+    if not config.mamba_conv_bias:
+        yield "a Mamba 2 whose convolution has no bias"
+    low, high = config.time_step_limit or (0.0, math.inf)
+    if low > 0 or high < math.inf:
+        yield f"a Mamba 2 whose steps are limited to {low:g} to {high:g}"
 
 
 def _nemotron_h(config: Any, writer: GGUFWriter) -> None:
@@ -302,6 +341,76 @@ def _ministral3_unsupported(config: Any) -> Iterator[str]:
         yield "a yarn scaling without mscale 1 and mscale_all_dim 1, or with an attention_factor, or not truncated"
 
 
+def _deepseek2(gating: ExpertGatingFuncType) -> Callable[[Any, GGUFWriter], None]:
+    """Return the function that describes a model with latent attention, by how its router makes weights of scores."""
+
+    def describe(config: Any, writer: GGUFWriter) -> None:
+        dense = _without_experts(config)
+        writer.add_leading_dense_block_count(sum(dense))
+        if all(dense):  # it asks for it still
+            writer.add_expert_feed_forward_length(int(config.moe_intermediate_size))
+        writer.add_q_lora_rank(int(config.q_lora_rank or 0))
+        writer.add_kv_lora_rank(int(config.kv_lora_rank))
+        writer.add_expert_shared_count(int(config.n_shared_experts))
+        writer.add_expert_gating_func(gating)
+        writer.add_expert_weights_scale(float(config.routed_scaling_factor))
+        if gating == ExpertGatingFuncType.SIGMOID:
+            writer.add_expert_weights_norm(bool(config.norm_topk_prob))
+            if _in_groups(config):
+                writer.add_expert_group_count(int(config.n_group))
+                writer.add_expert_group_used_count(int(config.topk_group))
+        rotary = config.rope_parameters
+        if rotary["rope_type"] == "yarn":
+            writer.add_rope_scaling_orig_ctx_len(int(rotary["original_max_position_embeddings"]))
+            _yarn(rotary, writer)
+            # A tenth of it is what llama.cpp reads of this family.
+            writer.add_rope_scaling_yarn_log_mul(0.1 * float(rotary["mscale_all_dim"]))
+
+    return describe
+
+
+def _without_experts(config: Any) -> list[bool]:
+    """Return for each block of a model with latent attention whether its MLP is dense."""
+    kinds = getattr(config, "mlp_layer_types", None)
+    if kinds is not None:
+        return [kind == DENSE for kind in kinds]
+    return [index < config.first_k_dense_replace for index in range(config.num_hidden_layers)]
+
+
+def _in_groups(config: Any) -> bool:
+    """Return whether the router first chooses some groups of experts."""
+    return bool(config.n_group) and config.n_group > config.topk_group
+
+
+def _deepseek2_unsupported(config: Any) -> Iterator[str]:
+    dense, rotary = _without_experts(config), config.rope_parameters
+    if sorted(dense, reverse=True) != dense:
+        yield "a dense MLP behind a block with experts"
+    if getattr(config, "topk_method", "greedy") != "greedy" and _in_groups(config):
+        yield "groups of experts that are chosen by the largest score in each"
+    if not getattr(config, "rope_interleave", True):
+        yield "latent attention whose rotary embeddings rotate the halves of a head"
+    blocks, vocabulary = len(dense), config.vocab_size
+    if config.q_lora_rank and (blocks in LITE_BLOCKS or (blocks, vocabulary) == KANANA):
+        yield f"queries of low rank in a model with latent attention of {blocks} blocks, which it takes for a small one"
+    if rotary["rope_type"] not in ("default", "yarn"):
+        yield f"rotary embeddings of latent attention scaled by {rotary['rope_type']}"
+    if rotary["rope_type"] == "yarn":
+        same = rotary.get("mscale") and rotary["mscale"] == rotary.get("mscale_all_dim")
+        if not same or rotary.get("attention_factor") or not rotary.get("truncate", True):
+            yield "a yarn scaling without mscale equal to mscale_all_dim, or with an attention_factor, or not truncated"
+        if _betas(rotary) != YARN_BETAS:
+            yield "a yarn scaling of latent attention with another beta_fast than 32, or another beta_slow than 1"
+
+
+def _deepseek2_rounded(config: Any) -> Iterator[str]:
+    if config.rms_norm_eps != LATENT_EPS:
+        yield (
+            f"llama.cpp adds the rms_norm_eps of {config.rms_norm_eps:g} in the norms of low-rank vectors too, where "
+            f"transformers adds {LATENT_EPS:g}: its answers differ a little"
+        )
+
+
 def _seed_oss_unsupported(config: Any) -> Iterator[str]:
     for name in ("attention_out_bias", "mlp_bias"):
         if getattr(config, name):
@@ -317,13 +426,18 @@ def has_windows(config: Any) -> bool:
 
 
 GEMMA: dict[str, Any] = {"activation": TANH, "shift": 1.0, "windows": True}
+LATENT: dict[str, Any] = {"unsupported": _deepseek2_unsupported, "rounded": _deepseek2_rounded}
+BY_SIGMOIDS: dict[str, Any] = {**LATENT, "describe": _deepseek2(ExpertGatingFuncType.SIGMOID)}
 FAMILIES: dict[str, Family] = {
+    "deepseek_v2": Family(MODEL_ARCH.DEEPSEEK2, **LATENT, describe=_deepseek2(ExpertGatingFuncType.SOFTMAX)),
+    "deepseek_v3": Family(MODEL_ARCH.DEEPSEEK2, **BY_SIGMOIDS),
     "exaone4": Family(MODEL_ARCH.EXAONE4, windows=True, describe=_exaone4, unsupported=_exaone4_unsupported),
     "gemma2": Family(MODEL_ARCH.GEMMA2, **GEMMA, describe=_gemma2, unsupported=_gemma_unsupported("gemma2")),
     "gemma3_text": Family(MODEL_ARCH.GEMMA3, **GEMMA, describe=_gemma3, unsupported=_gemma_unsupported("gemma3")),
     "glm4_moe": Family(
         MODEL_ARCH.GLM4_MOE, biases=True, describe=_glm4_moe, unsupported=_glm4_moe_unsupported, scaled=True
     ),
+    "glm4_moe_lite": Family(MODEL_ARCH.DEEPSEEK2, **BY_SIGMOIDS),
     "gpt2": Family(MODEL_ARCH.GPT2, activation=TANH, biases=True, describe=_layer_norms),
     "gpt_neox": Family(MODEL_ARCH.GPTNEOX, activation=("gelu",), biases=True, describe=_parallel, tied=False),
     "gpt_oss": Family(
@@ -337,6 +451,15 @@ FAMILIES: dict[str, Family] = {
         rounded=_gpt_oss_rounded,
     ),
     "granite": Family(MODEL_ARCH.GRANITE, neighbours=True, describe=_multipliers),
+    "granitemoehybrid": Family(
+        MODEL_ARCH.GRANITE_HYBRID,
+        variant=lambda shapes: None if any(shape.recurrent for shape in shapes) else MODEL_ARCH.GRANITE,
+        spelled=_granite_hybrid_names,
+        halves={"shared_mlp.input_linear": ("mlp.gate_proj", "mlp.up_proj")},
+        neighbours=True,
+        describe=_granite_hybrid,
+        unsupported=_granite_hybrid_unsupported,
+    ),
     "lfm2": Family(MODEL_ARCH.LFM2, describe=_lfm2, unsupported=_lfm2_unsupported),
     "llama": Family(MODEL_ARCH.LLAMA, neighbours=True, biases=True),
     "ministral3": Family(
@@ -346,7 +469,7 @@ FAMILIES: dict[str, Family] = {
     "mixtral": Family(MODEL_ARCH.LLAMA, neighbours=True, scaled=True),
     "nemotron_h": Family(
         MODEL_ARCH.NEMOTRON_H,
-        with_experts=MODEL_ARCH.NEMOTRON_H_MOE,
+        variant=lambda shapes: MODEL_ARCH.NEMOTRON_H_MOE if any(shape.experts for shape in shapes) else None,
         spelled=_nemotron_h_names,
         single=True,
         activation=("relu2",),
@@ -375,8 +498,7 @@ def family_of(decoder: Decoder) -> Family:
     family = FAMILIES.get(model_type)
     if family is None:
         raise InputError(f"{model_type} models cannot be exported to GGUF: export one of {', '.join(FAMILIES)}")
-    if family.with_experts is not None and any(shape.experts for shape in decoder.shapes()):
-        family = replace(family, known_as=family.with_experts)
+    family = replace(family, known_as=family.variant(decoder.shapes()) or family.known_as)
     wrong = _refused_shapes(decoder, family) or family.refusal(decoder)
     if wrong is not None and model_type in LLAMA_CPP.uneven:
         family, wrong = UNEVEN, UNEVEN.refusal(decoder)

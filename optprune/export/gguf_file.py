@@ -170,20 +170,15 @@ class _Content:
         writer.add_block_count(len(shapes))
         idle = 0 if self.family.single else IDLE_WIDTH
         widths = [self.tensors.width(shape.mlp_width or idle) for shape in shapes]
-        kv = [shape.kv_heads for shape in shapes]
-        queries = [count * heads.group for count in kv]
         alike = self.family is not UNEVEN
         writer.add_feed_forward_length(widths[0] if alike and not self.family.single else widths)
-        writer.add_head_count(max(queries) if alike else queries)
-        # A zero stands for a block with a recurrent mixer.
-        writer.add_head_count_kv(kv[0] if alike and all(kv) else kv)
-        writer.add_key_length(heads.dim)
-        writer.add_value_length(heads.dim)
+        self._describe_heads(writer)
         if hasattr(config, "rms_norm_eps"):
             writer.add_layer_norm_rms_eps(config.rms_norm_eps)
         rotary = rotary_of(self.decoder.model.config)
         if rotary:
-            writer.add_rope_dimension_count(int(heads.dim * rotary.get("partial_rotary_factor", 1.0)))
+            turned = heads.dim - heads.keys if self.decoder.architecture.latent else heads.dim
+            writer.add_rope_dimension_count(int(turned * rotary.get("partial_rotary_factor", 1.0)))
             writer.add_rope_freq_base(float(rotary["rope_theta"]))
         if rotary.get("rope_type") == "linear":
             writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
@@ -195,8 +190,29 @@ class _Content:
             own = zip(widths, shapes, strict=True)
             writer.add_expert_feed_forward_length(max(width for width, shape in own if shape.experts))
             if mixture.shared:
-                writer.add_expert_shared_feed_forward_length(self.tensors.width(mixture.width_of_shared(config)))
+                writer.add_expert_shared_feed_forward_length(self.tensors.width_of_shared())
         self.family.describe(config, writer)
+
+    def _describe_heads(self, writer: GGUFWriter) -> None:
+        """Write the numbers and the sizes of heads into the metadata."""
+        config, heads = self.decoder.model.config, self.decoder.heads
+        kv = [shape.kv_heads for shape in self.decoder.shapes()]
+        queries = [count * heads.group for count in kv]
+        alike = self.family is not UNEVEN
+        writer.add_head_count(max(queries) if alike else queries)
+        if self.decoder.architecture.latent is not None:
+            # All query heads read the one low-rank vector, behind which the rotated dimensions of the key stand.
+            rank = int(config.kv_lora_rank)
+            writer.add_head_count_kv(1)
+            writer.add_key_length(rank + heads.dim - heads.keys)
+            writer.add_value_length(rank)
+            writer.add_key_length_mla(heads.dim)
+            writer.add_value_length_mla(self.tensors.value_dim)
+            return
+        # A zero stands for a block with a recurrent mixer.
+        writer.add_head_count_kv(kv[0] if alike and all(kv) else kv)
+        writer.add_key_length(heads.dim)
+        writer.add_value_length(heads.dim)
 
     def targets(self) -> Iterator[Target]:
         """Yield the tensors of the file."""
@@ -209,7 +225,7 @@ class _Content:
         """Return sentences that the user of the file should read."""
         shapes, config = self.decoder.shapes(), self.decoder.model.config
         found = list(self.family.rounded(config))
-        if any(shape.kv_heads and shape.value_dim != self.decoder.heads.dim for shape in shapes):
+        if any(shape.kv_heads and shape.value_dim != self.tensors.value_dim for shape in shapes):
             found.append("removed value dimensions are filled with zeros, so they do not make the file smaller")
         file, width = self.tensors.file, self.tensors.width
         odd = sorted({shape.mlp_width for shape in shapes if width(shape.mlp_width) != shape.mlp_width})

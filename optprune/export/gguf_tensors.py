@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import gguf
 import torch
@@ -42,6 +43,8 @@ class Target:
     kind: GGMLQuantizationType = GGMLQuantizationType.F32
     computed: Callable[[], Tensor] | None = None
     """function that returns a tensor which is not in the model"""
+    turned: bool = False
+    """whether its columns are rows of the model's tensor, which have no importance"""
 
     def arranged(self, tensors: Sequence[Tensor]) -> Tensor:
         """Return the tensor of the file from those of the model, or from others of their shapes."""
@@ -60,7 +63,7 @@ class Target:
         `squares` are the mean squares of the inputs of layers, by the layers' names.
         """
         layers = [name.removesuffix(".weight") for name, _ in self.sources]
-        if len(self.shape) < 2 or not layers or not all(layer in squares for layer in layers):
+        if self.turned or len(self.shape) < 2 or not layers or not all(layer in squares for layer in layers):
             return None
         every = [self.columns(squares[layer][None])[0] for layer in layers]
         return every[0] if len(self.shape) == 2 else torch.stack(every)
@@ -101,6 +104,24 @@ class Tensors:
         """Return the width of an MLP in the file."""
         return -(-width // self.fill) * self.fill
 
+    def width_of_shared(self) -> int:
+        """Return the width in the file of an expert that every token goes through; a multiple of an expert's stays one.
+
+        llama.cpp takes it to be so many times as wide as the others.
+        """
+        config, mixture = self.decoder.model.config, self.decoder.architecture.mixture
+        assert mixture is not None
+        own = mixture.width_of_shared(config)
+        count = int(getattr(config, mixture.shared_count)) if mixture.shared_count else 1
+        return count * self.width(own // count)
+
+    @cached_property
+    def value_dim(self) -> int:
+        """The value dimensions of every head in the file."""
+        if self.decoder.architecture.latent is None:
+            return self.decoder.heads.dim
+        return max(shape.value_dim for shape in self.decoder.shapes())
+
     def targets(self) -> list[Target]:
         """Return all tensors in the order of the checkpoint, matrices of experts last."""
         found, heads = list(self._untyped()), self.decoder.heads
@@ -120,7 +141,7 @@ class Tensors:
             if every:
                 experts.setdefault(every, {})[number] = self._target(name, stored, self._name(every))
             else:
-                yield self._target(name, stored, self._name(name))
+                yield from self._targets(name, stored)
         for numbered in experts.values():
             each = [numbered[number] for number in range(len(numbered))]
             sources = tuple(source for one in each for source in one.sources)
@@ -168,6 +189,47 @@ class Tensors:
         number, _, rest = after.partition(".")
         return (f"{before}{found}{rest}", int(number)) if found else ("", 0)
 
+    def _targets(self, name: str, stored: InFiles) -> Iterator[Target]:
+        """Yield the tensors of the file from one of the model, which are two where llama.cpp has two layers of one."""
+        architecture, (path, block) = self.decoder.architecture, self._path(name)
+        if path in self.family.halves:
+            for half, known_as in enumerate(self.family.halves[path]):
+                yield self._half(half, stored, self._name(name.replace(path, known_as)), name)
+        elif block is None or architecture.latent is None or path != architecture.value:
+            yield self._target(name, stored, self._name(name))
+        else:
+            yield from self._keys_and_values(name, stored, self.decoder.shape(block))
+
+    def _half(self, half: int, stored: InFiles, known_as: str, name: str) -> Target:
+        """Return one half of the rows of a layer that makes both factors of the hidden units."""
+        width, hidden = stored.shape[0] // 2, stored.shape[1]
+        filled = self.width(width)
+
+        def rows(matrix: Tensor) -> Tensor:
+            return torch.nn.functional.pad(matrix.unflatten(0, (2, width))[half], (0, 0, 0, filled - width))
+
+        return Target(known_as, (filled, hidden), ((name, stored),), rows=rows)
+
+    def _keys_and_values(self, name: str, stored: InFiles, own: BlockShape) -> Iterator[Target]:
+        """Yield the keys and the values that one layer makes of a low-rank vector, head by head."""
+        architecture, sources = self.decoder.architecture, ((name, stored),)
+        _, key, value = rows_of_heads(architecture.joined, self.decoder.heads, own, torch.device("cpu"))
+        both, rank, missing = self._name(name), stored.shape[1], self.value_dim - own.value_dim
+        # llama.cpp multiplies the queries by the keys' matrix, and takes the low-rank vectors for its keys.
+        yield Target(
+            both.replace("_kv_", "_k_"),
+            (len(key), rank, key.shape[1]),
+            sources,
+            rows=lambda matrix: matrix[key].transpose(1, 2),
+            turned=True,
+        )
+        yield Target(
+            both.replace("_kv_", "_v_"),
+            (len(value), self.value_dim, rank),
+            sources,
+            rows=lambda matrix: torch.nn.functional.pad(matrix[value], (0, 0, 0, missing)),
+        )
+
     def _target(self, name: str, stored: InFiles, known_as: str) -> Target:
         path, block = self._path(name)
         target = Target(known_as, stored.shape, ((name, stored),))
@@ -197,16 +259,22 @@ class Tensors:
         """
         architecture, shape = self.decoder.architecture, target.shape
         if path in architecture.mlps and len(shape) == 2:
-            missing = self.width(shape[1]) - shape[1]
+            missing = self._width_of(path, shape[1]) - shape[1]
             columns = _padded(missing) if missing else target.columns
             return replace(target, shape=(shape[0], shape[1] + missing), columns=columns)
         if not any(path in producers for producers in architecture.mlps.values()):
             return target
         parts = architecture.rows_of_unit
         width = shape[0] // parts
-        missing = self.width(width) - width
+        missing = self._width_of(path, width) - width
         rows = _with_rows(parts, missing) if missing else target.rows
         return replace(target, shape=(parts * (width + missing), *shape[1:]), rows=rows)
+
+    def _width_of(self, path: str, width: int) -> int:
+        """Return the width in the file of the MLP that a layer is of."""
+        mixture = self.decoder.architecture.mixture
+        shared = mixture is not None and mixture.shared and path.startswith(f"{mixture.shared}.")
+        return self.width_of_shared() if shared else self.width(width)
 
     def _of_states(self, name: str, target: Target) -> Target:
         """Return a tensor of a Mamba 2 in llama.cpp's layout: the decays themselves, and the norm by groups."""
@@ -215,20 +283,22 @@ class Tensors:
             return replace(target, shape=(*target.shape, 1), rows=_decays if own == "A_log" else _column)
         if mixer is None or not name.endswith(f".{mixer.module}.norm.weight"):
             return target
-        groups = int(self.decoder.model.config.n_groups)
+        groups = mixer.groups(self.decoder.model.config)
         return replace(target, shape=(groups, target.shape[0] // groups), rows=_in_groups(groups))
 
     def _of_heads(self, path: str, own: BlockShape, target: Target) -> Target:
         """Return a tensor with the rows or columns of heads in llama.cpp's layout."""
         architecture, heads, shape = self.decoder.architecture, self.decoder.heads, target.shape
-        missing = heads.dim - own.value_dim
+        missing = self.value_dim - own.value_dim
         if path == architecture.output and missing and own.kv_heads and len(shape) == 2:
 
             def wider(tensor: Tensor) -> Tensor:
                 columns = tensor.unflatten(1, (-1, own.value_dim))
                 return torch.nn.functional.pad(columns, (0, missing)).flatten(1, 2)
 
-            return replace(target, shape=(shape[0], own.kv_heads * heads.group * heads.dim), columns=wider)
+            return replace(target, shape=(shape[0], own.kv_heads * heads.group * self.value_dim), columns=wider)
+        if architecture.latent is not None:
+            return target
         if architecture.joined and path == architecture.value:
             query, key, value = rows_of_heads(architecture.joined, heads, own, torch.device("cpu"))
         elif path == architecture.value and missing:

@@ -24,7 +24,21 @@ O200K = (
     "\\p{N}{1,3}| ?[^\\s\\p{L}\\p{N}]+[\\r\\n/]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"
 )
 DIGITS = "single digits"
-CUTS = {(GPT2,): "gpt-2", (DIGITS, GPT2): "smollm", (LLAMA3,): "llama-bpe", (QWEN2,): "qwen2", (O200K,): "gpt-4o"}
+SIGNS = "!\"#$%&'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~"
+DEEPSEEK3 = (
+    "\\p{N}{1,3}",
+    "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
+    f"[{SIGNS}][A-Za-z]+|[^\\r\\n\\p{{L}}\\p{{P}}\\p{{S}}]?[\\p{{L}}\\p{{M}}]+| ?[\\p{{P}}\\p{{S}}]+[\\r\\n]*"
+    "|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+",
+)
+CUTS = {
+    (GPT2,): "gpt-2",
+    (DIGITS, GPT2): "smollm",
+    (LLAMA3,): "llama-bpe",
+    (QWEN2,): "qwen2",
+    (O200K,): "gpt-4o",
+    DEEPSEEK3: "deepseek-v3",
+}
 """llama.cpp's names of pre-tokenizers, by the steps that split a text before bytes are merged"""
 NEVER = -1000.0
 """score of a token that no merge produces"""
@@ -117,7 +131,8 @@ def _cut(pre: Mapping[str, Any] | None) -> str:
         if step["type"] == "Digits" and step["individual_digits"]:
             steps.append(DIGITS)
         elif step["type"] == "Split" and step["behavior"] == "Isolated" and not step["invert"]:
-            steps.append(str(step["pattern"].get("Regex", step["pattern"])))
+            pattern = str(step["pattern"].get("Regex", step["pattern"]))
+            steps.append(pattern.replace("\r", "\\r").replace("\n", "\\n"))
         elif step["type"] == "ByteLevel":
             if step["add_prefix_space"]:
                 steps.append("a space before the text")

@@ -173,6 +173,7 @@ def mamba2(
         output=f"{module}.out_proj",
         width=width,
         parts=(norm, module),
+        groups=lambda config: int(getattr(config, groups)),
     )
 
 

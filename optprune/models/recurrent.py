@@ -30,6 +30,8 @@ class Recurrent:
     """the inputs of that layer"""
     parts: tuple[str, ...] = field(default=())
     """the modules that make up the sub-block: they are removed with it"""
+    groups: Count = field(default=lambda config: 1)
+    """the groups of heads that the norm before that layer goes over, each for itself"""
 
     def sizes(self, config: PretrainedConfig) -> dict[str, tuple[int, int]]:
         """Return the outputs and inputs of the linear layers."""

@@ -33,6 +33,7 @@ FIXED = ("default", "linear", "llama3", "yarn")
 RECURRENT = tuple(name for name, one in ARCHITECTURES.items() if one.recurrent is not None)
 SHARING = tuple(name for name, one in ARCHITECTURES.items() if one.shared is not None)
 """families whose blocks hand keys and values on to others"""
+LATENT = tuple(name for name, one in ARCHITECTURES.items() if one.latent is not None)
 NOT_TRIED = (*RECURRENT, *SHARING)
 WITHOUT_EXPERTS = tuple(name for name, one in ARCHITECTURES.items() if one.mixture is None and name not in NOT_TRIED)
 
@@ -45,8 +46,8 @@ class Runtime:
     families: tuple[str, ...] = tuple(ARCHITECTURES)
     rotary: tuple[str, ...] = (*FIXED, "dynamic", "longrope")
     """the scalings of rotary embeddings that it knows"""
-    further: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """more such scalings, by the only family of which it knows them"""
+    rotary_of: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """the scalings that it knows of a family, where those are others"""
     drafted: bool = False
     """whether it loads other models of transformers, as drafts describe them"""
     uneven: tuple[str, ...] = ()
@@ -181,7 +182,7 @@ class Runtime:
 
     def scalings(self, family: str) -> tuple[str, ...]:
         """Return the scalings of rotary embeddings that it knows of a family."""
-        return (*self.rotary, *self.further.get(family, ()))
+        return self.rotary_of.get(family, self.rotary)
 
     def _alike(self, recipe: Recipe, decoder: Decoder, notes: list[str]) -> Recipe:
         """Return the recipe with equal blocks: a budget for the whole model is divided evenly, where that is enough."""
@@ -254,17 +255,21 @@ RUNTIMES = {
             families=tuple(
                 name
                 for name, one in ARCHITECTURES.items()
-                if (name not in ("opt", *NOT_TRIED) and one.latent is None) or name in ("lfm2", "nemotron_h")
+                if name not in ("opt", *NOT_TRIED) or name in ("granitemoehybrid", "lfm2", "nemotron_h")
             ),
             rotary=("default", "linear", "llama3"),
-            further={"gpt_oss": ("yarn",), "ministral3": ("yarn",)},
+            rotary_of={
+                **dict.fromkeys((*LATENT, "ministral3"), ("default", "yarn")),
+                "gpt_oss": ("default", "linear", "llama3", "yarn"),
+            },
             # Its architecture deci has Llama's blocks.
             uneven=("llama", "mistral", "qwen2"),
             ordered=("exaone4", "gemma2", "gemma3_text", "gpt_oss", "smollm3"),
             # Where it takes heads and hidden size to be what the file says, each for itself.
             fewer_heads=(
-                *("gemma2", "gemma3_text", "glm4_moe", "gpt_oss", "granite", "llama", "ministral3", "mistral"),
-                *("mixtral", "nemotron_h", "qwen3", "qwen3_moe", "seed_oss", "smollm3"),
+                *LATENT,
+                *("gemma2", "gemma3_text", "glm4_moe", "gpt_oss", "granite", "granitemoehybrid", "llama"),
+                *("ministral3", "mistral", "mixtral", "nemotron_h", "qwen3", "qwen3_moe", "seed_oss", "smollm3"),
             ),
             # The numbers that share a scale in q8_0.
             multiple=32,

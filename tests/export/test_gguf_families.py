@@ -17,7 +17,7 @@ from optprune.models import Decoder, Mlp, Values
 from optprune.models.units import KvGroups, LinkedUnits
 from optprune.program import RUNTIMES
 from optprune.recipe import Recipe, load_recipe
-from tests.helpers.gguf_models import BENT, MIXED, PROMPT, THERE, YARN, apart, cut, expected_of, made, saved
+from tests.helpers.gguf_models import BENT, MIXED, PROMPT, SCALED, THERE, YARN, apart, cut, expected_of, made, saved
 from tests.helpers.llama_cpp import LlamaCpp
 from tests.helpers.mixed_models import narrow
 
@@ -66,6 +66,60 @@ def test_windows_of_the_exaone4_that_it_knows_by_its_number_of_blocks(tmp_path: 
 @pytest.mark.parametrize("fields", [{"first_k_dense_replace": 0}, {"first_k_dense_replace": 2, "use_qk_norm": False}])
 def test_first_blocks_of_a_glm4_moe(fields: dict[str, Any], tmp_path: Path) -> None:
     check_alike(saved(cut(made("glm4_moe", **fields), {Mlp(): 96}), tmp_path / "model"), "glm4moe")
+
+
+GROUPS = {"n_routed_experts": 8, "n_group": 4}
+UNSCALED = {"rope_type": "default", "rope_theta": 500.0, "mscale": 0.5, "mscale_all_dim": 0.3}
+
+
+@pytest.mark.parametrize(
+    ("family", "fields"),
+    [
+        ("deepseek_v2", {"q_lora_rank": None, "num_hidden_layers": 25}),
+        ("deepseek_v3", {"q_lora_rank": None, "num_hidden_layers": 27}),
+        ("deepseek_v3", {"tie_word_embeddings": True, "norm_topk_prob": False}),
+        ("deepseek_v3", {"first_k_dense_replace": 0, "rope_parameters": UNSCALED}),
+        (
+            "deepseek_v2",
+            {"first_k_dense_replace": 2, "rope_parameters": {**SCALED, "mscale": 1.0, "mscale_all_dim": 1.0}},
+        ),
+        ("deepseek_v3", {"first_k_dense_replace": 4}),
+        ("deepseek_v3", {**GROUPS, "topk_group": 2}),
+        ("deepseek_v3", {**GROUPS, "topk_group": 4}),
+        ("deepseek_v2", {**GROUPS, "topk_group": 1}),  # of which its router takes no notice
+        ("glm4_moe_lite", {"mlp_layer_types": ["dense"] * 3 + ["sparse"], "n_shared_experts": 2}),
+    ],
+)
+def test_models_with_latent_attention(family: str, fields: dict[str, Any], tmp_path: Path) -> None:
+    check_alike(saved(made(family, **fields), tmp_path / "model"), "deepseek2")
+
+
+@pytest.mark.parametrize(("blocks", "left"), [(range(4), 12), (range(1, 3), 16)])
+def test_value_dimensions_of_latent_attention(blocks: range, left: int, tmp_path: Path) -> None:
+    """The file is smaller where all blocks lose as many; otherwise zeros fill up to the largest number."""
+    folder = saved(cut(made("deepseek_v3"), {Values(): 12}, blocks), tmp_path / "model")
+    check_alike(folder, "deepseek2")
+    reader = gguf.GGUFReader(tmp_path / "model.gguf")
+    shapes = {tensor.name: list(tensor.shape) for tensor in reader.tensors}
+    assert reader.fields["deepseek2.attention.value_length_mla"].contents() == left
+    assert shapes["blk.1.attn_v_b.weight"] == [24, left, 4] and shapes["blk.1.attn_k_b.weight"] == [12, 24, 4]
+
+
+def test_two_shared_experts_are_filled_up_each(tmp_path: Path) -> None:
+    """llama.cpp takes a shared expert to be so many times as wide as the others."""
+    folder = saved(made("deepseek_v3", n_shared_experts=2), tmp_path / "model")
+    written = export(folder, tmp_path / "model.gguf", GgufFile(kind="q8_0"))
+    shapes = {tensor.name: tuple(tensor.shape) for tensor in gguf.GGUFReader(written.path).tensors}
+    assert shapes["blk.1.ffn_down_exps.weight"] == (64, 64, 4) and shapes["blk.1.ffn_down_shexp.weight"] == (128, 64)
+    assert LlamaCpp(written.path).log_probabilities(PROMPT)
+
+
+def test_what_the_norms_of_low_rank_vectors_add_is_told(tmp_path: Path) -> None:
+    folder = saved(made("deepseek_v3", rms_norm_eps=1e-2), tmp_path / "model")
+    written = export(folder, tmp_path / "model.gguf", GgufFile(kind="f32"))
+    [note] = written.notes
+    assert note.startswith("llama.cpp adds the rms_norm_eps of 0.01 in the norms of low-rank vectors too")
+    assert apart(written.path, expected_of(folder, PROMPT)[0], PROMPT) > 1e-3
 
 
 def test_experts_narrower_than_the_shared_one_are_refused(tmp_path: Path) -> None:
@@ -141,6 +195,38 @@ def test_states_of_a_mamba2_stay_float32(tmp_path: Path) -> None:
     assert LlamaCpp(file).log_probabilities(PROMPT)
 
 
+@pytest.mark.parametrize(
+    ("fields", "known_as"),
+    [
+        ({"position_embedding_type": "rope", "mamba_n_groups": 4, "tie_word_embeddings": True}, "granitehybrid"),
+        ({"position_embedding_type": "rope", "layer_types": FULL * 4}, "granite"),
+        ({"layer_types": FULL * 4}, "granite"),
+    ],
+)
+def test_a_granite_4_with_other_blocks(fields: dict[str, Any], known_as: str, tmp_path: Path) -> None:
+    """Rotary embeddings or none, and attention in all blocks, as in those that are called micro."""
+    check_alike(saved(cut(made("granitemoehybrid", **fields), {Mlp(): 96, KvGroups(): 1}), tmp_path / "m"), known_as)
+
+
+def test_halves_of_a_layer_are_two_there(tmp_path: Path) -> None:
+    """Each is filled up for itself."""
+    folder = saved(cut(made("granitemoehybrid"), {Mlp(): 88}), tmp_path / "model")
+    tensors = {
+        one.name: one for one in gguf.GGUFReader(export(folder, tmp_path / "m", GgufFile(kind="q8_0")).path).tensors
+    }
+    weight = load_file(folder / "model.safetensors")["model.layers.1.shared_mlp.input_linear.weight"]
+    for name, half in zip(("gate", "up"), weight.chunk(2), strict=True):
+        stored = torch.from_numpy(decoded(tensors[f"blk.1.ffn_{name}.weight"]))
+        assert stored.shape == (96, 64) and not stored[88:].any()
+        assert float((stored[:88] - half).abs().max()) < 0.01
+    for name in ("ssm_a", "ssm_d", "ssm_dt.bias", "ssm_conv1d.weight", "ssm_norm.weight"):
+        assert tensors[f"blk.0.{name}"].tensor_type == gguf.GGMLQuantizationType.F32
+
+
+def decoded(tensor: gguf.ReaderTensor) -> Any:
+    return gguf.dequantize(tensor.data, tensor.tensor_type).copy()
+
+
 @pytest.mark.parametrize("kinds", [SLIDING * 4, [*SLIDING * 2, *FULL, *SLIDING]], ids=["all", "two of three"])
 def test_windows_of_a_gpt_oss_in_other_blocks(kinds: list[str], tmp_path: Path) -> None:
     check_alike(saved(made("gpt_oss", layer_types=kinds), tmp_path / "model"), "gpt-oss")
@@ -205,6 +291,28 @@ def test_a_file_of_the_model_without_its_head(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("family", "config", "sentence"),
     [
+        (
+            "deepseek_v2",
+            {**GROUPS, "topk_group": 1, "topk_method": "group_limited_greedy"},
+            "groups of experts that are",
+        ),
+        ("deepseek_v2", {"mlp_bias": True}, "biases of linear layers, as model.layers.0.mlp.gate_proj.bias"),
+        ("deepseek_v3", {"attention_bias": True}, "biases of linear layers, as model.layers.0.self_attn.q_a_proj.bias"),
+        ("deepseek_v3", {"num_hidden_layers": 27}, "queries of low rank in a model with latent attention of 27 blocks"),
+        ("deepseek_v3", {"rope_interleave": False}, "latent attention whose rotary embeddings rotate the halves"),
+        (
+            "deepseek_v3",
+            {"rope_parameters": {**SCALED, "mscale": 1.0}},
+            "a yarn scaling without mscale equal to mscale_",
+        ),
+        ("deepseek_v3", {"rope_parameters": {**SCALED, "truncate": False}}, "a yarn scaling without mscale equal to"),
+        ("deepseek_v3", {"rope_parameters": {**SCALED, "beta_fast": 100}}, "a yarn scaling of latent attention with"),
+        (
+            "deepseek_v3",
+            {"rope_parameters": {**SCALED, "rope_type": "linear"}},
+            "rotary embeddings of latent attention",
+        ),
+        ("glm4_moe_lite", {"mlp_layer_types": ["dense", "sparse"] * 2}, "a dense MLP behind a block with experts"),
         ("exaone4", {"sliding_window": 8}, "sliding windows in an EXAONE 4 of another number of blocks than 64"),
         (
             "exaone4",
@@ -229,6 +337,15 @@ def test_a_file_of_the_model_without_its_head(tmp_path: Path) -> None:
             "a yarn scaling of a GPT-OSS with another",
         ),
         ("granite", {"attention_bias": True}, "biases of linear layers, as model.layers.0.self_attn.q_proj.bias"),
+        ("granitemoehybrid", {"attention_bias": True}, "biases of linear layers, as model.layers.1.self_attn.q_proj"),
+        (
+            "granitemoehybrid",
+            {"mamba_proj_bias": True},
+            "biases of linear layers, as model.layers.0.mamba.in_proj.bias",
+        ),
+        ("granitemoehybrid", {"mamba_conv_bias": False}, "a Mamba 2 whose convolution has no bias"),
+        ("granitemoehybrid", {"mamba_expand": 1}, "a mamba_expand of 1 in a Granite 4"),
+        ("granitemoehybrid", {"time_step_limit": (0.0, 0.1)}, "a Mamba 2 whose steps are limited to 0 to 0.1"),
         ("lfm2", {"conv_bias": True}, "biases of linear layers, as model.layers.0.conv.in_proj.bias"),
         ("lfm2", {"layer_types": FULL * 4}, "an LFM2 without short convolutions"),
         ("mixtral", {"hidden_act": "gelu"}, "an MLP with the activation gelu"),
@@ -261,7 +378,9 @@ def test_what_it_has_no_words_for(family: str, config: dict[str, Any], sentence:
     [
         ("qwen3", {Mlp(): 96}, (0,), "blocks of a qwen3 model that differ in shape"),
         ("glm4_moe", {Mlp(): 96}, (0, 1), "blocks of a glm4moe model that differ in shape"),
+        ("deepseek_v3", {KvGroups(): 3}, (0,), "blocks of a deepseek2 model that differ in shape"),
         ("gpt_oss", {Mlp(): 40}, (0,), "blocks of a gpt-oss model that differ in shape"),
+        ("granitemoehybrid", {Mlp(): 96}, (0,), "blocks of a granitehybrid model that differ in shape"),
         ("lfm2", {Mlp(): 96}, (0,), "blocks of a lfm2 model that differ in shape"),
         ("lfm2", {KvGroups(): 1}, range(4), "heads of a lfm2 model that do not make up its hidden size of 64"),
         ("nemotron_h", {Mlp(): 40}, (1,), "blocks of a nemotron_h_moe model that differ in shape"),

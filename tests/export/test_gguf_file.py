@@ -154,38 +154,57 @@ def test_pieces_are_merged_by_their_rank() -> None:
 
 def test_a_text_is_split_as_o200k_splits_it(tmp_path: Path) -> None:
     """As for GPT-OSS: by merges across places where that splits, or where Llama 3's rule does."""
-    from tokenizers import Regex, Tokenizer, pre_tokenizers
-    from tokenizers.models import BPE
-    from transformers import PreTrainedTokenizerFast
-
     words = (
         r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]%s[\p{Ll}\p{Lm}\p{Lo}\p{M}]%s(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
     )
     rest = r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     pattern = f"{words % ('*', '+')}|{words % ('+', '*')}|{rest}"
     merges = [("l", "C"), ("t", "'"), ("1", "2"), ("12", "3"), ("123", "4"), ("!", "Ċ"), ("Ċ", "/"), ("M", "L")]
+    text = "modelCase isn't it'll 12345 HTML hi!\n/x"
+    found = split_by("gpt-4o", [pattern], merges, text, tmp_path)
+    assert found & {"lC", "t'", "123", "1234", "!Ċ", "Ċ/", "ML"} == {"t'", "123", "!Ċ", "ML"}
+
+
+def test_a_text_is_split_as_deepseek_v3_splits_it(tmp_path: Path) -> None:
+    """Digits and Chinese or Japanese letters first; a sign goes with the Latin letters behind it."""
+    lines = "\r\n"  # the letters themselves, as its tokenizer.json has them
+    signs = r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+"""
+    words = rf"[^{lines}\p{{L}}\p{{P}}\p{{S}}]?[\p{{L}}\p{{M}}]+"
+    rest = rf"{signs}|{words}| ?[\p{{P}}\p{{S}}]+[{lines}]*|\s*[{lines}]+|\s+(?!\S)|\s+"
+    merges = [("l", "C"), (".", "c"), ("c", "1"), ("1", "2"), ("12", "3"), ("123", "4"), ("!", "Ċ"), ("Ċ", "x")]
+    text = "modelCase a.com c12345 hi!\nx 日本語 モデル и др. a\u0301 €5"
+    found = split_by("deepseek-v3", [r"\p{N}{1,3}", "[一-龥\u3040-\u309f\u30a0-\u30ff]+", rest], merges, text, tmp_path)
+    assert found & {"lC", ".c", "c1", "123", "1234", "!Ċ", "Ċx"} == {"lC", ".c", "123", "!Ċ"}
+
+
+def split_by(name: str, patterns: list[str], merges: list[tuple[str, str]], text: str, folder: Path) -> set[str]:
+    """The tokens of a text that is split by patterns first, of which there are as many in llama.cpp."""
+    from tokenizers import Regex, Tokenizer, pre_tokenizers
+    from tokenizers.models import BPE
+    from transformers import PreTrainedTokenizerFast
+
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     names = ["<unk>", *letters, *("".join(pair) for pair in merges)]
     made = Tokenizer(BPE({name: index for index, name in enumerate(names)}, merges))
     made.pre_tokenizer = pre_tokenizers.Sequence(  # type: ignore[assignment]
         [
-            pre_tokenizers.Split(Regex(pattern), "isolated"),
+            *(pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in patterns),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>", eos_token="<unk>")
-    folder = tmp_path / "model"
-    save_model(tiny_llama(vocab_size=len(names)), folder, tokenizer=tokenizer)
-    file = export(folder, tmp_path / "model.gguf", GgufFile()).path
-    assert gguf.GGUFReader(file).fields["tokenizer.ggml.pre"].contents() == "gpt-4o"
-    text = "modelCase isn't it'll 12345 HTML hi!\n/x"
+    save_model(tiny_llama(vocab_size=len(names)), folder / "model", tokenizer=tokenizer)
+    file = export(folder / "model", folder / "model.gguf", GgufFile()).path
+    assert gguf.GGUFReader(file).fields["tokenizer.ggml.pre"].contents() == name
     ids = tokenizer(text)["input_ids"]
-    assert {names[index] for index in ids} & {"lC", "t'", "123", "1234", "!Ċ", "Ċ/", "ML"} == {"t'", "123", "!Ċ", "ML"}
     assert LlamaCpp(file).tokens(text) == len(ids)
+    return {names[index] for index in ids}
 
 
 def test_what_llama_cpp_has_no_words_for(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"opt models cannot be exported to GGUF: export one of exaone4, .*, smollm3"):
+    with pytest.raises(
+        InputError, match=r"opt models cannot be exported to GGUF: export one of deepseek_v2, .*, smollm3"
+    ):
         export(save_tiny(tiny_opt(), tmp_path / "opt"), tmp_path / "x.gguf", GgufFile())
     folder = save_tiny(tiny_llama(), tmp_path / "llama")
     with pytest.raises(InputError, match="the type 'q9' is unknown: give f32, f16, q8_0, q6_K, q5_K, q5_0, q4_K, q4_0"):

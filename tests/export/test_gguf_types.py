@@ -14,7 +14,7 @@ import optprune
 from optprune.calibration.input_squares import mean_squares
 from optprune.cli import main
 from optprune.errors import InputError, OptpruneError
-from optprune.export import GgufFile, Importance, export, ggml, importance_of
+from optprune.export import GgufFile, Importance, ModelSource, export, ggml, importance_of
 from optprune.export.ggml import packed
 from optprune.export.gguf_families import FAMILIES
 from optprune.export.gguf_tensors import Tensors
@@ -312,6 +312,19 @@ def test_the_importance_stands_in_the_file_s_columns(family: str, tmp_path: Path
     assert filled, "the zeros of the hidden units count nothing"
     fields = gguf.GGUFReader(tmp_path / "model.gguf").fields
     assert fields["quantize.imatrix.dataset"].contents() == text
+
+
+def test_keys_of_latent_attention_have_no_importance(tmp_path: Path) -> None:
+    """The columns of their matrix in the file are key dimensions, and those of the values' are the layer's inputs."""
+    folder = saved(made("deepseek_v3"), tmp_path / "model")
+    targets = {target.name: target for target in GgufFile(kind="q4_0").targets(ModelSource(folder))}
+    squares = {"model.layers.0.self_attn.kv_b_proj": torch.arange(24.0)}
+    values = targets["blk.0.attn_v_b.weight"].importance(squares)
+    assert values is not None and torch.equal(values, torch.arange(24.0)[None])
+    assert targets["blk.0.attn_k_b.weight"].importance(squares) is None
+    weight = torch.randn(4, 16, 32, generator=torch.Generator().manual_seed(0))
+    for one in (torch.ones(1, 32), torch.ones(4, 32)):
+        assert (packed(weight, Kind.Q4_0, one) == packed(weight, Kind.Q4_0, torch.ones(32))).all()
 
 
 def test_the_command_takes_a_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

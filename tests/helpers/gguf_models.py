@@ -23,17 +23,27 @@ FAR = {"rope_type": "linear", "factor": 8.0, "rope_theta": 5e4}
 NEAR = {"rope_type": "default", "rope_theta": 500.0}
 YARN = {**OTHER_FAMILIES["ministral3"]["rope_parameters"], "mscale": 1.0, "mscale_all_dim": 1.0}
 BENT = {**OTHER_FAMILIES["gpt_oss"]["rope_parameters"], "truncate": True}
+SCALED = {
+    **OTHER_FAMILIES["deepseek_v3"]["rope_parameters"],
+    **{"rope_theta": 500.0, "original_max_position_embeddings": 2048, "mscale": 0.7, "mscale_all_dim": 0.7},
+}
+"""with bounds between which some dimensions lie"""
+LOW_RANK: dict[str, Any] = {"attention_bias": False, "rope_parameters": SCALED}
 MIXED = ["linear_attention", "moe", "full_attention", "moe"]
 """of the blocks of a Nemotron-H, whose MLPs are all of one kind there"""
 THERE: dict[str, dict[str, Any]] = {
+    "deepseek_v2": LOW_RANK,
+    "deepseek_v3": LOW_RANK,
     "exaone4": {"head_dim": 16, "sliding_window": None, "layer_types": ["full_attention"] * 4},
     "gemma2": HEADS_OF_16,
     "gemma3_text": {**HEADS_OF_16, "rope_parameters": {"full_attention": FAR, "sliding_attention": NEAR}},
     "glm4_moe": {},
+    "glm4_moe_lite": {**LOW_RANK, "rms_norm_eps": 1e-6},
     "gpt2": {},
     "gpt_neox": {},
     "gpt_oss": {"swiglu_alpha": 1.702, "swiglu_limit": 7.0, "rope_parameters": BENT},
     "granite": {},
+    "granitemoehybrid": {},
     "lfm2": {"conv_bias": False},
     "ministral3": {"sliding_window": None, "rope_parameters": YARN},
     "mistral": NO_WINDOW,

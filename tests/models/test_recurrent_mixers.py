@@ -344,6 +344,7 @@ def test_an_allocation_with_fewer_heads_of_a_recurrent_mixer_is_refused(name: st
 
 
 IN_LLAMA_CPP = {
+    "granitemoehybrid": "has no tokenizer to read text",
     "lfm2": "llama.cpp does not support biases of linear layers, as model.layers.0.conv.in_proj.bias",
     "nemotron_h": "llama.cpp does not support a Nemotron-H with experts in some blocks and an MLP in others",
 }
