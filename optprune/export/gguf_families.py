@@ -44,8 +44,8 @@ class Family:
     """Family of models, as llama.cpp reads it."""
 
     known_as: MODEL_ARCH
-    variant: Callable[[Sequence[BlockShape]], MODEL_ARCH | None] = lambda shapes: None
-    """function that returns the family of models with such blocks, where it is another"""
+    variant: Callable[[Sequence[BlockShape]], Mapping[str, Any]] = lambda shapes: {}
+    """function that returns the fields that are others for models with such blocks"""
     spelled: Callable[[str], str] = lambda name: name
     """function that returns the name of a tensor in gguf's table of names"""
     single: bool = False
@@ -91,13 +91,18 @@ class Family:
         if activation not in self.activation:
             return f"an MLP with the activation {activation}"
         mixture = decoder.architecture.mixture
-        experts = any(shape.experts for shape in decoder.shapes())
+        experts = _experts_in(decoder.shapes())
         if mixture is not None and experts and self.scaled not in (None, mixture.normalised(config)):
             return f"routers with norm_topk_prob {not self.scaled}"
         biased = [name for name, _ in decoder.model.named_parameters() if name.endswith("proj.bias")]
         if biased and not self.biases:
             return f"biases of linear layers, as {biased[0]}"
         return next(self.unsupported(config), None)
+
+
+def _experts_in(shapes: Sequence[BlockShape]) -> bool:
+    """Return whether some block has experts."""
+    return any(shape.experts for shape in shapes)
 
 
 def _layer_norms(config: Any, writer: GGUFWriter) -> None:
@@ -183,11 +188,30 @@ def _granite_hybrid(config: Any, writer: GGUFWriter) -> None:
 
 def _granite_hybrid_names(name: str) -> str:
     """Return the name that gguf's table has: the MLP is that of a Granite, in place of an expert for every token."""
-    return name.replace(".shared_mlp.output_linear.", ".mlp.down_proj.").replace(".dt_bias", ".dt_proj.bias")
+    return _granite_expert_names(name.replace(".shared_mlp.output_linear.", ".mlp.down_proj."))
+
+
+def _granite_expert_names(name: str) -> str:
+    """Return the name that gguf's table has: the experts are those of a model of another class."""
+    name = name.replace(".block_sparse_moe.router.", ".mlp.gate.").replace(".block_sparse_moe.", ".mlp.")
+    return name.replace(".dt_bias", ".dt_proj.bias")
+
+
+def _granite_hybrid_variant(shapes: Sequence[BlockShape]) -> dict[str, Any]:
+    if not _experts_in(shapes):
+        return {} if any(shape.recurrent for shape in shapes) else {"known_as": MODEL_ARCH.GRANITE}
+    shared = ("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj")
+    return {
+        "spelled": _granite_expert_names,
+        "halves": {"shared_mlp.input_linear": shared},
+        "scaled": True,
+    }
 
 
 def _granite_hybrid_unsupported(config: Any) -> Iterator[str]:
     if "linear_attention" not in config.layer_types:
+        if config.num_local_experts:
+            yield "a Granite 4 with experts and without Mamba 2"
         return
     if config.mamba_expand != 2:
         yield f"a mamba_expand of {config.mamba_expand} in a Granite 4"
@@ -453,7 +477,7 @@ FAMILIES: dict[str, Family] = {
     "granite": Family(MODEL_ARCH.GRANITE, neighbours=True, describe=_multipliers),
     "granitemoehybrid": Family(
         MODEL_ARCH.GRANITE_HYBRID,
-        variant=lambda shapes: None if any(shape.recurrent for shape in shapes) else MODEL_ARCH.GRANITE,
+        variant=_granite_hybrid_variant,
         spelled=_granite_hybrid_names,
         halves={"shared_mlp.input_linear": ("mlp.gate_proj", "mlp.up_proj")},
         neighbours=True,
@@ -469,7 +493,7 @@ FAMILIES: dict[str, Family] = {
     "mixtral": Family(MODEL_ARCH.LLAMA, neighbours=True, scaled=True),
     "nemotron_h": Family(
         MODEL_ARCH.NEMOTRON_H,
-        variant=lambda shapes: MODEL_ARCH.NEMOTRON_H_MOE if any(shape.experts for shape in shapes) else None,
+        variant=lambda shapes: {"known_as": MODEL_ARCH.NEMOTRON_H_MOE} if _experts_in(shapes) else {},
         spelled=_nemotron_h_names,
         single=True,
         activation=("relu2",),
@@ -498,7 +522,7 @@ def family_of(decoder: Decoder) -> Family:
     family = FAMILIES.get(model_type)
     if family is None:
         raise InputError(f"{model_type} models cannot be exported to GGUF: export one of {', '.join(FAMILIES)}")
-    family = replace(family, known_as=family.variant(decoder.shapes()) or family.known_as)
+    family = replace(family, **family.variant(decoder.shapes()))
     wrong = _refused_shapes(decoder, family) or family.refusal(decoder)
     if wrong is not None and model_type in LLAMA_CPP.uneven:
         family, wrong = UNEVEN, UNEVEN.refusal(decoder)

@@ -154,6 +154,10 @@ class MlpKind(ABC):
     rows_of_unit: int = 1
     """the rows of each producer that a unit has"""
 
+    def rows_of(self, consumer: str) -> int:
+        """Return the rows of each producer that a unit of the MLP with this last layer has."""
+        return self.rows_of_unit
+
     def record_widths(self, config: PretrainedConfig, widths: Sequence[int]) -> None:
         """Write the widths of the blocks of this kind into a config, which holds the largest."""
         setattr(config, self.width, max(widths, default=0) or 1)
@@ -239,6 +243,10 @@ class Mixture(MlpKind):
     """the config field that holds its width"""
     shared_last: bool = False
     """whether it runs after the others"""
+    shared_layers: tuple[str, ...] = ()
+    """its layers, where they are not called as those of the others; the last one makes its output"""
+    shared_rows: int = 1
+    """the rows of each of the layers before that one that a unit of it has"""
     shared_count: str = ""
     """the config field that holds its width as a multiple of an expert's, where no field holds the width itself"""
     width: str = "moe_intermediate_size"
@@ -274,7 +282,7 @@ class Mixture(MlpKind):
         stages = []
         order = (every, (self.shared,)) if self.shared_last else ((self.shared,), every)
         for places in order if self.shared else (every,):
-            stages.append(tuple(f"{place}.{layer}" for place in places for layer in self.layout.layers[:-1]))
+            stages.append(tuple(f"{place}.{layer}" for place in places for layer in self.layers_of(place)[:-1]))
             stages.append(tuple(self.last_of(place) for place in places))
         return tuple(stages)
 
@@ -286,15 +294,22 @@ class Mixture(MlpKind):
 
     def links(self, layers: Iterable[str]) -> dict[str, tuple[str, ...]]:
         roots = tuple(f"{place}." for place in (self.experts, self.shared) if place)
-        return self.mlps(path for path in layers if path.startswith(roots))
+        return self.mlps([path for path in layers if path.startswith(roots)])
 
     def widths(self, config: PretrainedConfig, shape: BlockShape) -> dict[str, int]:
         found = {self.last_of(f"{self.experts}.{number}"): shape.mlp_width for number in range(shape.experts)}
         return found | ({self.last_of(self.shared): self.width_of_shared(config)} if self.shared else {})
 
+    def layers_of(self, expert: str) -> tuple[str, ...]:
+        """Return the layers of an expert."""
+        return self.shared_layers if self.shared_layers and expert == self.shared else self.layout.layers
+
     def last_of(self, expert: str) -> str:
         """Return the last layer of an expert."""
-        return f"{expert}.{self.layout.layers[-1]}"
+        return f"{expert}.{self.layers_of(expert)[-1]}"
+
+    def rows_of(self, consumer: str) -> int:
+        return self.shared_rows if consumer == self.last_of(self.shared) else self.rows_of_unit
 
     def width_of_shared(self, config: PretrainedConfig) -> int:
         """Return the width of the shared expert."""
@@ -309,11 +324,14 @@ class Mixture(MlpKind):
     def stock_holds(self, config: PretrainedConfig, shape: BlockShape) -> bool:
         return not self.shared_count or shape.mlp_width == getattr(config, self.width)
 
-    def mlps(self, layers: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    def mlps(self, layers: Sequence[str]) -> dict[str, tuple[str, ...]]:
         """Return the last layer of every expert among these, each with the layers whose rows are its units."""
-        *first, last = self.layout.layers
-        places = [path.removesuffix(f".{last}") for path in layers if path.endswith(f".{last}")]
-        return {self.last_of(place): tuple(f"{place}.{layer}" for layer in first) for place in places}
+        places = [path.rpartition(".")[0] for path in layers]
+        return {
+            path: tuple(f"{place}.{layer}" for layer in self.layers_of(place)[:-1])
+            for place, path in zip(places, layers, strict=True)
+            if path == self.last_of(place)
+        }
 
 
 @dataclass(frozen=True)
@@ -474,10 +492,10 @@ class Architecture:
 
     def for_config(self, config: PretrainedConfig) -> "Architecture":
         """Return the same with the linear layers that a config says, of as many experts among them."""
-        further = tuple(stage for kind in self.mlp_kinds for stage in kind.stages_by(config))
         own = self.by_config(config)
-        stages = own.get("stages", self.stages) + further
-        return replace(self, **{**own, "stages": stages}) if own or further else self
+        found = replace(self, **own) if own else self
+        further = tuple(stage for kind in found.mlp_kinds for stage in kind.stages_by(config))
+        return replace(found, stages=found.stages + further) if further else found
 
     @property
     def alike(self) -> str:
@@ -557,6 +575,10 @@ class Architecture:
         for kind in self.mlp_kinds:
             found |= kind.links(self.layers)
         return found
+
+    def rows_of(self, consumer: str) -> int:
+        """Return the rows of each producer that a unit of the MLP with this last layer has."""
+        return next(kind.rows_of(consumer) for kind in self.mlp_kinds if consumer in kind.links(self.layers))
 
     @property
     def mlp_consumers(self) -> tuple[str, ...]:
@@ -656,7 +678,7 @@ class Architecture:
             for consumer, width in kind.widths(config, shape).items():
                 inputs[consumer] = width
                 producers = kind.links((consumer,))[consumer]
-                outputs |= dict.fromkeys(producers, width * kind.rows_of_unit)
+                outputs |= dict.fromkeys(producers, width * kind.rows_of(consumer))
                 of_mlps += [*producers, consumer]
         found = {path: (count, hidden) for path, count in outputs.items()}
         found |= {path: (hidden, count) for path, count in inputs.items()}

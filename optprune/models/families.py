@@ -424,11 +424,36 @@ GRANITE_HYBRID = replace(
     recurrent=MAMBA2,
     indivisible={"recurrent": WHOLE_MIXER},
     recoverable=LLAMA.recoverable[:1],
-    # Experts beside the MLP.
-    fixed={"num_local_experts": 0},
+    off=("output_router_logits",),
+    by_config=lambda config: GRANITE_EXPERTS if config.num_local_experts else {},
     in_transformers_4=False,
     **classes("GraniteMoeHybrid", modeling_granitemoehybrid, modeling_pruned_granitemoehybrid),
 )
+# Experts beside that MLP, which is then one that every token goes through; a softmax over the chosen ones.
+GRANITE_EXPERTS: dict[str, Any] = {
+    "stages": (*stages_of(MAMBA2), *LLAMA.stages[:2]),
+    **{"mlp_producers": (), "mlp_consumer": "", "mlp_width": "intermediate_size", "rows_of_unit": 1},
+    "mlp_parts": ("post_attention_layernorm", "block_sparse_moe", "shared_mlp"),
+    "mixture": Mixture(
+        module="block_sparse_moe",
+        experts="block_sparse_moe.experts",
+        router="block_sparse_moe.router",
+        count="num_local_experts",
+        shared="shared_mlp",
+        shared_width="shared_intermediate_size",
+        shared_last=True,
+        shared_layers=("input_linear", "output_linear"),
+        shared_rows=2,
+        width="intermediate_size",
+        normalised=lambda config: True,
+        stored={
+            "block_sparse_moe.experts.gate_up_proj": "block_sparse_moe.input_linear.weight",
+            "block_sparse_moe.experts.down_proj": "block_sparse_moe.output_linear.weight",
+            "block_sparse_moe.router.weight": "block_sparse_moe.router.layer.weight",
+        },
+        layout=ExpertTensors(in_files=True),
+    ),
+}
 # Falcon-H1: Mamba 2 and attention side by side in every block, and multipliers of their inputs and outputs.
 FALCON_MAMBA2 = mamba2(
     *("input_layernorm", "mamba"),

@@ -217,7 +217,7 @@ class Mlp(LinkedUnits):
         architecture = decoder.architecture
         layer, producers = decoder.layer(block, consumer), architecture.mlps[consumer]
         every = torch.arange(layer.in_features, device=layer.weight.device)
-        apart = torch.arange(architecture.rows_of_unit, device=every.device) * len(every)
+        apart = torch.arange(architecture.rows_of(consumer), device=every.device) * len(every)
         link = Link(every[:, None], torch.zeros_like(every), tuple(every[:, None] + apart for _ in producers))
         return LinkedLayers(consumer, producers, link)
 

@@ -21,6 +21,7 @@ from tests.helpers.gguf_models import BENT, MIXED, PROMPT, SCALED, THERE, YARN, 
 from tests.helpers.llama_cpp import LlamaCpp
 from tests.helpers.mixed_models import narrow
 
+SOME_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 48}
 FULL, SLIDING = ["full_attention"], ["sliding_attention"]
 FIXED_HEADS = ("exaone4", "gpt2", "gpt_neox", "lfm2", "olmo2", "olmoe", "phi3", "qwen2_moe")
 """of which all stay: their sizes add up to the hidden size there, or one norm goes over them"""
@@ -201,6 +202,7 @@ def test_states_of_a_mamba2_stay_float32(tmp_path: Path) -> None:
         ({"position_embedding_type": "rope", "mamba_n_groups": 4, "tie_word_embeddings": True}, "granitehybrid"),
         ({"position_embedding_type": "rope", "layer_types": FULL * 4}, "granite"),
         ({"layer_types": FULL * 4}, "granite"),
+        ({**SOME_EXPERTS, "position_embedding_type": "rope"}, "granitehybrid"),
     ],
 )
 def test_a_granite_4_with_other_blocks(fields: dict[str, Any], known_as: str, tmp_path: Path) -> None:
@@ -344,6 +346,7 @@ def test_a_file_of_the_model_without_its_head(tmp_path: Path) -> None:
             "biases of linear layers, as model.layers.0.mamba.in_proj.bias",
         ),
         ("granitemoehybrid", {"mamba_conv_bias": False}, "a Mamba 2 whose convolution has no bias"),
+        ("granitemoehybrid", {**SOME_EXPERTS, "layer_types": FULL * 4}, "a Granite 4 with experts and without Mamba 2"),
         ("granitemoehybrid", {"mamba_expand": 1}, "a mamba_expand of 1 in a Granite 4"),
         ("granitemoehybrid", {"time_step_limit": (0.0, 0.1)}, "a Mamba 2 whose steps are limited to 0 to 0.1"),
         ("lfm2", {"conv_bias": True}, "biases of linear layers, as model.layers.0.conv.in_proj.bias"),

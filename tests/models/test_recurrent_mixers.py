@@ -316,12 +316,6 @@ def test_a_model_without_attention_is_refused() -> None:
         prune(model, batches(), load_recipe("wanda", {"sparsity": 0.5}))
 
 
-def test_experts_beside_an_mlp_are_refused(tmp_path: Path) -> None:
-    ALL_MODELS["granitemoehybrid"](num_local_experts=4).save_pretrained(tmp_path / "model")
-    with pytest.raises(InputError, match="has num_local_experts 4, which is not supported for a granitemoehybrid"):
-        optprune.load_model(tmp_path / "model")
-
-
 def test_numbers_of_blocks_in_a_config_follow_those_that_are_left() -> None:
     model = made("lfm2")
     decoder = Decoder(model)

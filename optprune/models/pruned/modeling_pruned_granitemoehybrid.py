@@ -1,9 +1,10 @@
-"""Granite 4 without experts and with decoder blocks of different shapes, pruned by optprune; see pruned_decoder.py."""
+"""Granite 4 with decoder blocks of different shapes, pruned by optprune; see pruned_decoder.py."""
 
 from transformers.models.granitemoehybrid import modeling_granitemoehybrid as stock
 
 from .pruned_cache import remembered  # noqa: F401  # transformers 4 copies only the files that this one names
 from .pruned_decoder import PrunedAttention, PrunedModel, resized
+from .pruned_mixture import PrunedMixtureBlock
 from .pruned_recurrent import PrunedHybridBlock
 
 
@@ -25,19 +26,28 @@ class PrunedGraniteMoeHybridAttention(PrunedAttention, stock.GraniteMoeHybridAtt
         return super().positioned(query, key, position_embeddings, position_ids)
 
 
-class PrunedGraniteMoeHybridDecoderLayer(PrunedHybridBlock, stock.GraniteMoeHybridDecoderLayer):
-    """Decoder block of any width, with or without its sub-blocks."""
+class PrunedGraniteMoeHybridDecoderLayer(PrunedMixtureBlock, PrunedHybridBlock, stock.GraniteMoeHybridDecoderLayer):
+    """Decoder block of any width, or any number of experts beside an MLP, with or without its sub-blocks."""
 
     attention_class = PrunedGraniteMoeHybridAttention
     recurrent = "mamba"
     mlp_module = "shared_mlp"
+    router = "router"
+    routed = property(lambda self: self.block_sparse_moe)
 
     def added(self, hidden_states, mixed):
         return hidden_states + mixed * self.residual_multiplier
 
+    def answered(self, states):
+        return self.mlp(states) if self.routed is None else self.routed(states) + self.mlp(states)
+
+    def remove(self, *names):
+        super().remove(*names, *(("block_sparse_moe",) if "mlp" in names else ()))
+
     def shrink_mlp(self, width):
-        self.mlp.input_linear = resized(self.mlp.input_linear, outputs=2 * width)
-        self.mlp.output_linear = resized(self.mlp.output_linear, inputs=width)
+        if self.routed is None:  # else the width is that of the experts
+            self.mlp.input_linear = resized(self.mlp.input_linear, outputs=2 * width)
+            self.mlp.output_linear = resized(self.mlp.output_linear, inputs=width)
 
 
 class PrunedGraniteMoeHybridForCausalLM(PrunedModel, stock.GraniteMoeHybridForCausalLM):

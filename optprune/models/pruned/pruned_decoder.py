@@ -75,13 +75,15 @@ class PrunedBlock:
     """the norms before and behind the attention"""
     mlp_norms = ("post_attention_layernorm", None)
     """the norms before and behind the MLP"""
+    answered = property(lambda self: self.mlp)
+    """the function that returns the output of the MLP"""
 
     def forward(self, hidden_states, **kwargs):
         if self.mixer is not None:
             mixed = self.mixed(self.normed(self.attention_norms[0], hidden_states), **kwargs)
             hidden_states = self.added(hidden_states, self.normed(self.attention_norms[1], mixed))
         if self.mlp is not None:
-            mixed = self.mlp(self.normed(self.mlp_norms[0], hidden_states))
+            mixed = self.answered(self.normed(self.mlp_norms[0], hidden_states))
             hidden_states = self.added(hidden_states, self.normed(self.mlp_norms[1], mixed))
         return hidden_states
 

@@ -15,9 +15,14 @@ class PrunedMixtureBlock(PrunedBlock):
     width = "intermediate_dim"
     """the name of the experts' attribute that holds their width"""
 
+    @property
+    def routed(self):
+        """The module with the router and the experts."""
+        return self.mlp
+
     def shrink(self, shape, group):
         if shape["mlp_width"] and shape.get("experts"):
-            experts, router = self.mlp.experts, getattr(self.mlp, self.router)
+            experts, router = self.routed.experts, getattr(self.routed, self.router)
             count, width, hidden = shape["experts"], shape["mlp_width"], router.weight.shape[1]
             for name, sizes in self.expert_sizes(width, hidden).items():
                 setattr(experts, name, nn.Parameter(getattr(experts, name).new_empty(count, *sizes)))
@@ -35,7 +40,7 @@ class PrunedMixtureBlock(PrunedBlock):
 
     def shrink_mlp(self, width):
         """Give an MLP this number of units; the experts' width is set with their number."""
-        if not hasattr(self.mlp, "experts"):
+        if not hasattr(self.routed, "experts"):
             super().shrink_mlp(width)
 
 
