@@ -89,8 +89,8 @@ FAULTS = [
     Fault(
         "quantised checkpoints: the config of the pruned folder still says that it is quantised",
         "models/load.py",
-        '    vars(config).pop("quantization_config")',
-        "    pass",
+        "vars(config).pop(QUANTISED, None) if whole",
+        "vars(config).get(QUANTISED, None) if whole",
         "models/test_quantised.py",
     ),
     # Recovery of experts
