@@ -61,24 +61,24 @@ class GridLeastSquares(Problem):
 
     def start(self) -> Float[Tensor, "out in"]:
         """Return the original weights, rounded by the importance of their inputs."""
-        return self.rounded(self.loss.weight).values()
+        return self.rounded(self.loss.weight)
 
-    def rounded(self, weight: Float[Tensor, "out in"]) -> Codes:
-        """Return the codes of a feasible weight, or of another one rounded with scales weighed by the diagonal of A."""
-        return self._codes(weight, self.loss.input_scale.square().to(weight))
+    def rounded(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
+        """Return a weight on the mask, rounded with scales that are chosen by the diagonal of A."""
+        return self.grid.nearest(self._inside(weight), self.loss.input_scale.square().to(weight)).values()
 
     def project(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
         """Return a feasible weight near a weight, each block by the least square error of the scales tried."""
-        return self.grid.nearest(torch.where(self.kept, weight, 0.0)).values()
+        return self.grid.nearest(self._inside(weight)).values()
 
     def codes(self, weight: Float[Tensor, "out in"]) -> Codes:
         """Return the codes of a feasible weight, and of its projection for another one."""
-        return self._codes(weight, None)
-
-    def _codes(self, weight: Float[Tensor, "out in"], importance: Float[Tensor, " in"] | None) -> Codes:
-        inside = torch.where(self.kept, weight, 0.0)
+        inside = self._inside(weight)
         codes, off = self.grid.find(inside)
-        return self.grid.nearest(inside, importance) if bool(off.any()) else codes
+        return self.grid.nearest(inside) if bool(off.any()) else codes
+
+    def _inside(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
+        return torch.where(self.kept, weight, 0.0)
 
     def inputs(self, weight: Float[Tensor, "out in"]) -> Bool[Tensor, " in"]:
         """Return the inputs that the mask leaves to some output."""

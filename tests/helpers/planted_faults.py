@@ -291,8 +291,8 @@ FAULTS = [
     Fault(
         "rounding: the original weights are rounded, not the start",
         "solvers/gridded.py",
-        "problem.rounded(start)",
-        "problem.rounded(problem.loss.weight)",
+        "else problem.rounded(start))",
+        "else own)",
         "solvers/test_gridded.py",
     ),
     Fault(

@@ -28,6 +28,7 @@ from optprune.solvers import (
     Fista,
     FistaPath,
     FistaPruner,
+    Gptq,
     GreedyObs,
     GridDescent,
     HardThreshold,
@@ -37,6 +38,7 @@ from optprune.solvers import (
     SparseGpt,
     Swaps,
 )
+from optprune.solvers.gridded import RESTORING
 from tests.helpers.moved import moved
 from tests.helpers.pretend import set_up, watched
 from tests.helpers.solver_table import SOLVERS
@@ -99,9 +101,9 @@ CODES = 2 * 16 + 2
 """looks for the codes of a start on a grid of 16 integers: which blocks have a scale, and which are left"""
 DIRECT = 18
 """looks of a solver without steps, all in all: at the scores, and at what is factorised"""
-MORE = {Fista: 10, ProximalAdmm: 10, GridDescent: CODES}
-"""looks beside those, of a solver that measures a gap: at Cholesky factors that prove what is regular, and a bound; and
-of one that begins with the codes of its start"""
+MORE = {Fista: 10, ProximalAdmm: 10, GridDescent: CODES, Gptq: RESTORING}
+"""looks beside those, of a solver that measures a gap: at Cholesky factors that prove what is regular, and a bound; of
+one that begins with the codes of its start; and of one that first refits on the mask, once in each step of that"""
 
 
 def looks(problem, solver):
