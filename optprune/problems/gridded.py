@@ -65,7 +65,8 @@ class GridLeastSquares(Problem):
 
     def rounded(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
         """Return a weight on the mask, rounded with scales that are chosen by the diagonal of A."""
-        return self.grid.nearest(self._inside(weight), self.loss.input_scale.square().to(weight)).values()
+        size = self.loss.input_scale
+        return self.grid.nearest(self._inside(weight), (size / size.max()).square().to(weight)).values()
 
     def project(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
         """Return a feasible weight near a weight, each block by the least square error of the scales tried."""
