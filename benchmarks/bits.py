@@ -66,19 +66,13 @@ def pruned(base: Setting, **settings: Any) -> PreTrainedModel:
 def rows(base: Setting) -> Iterator[tuple[str, Callable[[], PreTrainedModel]]]:
     """Yield the name of each row and a function that makes its model."""
     dense = base.loaded.model
-    squares: dict[str, Tensor] = {}
-
-    def importance() -> dict[str, Tensor]:
-        if not squares:
-            squares.update(mean_squares(Decoder(copy.deepcopy(dense)), base.batches))
-        return squares
 
     def bits(solver: Any) -> dict[str, Any]:
         return {"kind": "q4_0", "solver": solver}
 
     yield "dense", lambda: dense
     yield "q4_0 of llama.cpp", lambda: by_ggml(copy.deepcopy(dense), None)
-    yield "q4_0 of llama.cpp, importance matrix", lambda: by_ggml(copy.deepcopy(dense), importance())
+    yield "q4_0 of llama.cpp, importance matrix", partial(by_importance, base, lambda: dense)
     yield "round_to_nearest", lambda: pruned(base, bits=bits("round_to_nearest"), propagation="dense")
     yield "gptq, grid_descent, inputs of the rounded model", lambda: pruned(base, bits=bits(CHAIN))
     yield "gptq", lambda: pruned(base, bits=bits("gptq"), propagation="cross")
@@ -88,14 +82,14 @@ def rows(base: Setting) -> Iterator[tuple[str, Callable[[], PreTrainedModel]]]:
     for name, recipe in (("ALPS", ALPS), ("sparse_best", ALPS | {"metric": METRIC, "allocation": "global"})):
         sparse = cache(partial(pruned, base, **recipe))
         yield f"2:4 ({name})", sparse
-        yield f"2:4 ({name}), then q4_0 of llama.cpp, importance matrix", partial(afterwards, base, sparse)
+        yield f"2:4 ({name}), then q4_0 of llama.cpp, importance matrix", partial(by_importance, base, sparse)
         yield f"2:4 ({name}) with q4_0", partial(pruned, base, **recipe, bits=bits(CHAIN))
 
 
-def afterwards(base: Setting, sparse: Callable[[], PreTrainedModel]) -> PreTrainedModel:
-    """Return a pruned model as llama.cpp's quantiser leaves it, with an importance matrix of its own inputs."""
-    squares = mean_squares(Decoder(copy.deepcopy(sparse())), base.batches)
-    return by_ggml(copy.deepcopy(sparse()), squares)
+def by_importance(base: Setting, make: Callable[[], PreTrainedModel]) -> PreTrainedModel:
+    """Return a model as llama.cpp's quantiser leaves it, with an importance matrix of its own inputs."""
+    squares = mean_squares(Decoder(copy.deepcopy(make())), base.batches)
+    return by_ggml(copy.deepcopy(make()), squares)
 
 
 def main() -> None:

@@ -185,7 +185,7 @@ def expert_choice(decoder: Decoder, index: int, calls: Calls, keep: int) -> Expe
         outputs = torch.stack([experts.outputs(tokens, number) for number in range(count)], 1).float()
         products.append(outputs @ outputs.mT)
     scores, pairs = (rows[:most] for rows in _gathered(calls, torch.cat(logits), torch.cat(products)))
-    factor = float(getattr(config, mixture.factor)) if mixture.factor else 1.0
+    factor = mixture.scale(config)
     pairs = pairs if factor == 1 else pairs * factor**2  # as if each expert gave so much more
     correction = router.get_parameter(mixture.correction).detach() if mixture.correction else None
     return ExpertChoice(scores, pairs, decoder.experts_for_a_token, mixture.normalised(config), keep, correction)

@@ -16,6 +16,7 @@ from optprune.measure.memory import release
 from optprune.models import Decoder
 from optprune.models.mixture import DOWN, SeparateExperts, experts_in
 from optprune.numerics.tensors import first_output
+from optprune.problems.experts import router_gates
 from optprune.system.wording import either, shown
 
 RARELY = 0.1
@@ -172,11 +173,11 @@ def expert_use(
 @contextmanager
 def _watching(decoder: Decoder, block: nn.Module, names: Sequence[str]) -> Iterator[dict[str, ExpertUse]]:
     """Sum up the use of a block's experts within the context, where the passes are of texts with these names."""
-    mixture, config = decoder.architecture.mixture, decoder.model.config
+    mixture = decoder.architecture.mixture
     assert mixture is not None
     experts = experts_in(block, mixture)
     assert isinstance(experts, SeparateExperts)
-    factor = float(getattr(config, mixture.factor)) if mixture.factor else 1.0
+    factor = mixture.scale(decoder.model.config)
     uses, passing = dict[str, ExpertUse](), iter(names)
     logits, norms = list[Tensor](), dict[int, Tensor]()
 
@@ -188,7 +189,7 @@ def _watching(decoder: Decoder, block: nn.Module, names: Sequence[str]) -> Itera
 
     def total(_: nn.Module, args: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
         (places, weights), raw, name = args[1:], logits.pop(), next(passing)
-        gates = raw.softmax(1) if not mixture.correction else raw.sigmoid()
+        gates = router_gates(raw, sigmoids=bool(mixture.correction))
         sums = raw.new_zeros(3, experts.count)
         for number in range(experts.count):
             tokens, among = torch.where(places == number)

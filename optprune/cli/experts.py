@@ -143,28 +143,28 @@ def lines(found: "UseByText") -> list[str]:
     """Return what matters of the use of experts, for a terminal."""
     every, several = found.experts, len(found.texts) > 1
     wide = max(len(text) for text in found.texts)
-    told = [
+    rows = [
         f"{'text':<{wide}}  {'tokens':>9}  {'experts used':>16}" + ("  by no other text" if several else ""),
     ]
     for text in found.texts:
         tokens = next(iter(found.blocks.values()))[text].tokens
         used = f"{_count(found.used(text))} of {every}"
         alone = f"  {_count(found.used_only(text)):>16}" if several else ""
-        told.append(f"{text:<{wide}}  {tokens:>9}  {used:>16}{alone}")
-    told.append("used: with at least a tenth of an even share of the text's tokens")
+        rows.append(f"{text:<{wide}}  {tokens:>9}  {used:>16}{alone}")
+    rows.append("used: with at least a tenth of an even share of the text's tokens")
     for text in found.texts if several else ():
         if only := found.used_only(text):
-            told.append(f"used by {text} alone: {_listed(only)}")
+            rows.append(f"used by {text} alone: {_listed(only)}")
     if unused := found.unused():
-        told.append(f"used by no text, {_count(unused)} of {every}: {_listed(unused)}")
+        rows.append(f"used by no text, {_count(unused)} of {every}: {_listed(unused)}")
     for one, other in combinations(found.texts, 2):
         overlap = found.overlap(one, other)
         least = min(overlap, key=lambda block: overlap[block])
-        told.append(
+        rows.append(
             f"{one} and {other}: {sum(overlap.values()) / len(overlap):.0%} of the routers' choices are alike, in "
             f"block {least} {overlap[least]:.0%}"
         )
-    return told
+    return rows
 
 
 def _count(experts: Mapping[int, Sequence[int]]) -> int:
@@ -174,6 +174,6 @@ def _count(experts: Mapping[int, Sequence[int]]) -> int:
 def _listed(experts: Mapping[int, Sequence[int]]) -> str:
     """Return the experts of the blocks that have most of them, by block."""
     most = sorted(sorted(experts, key=lambda block: -len(experts[block]))[:MOST_BLOCKS])
-    told = "; ".join(f"block {block}: {', '.join(map(str, experts[block]))}" for block in most)
+    rows = "; ".join(f"block {block}: {', '.join(map(str, experts[block]))}" for block in most)
     left = len(experts) - len(most)
-    return told + (f"; and in {counted(left, 'more block')} (--json has all)" if left else "")
+    return rows + (f"; and in {counted(left, 'more block')} (--json has all)" if left else "")

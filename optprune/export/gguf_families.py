@@ -30,7 +30,7 @@ CLAMPED = {"swiglu_alpha": 1.702, "swiglu_limit": 7.0}
 YARN_BETAS = (32.0, 1.0)
 """the values that llama.cpp gives to beta_fast and beta_slow; it reads them from the files of few families"""
 LATENT_EPS = 1e-6
-"""what the norms of low-rank vectors add in transformers"""
+"""the epsilon of the norms of low-rank vectors in transformers"""
 LITE_BLOCKS = (26, 27)
 """numbers of blocks by which llama.cpp knows models whose queries have no low rank"""
 KANANA = (48, 128256)
@@ -51,7 +51,7 @@ class Family:
     single: bool = False
     """whether a block has one sub-block; the widths of MLPs are a list, and may differ"""
     halves: Mapping[str, tuple[str, str]] = field(default_factory=dict)
-    """layers, by their paths in a block, whose halves of rows are two layers there, with these paths"""
+    """layers that are two in llama.cpp, each with half of the rows, by path; with the paths of both halves"""
     neighbours: bool = False
     """whether rotary embeddings rotate neighbouring dimensions of a head; transformers rotates halves"""
     activation: tuple[str, ...] = ("silu",)
@@ -192,7 +192,7 @@ def _granite_hybrid_names(name: str) -> str:
 
 
 def _granite_expert_names(name: str) -> str:
-    """Return the name that gguf's table has: the experts are those of a model of another class."""
+    """Return the tensor's name in gguf's table, which lists the experts under the names of another class."""
     name = name.replace(".block_sparse_moe.router.", ".mlp.gate.").replace(".block_sparse_moe.", ".mlp.")
     return name.replace(".dt_bias", ".dt_proj.bias")
 
@@ -237,7 +237,7 @@ def _nemotron_h(config: Any, writer: GGUFWriter) -> None:
 
 
 def _nemotron_h_names(name: str) -> str:
-    """Return the name that gguf's table has: the experts are those of a model of another class."""
+    """Return the tensor's name in gguf's table, which lists the experts under the names of another class."""
     if ".experts." in name:
         return name.replace(".mixer.", ".mlp.")
     return name.replace("model.", "backbone.", 1).replace(".dt_bias", ".dt.bias")

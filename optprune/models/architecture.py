@@ -296,6 +296,10 @@ class Mixture(MlpKind):
         roots = tuple(f"{place}." for place in (self.experts, self.shared) if place)
         return self.mlps([path for path in layers if path.startswith(roots)])
 
+    def scale(self, config: PretrainedConfig) -> float:
+        """Return the number by which the weights of the chosen experts are multiplied."""
+        return float(getattr(config, self.factor)) if self.factor else 1.0
+
     def widths(self, config: PretrainedConfig, shape: BlockShape) -> dict[str, int]:
         found = {self.last_of(f"{self.experts}.{number}"): shape.mlp_width for number in range(shape.experts)}
         return found | ({self.last_of(self.shared): self.width_of_shared(config)} if self.shared else {})

@@ -18,6 +18,11 @@ from optprune.errors import InputError
 from optprune.numerics.fingerprint import LATER, fingerprint
 
 
+def router_gates(logits: Float[Tensor, "tokens experts"], *, sigmoids: bool) -> Float[Tensor, "tokens experts"]:
+    """Return a router's weights of all experts: the sigmoid of each logit, or the softmax over the experts."""
+    return logits.sigmoid() if sigmoids else logits.softmax(1)
+
+
 @final
 @dataclass(frozen=True, eq=False)
 class ExpertChoice:
@@ -89,7 +94,7 @@ class ExpertChoice:
         With a correction they are sigmoids in place of the softmax.
         """
         logits = self.logits[tokens].double().where(kept, -torch.inf)
-        places, shares = self.routed(kept, tokens), logits.softmax(1) if self.correction is None else logits.sigmoid()
+        places, shares = self.routed(kept, tokens), router_gates(logits, sigmoids=self.correction is not None)
         chosen = torch.zeros_like(logits).scatter_(1, places, shares.gather(1, places))
         return chosen / chosen.sum(1, keepdim=True) if self.normalised else chosen
 

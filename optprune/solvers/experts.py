@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from optprune.problems import ExpertChoice
+from optprune.problems.experts import router_gates
 from optprune.work import Work, sweeps
 
 ENOUGH = 1e-12
@@ -195,10 +196,10 @@ class Reap(ExpertScore):
 
     def score(self, problem: ExpertChoice) -> Float[Tensor, "experts"]:
         routed = _routed(problem)
-        gates = problem.logits.double()
-        gates = gates.softmax(1) if problem.correction is None else gates.sigmoid()
         if self.renormalised:
             gates = problem.weights(torch.ones_like(routed[0]))
+        else:
+            gates = router_gates(problem.logits.double(), sigmoids=problem.correction is not None)
         norms = problem.products.diagonal(dim1=1, dim2=2).double().clamp(min=0).sqrt()
         return (gates * norms * routed).sum(0) / routed.sum(0).clamp(min=1)
 

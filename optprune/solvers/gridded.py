@@ -98,9 +98,9 @@ class Gptq(DirectSolver[GridLeastSquares]):
     With groups of one row this is the same method on all weights in one row, whose Hessian is the product S x A.
 
     Cost: in^3 + out in^2 and 38 passes of the weights, with a mask the gradients' steps, with a full metric out^3 +
-    out^2 in more; memory 2 in^2 + 2 out
-    in in float64. Reference: GPTQ (arXiv 2210.17323), Algorithm 1; with a mask the joint form of SparseGPT (arXiv
-    2301.00774, section 3.5); the compensation in rows is that of YAQA (arXiv 2505.22988).
+    out^2 in more; memory 2 in^2 + 2 out in in float64. Reference: GPTQ (arXiv 2210.17323), Algorithm 1; with a mask the
+    joint form of SparseGPT (arXiv 2301.00774, section 3.5); the compensation in rows is that of YAQA (arXiv
+    2505.22988).
     """
 
     accepts = (GridLeastSquares,)

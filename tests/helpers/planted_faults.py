@@ -169,8 +169,8 @@ FAULTS = [
     Fault(
         "use of experts: gates are a softmax where the router has sigmoids",
         "calibration/expert_use.py",
-        "gates = raw.softmax(1) if not mixture.correction else raw.sigmoid()",
-        "gates = raw.softmax(1)",
+        "gates = router_gates(raw, sigmoids=bool(mixture.correction))",
+        "gates = router_gates(raw, sigmoids=False)",
         "calibration/test_expert_use.py",
     ),
     Fault(
