@@ -67,7 +67,7 @@ def frontier_command(
 ) -> None:
     """Measure size, speed and quality of a dense model in fewer bits, of pruned models, and of both together.
 
-    The page says at its top whether pruning pays, and at which size. Each finished row is kept.
+    The page says at its top whether the given models pay, and at which size. Each finished row is kept.
     """
     reporter = start()
     from optprune.comparison import frontier

@@ -148,7 +148,7 @@ class Frontier:
         return found
 
     def verdict(self) -> str:
-        """Return in sentences whether pruning pays, and where, as far as the rows show it."""
+        """Return in sentences whether the given models pay beside fewer bits, and where, as far as the rows show it."""
         dense = self.best_dense()
         pruned = [row for row in self.rows if not row.is_dense]
         if not dense or not pruned:
@@ -164,12 +164,12 @@ class Frontier:
         if best.excess < 0:
             won = sum(pair.excess < 0 for pair in pairs)
             return (
-                f"Pruning pays: {won} of {len(pairs)} pruned rows are better than the dense model in as many bytes. "
-                f"{at}, the dense model {best}, {-best.excess:.1%} fewer for the pruned one."
+                f"It pays: {won} of {len(pairs)} files of the given models are better than the dense model in as many "
+                f"bytes. {at}, the dense model {best}, {-best.excess:.1%} fewer for the given one."
             )
         return (
-            f"Pruning does not pay here: in as many bytes the dense model in fewer bits is better. Closest, {at}, the "
-            f"dense model {best}, {best.excess:.1%} more for the pruned one."
+            f"It does not pay here: in as many bytes the dense model in fewer bits is better. Closest, {at}, the "
+            f"dense model {best}, {best.excess:.1%} more for the given one."
         )
 
     def _below(self, dense: Sequence[FrontierRow], pruned: Sequence[FrontierRow]) -> str:

@@ -76,7 +76,7 @@ def test_the_folder_holds_page_table_and_figures(finished: tuple[Path, Frontier]
     assert names == {"frontier.html", "frontier.json", "frontier.md", "pruned", "rows", "run.json", "speeds.json"}
     page = (place / "frontier.html").read_text()
     check_page(page)
-    assert page.index("Pruning ") < page.index("<svg") < page.index("<table")
+    assert page.index(found.verdict()[:20]) < page.index("<svg") < page.index("<table")
     assert "Continuations" in page and "dense in q4_0 by importance" in page
     assert (place / "frontier.md").read_text() == found.markdown()
     content = json.loads((place / "frontier.json").read_text())
@@ -188,9 +188,9 @@ DENSE = (row("dense", "f16", 200, 1.0), row("dense", "q8_0", 100, 1.01), row("de
 def test_where_pruning_loses_the_verdict_says_so_and_by_how_much() -> None:
     found = Frontier("m", (*DENSE, row("p", "f16", 250, 1.08), row("p", "q8_0", 80, 1.21)))
     assert found.verdict() == (
-        "Pruning does not pay here: in as many bytes the dense model in fewer bits is better. Closest, p in f16 at "
+        "It does not pay here: in as many bytes the dense model in fewer bits is better. Closest, p in f16 at "
         "250.0 MiB has 1.0800 bits per byte, the dense model 1.0000 (dense in f16, 200.0 MiB), 8.0% more for the "
-        "pruned one."
+        "given one."
     )
     assert [one.name for one in found.rows if found.dominated(one)] == ["p-f16", "p-q8_0"]
 
@@ -198,10 +198,10 @@ def test_where_pruning_loses_the_verdict_says_so_and_by_how_much() -> None:
 def test_where_pruning_wins_it_says_at_which_size() -> None:
     found = Frontier("m", (*DENSE, row("p", "q8_0", 80, 1.04), row("p", "q4_0", 50, 1.3)))
     assert found.verdict() == (
-        "Pruning pays: 1 of 1 pruned rows are better than the dense model in as many bytes. p in q8_0 at 80.0 MiB has "
-        "1.0400 bits per byte, the dense model 1.0550 (on the line between dense in q4_0, 60.0 MiB, and dense in q8_0, "
-        "100.0 MiB), 1.4% fewer for the pruned one. Below 60.0 MiB, the size of dense in q4_0 (1.1000), only pruned "
-        "files are left; the best is p in q4_0, with 1.3000 at 50.0 MiB."
+        "It pays: 1 of 1 files of the given models are better than the dense model in as many bytes. p in q8_0 at "
+        "80.0 MiB has 1.0400 bits per byte, the dense model 1.0550 (on the line between dense in q4_0, 60.0 MiB, and "
+        "dense in q8_0, 100.0 MiB), 1.4% fewer for the given one. Below 60.0 MiB, the size of dense in q4_0 (1.1000), "
+        "only pruned files are left; the best is p in q4_0, with 1.3000 at 50.0 MiB."
     )
     assert not any(found.dominated(one) for one in found.rows)
 
@@ -211,7 +211,7 @@ def test_a_row_in_a_gap_between_types_does_not_win() -> None:
     gap = row("p", "q8_0", 99, 1.05)
     [pair] = Frontier("m", (*DENSE, gap)).pairs()
     assert pair.smaller.bits_per_byte > gap.bits_per_byte > pair.expected == pytest.approx(1.1 - 0.09 * 39 / 40)
-    assert "Pruning does not pay" in Frontier("m", (*DENSE, gap)).verdict()
+    assert "It does not pay" in Frontier("m", (*DENSE, gap)).verdict()
 
 
 def test_a_dominated_dense_row_is_no_neighbour() -> None:
