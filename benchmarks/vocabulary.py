@@ -3,8 +3,7 @@
     python -m benchmarks.vocabulary --pieces 40 --tokens 0 --heal 98304
 
 SmolLM2-135M-Instruct. Tokens are chosen on one half of the news articles, rows are refitted on windows of it, and the
-last model of each vocabulary is healed on the windows of it with the most pieces of removed tokens, in bfloat16, by the
-dense model's predictions pushed forward. The other half is cut into pieces of 1500 characters, of which `--pieces` are
+last model of each vocabulary is healed on windows of it, in bfloat16, by the dense model's predictions pushed forward. The other half is cut into pieces of 1500 characters, of which `--pieces` are
 drawn; each is predicted alone, without its first token. Rows are written as they are measured.
 """
 
@@ -26,7 +25,7 @@ from optprune.tokens import PushedTeacher, SmallerVocabulary, prune_vocabulary
 
 PIECE = 1500
 """the characters of a piece of text"""
-LENGTH = 64
+LENGTH = 96
 """the tokens of a window that a model is healed on"""
 
 
@@ -58,8 +57,7 @@ def healed(loaded: LoadedModel, dense: LoadedModel, tokens: int, rate: float) ->
     teacher = PushedTeacher(dense.model, smaller=smaller, precision=precision_of(settings, dense.model.device))
     documents = read_documents("demo:calibration")
     sizes = {"seq_length": LENGTH, "batch_size": 16, "held_out": 32, "tokens": tokens, "most": tokens, "seed": 0}
-    worth = teacher.push.inside
-    text = split_held_out(documents, lambda some: tokenise(tokenizer_of(loaded), some), **sizes, worth=worth)
+    text = split_held_out(documents, lambda some: tokenise(tokenizer_of(loaded), some), **sizes)
 
     def show(event: Event) -> None:
         if isinstance(event, DivergenceMeasured):
@@ -74,7 +72,7 @@ def main() -> None:
     parser.add_argument("--keep", type=int, nargs="+", default=[32768, 24576])
     parser.add_argument("--tokens", type=int, default=32768)
     parser.add_argument("--heal", type=int, default=0, help="tokens to heal on; 0 heals nothing")
-    parser.add_argument("--learning-rate", type=float, default=1e-4)
+    parser.add_argument("--learning-rate", type=float, default=3e-4)
     parser.add_argument("--pieces", type=int, default=60)
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()

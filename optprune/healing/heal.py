@@ -18,7 +18,7 @@ from optprune.errors import InputError
 from optprune.healing.distillation import Precision, Reader
 from optprune.healing.run_folder import HealingFolder, Progress
 from optprune.healing.settings import HealingSettings
-from optprune.healing.training import Clock, HeldOut, Training, Windows, gradient_checkpointing, trainable
+from optprune.healing.training import Clock, HeldOut, Training, Windows, gradient_checkpointing, trainable, trained
 from optprune.healing.zeros import masks
 from optprune.measure.evaluate import check_windows, evaluating
 from optprune.measure.teacher import Teacher
@@ -33,8 +33,9 @@ from optprune.work import Work
 
 STEP = 4
 """forward passes that a step costs for each window: one of each model, and a backward pass that counts as two"""
-BYTES_PER_WEIGHT = 20
-"""bytes for each weight in float32: 4 each for the weight, its gradient and the best state, 8 for AdamW's moments"""
+BYTES_PER_WEIGHT, BYTES_FIXED = 20, 4
+"""bytes for each weight in float32: 4 each for the weight, its gradient and the best state, 8 for AdamW's moments; and
+for each that is not trained"""
 NOT_GIVEN = HealingSettings()
 
 
@@ -103,11 +104,12 @@ def heal(
     model with a smaller vocabulary, the teacher is an `optprune.tokens.PushedTeacher` of the dense model.
 
     Weights are float32 during the training and in the model's own dtype afterwards. All parameters are trained, except
-    exact zeros in the linear weights of the blocks; widths and ties stay. A `folder` stores a checkpoint after each
-    measurement, from which a run resumes to the same bytes. Where torch.distributed is set up (torchrun, accelerate),
-    every process gets the same arguments, but only the first gets the folder, and each has a part of each batch. It
-    takes 20 bytes for each weight of the model, one for each in a mask, and the teacher. Raises InputError where the
-    two models or the texts do not go together, NumericalError where training gives NaN.
+    exact zeros in the linear weights of the blocks and, by default, embeddings and the head; widths and ties stay. A
+    `folder` stores a checkpoint after each measurement, from which a run resumes to the same bytes. Where
+    torch.distributed is set up (torchrun, accelerate), every process gets the same arguments, but only the first gets
+    the folder, and each has a part of each batch. It takes 20 bytes for each weight that is trained, 4 for each other
+    one, one for each in a mask, and the teacher. Raises InputError where the two models or the texts do not go
+    together, NumericalError where training gives NaN.
     """
     settings = _with_deprecated(settings, deprecated)
     peers = peers or (TorchPeers() if distributed.is_available() and distributed.is_initialized() else SingleProcess())
@@ -149,7 +151,8 @@ def work(
     model: Decoder, teacher: Decoder, batches: Sequence[Tensor], held_out: Tensor, settings: HealingSettings
 ) -> Work:
     """Return the work of `heal`; the models may be on the meta device. Tokens pass two models, so all is in `flops`."""
-    own, dense = (each.linear_weights() + head_weights(each) for each in (model, teacher))
+    heads = [head_weights(each) for each in (model, teacher)]
+    own, dense = (each.linear_weights() + head for each, head in zip((model, teacher), heads, strict=True))
     length, size = batches[0].shape[1], len(batches[0])
     steps = settings.epochs * (len(batches) + -(-settings.generated // size))
     tokens = settings.epochs * length * (sum(map(len, batches)) + settings.generated)
@@ -157,8 +160,11 @@ def work(
     # Forward once (twice with checkpointing), backward for the inputs and for the weights.
     passes = tokens * (3 + settings.gradient_checkpointing) + measurements * held_out.numel()
     flops = passes * own + (tokens + held_out.numel() + PASSES * settings.generated * length) * dense
+    flops -= 0 if settings.embeddings else tokens * heads[0]
     weights = sum(weight.numel() for weight in model.model.parameters())
-    return Work(flops=2 * SLOW * flops, bytes=BYTES_PER_WEIGHT * weights + model.linear_weights())
+    changed = sum(weight.numel() for weight in trained(model.model, embeddings=settings.embeddings).values())
+    size = BYTES_PER_WEIGHT * changed + BYTES_FIXED * (weights - changed)
+    return Work(flops=2 * SLOW * flops, bytes=size + model.linear_weights())
 
 
 def _with_deprecated(settings: HealingSettings, flat: dict[str, Any]) -> HealingSettings:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
+from transformers import PreTrainedModel
 
 from optprune.calibration.generated import LARGEST_SEED
 from optprune.calibration.peers import Peers
@@ -59,7 +60,9 @@ class Training:
         self, student: Reader, teacher: Teacher, masks: Masks, settings: HealingSettings, peers: Peers
     ) -> None:
         self.student, self.teacher, self.masks, self.settings, self.peers = student, teacher, masks, settings, peers
-        self.parameters: dict[str, nn.Parameter] = dict(student.model.named_parameters())
+        self.parameters = trained(student.model, embeddings=settings.embeddings)
+        for parameter in student.model.parameters():
+            parameter.requires_grad_(False)
         for parameter in self.parameters.values():
             parameter.requires_grad_()
         matrices, others = (
@@ -71,7 +74,7 @@ class Training:
         ]
         self.optimizer = torch.optim.AdamW([group for group in groups if group["params"]], betas=BETAS)
         keep_zeros(self.optimizer, masks)
-        peers.broadcast(list(self._data()), 0)
+        peers.broadcast([weight.detach() for weight in student.model.parameters()], 0)
 
     def step(self, number: int, steps: int, windows: Tensor) -> None:
         """Take one step, on windows of token ids [n, length]."""
@@ -84,7 +87,8 @@ class Training:
         predictions = windows.shape[0] * (windows.shape[1] - 1)
         found = 0.0
         self.student.model.train()
-        for part in _at_once(windows[self.peers.rank :: self.peers.size]):
+        own = self.teacher.training_windows(windows[self.peers.rank :: self.peers.size], seed % LARGEST_SEED)
+        for part in _at_once(own):
             found += add_gradient(self.student, self.teacher, part, predictions)
         self.student.model.eval()
         gradients = {name: self._gradient(weight) for name, weight in self.parameters.items()}
@@ -153,6 +157,15 @@ class Training:
 
     def _data(self) -> Iterator[Tensor]:
         return (weight.detach() for weight in self.parameters.values())
+
+
+def trained(model: PreTrainedModel, *, embeddings: bool) -> dict[str, nn.Parameter]:
+    """Return the parameters that are trained, by name: all, or all but those of embeddings and the head."""
+    tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    head = model.get_output_embeddings()
+    left = tables if head is None else [*tables, head]
+    fixed = set[int]() if embeddings else {id(weight) for module in left for weight in module.parameters()}
+    return {name: weight for name, weight in model.named_parameters() if id(weight) not in fixed}
 
 
 @contextmanager

@@ -28,6 +28,10 @@ class Teacher(ABC):
     def log_probabilities(self, hidden: Tensor) -> Tensor:
         """Return log-probabilities [..., vocabulary] of the next token in float32, for states [..., any]."""
 
+    def training_windows(self, ids: Tensor, seed: int) -> Tensor:
+        """Return the windows [windows, length] of token ids that a step trains on, for those of the text."""
+        return ids
+
     @abstractmethod
     def check(self, ids: Tensor) -> None:
         """Raise InputError where the predictions of token ids [windows, length] are not those of the model."""

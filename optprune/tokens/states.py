@@ -11,13 +11,9 @@ from torch import Tensor, nn
 from optprune.measure.evaluate import evaluating
 from optprune.models import LoadedModel
 from optprune.program.program import VOCABULARY_TOKENS
+from optprune.tokens.replacing import with_removed
 from optprune.tokens.rows import TokenRows
 from optprune.tokens.targets import PushForward
-
-REPLACED = 0.15
-"""the share of the tokens of a text that are replaced by removed ones"""
-MOST = 0.5
-"""the largest probability with which a token is replaced"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,26 +65,16 @@ def read_states(
         for batch in windows.split(max(1, VOCABULARY_TOKENS // windows.shape[1])):
             reading = _Reading(loaded, push, rows)
             hidden, logits = reading.passed(batch)
-            replaced = [_replaced(push, ids, scores, generator) for ids, scores in zip(batch, logits, strict=True)]
+            replaced = [
+                with_removed(push, ids, push.probabilities(scores), generator)
+                for ids, scores in zip(batch, logits, strict=True)
+            ]
             inside = reading.inside([ids for ids, _ in replaced], [weights for _, weights in replaced])
             behind = (reading.behind(*each) for each in zip(batch, hidden, logits, strict=True))
             found += [States.joined(pair) for pair in zip(behind, inside, strict=True)]
             done += len(batch)
             on_window(done, len(windows))
     return States.joined(found)
-
-
-def _replaced(push: PushForward, ids: Tensor, logits: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Return the ids [length] with some replaced by removed tokens, and the weights of these tokens, 0 for others."""
-    among = push.probabilities(logits[:-1])[:, push.removed.to(logits.device)].cpu()
-    chance = among.sum(1)
-    hit = (REPLACED * chance / chance.mean().clamp(min=1e-30)).clamp(max=MOST)
-    places = (torch.rand(len(hit), generator=generator) < hit).nonzero()[:, 0]
-    new, weights = ids.clone(), torch.zeros(len(ids))
-    for place in places.tolist():
-        new[place + 1] = push.removed[torch.multinomial(among[place], 1, generator=generator)]
-        weights[place + 1] = chance[place] / hit[place]
-    return new, weights
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,6 +13,7 @@ from optprune.errors import InputError
 from optprune.measure.teacher import Teacher
 from optprune.models import scale_logits
 from optprune.numerics.fingerprint import fingerprint
+from optprune.tokens.replacing import with_removed
 from optprune.tokens.rows import TokenRows
 from optprune.tokens.targets import PushForward
 from optprune.tokens.tokenizer import SmallerVocabulary
@@ -57,6 +58,20 @@ class PushedTeacher(Teacher):
 
     def log_probabilities(self, hidden: Tensor) -> Tensor:
         return hidden
+
+    @torch.no_grad()
+    def training_windows(self, ids: Tensor, seed: int) -> Tensor:
+        """Return windows of the same size with removed tokens in place of some tokens, where the teacher expects them.
+
+        A text has few of the tokens that it needs least, so that it teaches little about their pieces.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        found = list[Tensor]()
+        for window in ids.cpu():
+            old = self.push.old_ids(window)
+            new, _ = with_removed(self.push, old, self._probabilities(old), generator)
+            found.append(self.push.new_ids(new)[: len(window)])
+        return torch.stack(found) if found else ids
 
     def check(self, ids: Tensor) -> None:
         """Raise InputError where many tokens of the teacher in a text are not written by their pieces."""

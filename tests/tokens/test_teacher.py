@@ -4,7 +4,6 @@ import contextlib
 import copy
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -12,13 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from optprune import heal, texts
+from optprune import heal
 from optprune.cli import main
 from optprune.errors import InputError
 from optprune.healing import HealingSettings
-from optprune.models import LoadedModel, load_tokenizer
+from optprune.models import LoadedModel
 from optprune.texts import Text, demo_articles, tokenise
 from optprune.tokens import PushedTeacher, PushForward, SmallerVocabulary, prune_vocabulary
+from optprune.tokens.replacing import with_removed
 from tests.helpers.fewer_tokens import KEEP, bits_per_byte, loaded
 from tests.helpers.tiny_models import save_tiny, tiny_llama, tiny_tokenizer
 from tests.helpers.token_kinds import KINDS, tokenizer_of
@@ -51,14 +51,6 @@ def test_any_ids_are_the_pieces_of_the_tokens_that_they_are_read_as(ids: list[in
     old = push.old_ids(new)
     assert push.new_ids(old).tolist() == new.tolist()
     assert len(old) <= len(ids), "the longest tokens are taken"
-
-
-@given(ids=st.lists(st.integers(3, 690), min_size=1, max_size=30))
-def test_a_piece_is_inside_of_a_removed_token_unless_it_is_its_last(ids: list[int]) -> None:
-    push = PushForward(smaller_of("merged bytes"), 720)
-    new = push.new_ids(torch.tensor(ids))
-    counts = [len(push.vocabulary.pieces[token]) for token in push.old_ids(new).tolist()]
-    assert push.inside(new).tolist() == [left > 1 for count in counts for left in range(count, 0, -1)]
 
 
 def test_the_token_with_the_id_0_is_read_too() -> None:
@@ -98,6 +90,40 @@ def test_the_vocabulary_between_two_tokenizers_is_the_one_that_made_them(kind: s
 
 
 # -- its predictions
+
+
+def test_training_windows_hold_removed_tokens_where_it_expects_them(student: LoadedModel, dense: LoadedModel) -> None:
+    teacher, text = teacher_of(student, dense), windows(student, 0, 20)[:40]
+    push, found = teacher.push, teacher.training_windows(text, 3)
+    assert found.shape == text.shape and found.dtype == text.dtype and int(found.max()) < KEEP
+    removed = set(push.removed.tolist())
+
+    def shares(some: Tensor) -> list[float]:
+        old = [push.old_ids(window) for window in some]
+        return [sum(token in removed for token in ids.tolist()) / len(ids) for ids in old]
+
+    before, after = (torch.tensor(shares(some)).mean() for some in (text, found))
+    assert 0.1 < after - before < 0.2
+    assert torch.equal(teacher.training_windows(text, 3), found)
+    assert not torch.equal(teacher.training_windows(text, 4), found)
+    assert len(teacher.training_windows(text[:0], 3)) == 0
+
+
+def test_a_removed_token_is_drawn_as_often_as_it_is_expected(student: LoadedModel, dense: LoadedModel) -> None:
+    """By weights, over many draws at one position."""
+    push = teacher_of(student, dense).push
+    probabilities = torch.rand(2, push.rows, generator=torch.Generator().manual_seed(0)).softmax(-1) / 50
+    generator, found = torch.Generator().manual_seed(1), torch.zeros(push.rows, dtype=torch.float64)
+    draws = 20_000
+    for _ in range(draws):
+        new, weights = with_removed(push, torch.tensor([5, 7]), probabilities, generator)
+        found[new[1]] += float(weights[1])
+    chance = float(probabilities[0, push.removed].sum())
+    # The number of replacements is binomial, with the probability 0.15.
+    assert float(found.sum()) / draws == pytest.approx(chance, rel=5 * (0.85 / 0.15 / draws) ** 0.5)
+    others = torch.ones(push.rows, dtype=torch.bool)
+    others[push.removed] = False
+    assert not bool(found[others].any())
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +205,7 @@ def test_inside_of_a_token_it_predicts_what_goes_on(student: LoadedModel, dense:
 def test_healing_by_it_brings_the_bits_per_byte_back(student: LoadedModel, dense: LoadedModel) -> None:
     articles, healed = demo_articles("evaluation")[:60], copy.deepcopy(student)
     text = list(windows(student, 0, 60)[:240].split(8))
-    settings = HealingSettings(learning_rate=1e-3)
+    settings = HealingSettings(learning_rate=1e-3, embeddings=True)  # of a few hundred tokens
     report = heal(
         healed.model, teacher_of(student, dense), text, held_out=windows(student, 60, 70)[:16], settings=settings
     )
@@ -201,7 +227,6 @@ def test_it_generates_no_text_in_tokens_that_the_model_lacks(student: LoadedMode
 
 
 def test_a_folder_of_fewer_tokens_is_healed_from_the_shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the windows with the most pieces of removed tokens."""
     save_tiny(trained(200), tmp_path / "dense")
     (tmp_path / "text.txt").write_text("\n".join(demo_articles("calibration")[:40]))
     text = str(tmp_path / "text.txt")
@@ -210,22 +235,7 @@ def test_a_folder_of_fewer_tokens_is_healed_from_the_shell(tmp_path: Path, monke
     assert main([*prune, "--calibration", text, "--output", str(tmp_path / "small")]) == 0
     given = ["--seq-length", "32", "--batch-size", "4", "--held-out", "4", "--tokens", "2048"]
     healing = ["heal", str(tmp_path / "small"), "--teacher", str(tmp_path / "dense"), "--text", text, *given]
-    split, drawn = texts.split_held_out, list[Tensor]()
-
-    def record(*arguments: Any, **options: Any) -> texts.TrainingText:
-        found = split(*arguments, **options)
-        drawn.extend(torch.cat(each.batches) for each in (split(*arguments, **options | {"tokens": None}), found))
-        return found
-
-    with monkeypatch.context() as patched:
-        patched.setattr(texts, "split_held_out", record)
-        assert main([*healing, "--output", str(tmp_path / "healed")]) == 0
-    tokenizers = (load_tokenizer(str(tmp_path / name)) for name in ("dense", "small"))
-    smaller = SmallerVocabulary.between(*tokenizers)  # type: ignore[arg-type]
-    assert smaller is not None
-    push = PushForward(smaller, 720)
-    every, chosen = (torch.stack([push.inside(window) for window in some]).double().mean() for some in drawn)
-    assert chosen > 1.5 * every
+    assert main([*healing, "--output", str(tmp_path / "healed")]) == 0
     section = json.loads((tmp_path / "healed" / "report.json").read_text())["healing"]
     assert section["after"]["divergence"] < section["before"]["divergence"]
     assert main([*healing, "--output", str(tmp_path / "healed"), "--resume"]) == 0
