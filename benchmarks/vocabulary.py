@@ -3,8 +3,9 @@
     python -m benchmarks.vocabulary --pieces 40 --tokens 0 --heal 98304
 
 SmolLM2-135M-Instruct. Tokens are chosen on one half of the news articles, rows are refitted on windows of it, and the
-last model of each vocabulary is healed on windows of it, in bfloat16, by the dense model's predictions pushed forward. The other half is cut into pieces of 1500 characters, of which `--pieces` are
-drawn; each is predicted alone, without its first token. Rows are written as they are measured.
+last model of each vocabulary is healed on windows of it, in bfloat16, by the dense model's predictions pushed forward.
+The other half is cut into pieces of 1500 characters, of which `--pieces` are drawn; each is predicted alone, without
+its first token. Rows are written as they are measured.
 """
 
 import argparse

@@ -267,8 +267,9 @@ class _Run:
 
     @property
     def least(self) -> HeldOut:
-        """The first measurement with the smallest divergence."""
-        return min(self.measured, key=lambda found: found.divergence)
+        """The first measurement with the smallest divergence, or whatever measure the teacher decides by."""
+        decides = self.training.teacher.decides
+        return min(self.measured, key=lambda found: float(getattr(found, decides)))
 
     def _without_gain(self) -> int:
         """Return the number of measurements since the best."""

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -14,6 +15,8 @@ class Teacher(ABC):
     """Dense model with its predictions of the next token of the student's windows."""
 
     model: PreTrainedModel
+    decides: ClassVar[str] = "divergence"
+    """the measure on held-out windows by which the best state is kept"""
 
     @property
     @abstractmethod

@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from difflib import SequenceMatcher
 from functools import cached_property
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -34,6 +35,7 @@ class PushedTeacher(Teacher):
     their pieces. The states are the logarithms of the targets: 4 bytes for each position and token that stays.
     """
 
+    decides: ClassVar[str] = "perplexity"  # behind pieces that begin others, targets say little of a text
     smaller: SmallerVocabulary = field(kw_only=True)
     precision: Callable[[], AbstractContextManager] = field(kw_only=True)
     """returns the context in which the model is run, such as torch.autocast"""

@@ -106,6 +106,23 @@ def test_checkpointing_and_autocast_and_half_precision() -> None:
     assert report.after.divergence == pytest.approx(found.divergence, rel=1e-4), "told of what is stored"
 
 
+@pytest.mark.parametrize("make", [tiny_opt, tiny_qwen2, tiny_llama])
+def test_embeddings_and_the_head_are_trained_only_if_it_is_asked_for(make: Callable[[], Any]) -> None:
+    for wanted in (False, True):
+        dense, model = make(), halved(make())
+        before = copy.deepcopy(model)
+        settings = replace(SLOW, embeddings=wanted)
+        report = heal(model, dense, batches()[:3], held_out=batches()[3], settings=settings)
+        assert report.after.step and report.settings["embeddings"] == wanted
+        changed = {
+            name for name, weight in before.named_parameters() if not torch.equal(weight, model.get_parameter(name))
+        }
+        tables = {name for name, _ in before.named_parameters() if "embed" in name or "lm_head" in name}
+        assert tables and changed >= {name for name, weight in model.named_parameters() if weight.ndim > 1} - tables
+        assert tables <= changed if wanted else not tables & changed
+        assert all(weight.requires_grad and weight.grad is None for weight in model.parameters())
+
+
 def test_the_learning_rate_rises_in_a_line_and_falls_along_a_cosine() -> None:
     rates = [HealingSettings(learning_rate=1.0, warmup=0.2).rate(step, 10) for step in range(10)]
     assert rates[:3] == [0.5, 1.0, 1.0]
@@ -167,12 +184,19 @@ def test_gradients_are_clipped_without_those_of_zeros(monkeypatch: pytest.Monkey
     assert norms == pytest.approx([1e-3, 1e-3], rel=1e-3)
 
 
-def test_the_gradient_of_a_step_is_that_of_the_mean_divergence(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("embeddings", [False, True])
+def test_the_gradient_of_a_step_is_that_of_the_mean_divergence(
+    monkeypatch: pytest.MonkeyPatch, embeddings: bool
+) -> None:
     """Over all predictions of the batch, by autograd, where nothing is clipped."""
     dense, model, (ids,) = trained(), halved(trained()), text(1)
     log_q, log_p = (each(input_ids=ids).logits[:, :-1].log_softmax(-1) for each in (model, dense))
     (log_p.exp() * (log_p - log_q)).sum(-1).mean().backward()
-    expected = [torch.where(w != 0, w.grad, 0.0) if w.ndim > 1 else w.grad for w in model.parameters()]
+    expected = [
+        torch.where(w != 0, w.grad, 0.0) if w.ndim > 1 else w.grad
+        for name, w in model.named_parameters()
+        if embeddings or "layers" in name or w.ndim == 1
+    ]
     found = list[Tensor]()
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *_: None)
     clip = training.clip_grad_norm_
@@ -183,7 +207,7 @@ def test_the_gradient_of_a_step_is_that_of_the_mean_divergence(monkeypatch: pyte
         return clip(every, largest)
 
     monkeypatch.setattr(training, "clip_grad_norm_", watched)
-    healed(1, clip=1e9)
+    healed(1, clip=1e9, embeddings=embeddings)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-6 * float(other.abs().max()) + 1e-9)
 

@@ -112,7 +112,7 @@ def test_training_windows_hold_removed_tokens_where_it_expects_them(student: Loa
 def test_a_removed_token_is_drawn_as_often_as_it_is_expected(student: LoadedModel, dense: LoadedModel) -> None:
     """By weights, over many draws at one position."""
     push = teacher_of(student, dense).push
-    probabilities = torch.rand(2, push.rows, generator=torch.Generator().manual_seed(0)).softmax(-1) / 50
+    probabilities = torch.randn(2, push.rows, generator=torch.Generator().manual_seed(0)).mul(3).softmax(-1)
     generator, found = torch.Generator().manual_seed(1), torch.zeros(push.rows, dtype=torch.float64)
     draws = 20_000
     for _ in range(draws):
@@ -121,6 +121,9 @@ def test_a_removed_token_is_drawn_as_often_as_it_is_expected(student: LoadedMode
     chance = float(probabilities[0, push.removed].sum())
     # The number of replacements is binomial, with the probability 0.15.
     assert float(found.sum()) / draws == pytest.approx(chance, rel=5 * (0.85 / 0.15 / draws) ** 0.5)
+    share = found[push.removed] / found.sum()
+    expected = probabilities[0, push.removed].double() / chance
+    assert float((share - expected).abs().max()) < 5 * (float(expected.max()) / 0.15 / draws) ** 0.5
     others = torch.ones(push.rows, dtype=torch.bool)
     others[push.removed] = False
     assert not bool(found[others].any())
