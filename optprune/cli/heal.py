@@ -111,7 +111,7 @@ def _summarise(report: "HealReport", saved: "SavedModel") -> None:
     from optprune.report.progress import duration
 
     before, after = report.before, report.after
-    early = " (the divergence fell no further)" if report.stopped_early else ""
+    early = " (held-out windows got no better)" if report.stopped_early else ""
     echo(
         f"{report.steps} of {report.steps_planned} steps{early} on {report.tokens} tokens in "
         f"{duration(report.seconds)}; the weights of step {after.step} are kept"

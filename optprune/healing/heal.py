@@ -54,7 +54,7 @@ class HealReport:
     """duration of all steps and measurements, in seconds"""
     before: HeldOut
     after: HeldOut
-    """the state that was kept: the one with the smallest divergence, rounded to the dtype it is stored in"""
+    """the state that was kept: the best on held-out windows, rounded to the dtype it is stored in"""
     dense_perplexity: float
     """perplexity of the dense model on the same windows"""
     measured: tuple[HeldOut, ...]
@@ -98,10 +98,11 @@ def heal(
     Each of the `batches`, token ids [windows, length], is one step of AdamW on the mean of KL(teacher || model) over
     its predictions (Hinton, Vinyals and Dean, 2015, at temperature 1 and without labels), with clipped gradients and a
     learning rate that warms up and falls along a cosine. The `held_out` windows [n, length], of other documents than
-    the batches, are measured every few steps. The model gets the state with the smallest divergence, and the training
-    ends after `patience` measurements without a smaller one. Further epochs visit the batches in seeded orders.
-    Windows that the teacher generates from pieces of the batches are mixed in (after LLM-QAT, arXiv 2305.17888). For a
-    model with a smaller vocabulary, the teacher is an `optprune.tokens.PushedTeacher` of the dense model.
+    the batches, are measured every few steps. The model gets the state with the smallest divergence (or the measure
+    that `teacher.decides` names), and the training ends after `patience` measurements without a smaller one. Further
+    epochs visit the batches in seeded orders. Windows that the teacher generates from pieces of the batches are mixed
+    in (after LLM-QAT, arXiv 2305.17888). For a model with a smaller vocabulary, the teacher is an
+    `optprune.tokens.PushedTeacher` of the dense model.
 
     Weights are float32 during the training and in the model's own dtype afterwards. All parameters are trained, except
     exact zeros in the linear weights of the blocks and, by default, embeddings and the head; widths and ties stay. A
@@ -219,7 +220,7 @@ class _Run:
     measured: list[HeldOut] = field(default_factory=list)
     dense_perplexity: float = 0.0
     best: dict[str, Tensor] = field(default_factory=dict)
-    """the weights with the smallest divergence, in the first process"""
+    """the best weights, in the first process"""
 
     def run(self) -> None:
         """Train until the steps or the patience are used up, and load the best weights into the model."""

@@ -27,7 +27,7 @@ class Progress:
     measured: tuple[HeldOut, ...]
     dense_perplexity: float
     best: int
-    """step with the smallest divergence"""
+    """step with the best weights"""
     done: bool
     """whether the training has ended: all steps are done, or the patience is used up"""
     stored: dict[str, str] = field(default_factory=dict)

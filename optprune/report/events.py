@@ -105,7 +105,7 @@ class DivergenceMeasured:
     """KL(dense || model), in nats a prediction"""
     perplexity: float
     best: bool
-    """whether this is the smallest divergence so far"""
+    """whether this is the best state so far"""
 
 
 Event = (

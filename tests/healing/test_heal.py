@@ -13,8 +13,9 @@ from torch import Tensor
 from optprune import heal, load_recipe, prune
 from optprune.errors import InputError, NumericalError
 from optprune.healing import HealingFolder, HealingSettings, HealReport, training
+from optprune.healing.distillation import Reader
 from optprune.healing.heal import in_epochs, work
-from optprune.healing.training import Training
+from optprune.healing.training import HeldOut, Training
 from optprune.measure import divergence_from
 from optprune.models import Decoder
 from optprune.report import DivergenceMeasured, PhaseFinished
@@ -168,6 +169,15 @@ def test_the_state_of_the_least_divergence_is_kept(monkeypatch: pytest.MonkeyPat
 
     test()
     noticed(monkeypatch, Training, "put", lambda self, weights: None, test)
+
+
+def test_a_teacher_says_what_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = [HeldOut(0, 1.0, 9.0), HeldOut(1, 2.0, 7.0), HeldOut(2, 3.0, 8.0)]
+    monkeypatch.setattr(Training, "measure", lambda self, held_out, step: (measured[step], 5.0))
+    for decides, step in (("divergence", 0), ("perplexity", 1)):
+        monkeypatch.setattr(Reader, "decides", decides)
+        report, _ = healed(2, every=1)
+        assert report.after == measured[step]
 
 
 def test_gradients_are_clipped_without_those_of_zeros(monkeypatch: pytest.MonkeyPatch) -> None:

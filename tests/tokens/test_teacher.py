@@ -213,6 +213,7 @@ def test_healing_by_it_brings_the_bits_per_byte_back(student: LoadedModel, dense
         healed.model, teacher_of(student, dense), text, held_out=windows(student, 60, 70)[:16], settings=settings
     )
     assert report.after.divergence < 0.7 * report.before.divergence
+    assert report.after.perplexity == min(measured.perplexity for measured in report.measured)
     whole, before, after = (bits_per_byte(each, articles) for each in (dense, student, healed))
     assert after - whole < 0.6 * (before - whole)
 
