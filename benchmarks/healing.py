@@ -47,8 +47,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "structured_best 30%, rotated": ("structured_best", {"sparsity": 0.3, "units": "rotated-all"}),
     "structured_best 20%, rotated": ("structured_best", {"sparsity": 0.2, "units": "rotated-all"}),
 }
-KEY = ("model", "tokens", "learning rate", "batch", "seed", "evaluated", "text", "epochs", "generated", "dtype")
-DEFAULTS = {"text": "other articles", "epochs": 1, "generated": 0, "dtype": "float32"}
+KEY = (
+    *("model", "tokens", "learning rate", "batch", "seed", "evaluated", "text", "epochs", "generated", "dtype"),
+    "embeddings",
+)
+DEFAULTS = {"text": "other articles", "epochs": 1, "generated": 0, "dtype": "float32", "embeddings": "trained"}
 """of rows from before there were these fields"""
 
 
@@ -62,6 +65,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--generated", type=int, default=0, help="windows that the dense model writes itself")
     parser.add_argument("--learning-rate", type=float, default=LEARNING_RATE)
+    parser.add_argument("--train-embeddings", action="store_true", help="and the head")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the products")
     parser.add_argument("--seq-length", type=int, default=512)
     parser.add_argument("--batch-size", type=int, default=4)
@@ -92,7 +96,8 @@ def run(options: argparse.Namespace) -> None:
         evaluated = options.windows * options.seq_length
         tokens = options.samples * options.seq_length if options.own_text else options.tokens
         told = "its own" if options.own_text else DEFAULTS["text"], options.epochs, options.generated, options.dtype
-        values = model, tokens, options.learning_rate, options.batch_size, options.seed, evaluated, *told
+        tables = "trained" if options.train_embeddings else "kept"
+        values = model, tokens, options.learning_rate, options.batch_size, options.seed, evaluated, *told, tables
         key = dict(zip(KEY, values, strict=True))
         if (options.only and not {recipe, name} & set(options.only)) or any(
             key.items() <= row.items() for row in read()
@@ -178,7 +183,8 @@ def healed(
     kept = zeros(student)
     kind = f"own-{options.epochs}" if options.own_text else f"{options.tokens}-{options.epochs}"
     sizes = f"{options.generated}-{options.learning_rate}-{options.batch_size}-{options.seed}-{options.dtype}"
-    folder = HealingFolder(place / f"{kind}-{sizes}.run", resume=True)
+    tables = "-embeddings" if options.train_embeddings else ""
+    folder = HealingFolder(place / f"{kind}-{sizes}{tables}.run", resume=True)
     batches, writing = written(dense, text.batches, kind, options)
     report = heal(
         student.model,
@@ -190,6 +196,7 @@ def healed(
             seed=options.seed,
             epochs=options.epochs,
             dtype=options.dtype,
+            embeddings=options.train_embeddings,
         ),
         folder=folder,
         on_event=tell,
