@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--generated", type=int, default=0, help="windows that the dense model writes itself")
     parser.add_argument("--learning-rate", type=float, default=LEARNING_RATE)
-    parser.add_argument("--train-embeddings", action="store_true", help="and the head")
+    parser.add_argument("--keep-embeddings", action="store_true", help="and the head, as they are")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the products")
     parser.add_argument("--seq-length", type=int, default=512)
     parser.add_argument("--batch-size", type=int, default=4)
@@ -96,7 +96,7 @@ def run(options: argparse.Namespace) -> None:
         evaluated = options.windows * options.seq_length
         tokens = options.samples * options.seq_length if options.own_text else options.tokens
         told = "its own" if options.own_text else DEFAULTS["text"], options.epochs, options.generated, options.dtype
-        tables = "trained" if options.train_embeddings else "kept"
+        tables = "kept" if options.keep_embeddings else "trained"
         values = model, tokens, options.learning_rate, options.batch_size, options.seed, evaluated, *told, tables
         key = dict(zip(KEY, values, strict=True))
         if (options.only and not {recipe, name} & set(options.only)) or any(
@@ -183,7 +183,7 @@ def healed(
     kept = zeros(student)
     kind = f"own-{options.epochs}" if options.own_text else f"{options.tokens}-{options.epochs}"
     sizes = f"{options.generated}-{options.learning_rate}-{options.batch_size}-{options.seed}-{options.dtype}"
-    tables = "-embeddings" if options.train_embeddings else ""
+    tables = "-kept" if options.keep_embeddings else ""
     folder = HealingFolder(place / f"{kind}-{sizes}{tables}.run", resume=True)
     batches, writing = written(dense, text.batches, kind, options)
     report = heal(
@@ -196,7 +196,7 @@ def healed(
             seed=options.seed,
             epochs=options.epochs,
             dtype=options.dtype,
-            embeddings=options.train_embeddings,
+            embeddings=not options.keep_embeddings,
         ),
         folder=folder,
         on_event=tell,

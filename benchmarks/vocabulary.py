@@ -3,9 +3,9 @@
     python -m benchmarks.vocabulary --pieces 40 --tokens 0 --heal 98304
 
 SmolLM2-135M-Instruct. Tokens are chosen on one half of the news articles, rows are refitted on windows of it, and the
-last model of each vocabulary is healed on windows of it, in bfloat16, by the dense model's predictions pushed forward.
-The other half is cut into pieces of 1500 characters, of which `--pieces` are drawn; each is predicted alone, without
-its first token. Rows are written as they are measured.
+last model of each vocabulary is healed on windows of it, in bfloat16, by the dense model's predictions pushed forward,
+with embedding and head as they are. The other half is cut into pieces of 1500 characters, of which `--pieces` are
+drawn; each is predicted alone, without its first token. Rows are written as they are measured.
 """
 
 import argparse
@@ -54,7 +54,7 @@ def healed(loaded: LoadedModel, dense: LoadedModel, tokens: int, rate: float) ->
     """Heal a model with fewer tokens in place, and return the number of tokens that it was trained on."""
     smaller = SmallerVocabulary.between(tokenizer_of(dense), tokenizer_of(loaded))
     assert smaller is not None
-    settings = HealingSettings(learning_rate=rate, dtype="bfloat16", patience=10)
+    settings = HealingSettings(learning_rate=rate, dtype="bfloat16", patience=10, embeddings=False)
     teacher = PushedTeacher(dense.model, smaller=smaller, precision=precision_of(settings, dense.model.device))
     documents = read_documents("demo:calibration")
     sizes = {"seq_length": LENGTH, "batch_size": 16, "held_out": 32, "tokens": tokens, "most": tokens, "seed": 0}

@@ -59,8 +59,9 @@ def heal_command(
         str,
         typer.Option("--dtype", help="dtype of the computation: float32, bfloat16 or auto (bfloat16 on a GPU)."),
     ] = "auto",
-    train_embeddings: Annotated[
-        bool, typer.Option("--train-embeddings", help="Train embeddings and the head too, for a long text.")
+    keep_embeddings: Annotated[
+        bool,
+        typer.Option("--keep-embeddings", help="Leave embeddings and the head as they are, as for fewer tokens."),
     ] = False,
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Recompute activations instead of storing them.")
@@ -82,7 +83,7 @@ def heal_command(
     settings = HealingSettings(
         learning_rate=LEARNING_RATE if learning_rate is None else learning_rate,
         dtype=computes,
-        embeddings=train_embeddings,
+        embeddings=not keep_embeddings,
         gradient_checkpointing=gradient_checkpointing,
         seed=seed,
         epochs=epochs,

@@ -105,8 +105,8 @@ def heal(
     `optprune.tokens.PushedTeacher` of the dense model.
 
     Weights are float32 during the training and in the model's own dtype afterwards. All parameters are trained, except
-    exact zeros in the linear weights of the blocks and, by default, embeddings and the head; widths and ties stay. A
-    `folder` stores a checkpoint after each measurement, from which a run resumes to the same bytes. Where
+    exact zeros in the linear weights of the blocks and, if the settings say so, embeddings and the head; widths and
+    ties stay. A `folder` stores a checkpoint after each measurement, from which a run resumes to the same bytes. Where
     torch.distributed is set up (torchrun, accelerate), every process gets the same arguments, but only the first gets
     the folder, and each has a part of each batch. It takes 20 bytes for each weight that is trained, 4 for each other
     one, one for each in a mask, and the teacher. Raises InputError where the two models or the texts do not go

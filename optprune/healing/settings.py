@@ -28,8 +28,8 @@ class HealingSettings:
     """largest Euclidean norm of a step's gradient"""
     dtype: str = "float32"
     """dtype of the computation: float32, or bfloat16 for the products (autocast); weights are float32 meanwhile"""
-    embeddings: bool = False
-    """whether embeddings and the head are trained too; most of their rows are for tokens that a short text lacks"""
+    embeddings: bool = True
+    """whether embeddings and the head are trained too"""
     gradient_checkpointing: bool = False
     """whether a block's inner activations are computed again for its gradient instead of being kept"""
     every: int | None = None

@@ -208,7 +208,7 @@ def test_inside_of_a_token_it_predicts_what_goes_on(student: LoadedModel, dense:
 def test_healing_by_it_brings_the_bits_per_byte_back(student: LoadedModel, dense: LoadedModel) -> None:
     articles, healed = demo_articles("evaluation")[:60], copy.deepcopy(student)
     text = list(windows(student, 0, 60)[:240].split(8))
-    settings = HealingSettings(learning_rate=1e-3, embeddings=True)  # of a few hundred tokens
+    settings = HealingSettings(learning_rate=1e-3)
     report = heal(
         healed.model, teacher_of(student, dense), text, held_out=windows(student, 60, 70)[:16], settings=settings
     )
