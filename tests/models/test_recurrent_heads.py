@@ -156,6 +156,21 @@ def test_the_rows_of_a_delta_network_by_hand() -> None:
     assert (mixer.num_k_heads, mixer.num_v_heads, mixer.conv1d.groups) == (3, 6, 120)
 
 
+def test_the_rows_of_a_joined_delta_network_as_the_stock_class_takes_them_apart() -> None:
+    """Its own function gives queries, keys, values, gates, strengths and steps of each head, key head by key head."""
+    whole, model = made("qwen3_next"), made("qwen3_next")
+    [layers] = RecurrentHeads().layers(Decoder(model), 0)
+    Decoder(model).keep_units(0, layers, KEPT)
+
+    def of_heads(model: PreTrainedModel) -> list[Tensor]:
+        own: Any = model.get_submodule("model.layers.0.linear_attn")
+        rows = (own.in_proj_qkvz.weight.T[None], own.in_proj_ba.weight.T[None])
+        return [part.transpose(0, 2) for part in own.fix_query_key_value_ordering(*rows)]
+
+    for before, after in zip(of_heads(whole), of_heads(model), strict=True):
+        assert torch.equal(after, before[KEPT.repeat_interleave(len(before) // 4)])
+
+
 # -- runs
 
 

@@ -2,8 +2,7 @@
 
 `optprune_shapes` of the config, or of its text_config, lists each block's shape: {"mlp_width": 1024, "kv_heads": 2,
 "value_dim": 48}. A block with kv_heads 0 has no attention, one with mlp_width 0 no MLP; one with experts also has their
-number, one with a recurrent mixer the number of its key heads, or groups of heads. The config's other fields are those
-of the stock class.
+number, one with a recurrent mixer that of its key heads or groups. Other fields are those of the stock config.
 """
 
 from torch import nn
