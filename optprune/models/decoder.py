@@ -274,7 +274,9 @@ class Decoder:
             keep_outputs(producer, mask)
         for name, entries in layers.vectors.items():
             keep_entries(self.blocks[block], name, entries[choice].reshape(-1).sort().values)
-        self._fit_mixer(block)
+        mixer = self.architecture.recurrent
+        if mixer is not None and layers.consumer == mixer.output:
+            self._fit_mixer(block)
         self.take_classes(self.architecture.pruned, block)
 
     def _fit_mixer(self, block: int) -> None:

@@ -201,7 +201,7 @@ def mamba2(
     )
 
 
-NORMED_GROUPS = "the block's recurrent mixer keeps all its heads, because a norm goes over those of a group"
+WHOLE_MIXER = "the block's recurrent mixer keeps all its heads"
 
 
 def classes(
@@ -452,7 +452,7 @@ GRANITE_HYBRID = replace(
     rows_of_unit=2,
     mlp_parts=("post_attention_layernorm", "shared_mlp"),
     recurrent=MAMBA2,
-    indivisible={"recurrent": f"{NORMED_GROUPS}, and the width of all groups goes by the hidden size"},
+    indivisible={"recurrent": f"{WHOLE_MIXER}, whose width goes by the hidden size"},
     recoverable=LLAMA.recoverable[:1],
     off=("output_router_logits",),
     by_config=lambda config: GRANITE_EXPERTS if config.num_local_experts else {},
@@ -503,7 +503,7 @@ FALCON_H1 = replace(
     mlp_parts=("pre_ff_layernorm", "feed_forward"),
     recurrent=FALCON_MAMBA2,
     whole=(("attention", "recurrent", "mlp"),),
-    indivisible={"recurrent": f"{NORMED_GROUPS}, and a vector of multipliers over all groups"},
+    indivisible={"recurrent": f"{WHOLE_MIXER}, because a vector of multipliers lies over all of them"},
     recoverable=(LLAMA.recoverable[0], ("feed_forward", ("feed_forward.up_proj", "feed_forward.down_proj"))),
     by_block=(),
     logits_factor="lm_head_multiplier",

@@ -16,8 +16,10 @@ from optprune.errors import InputError
 from optprune.export import GgufFile, export, save_model
 from optprune.models import ARCHITECTURES, UNITS, Decoder, RecurrentHeads
 from optprune.models.recurrent import Recurrent
+from optprune.models.skeleton import one_block_model
 from optprune.program import RUNTIMES
 from optprune.pruning import prune
+from optprune.pruning.measured_plan import BlockProbe
 from optprune.recipe import Recipe, load_recipe
 from optprune.report.block_values import widths
 from tests.helpers.gguf_models import PROMPT, apart, expected_of, saved
@@ -298,6 +300,11 @@ def test_a_plan_counts_the_last_layers_of_the_mixers(name: str) -> None:
     assert {path for _, paths in listed for path in paths} == {mixer_of(name).output}
     expected = [program.expected(block).shape.recurrent for block in recurrent_in(decoder)]
     assert expected == [3, 3]
+    model, last = made(name), recurrent_in(decoder)[-1]
+    alone = one_block_model(model.config, torch.float32, torch.device("cpu"), last)
+    for each, index in ((model, last), (alone, 0)):
+        rates = BlockProbe(program, Decoder(each), batches(), index).rates()
+        assert rates.passes > 0 and rates.solves > 0
 
 
 # -- refusals
@@ -306,8 +313,8 @@ def test_a_plan_counts_the_last_layers_of_the_mixers(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("granitemoehybrid", "a norm goes over those of a group, and the width of all groups goes by the hidden size"),
-        ("falcon_h1", "a norm goes over those of a group, and a vector of multipliers over all groups"),
+        ("granitemoehybrid", "keeps all its heads, whose width goes by the hidden size"),
+        ("falcon_h1", "keeps all its heads, because a vector of multipliers lies over all of them"),
         ("lfm2", "keeps all its channels, which are as many as inputs"),
     ],
 )

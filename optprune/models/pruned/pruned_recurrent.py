@@ -100,7 +100,9 @@ def with_fewer_heads(mixer, config, counted, heads):
     smaller = copy.copy(config)
     for name in counted:
         setattr(smaller, name, getattr(config, name) * heads // getattr(config, counted[0]))
-    return type(mixer)(smaller, mixer.layer_idx)
+    other = type(mixer)(smaller, 0)  # the number of a block that may be the only one of the config
+    other.layer_idx, other.layer_type = mixer.layer_idx, mixer.layer_type
+    return other
 
 
 def numbers_of(module):
