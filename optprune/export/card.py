@@ -14,6 +14,7 @@ from optprune.models import BlockShape, Decoder, is_stock
 from optprune.models.architecture import PART_FIELD
 from optprune.models.registry import architecture_named
 from optprune.report import Report
+from optprune.report.block_values import FURTHER
 from optprune.system.display import printable
 from optprune.system.wording import counted, one_line
 from optprune.texts import NAMED_SETS
@@ -86,10 +87,11 @@ class ModelCard:
         after = [change.after for change in self.report.blocks]
         decoder = Decoder(self.model)
         weights = [sum(map(decoder.weights_of, shapes)) for shapes in (before, after)]
+        further = FURTHER if any(shape.recurrent for shape in before) else {}
         lines = [
             ("decoder blocks", *(str(sum(1 for shape in shapes if shape.parts)) for shapes in (before, after))),
             ("linear weights in them", *(f"{count:,}" for count in weights)),
-            *((name, _range(before, field), _range(after, field)) for field, name in FIELDS.items()),
+            *((name, _range(before, field), _range(after, field)) for field, name in (FIELDS | further).items()),
         ]
         return [line for line in lines if self.report.blocks]
 

@@ -540,6 +540,7 @@ def _refused_shapes(decoder: Decoder, family: Family) -> str | None:
     alike = len(heads_left) == 1 and len({experts > 0 for _, experts in kinds}) == len(kinds)
     if family.single:  # which has no lists of numbers and widths of experts
         alike = len(heads_left) == 1 and len({each for each in kinds if each[1]}) < 2
+    alike = alike and len({shape.recurrent for shape in shapes if shape.recurrent}) < 2
     if not alike or (not family.single and any(len(shape.parts) < 2 for shape in shapes)):
         return f"blocks of a {family.name} model that differ in shape"
     mixture = decoder.architecture.mixture

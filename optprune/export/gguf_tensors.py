@@ -283,7 +283,7 @@ class Tensors:
             return replace(target, shape=(*target.shape, 1), rows=_decays if own == "A_log" else _column)
         if mixer is None or not name.endswith(f".{mixer.module}.norm.weight"):
             return target
-        groups = mixer.groups(self.decoder.model.config)
+        groups = mixer.heads(self.decoder.model.config)
         return replace(target, shape=(groups, target.shape[0] // groups), rows=_in_groups(groups))
 
     def _of_heads(self, path: str, own: BlockShape, target: Target) -> Target:

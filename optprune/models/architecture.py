@@ -77,7 +77,8 @@ class BlockShape:
     experts: int = 0
     """the experts that a router chooses from; zero where the block has one MLP"""
     recurrent: int = 0
-    """the heads of a recurrent mixer in place of attention or beside it; zero where the block has none"""
+    """the key heads of a delta network, or groups of heads of a Mamba 2, or channels of a convolution, in place of
+    attention or beside it; zero where the block has none"""
     lacking: int = 0
     """the layers that its attention lacks: 1 where keys are values too, 2 where it reads those of an earlier block"""
 
@@ -617,8 +618,10 @@ class Architecture:
         """Return the multiple of the config's width that the MLP of each block has in the stock class."""
         return self.wide(config) or (1,) * blocks
 
-    def mlps_alike(self, config: PretrainedConfig, shapes: Sequence[BlockShape]) -> bool:
-        """Return whether the MLPs of blocks of these shapes have one size, those of each kind for themselves."""
+    def alike_beside_attention(self, config: PretrainedConfig, shapes: Sequence[BlockShape]) -> bool:
+        """Return whether blocks of these shapes have one size of recurrent mixers, and of the MLPs of each kind."""
+        if len({shape.recurrent for shape in shapes if shape.recurrent}) > 1:
+            return False
         times = self.multiples(config, len(shapes))
         if any(shape.mlp_width % time for shape, time in zip(shapes, times, strict=True)):
             return False
@@ -689,7 +692,7 @@ class Architecture:
         if self.latent is not None and shape.kv_heads:
             found |= self.latent.sizes(config, outputs)
         if self.recurrent is not None and shape.recurrent:
-            found |= self.recurrent.sizes(config)
+            found |= self.recurrent.sizes(config, shape.recurrent)
         beside = {path: [int(getattr(config, name)) for name in names] for path, names in self.beside.items()}
         found |= {path: (out, of) for path, (out, of) in beside.items() if path in self.layers}
         # A dense shape may have more experts than a config that was pruned.

@@ -13,6 +13,7 @@ from optprune.errors import InputError
 from optprune.models.architecture import GATED, BlockShape, Classes, counts_of_heads
 from optprune.models.mixture import SeparateExperts, experts_in, join, keep_experts, only_experts, separate
 from optprune.models.places import InFile, OnDevice, Place
+from optprune.models.pruned.pruned_recurrent import numbers_of
 from optprune.models.registry import SHAPES_FIELD, architecture_of, is_stock
 from optprune.models.store import BlockStore
 from optprune.models.surgery import (
@@ -194,7 +195,9 @@ class Decoder:
         width, experts = self._mlp_counts(block) if self._has_part(block, "mlp") else (0, 0)
         attention, mixer = self._has_part(block, "attention"), self.architecture.recurrent
         heads = self._head_counts(block) if attention else (0, 0)
-        recurrent = mixer.heads(self.model.config) if mixer and self._has_part(block, "recurrent") else 0
+        recurrent = 0
+        if mixer is not None and self._has_part(block, "recurrent"):
+            recurrent = mixer.heads_of(self.model.config, self.layer(block, mixer.output).in_features)
         made = {self.architecture.key, self.architecture.value}
         lacking = sum(not self._has(block, path) for path in made) if attention else 0
         return BlockShape(width, *heads, experts, recurrent, lacking)
@@ -270,8 +273,17 @@ class Decoder:
             mask[rows[~choice].reshape(-1)] = False
             keep_outputs(producer, mask)
         for name, entries in layers.vectors.items():
-            keep_entries(self.blocks[block], name, entries[choice].reshape(-1))
+            keep_entries(self.blocks[block], name, entries[choice].reshape(-1).sort().values)
+        mixer = self.architecture.recurrent
+        if mixer is not None and layers.consumer == mixer.output:
+            self._fit_mixer(block)
         self.take_classes(self.architecture.pruned, block)
+
+    def _fit_mixer(self, block: int) -> None:
+        """Give the recurrent mixer of a block, if it has one, the sizes that its class holds beside the weights."""
+        mixer, heads = self.architecture.recurrent, self.shape(block).recurrent
+        if mixer is not None and heads:
+            mixer.fit(self.blocks[block].get_submodule(mixer.module), self.model.config, heads)
 
     def keep_experts(self, block: int, kept: Tensor) -> None:
         """Delete the experts of a block outside a mask [experts], and the rows of the router that choose them."""
@@ -317,6 +329,7 @@ class Decoder:
             self.keep_experts(block, torch.arange(before.experts) < shape.experts)
         wide = {name: weight.to(self.computes_in or weight.dtype) for name, weight in weights.items()}
         put_parameters(self.blocks[block], wide)
+        self._fit_mixer(block)
         if shape != before:
             self.take_classes(self.architecture.pruned, block)
 
@@ -338,20 +351,18 @@ class Decoder:
     @contextmanager
     def narrowed(self, block: int, layers: LinkedLayers, choice: Tensor) -> Iterator[None]:
         """Leave a block of the model only these units within the context."""
-        linear = [self.layer(block, path) for path in (layers.consumer, *layers.producers)]
-        before = [(layer, dict(layer._parameters), layer.in_features, layer.out_features) for layer in linear]
-        places = [self.blocks[block].get_submodule(name.rpartition(".")[0]) for name in layers.vectors]
-        vectors = [(holder, dict(holder._parameters)) for holder in places]
-        classes = classes_of(self.blocks[block])
+        own = self.blocks[block]
+        paths = (layers.consumer, *layers.producers, *(name.rpartition(".")[0] for name in layers.vectors))
+        places = [own.get_submodule(path) for path in dict.fromkeys(paths)]
+        before = [(place, dict(place._parameters), numbers_of(place)) for place in places]
+        classes = classes_of(own)
         try:
             self.keep_units(block, layers, choice)
             yield
         finally:
-            for layer, parameters, inputs, outputs in before:
-                layer._parameters.update(parameters)
-                layer.in_features, layer.out_features = inputs, outputs
-            for holder, parameters in vectors:
-                holder._parameters.update(parameters)
+            for place, parameters, numbers in before:
+                place._parameters.update(parameters)
+                vars(place).update(numbers)
             set_classes(classes)
 
     # -- classes and config
@@ -404,6 +415,9 @@ class Decoder:
             config.num_key_value_heads = first.kv_heads
             config.num_attention_heads = first.kv_heads * self.heads.group
             self.heads = architecture.heads(config)
+        mixer, recurrent = architecture.recurrent, max(shape.recurrent for shape in shapes)
+        if mixer is not None and recurrent:
+            mixer.record(config, recurrent)
         for index, block in enumerate(self.blocks):
             for mixer in architecture.mixers_of(shapes[index]):
                 block.get_submodule(mixer).layer_idx = index  # type: ignore[assignment]
@@ -425,9 +439,8 @@ class Decoder:
             own = [shape for shape in shapes if kind.describes(shape)]
             if not all(kind.stock_holds(self.model.config, shape) for shape in own):
                 return False
-        # A recurrent mixer is whole where there is one.
         attention = {(shape.kv_heads, shape.value_dim) for shape in shapes if shape.kv_heads}
-        alike = self.architecture.mlps_alike(self.model.config, shapes)
+        alike = self.architecture.alike_beside_attention(self.model.config, shapes)
         whole = all(shape.parts in self.architecture.whole for shape in shapes)
         if heads.by_block:
             return alike and whole

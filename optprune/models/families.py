@@ -136,10 +136,20 @@ def values_of_delta_net(config: PretrainedConfig) -> int:
     return config.linear_num_value_heads * config.linear_value_head_dim
 
 
+def value_heads_of_delta_net(config: PretrainedConfig) -> int:
+    """Return the value heads of a gated delta network."""
+    return int(config.linear_num_value_heads)
+
+
 def width_of_falcon_mamba(config: PretrainedConfig) -> int:
     """Return the width of all heads of Falcon-H1's Mamba 2: `mamba_d_ssm`, or else the expanded hidden size."""
     named = config.mamba_d_ssm
     return int(config.mamba_expand * config.hidden_size if named is None else named)
+
+
+def channels(config: PretrainedConfig) -> int:
+    """Return the channels of a short convolution."""
+    return int(config.hidden_size)
 
 
 def clamped_swiglu(experts: Any, gate: Tensor, up: Tensor) -> Tensor:
@@ -154,26 +164,40 @@ def stages_of(mixer: Recurrent) -> tuple[tuple[str, ...], ...]:
 
 
 def mamba2(
-    norm: str, module: str, *, width: Callable[[PretrainedConfig], int], sizes: tuple[str, str, str]
+    norm: str,
+    module: str,
+    *,
+    width: Callable[[PretrainedConfig], int],
+    sizes: tuple[str, str, str],
+    counted: tuple[str, ...] = (),
 ) -> Recurrent:
     """Return a Mamba 2 behind a norm, from the config fields of its heads, its groups and the size of a state.
 
-    `width` returns the dimensions of all heads.
+    `width` returns the dimensions of all heads, and `counted` names the fields by which groups of heads can go.
     """
     heads, groups, state = sizes
 
-    def projected(config: PretrainedConfig) -> int:
-        # A factor and a value for each dimension, what is written and read by each group, and the step of each head.
-        return 2 * width(config) + 2 * getattr(config, groups) * getattr(config, state) + getattr(config, heads)
+    def steps(config: PretrainedConfig) -> int:
+        return int(getattr(config, heads))
 
+    def states(config: PretrainedConfig) -> int:
+        return int(getattr(config, groups) * getattr(config, state))
+
+    # A value for each dimension, and what each group writes and reads by; before them a factor for each dimension.
+    convolved = (width, states, states)
     return Recurrent(
         module=module,
-        heads=lambda config: int(getattr(config, heads)),
-        reads={f"{module}.in_proj": projected},
+        heads=lambda config: int(getattr(config, groups)),
+        reads={f"{module}.in_proj": (width, *convolved, steps)},
         output=f"{module}.out_proj",
         width=width,
         parts=(norm, module),
-        groups=lambda config: int(getattr(config, groups)),
+        vectors={
+            **dict.fromkeys((f"{module}.conv1d.weight", f"{module}.conv1d.bias"), convolved),
+            **dict.fromkeys((f"{module}.A_log", f"{module}.D", f"{module}.dt_bias"), (steps,)),
+            f"{module}.norm.weight": (width,),
+        },
+        counted=counted,
     )
 
 
@@ -347,18 +371,24 @@ SMOLLM3 = replace(
 )
 
 # Gated delta networks: keys and values pass through a short convolution, and each value head has a state.
+KEYS_AND_VALUES = (keys_of_delta_net, keys_of_delta_net, values_of_delta_net)
 DELTA_NET = Recurrent(
     module="linear_attn",
-    heads=lambda config: int(config.linear_num_value_heads),
+    heads=lambda config: int(config.linear_num_key_heads),
     reads={
-        "linear_attn.in_proj_qkv": lambda config: 2 * keys_of_delta_net(config) + values_of_delta_net(config),
-        "linear_attn.in_proj_z": values_of_delta_net,
-        "linear_attn.in_proj_b": lambda config: int(config.linear_num_value_heads),
-        "linear_attn.in_proj_a": lambda config: int(config.linear_num_value_heads),
+        "linear_attn.in_proj_qkv": KEYS_AND_VALUES,
+        "linear_attn.in_proj_z": (values_of_delta_net,),
+        "linear_attn.in_proj_b": (value_heads_of_delta_net,),
+        "linear_attn.in_proj_a": (value_heads_of_delta_net,),
     },
     output="linear_attn.out_proj",
     width=values_of_delta_net,
     parts=("input_layernorm", "linear_attn"),
+    vectors={
+        "linear_attn.conv1d.weight": KEYS_AND_VALUES,
+        **dict.fromkeys(("linear_attn.A_log", "linear_attn.dt_bias"), (value_heads_of_delta_net,)),
+    },
+    counted=("linear_num_key_heads", "linear_num_value_heads"),
 )
 # Text-only Qwen3.5: a gated delta network in most blocks, and gated attention in the others.
 QWEN3_5 = replace(
@@ -367,7 +397,6 @@ QWEN3_5 = replace(
     stages=(*stages_of(DELTA_NET), *LLAMA.stages),
     heads=gated_heads,
     recurrent=DELTA_NET,
-    indivisible={"recurrent": WHOLE_MIXER},
     in_transformers_4=False,
     **classes("Qwen3_5", modeling_qwen3_5, modeling_pruned_qwen3_5_text, config="TextConfig"),
 )
@@ -375,11 +404,12 @@ QWEN3_5 = replace(
 # LFM2: short convolutions of gated channels in most blocks, and attention in the others.
 SHORT_CONVOLUTION = Recurrent(
     module="conv",
-    heads=lambda config: int(config.hidden_size),
-    reads={"conv.in_proj": lambda config: 3 * config.hidden_size},
+    heads=channels,
+    reads={"conv.in_proj": (channels,) * 3},
     output="conv.out_proj",
-    width=lambda config: int(config.hidden_size),
+    width=channels,
     parts=("operator_norm", "conv"),
+    vectors=dict.fromkeys(("conv.conv.weight", "conv.conv.bias"), (channels,)),
 )
 LFM2 = replace(
     LLAMA,
@@ -396,7 +426,7 @@ LFM2 = replace(
     attention_parts=("operator_norm", "self_attn"),
     mlp_parts=("ffn_norm", "feed_forward"),
     recurrent=SHORT_CONVOLUTION,
-    indivisible={"recurrent": "the block's recurrent mixer keeps all its channels"},
+    indivisible={"recurrent": "the block's recurrent mixer keeps all its channels, which are as many as inputs"},
     recoverable=(
         ("self_attn", ("self_attn.v_proj", "self_attn.out_proj")),
         ("feed_forward", ("feed_forward.w3", "feed_forward.w2")),
@@ -422,7 +452,7 @@ GRANITE_HYBRID = replace(
     rows_of_unit=2,
     mlp_parts=("post_attention_layernorm", "shared_mlp"),
     recurrent=MAMBA2,
-    indivisible={"recurrent": WHOLE_MIXER},
+    indivisible={"recurrent": f"{WHOLE_MIXER}, whose width goes by the hidden size"},
     recoverable=LLAMA.recoverable[:1],
     off=("output_router_logits",),
     by_config=lambda config: GRANITE_EXPERTS if config.num_local_experts else {},
@@ -473,7 +503,7 @@ FALCON_H1 = replace(
     mlp_parts=("pre_ff_layernorm", "feed_forward"),
     recurrent=FALCON_MAMBA2,
     whole=(("attention", "recurrent", "mlp"),),
-    indivisible={"recurrent": WHOLE_MIXER},
+    indivisible={"recurrent": f"{WHOLE_MIXER}, because a vector of multipliers lies over all of them"},
     recoverable=(LLAMA.recoverable[0], ("feed_forward", ("feed_forward.up_proj", "feed_forward.down_proj"))),
     by_block=(),
     logits_factor="lm_head_multiplier",
@@ -512,7 +542,6 @@ QWEN3_5_MOE = replace(
     stages=(*stages_of(DELTA_NET), *LLAMA.stages[:2]),
     heads=gated_heads,
     recurrent=DELTA_NET,
-    indivisible=QWEN3_5.indivisible,
     mixture=replace(QWEN2_MOE_MIXTURE, normalised=lambda config: True),
     in_transformers_4=False,
     off=("output_router_logits",),
@@ -523,8 +552,8 @@ QWEN3_5_MOE = replace(
 JOINED_DELTA_NET = replace(
     DELTA_NET,
     reads={
-        "linear_attn.in_proj_qkvz": lambda config: 2 * (keys_of_delta_net(config) + values_of_delta_net(config)),
-        "linear_attn.in_proj_ba": lambda config: 2 * config.linear_num_value_heads,
+        "linear_attn.in_proj_qkvz": (lambda config: 2 * (keys_of_delta_net(config) + values_of_delta_net(config)),),
+        "linear_attn.in_proj_ba": (lambda config: 2 * config.linear_num_value_heads,),
     },
 )
 QWEN3_NEXT = replace(
@@ -663,6 +692,7 @@ NEMOTRON_MAMBA2 = mamba2(
     *("norm", "mixer"),
     width=lambda config: config.mamba_num_heads * config.mamba_head_dim,
     sizes=("mamba_num_heads", "n_groups", "ssm_state_size"),
+    counted=("n_groups", "mamba_num_heads"),
 )
 NEMOTRON_H = replace(
     LLAMA,
@@ -683,7 +713,6 @@ NEMOTRON_H = replace(
     mlp_parts=("norm", "mixer"),
     recurrent=NEMOTRON_MAMBA2,
     whole=(("attention",), ("recurrent",), ("mlp",)),
-    indivisible={"recurrent": WHOLE_MIXER},
     mixture=replace(
         GLM4_MIXTURE,
         module="mixer",

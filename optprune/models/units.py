@@ -11,6 +11,7 @@ from optprune.errors import InputError
 from optprune.grids import Grid
 from optprune.models.architecture import Architecture, BlockAllocation, BlockShape, rows_of_gates, rows_of_heads
 from optprune.models.decoder import Decoder, LinkedLayers
+from optprune.models.recurrent import Runs
 from optprune.patterns import ANYWHERE, Pattern, PatternFamily
 from optprune.problems import Link
 from optprune.system.wording import counted
@@ -140,7 +141,7 @@ class Units(ABC):
 
     def _every(self) -> "tuple[LinkedUnits, ...]":
         """Return the kinds that an allocation may narrow, the recipe's own first."""
-        return tuple(dict.fromkeys((*self.kinds, KvGroups(), Values(), Mlp())))
+        return tuple(dict.fromkeys((*self.kinds, KvGroups(), Values(), RecurrentHeads(), Mlp())))
 
 
 class LinkedUnits(Units):
@@ -329,6 +330,53 @@ class KvGroups(LinkedUnits):
         return Work()
 
 
+@final
+@dataclass(frozen=True)
+class RecurrentHeads(LinkedUnits):
+    """The heads of recurrent mixers that share nothing with others: one slot."""
+
+    name = "recurrent-heads"
+    description = "key heads of delta networks with their value heads, groups of heads of Mamba 2"
+    field = "recurrent"
+    part = "recurrent"
+
+    def consumers(self, architecture: Architecture) -> tuple[str, ...]:
+        return () if architecture.recurrent is None else (architecture.recurrent.output,)
+
+    def check_possible(self, decoder: Decoder) -> None:
+        super().check_possible(decoder)
+        most = max(map(self.there, decoder.shapes()))
+        if most < 2:
+            having = "one such unit, which goes with its" if most else "no"
+            raise InputError(
+                f"units {self.name} are {self.description}, but a block of this {decoder.architecture.model_type} "
+                f"model has {having} recurrent mixer: choose others, such as --units mlp"
+            )
+
+    def linked(self, decoder: Decoder, block: int, consumer: str) -> LinkedLayers:
+        super().check_possible(decoder)
+        mixer, config, heads = decoder.architecture.recurrent, decoder.model.config, decoder.shape(block).recurrent
+        assert mixer is not None
+        device, there = decoder.layer(block, consumer).weight.device, dict(decoder.blocks[block].named_parameters())
+
+        def rows_of(runs: Runs) -> torch.Tensor:
+            return mixer.rows(config, runs, heads, device)
+
+        link = Link(
+            rows_of((mixer.width,)),
+            torch.zeros(heads, dtype=torch.long, device=device),
+            tuple(map(rows_of, mixer.reads.values())),
+        )
+        vectors = {name: rows_of(runs) for name, runs in mixer.vectors.items() if name in there}
+        return LinkedLayers(consumer, tuple(mixer.reads), link, vectors)
+
+    def multiple(self, shape: BlockShape, asked: int | None, alike: bool = False) -> int:
+        return 1
+
+    def work(self, outputs: int, inputs: int) -> Work:
+        return Work()
+
+
 def _in_order(decoder: Decoder, shape: BlockShape, consumers: Iterable[tuple[str, LinkedUnits]]) -> list[Target]:
     """Return the targets among these layers that a block of a shape has."""
     taps, sizes = decoder.architecture.taps, decoder.layer_sizes(shape)
@@ -472,11 +520,12 @@ class Blocks(Units):
 UNITS: dict[str, Units] = {
     units.name: units
     for units in (
-        *(Mlp(), Values(), Values(rotated=True), KvGroups()),
+        *(Mlp(), Values(), Values(rotated=True), KvGroups(), RecurrentHeads()),
         *(Composite("all", (Values(), Mlp())), Composite("rotated-all", (Values(rotated=True), Mlp()))),
         *(
             Composite("all-heads", (Values(), KvGroups(), Mlp())),
             Composite("rotated-all-heads", (Values(rotated=True), KvGroups(), Mlp())),
+            Composite("all-recurrent", (Values(), RecurrentHeads(), Mlp())),
         ),
         *(Weights(), Experts(), Blocks()),
     )

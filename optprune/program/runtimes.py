@@ -125,7 +125,7 @@ class Runtime:
         if not by_block and any(shape.value_dim != before.heads.value_dim for shape in having):
             return f"heads with fewer value dimensions than key dimensions: {NARROW_MLPS}"
         several = not by_block and len({shape.kv_heads for shape in having}) > 1
-        if several or not before.architecture.mlps_alike(before.model.config, left):
+        if several or not before.architecture.alike_beside_attention(before.model.config, left):
             return f"blocks of different shapes: {ALIKE}"
         if by_block:
             return None

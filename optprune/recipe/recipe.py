@@ -88,8 +88,9 @@ class Recipe(Displayed, BaseModel):
     problem"""
     units: Annotated[Units, BeforeValidator(read_units), PlainSerializer(write_units)] = UNITS["mlp"]
     """units to remove: MLP units, value dimensions (rotated: directions in place of coordinates), KV heads with their
-    query heads, MLP units and value dimensions (all-heads: or KV heads in place of a block's value dimensions), single
-    weights of every linear layer, with a pattern as in {weights: 2:4}, whole experts, or whole sub-blocks"""
+    query heads, heads of recurrent mixers, MLP units and value dimensions (all-heads: or KV heads in place of a block's
+    value dimensions; all-recurrent: and heads of recurrent mixers), single weights of every linear layer, with a
+    pattern as in {weights: 2:4}, whole experts, or whole sub-blocks"""
     propagation: Annotated[
         Propagation | None, BeforeValidator(read_propagation), PlainSerializer(write_propagation)
     ] = POLICIES["pruned"]

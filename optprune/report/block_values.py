@@ -9,7 +9,7 @@ from optprune.report.records import LayerReport, Report
 
 FIELDS = {"mlp_width": "MLP units", "kv_heads": "KV heads", "value_dim": "value dimensions of a head"}
 """the numbers of a block's shape, in words"""
-FURTHER = {"recurrent": "heads of the recurrent mixer"}
+FURTHER = {"recurrent": "key heads, or groups, of the recurrent mixer"}
 """more such numbers, of models in which a block has some"""
 BESIDE = frozenset(path for one in ARCHITECTURES.values() for path in one.beside)
 """the paths of layers that are in no sub-block"""

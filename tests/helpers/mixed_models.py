@@ -3,14 +3,17 @@
 import torch
 from transformers import PreTrainedModel
 
-from optprune.models import Decoder, KvGroups, LinkedUnits, Mlp, Values
+from optprune.models import Decoder, KvGroups, LinkedUnits, Mlp, RecurrentHeads, Values
 from tests.helpers.sub_blocks import block_with
 
 PROMPT = torch.arange(10, 20)[None]
 
 
 def mixed(model: PreTrainedModel) -> PreTrainedModel:
-    """Four blocks, or mixers and MLPs: no mixer, all that can be narrower, no MLP, intact."""
+    """Four blocks, or mixers and MLPs: no mixer, all that can be narrower, no MLP, intact.
+
+    The last recurrent mixer has fewer heads where it can.
+    """
     decoder = Decoder(model)
     stays = decoder.architecture.indivisible
     first, second = (block_with(decoder, number, "attention") for number in (0, 1))
@@ -22,6 +25,10 @@ def mixed(model: PreTrainedModel) -> PreTrainedModel:
     if "value_dim" not in stays:
         [values] = Values().layers(decoder, second)
         decoder.keep_units(second, values, torch.arange(values.link.units) % 16 < 5)
+    recurrent = [index for index, shape in enumerate(decoder.shapes()) if shape.recurrent > 1]
+    if recurrent and "recurrent" not in stays:
+        [heads] = RecurrentHeads().layers(decoder, recurrent[-1])
+        decoder.keep_units(recurrent[-1], heads, torch.arange(heads.link.units) >= 1)
     mixture = decoder.architecture.mixture is not None
     for mlp in Mlp().layers(decoder, mlps[1]):
         decoder.keep_units(mlps[1], mlp, torch.arange(mlp.link.units) < (40 if mixture else 50))

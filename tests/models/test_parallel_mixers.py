@@ -63,7 +63,7 @@ def apart(one: Tensor, other: Tensor) -> float:
 def test_a_block_has_both_mixers() -> None:
     decoder = Decoder(made())
     for block, shape in enumerate(decoder.shapes()):
-        assert shape == BlockShape(128, 2, 24, recurrent=4) and BlockShape(**shape.counts()) == shape
+        assert shape == BlockShape(128, 2, 24, recurrent=2) and BlockShape(**shape.counts()) == shape
         sizes = {path: size for path, size in decoder.layer_sizes(shape).items() if all(size)}
         assert set(sizes) == set(decoder.paths(block))
         assert all(decoder.layer(block, path).weight.shape == size for path, size in sizes.items())

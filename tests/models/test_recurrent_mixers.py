@@ -328,7 +328,7 @@ def test_numbers_of_blocks_in_a_config_follow_those_that_are_left() -> None:
 # -- refusals
 
 
-@of_recurrent
+@pytest.mark.parametrize("name", [name for name in RECURRENT if "recurrent" in ARCHITECTURES[name].indivisible])
 def test_an_allocation_with_fewer_heads_of_a_recurrent_mixer_is_refused(name: str) -> None:
     model = ALL_MODELS[name]()
     shapes = [shape.counts() for shape in Decoder(model).shapes()]
@@ -385,4 +385,4 @@ def test_a_recurrent_mixer_has_no_other_linear_layers() -> None:
     for name in RECURRENT:
         own = made(name).get_submodule(f"model.layers.0.{mixer_of(name).module}")
         linear = {path for path, module in own.named_modules() if isinstance(module, nn.Linear)}
-        assert {f"{mixer_of(name).module}.{path}" for path in linear} == {*mixer_of(name).sizes(made(name).config)}
+        assert {f"{mixer_of(name).module}.{path}" for path in linear} == {*mixer_of(name).sizes(made(name).config, 1)}

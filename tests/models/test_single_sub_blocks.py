@@ -29,7 +29,7 @@ from tests.helpers.ways_to_run import check_every_way_gives_the_same
 NAME = "nemotron_h"
 KINDS = ["linear_attention", "mlp", "full_attention", "moe"]
 SHAPES = [
-    BlockShape(0, 0, 0, recurrent=4),
+    BlockShape(0, 0, 0, recurrent=2),
     BlockShape(128, 0, 0),
     BlockShape(0, 2, 24),
     BlockShape(48, 0, 0, experts=4),

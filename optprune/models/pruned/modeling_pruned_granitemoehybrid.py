@@ -31,6 +31,7 @@ class PrunedGraniteMoeHybridDecoderLayer(PrunedMixtureBlock, PrunedHybridBlock, 
 
     attention_class = PrunedGraniteMoeHybridAttention
     recurrent = "mamba"
+    counted = ()
     mlp_module = "shared_mlp"
     router = "router"
     routed = property(lambda self: self.block_sparse_moe)

@@ -37,6 +37,7 @@ class PrunedLfm2DecoderLayer(PrunedHybridBlock, stock.Lfm2DecoderLayer):
 
     attention_class = PrunedLfm2Attention
     recurrent = "conv"
+    counted = ()
     attention_norms = ("operator_norm", None)
     mlp_norms = ("ffn_norm", None)
     mlp_module = "feed_forward"

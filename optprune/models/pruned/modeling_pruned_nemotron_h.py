@@ -5,6 +5,7 @@ from transformers.models.nemotron_h import modeling_nemotron_h as stock
 from .pruned_cache import remembered  # noqa: F401  # transformers 4 copies only the files that this one names
 from .pruned_decoder import PrunedAttention, PrunedModel
 from .pruned_mixture import name_experts
+from .pruned_recurrent import with_fewer_heads
 from .pruned_single import PrunedSingleBlock
 
 
@@ -26,6 +27,12 @@ class PrunedNemotronHBlock(PrunedSingleBlock, stock.NemotronHBlock):
     """Decoder block of one sub-block of any width."""
 
     attention_class = PrunedNemotronHAttention
+    counted = ("n_groups", "mamba_num_heads")
+
+    def shrink_mixer(self, shape, group):
+        super().shrink_mixer(shape, group)
+        if shape.get("recurrent"):
+            self._modules["mixer"] = with_fewer_heads(self.mixer, self.config, self.counted, shape["recurrent"])
 
 
 class PrunedNemotronHForCausalLM(PrunedModel, stock.NemotronHForCausalLM):

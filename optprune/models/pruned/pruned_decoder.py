@@ -2,7 +2,7 @@
 
 `optprune_shapes` of the config, or of its text_config, lists each block's shape: {"mlp_width": 1024, "kv_heads": 2,
 "value_dim": 48}. A block with kv_heads 0 has no attention, one with mlp_width 0 no MLP; one with experts also has their
-number, one with a recurrent mixer the number of its heads. The config's other fields are those of the stock class.
+number, one with a recurrent mixer that of its key heads or groups. Other fields are those of the stock config.
 """
 
 from torch import nn
@@ -149,7 +149,7 @@ class PrunedModel:
         # Read from the dict: transformers refuses the field where blocks have heads of their own.
         group = config.num_attention_heads // vars(config).get("num_key_value_heads", config.num_attention_heads)
         for block, shape in zip(self.get_submodule(self.blocks), config.optprune_shapes, strict=True):
-            block.__class__ = self.block_class
+            block.__class__, block.config = self.block_class, config
             block.shrink(shape, group)
         self.number_caches()
 

@@ -1,5 +1,7 @@
 """Decoder blocks with attention or a recurrent mixer, pruned by optprune; needs torch and transformers only."""
 
+import copy
+
 import torch
 
 from .pruned_decoder import PrunedAttention, PrunedBlock, PrunedModel
@@ -21,10 +23,12 @@ class PrunedGatedAttention(PrunedAttention):
 
 
 class PrunedHybridBlock(PrunedBlock):
-    """A decoder block with attention, with a recurrent mixer as the stock class has it, or without either."""
+    """A decoder block with attention, with a recurrent mixer of any number of heads, or without either."""
 
     recurrent = "linear_attn"
     """the recurrent mixer"""
+    counted = ("linear_num_key_heads", "linear_num_value_heads")
+    """the config fields that are smaller with fewer heads; the first one holds the number in a shape"""
     not_recurrent = ("position_embeddings", "position_ids", "use_cache")
     """the arguments of a block that a recurrent mixer does not take"""
     mlp_module = "mlp"
@@ -51,7 +55,9 @@ class PrunedHybridBlock(PrunedBlock):
     def shrink_mixer(self, shape, group):
         if self.recurrent not in self._modules:
             super().shrink_mixer(shape, group)
-        elif not shape.get("recurrent"):
+        elif shape.get("recurrent"):
+            setattr(self, self.recurrent, with_fewer_heads(self.mixer, self.config, self.counted, shape["recurrent"]))
+        else:
             self.remove(self.recurrent, *self.attention_norms)
 
 
@@ -85,3 +91,20 @@ class PrunedParallelModel(PrunedModel):
             found = [block._modules.get(name) for block in self.get_submodule(self.blocks)]
             for index, mixer in enumerate(mixer for mixer in found if mixer is not None):
                 mixer.layer_idx = index
+
+
+def with_fewer_heads(mixer, config, counted, heads):
+    """Return a recurrent mixer like another one, of a config's sizes, of so many heads."""
+    if not counted or heads == getattr(config, counted[0]):
+        return mixer
+    smaller = copy.copy(config)
+    for name in counted:
+        setattr(smaller, name, getattr(config, name) * heads // getattr(config, counted[0]))
+    other = type(mixer)(smaller, 0)  # the number of a block that may be the only one of the config
+    other.layer_idx, other.layer_type = mixer.layer_idx, mixer.layer_type
+    return other
+
+
+def numbers_of(module):
+    """Return the whole numbers that a module holds, such as its sizes, without its place in a cache."""
+    return {name: value for name, value in vars(module).items() if type(value) is int and name != "layer_idx"}
