@@ -122,6 +122,10 @@ class Tensors:
             return self.decoder.heads.dim
         return max(shape.value_dim for shape in self.decoder.shapes())
 
+    def missing(self, own: BlockShape) -> int:
+        """Return the value dimensions of a head that are zeros in the file, for a block of a shape with attention."""
+        return 0 if self.decoder.heads.by_block else self.value_dim - own.value_dim
+
     def targets(self) -> list[Target]:
         """Return all tensors in the order of the checkpoint, matrices of experts last."""
         found, heads = list(self._untyped()), self.decoder.heads
@@ -214,7 +218,7 @@ class Tensors:
         """Yield the keys and the values that one layer makes of a low-rank vector, head by head."""
         architecture, sources = self.decoder.architecture, ((name, stored),)
         _, key, value = rows_of_heads(architecture.joined, self.decoder.heads, own, torch.device("cpu"))
-        both, rank, missing = self._name(name), stored.shape[1], self.value_dim - own.value_dim
+        both, rank, missing = self._name(name), stored.shape[1], self.missing(own)
         # llama.cpp multiplies the queries by the keys' matrix, and takes the low-rank vectors for its keys.
         yield Target(
             both.replace("_kv_", "_k_"),
@@ -289,7 +293,7 @@ class Tensors:
     def _of_heads(self, path: str, own: BlockShape, target: Target) -> Target:
         """Return a tensor with the rows or columns of heads in llama.cpp's layout."""
         architecture, heads, shape = self.decoder.architecture, self.decoder.heads, target.shape
-        missing = self.value_dim - own.value_dim
+        missing = self.missing(own)
         if path == architecture.output and missing and own.kv_heads and len(shape) == 2:
 
             def wider(tensor: Tensor) -> Tensor:
@@ -322,15 +326,17 @@ class Tensors:
         width = self.width(IDLE_WIDTH)
         wide = (width, hidden)
         shapes = {"ffn_norm": (hidden,), "ffn_gate": wide, "ffn_up": wide, "ffn_down": wide[::-1]}
+        if gguf.MODEL_TENSOR.FFN_POST_NORM in gguf.MODEL_TENSORS[self.family.known_as]:
+            shapes["post_ffw_norm"] = (hidden,)
         for name, shape in shapes.items():
             yield Target(f"blk.{block}.{name}.weight", shape, ())
 
     def _name(self, name: str) -> str:
-        mixture = self.decoder.architecture.mixture
-        there = name
+        architecture, there = self.decoder.architecture, name
+        mixture = architecture.mixture
         if mixture is not None and mixture.correction and name.endswith(f".{mixture.correction}"):
             there = f"{name.removesuffix('_bias')}.bias"
-        if name.endswith(tuple(f".{own}" for own in self.decoder.architecture.per_head)):
+        if name.endswith(tuple(f".{own}" for own in (*architecture.per_head, *architecture.buffers))):
             there = f"{name}.weight"
         known = self.names.get_name(self.family.spelled(there), try_suffixes=(".weight", ".bias"))
         if known is None:

@@ -23,7 +23,7 @@ from tests.helpers.mixed_models import narrow
 
 SOME_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 48}
 FULL, SLIDING = ["full_attention"], ["sliding_attention"]
-FIXED_HEADS = ("exaone4", "gpt2", "gpt_neox", "lfm2", "olmo2", "olmoe", "phi3", "qwen2_moe")
+FIXED_HEADS = ("exaone4", "gemma4_text", "gpt2", "gpt_neox", "lfm2", "olmo2", "olmoe", "phi3", "qwen2_moe")
 """of which all stay: their sizes add up to the hidden size there, or one norm goes over them"""
 
 
@@ -43,7 +43,8 @@ def test_units_that_are_gone(family: str, tmp_path: Path) -> None:
     """MLP units, and experts, value dimensions, and where they may be fewer there, heads."""
     model = made(family)
     heads = {} if family in FIXED_HEADS else {KvGroups(): 1}
-    folder = saved(cut(model, {**heads, Values(): 12, Mlp(): 96}), tmp_path / "model")
+    values = {} if family == "gemma4_text" else {Values(): 12}
+    folder = saved(cut(model, {**heads, **values, Mlp(): 96}), tmp_path / "model")
     other = {"gemma3_text": "gemma3", "nemotron_h": "nemotron_h_moe"}
     check_alike(folder, other.get(family, FAMILIES[family].name))
 
@@ -298,6 +299,8 @@ def test_a_file_of_the_model_without_its_head(tmp_path: Path) -> None:
             {**GROUPS, "topk_group": 1, "topk_method": "group_limited_greedy"},
             "groups of experts that are",
         ),
+        ("gemma2", {"attn_logit_softcapping": None}, "a Gemma 2 without soft caps of the scores and of the logits"),
+        ("gemma2", {"final_logit_softcapping": None}, "a Gemma 2 without soft caps of the scores and of the logits"),
         ("deepseek_v2", {"mlp_bias": True}, "biases of linear layers, as model.layers.0.mlp.gate_proj.bias"),
         ("deepseek_v3", {"attention_bias": True}, "biases of linear layers, as model.layers.0.self_attn.q_a_proj.bias"),
         ("deepseek_v3", {"num_hidden_layers": 27}, "queries of low rank in a model with latent attention of 27 blocks"),

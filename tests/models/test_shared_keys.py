@@ -16,7 +16,7 @@ from optprune.allocation.allocation import everything
 from optprune.calibration import advance, calibrating, first_inputs
 from optprune.calibration.carried import carried, carried_width
 from optprune.errors import InputError
-from optprune.export import GgufFile, OnnxFolder, export, save_model
+from optprune.export import OnnxFolder, export, save_model
 from optprune.healing import HealingSettings, heal
 from optprune.models import (
     BlockAllocation,
@@ -405,16 +405,15 @@ def test_a_smaller_vocabulary_is_refused_by_name() -> None:
             TokenRows.of(made(vocab_size_per_layer_input=rows))
 
 
-@pytest.mark.parametrize("target", ["vllm", "gguf", "onnx"])
+@pytest.mark.parametrize("target", ["vllm", "onnx"])
 def test_runtimes_that_are_not_known_to_take_it_refuse_it(target: str) -> None:
     decoder = Decoder(made().to("meta"))  # type: ignore[arg-type]
     with pytest.raises(InputError, match=f"the target {target} does not take models of the kind gemma4_text"):
         RUNTIMES[target].fitted(Recipe(units="mlp"), decoder)
 
 
-def test_exports_refuse_it_by_name(tmp_path: Path) -> None:
+def test_onnx_refuses_it_by_name(tmp_path: Path) -> None:
     made().save_pretrained(tmp_path / "model")
-    for exporter in (OnnxFolder(), GgufFile()):
-        with pytest.raises(InputError, match=r"gemma4_text models? cannot be exported to (ONNX|GGUF)"):
-            export(tmp_path / "model", tmp_path / "out", exporter)
+    with pytest.raises(InputError, match=r"gemma4_text models? cannot be exported to ONNX"):
+        export(tmp_path / "model", tmp_path / "out", OnnxFolder())
     assert not (tmp_path / "out").exists()
