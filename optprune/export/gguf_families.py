@@ -48,6 +48,10 @@ class Family:
     """function that returns the fields that are others for models with such blocks"""
     spelled: Callable[[str], str] = lambda name: name
     """function that returns the name of a tensor in gguf's table of names"""
+    fused: bool = False
+    """whether the gate and the other factor of an expert are one layer, in that order"""
+    dense: bool = False
+    """whether the width of MLPs is that of those beside experts"""
     single: bool = False
     """whether a block has one sub-block"""
     lists: bool = False
@@ -187,6 +191,12 @@ def _gemma4(config: Any, writer: GGUFWriter) -> None:
     writer.add_embedding_length_per_layer_input(int(config.hidden_size_per_layer_input or 0))
     # It caps at 30 where the file says nothing, and at none where that is zero.
     writer.add_final_logit_softcapping(float(config.final_logit_softcapping or 0))
+
+
+def _gemma4_names(name: str) -> str:
+    """Return the tensor's name in gguf's table, where factors are those of a layer."""
+    name = name.replace(".router.per_expert_scale", ".experts.down_proj.scale")
+    return name.replace(".router.scale", ".router.proj.scale")
 
 
 def _gemma4_unsupported(config: Any) -> Iterator[str]:
@@ -501,7 +511,16 @@ FAMILIES: dict[str, Family] = {
     "gemma2": Family(MODEL_ARCH.GEMMA2, **GEMMA, describe=_gemma2, unsupported=_gemma_unsupported("gemma2")),
     "gemma3_text": Family(MODEL_ARCH.GEMMA3, **GEMMA, describe=_gemma3, unsupported=_gemma_unsupported("gemma3")),
     "gemma4_text": Family(
-        MODEL_ARCH.GEMMA4, activation=TANH, windows=True, lists=True, describe=_gemma4, unsupported=_gemma4_unsupported
+        MODEL_ARCH.GEMMA4,
+        spelled=_gemma4_names,
+        fused=True,
+        dense=True,
+        lists=True,
+        activation=TANH,
+        windows=True,
+        describe=_gemma4,
+        unsupported=_gemma4_unsupported,
+        scaled=True,
     ),
     "glm4_moe": Family(
         MODEL_ARCH.GLM4_MOE, biases=True, describe=_glm4_moe, unsupported=_glm4_moe_unsupported, scaled=True
@@ -581,8 +600,10 @@ def _refused_shapes(decoder: Decoder, family: Family) -> str | None:
     """Return the first property of a model's shapes that a family with equal blocks does not support, or None."""
     shapes, heads, hidden = decoder.shapes(), decoder.heads, decoder.model.config.hidden_size
     if heads.by_block:
-        gone = any(not shape.kv_heads for shape in shapes)
-        return f"blocks of a {family.name} model without attention" if gone else None
+        if any(not shape.kv_heads for shape in shapes):
+            return f"blocks of a {family.name} model without attention"
+        differ = len({(shape.mlp_width, shape.experts) for shape in shapes if shape.experts}) > 1
+        return f"blocks of a {family.name} model whose experts differ" if differ else None
     kinds = {(shape.mlp_width, shape.experts) for shape in shapes if shape.mlp_width or not family.single}
     # Blocks of several kinds are alike where those of each kind are.
     heads_left = {shape.kv_heads for shape in shapes if shape.kv_heads}

@@ -173,7 +173,9 @@ class _Content:
         writer.add_block_count(len(shapes))
         idle = 0 if self.family.single else IDLE_WIDTH
         widths = [self.tensors.width(shape.mlp_width or idle) for shape in shapes]
-        writer.add_feed_forward_length(widths if self.family.lists else widths[0])
+        beside = self.tensors.width_of_shared if self.family.dense else None
+        dense = [beside() if beside and shape.experts else width for width, shape in zip(widths, shapes, strict=True)]
+        writer.add_feed_forward_length(dense if self.family.lists else dense[0])
         self._describe_heads(writer)
         if hasattr(config, "rms_norm_eps"):
             writer.add_layer_norm_rms_eps(config.rms_norm_eps)

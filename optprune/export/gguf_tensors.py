@@ -14,8 +14,9 @@ from optprune.errors import InputError
 from optprune.export.gguf_families import Family
 from optprune.export.gguf_types import SMALL_BLOCK, Choice, FileType
 from optprune.models import Decoder
-from optprune.models.architecture import BlockShape, rows_of_heads
+from optprune.models.architecture import GATED, BlockShape, rows_of_heads
 from optprune.models.checkpoint import Checkpoint, InFiles
+from optprune.models.mixture import FUSED
 from optprune.models.skeleton import with_model_names
 
 IDLE_WIDTH = 32
@@ -51,7 +52,7 @@ class Target:
         if not tensors:
             return torch.zeros(self.shape)
         parts = [self.rows(self.columns(tensor)) for tensor in tensors]
-        return parts[0] if len(self.shape) == parts[0].ndim else torch.stack(parts)
+        return parts[0] if len(self.shape) == parts[0].ndim else torch.stack(parts).reshape(self.shape)
 
     def make(self) -> Tensor:
         """Return the tensor of the file."""
@@ -66,7 +67,9 @@ class Target:
         if self.turned or len(self.shape) < 2 or not layers or not all(layer in squares for layer in layers):
             return None
         every = [self.columns(squares[layer][None])[0] for layer in layers]
-        return every[0] if len(self.shape) == 2 else torch.stack(every)
+        # Layers of an expert that are one in the file read the same input.
+        united = max(1, len(every) // self.shape[0])
+        return every[0] if len(self.shape) == 2 else torch.stack(every[::united])
 
     @property
     def bytes(self) -> int:
@@ -139,17 +142,21 @@ class Tensors:
 
     def _untyped(self) -> Iterator[Target]:
         """Yield all tensors, without their types."""
-        experts, found = dict[str, dict[int, Target]](), self._stored()
+        experts, found = dict[str, dict[int, list[Target]]](), self._stored()
         for name, stored in found.items():
             every, number = self._split_expert(name)
             if every:
-                experts.setdefault(every, {})[number] = self._target(name, stored, self._name(every))
+                every = self._united(every)
+                own = experts.setdefault(every, {}).setdefault(number, [])
+                own.append(self._target(name, stored, self._name(every)))
             else:
                 yield from self._targets(name, stored)
         for numbered in experts.values():
-            each = [numbered[number] for number in range(len(numbered))]
+            each = [one for number in range(len(numbered)) for one in numbered[number]]
             sources = tuple(source for one in each for source in one.sources)
-            yield replace(each[0], shape=(len(each), *each[0].shape), sources=sources)
+            rows, *columns = each[0].shape
+            shape = (len(numbered), rows * len(each) // len(numbered), *columns)
+            yield replace(each[0], shape=shape, sources=sources)
         embeddings = self._embeddings(found)
         if embeddings is not None:
             name, stored = embeddings
@@ -192,6 +199,11 @@ class Tensors:
         before, found, after = name.partition(f".{mixture.experts}.") if mixture else (name, "", "")
         number, _, rest = after.partition(".")
         return (f"{before}{found}{rest}", int(number)) if found else ("", 0)
+
+    def _united(self, every: str) -> str:
+        """Return the common name of an expert's matrix, which may be that of two of its layers."""
+        layer = every.split(".")[-2]
+        return every.replace(f".{layer}.", f".{FUSED}.") if self.family.fused and layer in GATED[:2] else every
 
     def _targets(self, name: str, stored: InFiles) -> Iterator[Target]:
         """Yield the tensors of the file from one of the model, which are two where llama.cpp has two layers of one."""
@@ -338,7 +350,7 @@ class Tensors:
             there = f"{name.removesuffix('_bias')}.bias"
         if name.endswith(tuple(f".{own}" for own in (*architecture.per_head, *architecture.buffers))):
             there = f"{name}.weight"
-        known = self.names.get_name(self.family.spelled(there), try_suffixes=(".weight", ".bias"))
+        known = self.names.get_name(self.family.spelled(there), try_suffixes=(".weight", ".bias", ".scale"))
         if known is None:
             raise InputError(f"llama.cpp does not support the tensor {name} of {self.checkpoint.source}")
         return known

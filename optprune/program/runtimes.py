@@ -164,7 +164,8 @@ class Runtime:
         return None
 
     def _may_differ(self, decoder: Decoder) -> bool:
-        return decoder.architecture.model_type in self.uneven
+        # Of experts it takes one number and one width.
+        return decoder.architecture.model_type in self.uneven and decoder.architecture.mixture is None
 
     def _drafted(self, decoder: Decoder) -> bool:
         """Return whether a model is read by a draft and the runtime loads such models."""

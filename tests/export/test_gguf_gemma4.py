@@ -8,13 +8,16 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+import optprune
 from optprune.errors import InputError
-from optprune.export import GgufFile, export
-from optprune.models import Decoder, Mlp
+from optprune.export import GgufExperts, GgufFile, export, importance_of, save_model
+from optprune.models import Decoder, Mlp, load_model
 from optprune.program import RUNTIMES
 from optprune.recipe import Recipe, load_recipe
+from optprune.texts import demo_articles
 from tests.helpers.gguf_models import PROMPT, apart, cut, expected_of, made, saved
 from tests.helpers.llama_cpp import LlamaCpp
+from tests.helpers.token_batches import batches
 
 NEAR, FAR = "sliding_attention", "full_attention"
 OTHERS = {NEAR: {"rope_type": "default", "rope_theta": 50.0}}
@@ -93,6 +96,76 @@ def test_small_types_load(tmp_path: Path) -> None:
     kinds = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(file).tensors}
     assert kinds["blk.0.ffn_down.weight"] == kinds["per_layer_token_embd.weight"] == "Q8_0"
     assert kinds["per_layer_model_proj.weight"] == "F16" and kinds["blk.0.layer_output_scale.weight"] == "F32"
+    assert LlamaCpp(file).log_probabilities(PROMPT)
+
+
+EXPERTS: dict[str, Any] = {
+    **{"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 48},
+    **{"use_double_wide_mlp": False, "layer_types": [NEAR, FAR, NEAR, FAR], "num_kv_shared_layers": 0},
+}
+LARGE = {"hidden_size_per_layer_input": 0, "attention_k_eq_v": True, "num_global_key_value_heads": 1}
+
+
+def with_experts(**more: Any) -> PreTrainedModel:
+    """A model whose experts have factors of their own, and whose routers weigh each input otherwise."""
+    model = made("gemma4_text", **EXPERTS, **more)
+    with torch.no_grad():
+        for name, numbers in model.named_parameters():
+            if name.endswith(("per_expert_scale", "router.scale")):
+                numbers.copy_(torch.linspace(0.5, 2, len(numbers)))
+    return model
+
+
+@pytest.mark.parametrize("pruned", [False, True], ids=["whole", "pruned"])
+@pytest.mark.parametrize("more", [{}, LARGE], ids=["inputs of tokens", "large"])
+def test_experts_beside_the_mlp(more: dict[str, Any], pruned: bool, tmp_path: Path) -> None:
+    """One fewer in each block, of fewer units; one block has no MLP then."""
+    model = with_experts(**more)
+    if pruned:
+        decoder = Decoder(cut(model, {Mlp(): 40}))
+        decoder.remove(2, "mlp")
+        decoder.record_shapes()
+        model = decoder.joined()
+    found, tolerance = difference(model, tmp_path)
+    assert found < 2 * tolerance  # the MLP and the experts both have a GELU from a table
+
+
+def test_experts_that_differ_are_refused(tmp_path: Path) -> None:
+    decoder = Decoder(with_experts())
+    decoder.keep_experts(1, torch.tensor([True, True, False, True]))
+    decoder.record_shapes()
+    folder = saved(decoder.joined(), tmp_path / "model")
+    with pytest.raises(InputError, match="does not support blocks of a gemma4 model whose experts differ"):
+        export(folder, tmp_path / "model.gguf", GgufFile())
+    target, dense = RUNTIMES["gguf"], Decoder(with_experts().to("meta"))  # type: ignore[arg-type]
+    assert "blocks of different shapes" in str(target.refuses(dense, Decoder(load_model(folder).model).shapes()))
+    recipe, _ = target.fitted(load_recipe("structured_best", {"units": "mlp"}), dense)
+    assert recipe.allocation.kind == "uniform"
+
+
+def test_experts_out_of_a_file_in_few_bits(tmp_path: Path) -> None:
+    """What stays is copied, the factors of the experts and of the router's inputs too."""
+    dense = saved(with_experts(), tmp_path / "dense")
+    original = export(dense, tmp_path / "dense.gguf", GgufFile(kind="f32")).path
+    loaded = load_model(dense, device="cpu")
+    report = optprune.prune(loaded.model, batches(), recipe := load_recipe("reap", {"sparsity": 0.1}))
+    save_model(loaded, tmp_path / "pruned", report=report, recipe=recipe)
+    written = export(tmp_path / "pruned", tmp_path / "small.gguf", GgufExperts(original))
+    expected, tolerance = expected_of(tmp_path / "pruned", PROMPT)
+    assert apart(written.path, expected, PROMPT) < tolerance
+    shapes = {tensor.name: list(tensor.shape) for tensor in gguf.GGUFReader(written.path).tensors}
+    assert shapes["blk.0.ffn_down_exps.scale"] == [3] and shapes["blk.0.ffn_gate_inp.scale"] == [64]
+    assert shapes["blk.0.ffn_gate_up_exps.weight"] == [64, 96, 3]
+
+
+def test_small_experts_load_by_importance(tmp_path: Path) -> None:
+    """The two layers of an expert that are one in the file have one importance."""
+    folder = saved(with_experts(), tmp_path / "model")
+    (tmp_path / "text.txt").write_text("\n".join(demo_articles("calibration")[:5]))
+    importance = importance_of(folder, str(tmp_path / "text.txt"), samples=2, seq_length=32)
+    file = export(folder, tmp_path / "model.gguf", GgufFile(kind="q4_0", importance=importance)).path
+    kinds = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(file).tensors}
+    assert kinds["blk.0.ffn_gate_up_exps.weight"] == "Q4_0" and kinds["blk.0.ffn_gate_inp.weight"] == "F32"
     assert LlamaCpp(file).log_probabilities(PROMPT)
 
 

@@ -32,7 +32,7 @@ class PrunedGraniteMoeHybridDecoderLayer(PrunedMixtureBlock, PrunedHybridBlock, 
     attention_class = PrunedGraniteMoeHybridAttention
     recurrent = "mamba"
     mlp_module = "shared_mlp"
-    router = "router"
+    router_name = "router"
     routed = property(lambda self: self.block_sparse_moe)
 
     def added(self, hidden_states, mixed):
