@@ -35,6 +35,8 @@ LITE_BLOCKS = (26, 27)
 """numbers of blocks by which llama.cpp knows models whose queries have no low rank"""
 KANANA = (48, 128256)
 """blocks and vocabulary of another such model"""
+SMALLEST_STEP = 1e-3
+"""the time_step_min of published Nemotron-H models, below which llama.cpp does not raise steps"""
 EXAONE4_BLOCKS = 64
 """number of blocks of the 32B model, for which alone llama.cpp has sliding windows"""
 
@@ -307,6 +309,16 @@ def _nemotron_h_unsupported(config: Any) -> Iterator[str]:
         yield f"a Mamba 2 with the activation {config.mamba_hidden_act}"
     if config.n_group > 1 and "moe" in kinds:
         yield f"{config.n_group} groups of experts in a Nemotron-H"
+    if config.time_step_min > SMALLEST_STEP:
+        yield f"a Mamba 2 whose steps are raised to {config.time_step_min:g}"
+
+
+def _nemotron_h_rounded(config: Any) -> Iterator[str]:
+    if config.time_step_min > 0:
+        yield (
+            f"llama.cpp does not raise the steps of a Mamba 2 to the time_step_min of {config.time_step_min:g}: where "
+            "steps are smaller, its answers differ"
+        )
 
 
 def _smollm3_unsupported(config: Any) -> Iterator[str]:
@@ -564,6 +576,7 @@ FAMILIES: dict[str, Family] = {
         activation=("relu2",),
         describe=_nemotron_h,
         unsupported=_nemotron_h_unsupported,
+        rounded=_nemotron_h_rounded,
         scaled=True,
     ),
     "olmo2": Family(MODEL_ARCH.OLMO2, tied=False),
