@@ -92,10 +92,10 @@ class ExpertBudget(MeasuredBudget):
             on_event(PhaseAdvanced(BUDGET, "measuring the costs of experts", "block", index, blocks, ends=ends))
             with decoder.resident(index) as block:
                 more = decoder.shape(index).experts > fewest
-                with catching(block, [mixture.module] if more else [], stream, EVERY) as calls:
+                with catching(block, [mixture.entry] if more else [], stream, EVERY) as calls:
                     advance(block, stream)
                 if more:
-                    problem = expert_choice(decoder, index, calls[mixture.module], fewest)
+                    problem = expert_choice(decoder, index, calls[mixture.entry], fewest)
                     order, costs = dense.statistics.experts(problem)
                     found.append(_curve(index, problem, costs, aim))
                     if probe is not None:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,7 +12,14 @@ from torch import Tensor, nn
 from optprune.calibration.partial_sums import Share
 from optprune.calibration.stream import SLOW, TOKENS_PER_BATCH, Stream, run_block, stream_bytes
 from optprune.models import Decoder
-from optprune.models.mixture import SeparateExperts, experts_in
+from optprune.models.mixture import (
+    SeparateExperts,
+    answer_factors,
+    experts_in,
+    logits_of,
+    mixture_of,
+    read_by_experts,
+)
 from optprune.models.places import States
 from optprune.numerics.tensors import first_output
 from optprune.problems import ExpertChoice
@@ -162,6 +169,20 @@ def _tensors(value: Any) -> set[int]:
 
 
 @torch.no_grad()
+def mixture_calls(decoder: Decoder, index: int, stream: Stream) -> Calls:
+    """Run a stream through a block; return the calls of its mixture with the outputs of that."""
+    mixture, block = decoder.architecture.mixture, decoder.blocks[index]
+    assert mixture is not None
+    calls = calls_of(block, mixture.entry, stream)
+    if mixture.module:
+        return calls
+    module, targets = mixture_of(block, mixture), States[Tensor](stream.hidden.place)
+    for _, args, kwargs, _ in calls.each():
+        targets.append(module(*args, **kwargs))
+    return replace(calls, targets=targets)
+
+
+@torch.no_grad()
 def expert_choice(decoder: Decoder, index: int, calls: Calls, keep: int) -> ExpertChoice:
     """Return the problem of choosing `keep` experts of a block, for the tokens that its mixture is called with.
 
@@ -172,7 +193,7 @@ def expert_choice(decoder: Decoder, index: int, calls: Calls, keep: int) -> Expe
     assert mixture is not None
     experts, router = experts_in(block, mixture), block.get_submodule(mixture.router)
     assert isinstance(experts, SeparateExperts)
-    count, device = experts.count, router.get_parameter("weight").device
+    count, device = experts.count, next(router.parameters()).device
     most = left = MOST_PRODUCTS // count**2
     logits = [torch.zeros(0, count, device=device)]
     products = [torch.zeros(0, count, count, device=device)]
@@ -181,12 +202,13 @@ def expert_choice(decoder: Decoder, index: int, calls: Calls, keep: int) -> Expe
         left -= len(tokens)
         if not len(tokens):
             break
-        logits.append(router(tokens)[0].float())
-        outputs = torch.stack([experts.outputs(tokens, number) for number in range(count)], 1).float()
+        logits.append(logits_of(block, mixture, tokens).float())
+        inputs = read_by_experts(block, mixture, tokens)
+        outputs = torch.stack([experts.outputs(inputs, number) for number in range(count)], 1).float()
         products.append(outputs @ outputs.mT)
     scores, pairs = (rows[:most] for rows in _gathered(calls, torch.cat(logits), torch.cat(products)))
-    factor = mixture.scale(config)
-    pairs = pairs if factor == 1 else pairs * factor**2  # as if each expert gave so much more
+    factors = answer_factors(block, mixture, mixture.scale(config)).to(pairs.device)
+    pairs = pairs * (factors[:, None] * factors).to(pairs.dtype)  # as if each expert gave so much more
     correction = router.get_parameter(mixture.correction).detach() if mixture.correction else None
     return ExpertChoice(scores, pairs, decoder.experts_for_a_token, mixture.normalised(config), keep, correction)
 

@@ -14,7 +14,7 @@ from optprune.calibration.stream import advance, calibrating, first_inputs
 from optprune.errors import InputError
 from optprune.measure.memory import release
 from optprune.models import Decoder
-from optprune.models.mixture import DOWN, SeparateExperts, experts_in
+from optprune.models.mixture import DOWN, SeparateExperts, answer_factors, experts_in, scoring
 from optprune.numerics.tensors import first_output
 from optprune.problems.experts import router_gates
 from optprune.system.wording import either, shown
@@ -177,7 +177,7 @@ def _watching(decoder: Decoder, block: nn.Module, names: Sequence[str]) -> Itera
     assert mixture is not None
     experts = experts_in(block, mixture)
     assert isinstance(experts, SeparateExperts)
-    factor = mixture.scale(decoder.model.config)
+    factors = answer_factors(block, mixture, mixture.scale(decoder.model.config)).tolist()
     uses, passing = dict[str, ExpertUse](), iter(names)
     logits, norms = list[Tensor](), dict[int, Tensor]()
 
@@ -185,7 +185,7 @@ def _watching(decoder: Decoder, block: nn.Module, names: Sequence[str]) -> Itera
         logits.append(first_output(output).reshape(-1, experts.count).double())
 
     def answer(number: int, _: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        norms[number] = factor * output.double().norm(dim=-1)
+        norms[number] = abs(factors[number]) * output.double().norm(dim=-1)
 
     def total(_: nn.Module, args: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
         (places, weights), raw, name = args[1:], logits.pop(), next(passing)
@@ -199,7 +199,7 @@ def _watching(decoder: Decoder, block: nn.Module, names: Sequence[str]) -> Itera
         uses[name] = uses[name].with_text(use) if name in uses else use
 
     handles = [
-        block.get_submodule(mixture.router).register_forward_hook(route),
+        scoring(block, mixture).register_forward_hook(route),
         experts.register_forward_hook(total),
         *(
             experts.get_submodule(f"{number}.{DOWN}").register_forward_hook(partial(answer, number))

@@ -145,7 +145,7 @@ class GgufExperts(Exporter):
             if name not in tensors:
                 raise InputError(f"{self.original} has no tensor {name}: give the GGUF file of the dense model")
             dense = torch.from_numpy(gguf.dequantize(tensors[name].data, tensors[name].tensor_type).copy())
-            left = stored[decoder.name(index, f"{mixture.router}.weight")].read()
+            left = stored[decoder.name(index, mixture.weight)].read()
             found = matching_rows(left, dense)
             if found is None:
                 raise InputError(
@@ -162,7 +162,11 @@ class GgufExperts(Exporter):
         new = {f"{self._architecture}.expert_count": count, f"{self._architecture}.expert_used_count": number}
         copy_metadata(reader, writer, new)
         by_name = {known.format(bid=index): numbers for index, numbers in kept.items() for known in BY_EXPERT}
-        rows = {tensor.name: by_name.get(tensor.name.rpartition(".")[0]) for tensor in reader.tensors}
+        whole = {f"{ROUTER.format(bid=index)}.scale" for index in kept}  # a factor for each input of a router
+        rows = {
+            tensor.name: None if tensor.name in whole else by_name.get(tensor.name.rpartition(".")[0])
+            for tensor in reader.tensors
+        }
         for tensor in reader.tensors:
             shape = tensor.data.shape if rows[tensor.name] is None else (count, *tensor.data.shape[1:])
             size = tensor.data.nbytes // tensor.data.shape[0] * shape[0]

@@ -35,6 +35,8 @@ LITE_BLOCKS = (26, 27)
 """numbers of blocks by which llama.cpp knows models whose queries have no low rank"""
 KANANA = (48, 128256)
 """blocks and vocabulary of another such model"""
+SMALLEST_STEP = 1e-3
+"""the time_step_min of published Nemotron-H models, below which llama.cpp does not raise steps"""
 EXAONE4_BLOCKS = 64
 """number of blocks of the 32B model, for which alone llama.cpp has sliding windows"""
 
@@ -48,8 +50,14 @@ class Family:
     """function that returns the fields that are others for models with such blocks"""
     spelled: Callable[[str], str] = lambda name: name
     """function that returns the name of a tensor in gguf's table of names"""
+    fused: bool = False
+    """whether the gate and the other factor of an expert are one layer, in that order"""
+    dense: bool = False
+    """whether the width of MLPs is that of those beside experts"""
     single: bool = False
-    """whether a block has one sub-block; the widths of MLPs are a list, and may differ"""
+    """whether a block has one sub-block"""
+    lists: bool = False
+    """whether the widths of MLPs are a list, and may differ"""
     halves: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     """layers that are two in llama.cpp, each with half of the rows, by path; with the paths of both halves"""
     neighbours: bool = False
@@ -156,12 +164,58 @@ def _gemma_unsupported(name: str) -> Callable[[Any], Iterator[str]]:
         size = config.hidden_size // config.num_attention_heads if largest else config.head_dim
         if config.query_pre_attn_scalar != size:
             yield f"scores scaled by a query_pre_attn_scalar of {config.query_pre_attn_scalar:g} in place of {size}"
-        if name == "gemma3" and (config.attn_logit_softcapping or config.final_logit_softcapping):
+        caps = (config.attn_logit_softcapping, config.final_logit_softcapping)
+        if name == "gemma3" and any(caps):
             yield "soft caps"
+        if name == "gemma2" and not all(caps):
+            yield "a Gemma 2 without soft caps of the scores and of the logits"
         if _period(config) == 0 or (name == "gemma2" and _period(config) != 2):
             yield OTHER_ORDER
 
     return unsupported
+
+
+def _gemma4(config: Any, writer: GGUFWriter) -> None:
+    windows = [kind == SLIDING for kind in config.layer_types]
+    dims = {window: config.per_layer_config[index].head_dim for index, window in enumerate(windows)}
+    whole, near = dims[False], dims[True]
+    writer.add_key_length(whole)
+    writer.add_value_length(whole)
+    writer.add_key_length_swa(near)
+    writer.add_value_length_swa(near)
+    # Divisors of the frequencies say which dimensions are not rotated.
+    writer.add_rope_dimension_count(whole)
+    writer.add_rope_dimension_count_swa(near)
+    writer.add_rope_freq_base_swa(float(config.rope_parameters[SLIDING]["rope_theta"]))
+    writer.add_sliding_window(int(config.sliding_window))
+    writer.add_sliding_window_pattern(windows)
+    writer.add_shared_kv_layers(int(config.num_kv_shared_layers))
+    writer.add_embedding_length_per_layer_input(int(config.hidden_size_per_layer_input or 0))
+    # It caps at 30 where the file says nothing, and at none where that is zero.
+    writer.add_final_logit_softcapping(float(config.final_logit_softcapping or 0))
+
+
+def _gemma4_names(name: str) -> str:
+    """Return the tensor's name in gguf's table, where factors are those of a layer."""
+    name = name.replace(".router.per_expert_scale", ".experts.down_proj.scale")
+    return name.replace(".router.scale", ".router.proj.scale")
+
+
+def _gemma4_unsupported(config: Any) -> Iterator[str]:
+    kinds, own = config.layer_types, config.num_hidden_layers - config.num_kv_shared_layers
+    for kind in dict.fromkeys(kinds[own:]):
+        last = max(index for index in range(own) if kinds[index] == kind)
+        if last != own - (2 if kind == SLIDING else 1):
+            yield (
+                "a Gemma 4 in which the two blocks before those that read keys and values of others are not one with a "
+                "window and one without"
+            )
+    if SLIDING not in kinds:
+        yield "a Gemma 4 without blocks with a window"
+    elif config.rope_parameters[SLIDING]["rope_type"] != "default":
+        yield "scaled rotary embeddings in blocks of a Gemma 4 with a window"
+    if config.hidden_size_per_layer_input and config.vocab_size_per_layer_input != config.vocab_size:
+        yield f"a vocab_size_per_layer_input of {config.vocab_size_per_layer_input} in place of {config.vocab_size}"
 
 
 def _lfm2(config: Any, writer: GGUFWriter) -> None:
@@ -255,6 +309,16 @@ def _nemotron_h_unsupported(config: Any) -> Iterator[str]:
         yield f"a Mamba 2 with the activation {config.mamba_hidden_act}"
     if config.n_group > 1 and "moe" in kinds:
         yield f"{config.n_group} groups of experts in a Nemotron-H"
+    if config.time_step_min > SMALLEST_STEP:
+        yield f"a Mamba 2 whose steps are raised to {config.time_step_min:g}"
+
+
+def _nemotron_h_rounded(config: Any) -> Iterator[str]:
+    if config.time_step_min > 0:
+        yield (
+            f"llama.cpp does not raise the steps of a Mamba 2 to the time_step_min of {config.time_step_min:g}: where "
+            "steps are smaller, its answers differ"
+        )
 
 
 def _smollm3_unsupported(config: Any) -> Iterator[str]:
@@ -458,6 +522,18 @@ FAMILIES: dict[str, Family] = {
     "exaone4": Family(MODEL_ARCH.EXAONE4, windows=True, describe=_exaone4, unsupported=_exaone4_unsupported),
     "gemma2": Family(MODEL_ARCH.GEMMA2, **GEMMA, describe=_gemma2, unsupported=_gemma_unsupported("gemma2")),
     "gemma3_text": Family(MODEL_ARCH.GEMMA3, **GEMMA, describe=_gemma3, unsupported=_gemma_unsupported("gemma3")),
+    "gemma4_text": Family(
+        MODEL_ARCH.GEMMA4,
+        spelled=_gemma4_names,
+        fused=True,
+        dense=True,
+        lists=True,
+        activation=TANH,
+        windows=True,
+        describe=_gemma4,
+        unsupported=_gemma4_unsupported,
+        scaled=True,
+    ),
     "glm4_moe": Family(
         MODEL_ARCH.GLM4_MOE, biases=True, describe=_glm4_moe, unsupported=_glm4_moe_unsupported, scaled=True
     ),
@@ -496,9 +572,11 @@ FAMILIES: dict[str, Family] = {
         variant=lambda shapes: {"known_as": MODEL_ARCH.NEMOTRON_H_MOE} if _experts_in(shapes) else {},
         spelled=_nemotron_h_names,
         single=True,
+        lists=True,
         activation=("relu2",),
         describe=_nemotron_h,
         unsupported=_nemotron_h_unsupported,
+        rounded=_nemotron_h_rounded,
         scaled=True,
     ),
     "olmo2": Family(MODEL_ARCH.OLMO2, tied=False),
@@ -511,7 +589,7 @@ FAMILIES: dict[str, Family] = {
     "seed_oss": Family(MODEL_ARCH.SEED_OSS, biases=True, unsupported=_seed_oss_unsupported),
     "smollm3": Family(MODEL_ARCH.SMOLLM3, neighbours=True, unsupported=_smollm3_unsupported),
 }
-UNEVEN = Family(MODEL_ARCH.DECI, neighbours=True, biases=True)
+UNEVEN = Family(MODEL_ARCH.DECI, lists=True, neighbours=True, biases=True)
 """Llama's blocks with arrays of head counts and MLP widths, so that they may differ"""
 LLAMA_CPP = RUNTIMES["gguf"]
 
@@ -524,7 +602,7 @@ def family_of(decoder: Decoder) -> Family:
         raise InputError(f"{model_type} models cannot be exported to GGUF: export one of {', '.join(FAMILIES)}")
     family = replace(family, **family.variant(decoder.shapes()))
     wrong = _refused_shapes(decoder, family) or family.refusal(decoder)
-    if wrong is not None and model_type in LLAMA_CPP.uneven:
+    if wrong is not None and model_type in LLAMA_CPP.uneven and not family.lists:
         family, wrong = UNEVEN, UNEVEN.refusal(decoder)
     if wrong is not None:
         raise InputError(f"llama.cpp does not support {wrong}: the model cannot be exported to GGUF")
@@ -534,6 +612,11 @@ def family_of(decoder: Decoder) -> Family:
 def _refused_shapes(decoder: Decoder, family: Family) -> str | None:
     """Return the first property of a model's shapes that a family with equal blocks does not support, or None."""
     shapes, heads, hidden = decoder.shapes(), decoder.heads, decoder.model.config.hidden_size
+    if heads.by_block:
+        if any(not shape.kv_heads for shape in shapes):
+            return f"blocks of a {family.name} model without attention"
+        differ = len({(shape.mlp_width, shape.experts) for shape in shapes if shape.experts}) > 1
+        return f"blocks of a {family.name} model whose experts differ" if differ else None
     kinds = {(shape.mlp_width, shape.experts) for shape in shapes if shape.mlp_width or not family.single}
     # Blocks of several kinds are alike where those of each kind are.
     heads_left = {shape.kv_heads for shape in shapes if shape.kv_heads}

@@ -26,6 +26,9 @@ from optprune.models.gguf import PlainReader
 from optprune.models.registry import architecture_named
 from optprune.work import Work
 
+UNTURNED = 1e30
+"""divisor of the frequency of a dimension that is not rotated"""
+
 
 @dataclass(frozen=True, kw_only=True)
 class GgufFile(Exporter):
@@ -170,15 +173,17 @@ class _Content:
         writer.add_block_count(len(shapes))
         idle = 0 if self.family.single else IDLE_WIDTH
         widths = [self.tensors.width(shape.mlp_width or idle) for shape in shapes]
-        alike = self.family is not UNEVEN
-        writer.add_feed_forward_length(widths[0] if alike and not self.family.single else widths)
+        beside = self.tensors.width_of_shared if self.family.dense else None
+        dense = [beside() if beside and shape.experts else width for width, shape in zip(widths, shapes, strict=True)]
+        writer.add_feed_forward_length(dense if self.family.lists else dense[0])
         self._describe_heads(writer)
         if hasattr(config, "rms_norm_eps"):
             writer.add_layer_norm_rms_eps(config.rms_norm_eps)
         rotary = rotary_of(self.decoder.model.config)
         if rotary:
             turned = heads.dim - heads.keys if self.decoder.architecture.latent else heads.dim
-            writer.add_rope_dimension_count(int(turned * rotary.get("partial_rotary_factor", 1.0)))
+            if not heads.by_block:
+                writer.add_rope_dimension_count(int(turned * rotary.get("partial_rotary_factor", 1.0)))
             writer.add_rope_freq_base(float(rotary["rope_theta"]))
         if rotary.get("rope_type") == "linear":
             writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
@@ -197,7 +202,7 @@ class _Content:
         """Write the numbers and the sizes of heads into the metadata."""
         config, heads = self.decoder.model.config, self.decoder.heads
         kv = [shape.kv_heads for shape in self.decoder.shapes()]
-        queries = [count * heads.group for count in kv]
+        queries = [heads.query] * len(kv) if heads.by_block else [count * heads.group for count in kv]
         alike = self.family is not UNEVEN
         writer.add_head_count(max(queries) if alike else queries)
         if self.decoder.architecture.latent is not None:
@@ -210,22 +215,27 @@ class _Content:
             writer.add_value_length_mla(self.tensors.value_dim)
             return
         # A zero stands for a block with a recurrent mixer.
-        writer.add_head_count_kv(kv[0] if alike and all(kv) else kv)
+        writer.add_head_count_kv(kv[0] if alike and all(kv) and not heads.by_block else kv)
+        if heads.by_block:
+            return  # the family says of which sizes
         writer.add_key_length(heads.dim)
         writer.add_value_length(heads.dim)
 
     def targets(self) -> Iterator[Target]:
         """Yield the tensors of the file."""
-        if rotary_of(self.decoder.model.config).get("rope_type") == "llama3":
-            shape = (self.decoder.heads.dim // 2,)
-            yield Target("rope_freqs.weight", shape, (), computed=self._factors)
+        config, heads = self.decoder.model.config, self.decoder.heads
+        if heads.by_block:
+            factors = proportions(config)
+            yield Target("rope_freqs.weight", tuple(factors.shape), (), computed=lambda: factors)
+        elif rotary_of(config).get("rope_type") == "llama3":
+            yield Target("rope_freqs.weight", (heads.dim // 2,), (), computed=self._factors)
         yield from self.tensors.targets()
 
     def notes(self, targets: Sequence[Target]) -> tuple[str, ...]:
         """Return sentences that the user of the file should read."""
         shapes, config = self.decoder.shapes(), self.decoder.model.config
         found = list(self.family.rounded(config))
-        if any(shape.kv_heads and shape.value_dim != self.tensors.value_dim for shape in shapes):
+        if any(shape.kv_heads and self.tensors.missing(shape) for shape in shapes):
             found.append("removed value dimensions are filled with zeros, so they do not make the file smaller")
         file, width = self.tensors.file, self.tensors.width
         odd = sorted({shape.mlp_width for shape in shapes if width(shape.mlp_width) != shape.mlp_width})
@@ -261,6 +271,17 @@ class _Content:
         exponents = torch.arange(0, self.decoder.heads.dim, 2, dtype=torch.float64) / self.decoder.heads.dim
         plain = float(rotary_of(self.decoder.model.config)["rope_theta"]) ** -exponents
         return plain / scaled.double()
+
+
+def proportions(config: Any) -> Tensor:
+    """Return the divisors of the rotary frequencies of blocks that see all tokens, for a part of each head."""
+    rotary, dim = rotary_of(config), config.per_layer_config["full_attention"].head_dim
+    share, factor = (rotary.get(name, 1.0) for name in ("partial_rotary_factor", "factor"))
+    scaled = rotary["rope_type"] == "proportional"
+    turned = int(share * dim // 2) if scaled else dim // 2
+    divisors = torch.full((dim // 2,), UNTURNED)
+    divisors[:turned] = factor if scaled else 1.0
+    return divisors
 
 
 def _is_plain(target: Target) -> bool:

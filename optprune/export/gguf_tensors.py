@@ -14,8 +14,9 @@ from optprune.errors import InputError
 from optprune.export.gguf_families import Family
 from optprune.export.gguf_types import SMALL_BLOCK, Choice, FileType
 from optprune.models import Decoder
-from optprune.models.architecture import BlockShape, rows_of_heads
+from optprune.models.architecture import GATED, BlockShape, rows_of_heads
 from optprune.models.checkpoint import Checkpoint, InFiles
+from optprune.models.mixture import FUSED
 from optprune.models.skeleton import with_model_names
 
 IDLE_WIDTH = 32
@@ -51,7 +52,7 @@ class Target:
         if not tensors:
             return torch.zeros(self.shape)
         parts = [self.rows(self.columns(tensor)) for tensor in tensors]
-        return parts[0] if len(self.shape) == parts[0].ndim else torch.stack(parts)
+        return parts[0] if len(self.shape) == parts[0].ndim else torch.stack(parts).reshape(self.shape)
 
     def make(self) -> Tensor:
         """Return the tensor of the file."""
@@ -66,7 +67,9 @@ class Target:
         if self.turned or len(self.shape) < 2 or not layers or not all(layer in squares for layer in layers):
             return None
         every = [self.columns(squares[layer][None])[0] for layer in layers]
-        return every[0] if len(self.shape) == 2 else torch.stack(every)
+        # Layers of an expert that are one in the file read the same input.
+        united = max(1, len(every) // self.shape[0])
+        return every[0] if len(self.shape) == 2 else torch.stack(every[::united])
 
     @property
     def bytes(self) -> int:
@@ -122,6 +125,10 @@ class Tensors:
             return self.decoder.heads.dim
         return max(shape.value_dim for shape in self.decoder.shapes())
 
+    def missing(self, own: BlockShape) -> int:
+        """Return the value dimensions of a head that are zeros in the file, for a block of a shape with attention."""
+        return 0 if self.decoder.heads.by_block else self.value_dim - own.value_dim
+
     def targets(self) -> list[Target]:
         """Return all tensors in the order of the checkpoint, matrices of experts last."""
         found, heads = list(self._untyped()), self.decoder.heads
@@ -135,17 +142,21 @@ class Tensors:
 
     def _untyped(self) -> Iterator[Target]:
         """Yield all tensors, without their types."""
-        experts, found = dict[str, dict[int, Target]](), self._stored()
+        experts, found = dict[str, dict[int, list[Target]]](), self._stored()
         for name, stored in found.items():
             every, number = self._split_expert(name)
             if every:
-                experts.setdefault(every, {})[number] = self._target(name, stored, self._name(every))
+                every = self._united(every)
+                own = experts.setdefault(every, {}).setdefault(number, [])
+                own.append(self._target(name, stored, self._name(every)))
             else:
                 yield from self._targets(name, stored)
         for numbered in experts.values():
-            each = [numbered[number] for number in range(len(numbered))]
+            each = [one for number in range(len(numbered)) for one in numbered[number]]
             sources = tuple(source for one in each for source in one.sources)
-            yield replace(each[0], shape=(len(each), *each[0].shape), sources=sources)
+            rows, *columns = each[0].shape
+            shape = (len(numbered), rows * len(each) // len(numbered), *columns)
+            yield replace(each[0], shape=shape, sources=sources)
         embeddings = self._embeddings(found)
         if embeddings is not None:
             name, stored = embeddings
@@ -189,6 +200,11 @@ class Tensors:
         number, _, rest = after.partition(".")
         return (f"{before}{found}{rest}", int(number)) if found else ("", 0)
 
+    def _united(self, every: str) -> str:
+        """Return the common name of an expert's matrix, which may be that of two of its layers."""
+        layer = every.split(".")[-2]
+        return every.replace(f".{layer}.", f".{FUSED}.") if self.family.fused and layer in GATED[:2] else every
+
     def _targets(self, name: str, stored: InFiles) -> Iterator[Target]:
         """Yield the tensors of the file from one of the model, which are two where llama.cpp has two layers of one."""
         architecture, (path, block) = self.decoder.architecture, self._path(name)
@@ -214,7 +230,7 @@ class Tensors:
         """Yield the keys and the values that one layer makes of a low-rank vector, head by head."""
         architecture, sources = self.decoder.architecture, ((name, stored),)
         _, key, value = rows_of_heads(architecture.joined, self.decoder.heads, own, torch.device("cpu"))
-        both, rank, missing = self._name(name), stored.shape[1], self.value_dim - own.value_dim
+        both, rank, missing = self._name(name), stored.shape[1], self.missing(own)
         # llama.cpp multiplies the queries by the keys' matrix, and takes the low-rank vectors for its keys.
         yield Target(
             both.replace("_kv_", "_k_"),
@@ -289,7 +305,7 @@ class Tensors:
     def _of_heads(self, path: str, own: BlockShape, target: Target) -> Target:
         """Return a tensor with the rows or columns of heads in llama.cpp's layout."""
         architecture, heads, shape = self.decoder.architecture, self.decoder.heads, target.shape
-        missing = self.value_dim - own.value_dim
+        missing = self.missing(own)
         if path == architecture.output and missing and own.kv_heads and len(shape) == 2:
 
             def wider(tensor: Tensor) -> Tensor:
@@ -322,17 +338,19 @@ class Tensors:
         width = self.width(IDLE_WIDTH)
         wide = (width, hidden)
         shapes = {"ffn_norm": (hidden,), "ffn_gate": wide, "ffn_up": wide, "ffn_down": wide[::-1]}
+        if gguf.MODEL_TENSOR.FFN_POST_NORM in gguf.MODEL_TENSORS[self.family.known_as]:
+            shapes["post_ffw_norm"] = (hidden,)
         for name, shape in shapes.items():
             yield Target(f"blk.{block}.{name}.weight", shape, ())
 
     def _name(self, name: str) -> str:
-        mixture = self.decoder.architecture.mixture
-        there = name
+        architecture, there = self.decoder.architecture, name
+        mixture = architecture.mixture
         if mixture is not None and mixture.correction and name.endswith(f".{mixture.correction}"):
             there = f"{name.removesuffix('_bias')}.bias"
-        if name.endswith(tuple(f".{own}" for own in self.decoder.architecture.per_head)):
+        if name.endswith(tuple(f".{own}" for own in (*architecture.per_head, *architecture.buffers))):
             there = f"{name}.weight"
-        known = self.names.get_name(self.family.spelled(there), try_suffixes=(".weight", ".bias"))
+        known = self.names.get_name(self.family.spelled(there), try_suffixes=(".weight", ".bias", ".scale"))
         if known is None:
             raise InputError(f"llama.cpp does not support the tensor {name} of {self.checkpoint.source}")
         return known

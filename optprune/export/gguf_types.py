@@ -80,7 +80,7 @@ ROLES = {
 BLOCK = re.compile(r"blk\.(\d+)\.(.+)")
 EXACT = ("ffn_gate_inp.weight", "shortconv.conv.weight", "ssm_conv1d.weight", "ssm_norm.weight")
 """matrices that stay float32"""
-PLAIN = ("position_embd.weight", "token_types.weight")
+PLAIN = ("position_embd.weight", "token_types.weight", "per_layer_model_proj.weight")
 """matrices that are never quantised"""
 
 

@@ -229,11 +229,11 @@ class Mixture(MlpKind):
     """
 
     module: str = "mlp"
-    """the sub-module that routes and adds up"""
+    """the sub-module that routes and adds up; empty where the block does it itself"""
     experts: str = "mlp.experts"
     """the module that holds the experts"""
     router: str = "mlp.gate"
-    """the module whose weight has a row for each expert"""
+    """the module that chooses the experts of each token"""
     count: str = "num_experts"
     """the config field that holds the number of experts"""
     chosen: str = "num_experts_per_tok"
@@ -273,9 +273,25 @@ class Mixture(MlpKind):
     """function of the stock module and of the outputs of an expert's layers before the last that returns the hidden
     units"""
     rows: tuple[str, ...] = ("weight",)
-    """the router's parameters that have a row for each expert, without the correction"""
+    """the router's parameters that have a row for each expert, without the correction; its weight first"""
+    scored: str = ""
+    """the module whose output the logits are; empty for the router, whose first output they are"""
+    factors: str = ""
+    """the router's parameter with a factor of each expert's answers, beside the weights; one of `rows`"""
+    normed: str = ""
+    """the norm between the states that the router reads and those that the experts read, where there is one"""
     quantised: tuple[str, ...] = ()
     """the methods by which checkpoints may store the experts in few bits, which are read into floats"""
+
+    @property
+    def entry(self) -> str:
+        """The module that is called with the states of the tokens that are routed."""
+        return self.module or self.router
+
+    @property
+    def weight(self) -> str:
+        """The router's matrix with a row for each expert."""
+        return f"{self.router}.{self.rows[0]}"
 
     def stages(self, count: int) -> tuple[tuple[str, ...], ...]:
         """Return the linear layers of so many experts, grouped by those that run together."""
@@ -392,7 +408,9 @@ class Architecture:
     after_blocks: tuple[str, ...]
     """paths from the model to the modules between the last block and the head, where a model has them"""
     stages: tuple[tuple[str, ...], ...]
-    """the linear layers in the order of the forward pass; those of one stage and one module read the same input"""
+    """the linear layers in the order of the forward pass; those of one stage and one module read the same input
+
+    Those of experts come last, or in place of an empty stage."""
     mlp_producers: tuple[str, ...]
     """the layers whose rows are MLP units"""
     mlp_consumer: str
@@ -500,7 +518,9 @@ class Architecture:
         own = self.by_config(config)
         found = replace(self, **own) if own else self
         further = tuple(stage for kind in found.mlp_kinds for stage in kind.stages_by(config))
-        return replace(found, stages=found.stages + further) if further else found
+        place = found.stages.index(()) if () in found.stages else len(found.stages)
+        behind = found.stages[place + 1 :]
+        return replace(found, stages=found.stages[:place] + further + behind) if further else found
 
     @property
     def alike(self) -> str:

@@ -114,10 +114,14 @@ def double_widths(config: PretrainedConfig) -> list[int]:
 
 def fields_of_gemma4(config: PretrainedConfig) -> dict[str, Any]:
     """Return what a config of Gemma 4 leaves out of its blocks, and which of its fields must be off."""
-    fields: dict[str, Any] = {} if config.hidden_size_per_layer_input else {"stages": LLAMA.stages}
+    experts = config.enable_moe_block
+    mlps, beside = ((),) if experts else LLAMA.stages[2:], GEMMA4.stages[4:]
+    stages = (*LLAMA.stages[:2], *mlps, *(beside if config.hidden_size_per_layer_input else ()))
     # Among tokens of text alone, "vision" says nothing.
-    both = ("use_bidirectional_attention",) if config.use_bidirectional_attention == "all" else ()
-    return fields | {"off": (*both, "enable_moe_block")}
+    off = ("use_bidirectional_attention",) if config.use_bidirectional_attention == "all" else ()
+    # The MLP beside the experts has one width in all blocks.
+    off += ("use_double_wide_mlp",) if experts and max(double_widths(config)) > 1 else ()
+    return {**(GEMMA4_EXPERTS if experts else {}), "stages": stages, "off": off}
 
 
 def equal_heads(config: PretrainedConfig) -> Heads:
@@ -321,6 +325,29 @@ GEMMA4 = replace(
         **{"config": "TextConfig", "block": "TextDecoderLayer", "attention": "TextAttention"},
     ),
 )
+# Experts beside the MLP, behind a norm of their own, and a router with one without weights.
+GEMMA4_EXPERTS: dict[str, Any] = {
+    **{"mlp_producers": (), "mlp_consumer": "", "mlp_width": "moe_intermediate_size"},
+    "mlp_parts": (
+        *("pre_feedforward_layernorm", "mlp", "post_feedforward_layernorm_1", "router", "pre_feedforward_layernorm_2"),
+        *("experts", "post_feedforward_layernorm_2", "post_feedforward_layernorm"),
+    ),
+    "mixture": Mixture(
+        module="",
+        experts="experts",
+        router="router",
+        chosen="top_k_experts",
+        shared="mlp",
+        shared_width="intermediate_size",
+        normalised=lambda config: True,
+        layout=ExpertTensors(in_files=True),
+        rows=("proj.weight", "per_expert_scale"),
+        scored="router.proj",
+        factors="per_expert_scale",
+        normed="pre_feedforward_layernorm_2",
+    ),
+    **{"wide": lambda config: (), "recoverable": ()},
+}
 # Multipliers of the embeddings, the attention scores, the residual branches and the logits.
 GRANITE = replace(
     LLAMA,

@@ -16,7 +16,7 @@ from optprune.models.checkpoint import Checkpoint, check_finite, check_weights_f
 from optprune.models.decoder import Decoder
 from optprune.models.draft import Draft
 from optprune.models.gguf import GgufTensor, converted, gguf_config, tensors_in
-from optprune.models.quantised import Quantisation
+from optprune.models.quantised import Quantisation, stated
 from optprune.models.registry import architecture_named, architecture_of, check_config
 from optprune.models.skeleton import check_whole, fill, skeleton
 from optprune.models.sources import CONVERT, NO_CODE, cause, is_gguf, locate, reading
@@ -247,7 +247,11 @@ def _config(
     check_weights_named(config, source)
     # What is read, and saved, are floats.
     stored = vars(config).pop(QUANTISED, None) if whole is None else whole.fields.get(QUANTISED)
-    if stored is None or options:
+    if options:
+        return config, None
+    with reading("config", source, where, options):
+        stored = stated(stored, where)
+    if stored is None:
         return config, None
     quantised = Quantisation.of(stored)
     quantised.check(source, () if architecture.mixture is None else architecture.mixture.quantised)

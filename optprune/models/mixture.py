@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from optprune.models.architecture import GATED, ExpertTensors, Mixture
 from optprune.models.surgery import as_buffers, as_parameters
+from optprune.numerics.tensors import first_output
 
 GATE, UP, DOWN = GATED
 FUSED = "gate_up_proj"
@@ -179,6 +180,55 @@ class SeparateExperts(nn.ModuleDict):
         return self[str(number)].get_parameter(name).detach()
 
 
+class RoutedExperts(nn.Module):
+    """The router and the experts of a block that has no module for both: the sum of the experts' weighted outputs."""
+
+    def __init__(self, block: nn.Module, mixture: Mixture) -> None:
+        super().__init__()
+        self.router, self.experts = block.get_submodule(mixture.router), block.get_submodule(mixture.experts)
+        self.normed = block.get_submodule(mixture.normed) if mixture.normed else nn.Identity()
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Return the sum for each of the states [tokens, hidden] that the router reads."""
+        _, weights, chosen = self.router(tokens)
+        return self.experts(self.normed(tokens), chosen, weights)
+
+
+def mixture_of(block: nn.Module, mixture: Mixture) -> nn.Module:
+    """Return the module of a block that routes and adds up."""
+    return block.get_submodule(mixture.module) if mixture.module else RoutedExperts(block, mixture)
+
+
+def read_by_experts(block: nn.Module, mixture: Mixture, tokens: Tensor) -> Tensor:
+    """Return the states [tokens, hidden] that the experts read, from those that the router reads."""
+    return block.get_submodule(mixture.normed)(tokens) if mixture.normed else tokens
+
+
+def scoring(block: nn.Module, mixture: Mixture) -> nn.Module:
+    """Return the module of a block whose first output the logits of the experts are."""
+    return block.get_submodule(mixture.scored or mixture.router)
+
+
+def logits_of(block: nn.Module, mixture: Mixture, tokens: Tensor) -> Tensor:
+    """Return the logits [tokens, experts] of the states that the router reads."""
+    seen = list[Tensor]()
+    handle = scoring(block, mixture).register_forward_hook(lambda _, __, output: seen.append(first_output(output)))
+    try:
+        block.get_submodule(mixture.router)(tokens)
+    finally:
+        handle.remove()
+    return seen[0]
+
+
+def answer_factors(block: nn.Module, mixture: Mixture, scale: float) -> Tensor:
+    """Return what each expert's answers are multiplied by beside the router's weights [experts]."""
+    router = block.get_submodule(mixture.router)
+    if mixture.factors:
+        return scale * router.get_parameter(mixture.factors).detach().double()
+    rows = router.get_parameter(mixture.rows[0])
+    return torch.full((len(rows),), scale, dtype=torch.float64, device=rows.device)
+
+
 def separate(block: nn.Module, mixture: Mixture) -> None:
     """Make the experts of a block separate modules that share memory with the stock tensors, if they are not yet.
 
@@ -206,7 +256,8 @@ def keep_experts(block: nn.Module, mixture: Mixture, kept: Tensor) -> None:
     assert isinstance(experts, SeparateExperts)
     experts.keep(kept)
     for name, rows in _rows(router, mixture).items():
-        router._parameters[name] = nn.Parameter(rows.detach()[kept.to(rows.device)].contiguous(), rows.requires_grad)
+        chosen = rows.detach()[kept.to(rows.device)].contiguous()
+        _put_rows(router, {name: nn.Parameter(chosen, rows.requires_grad)})
     router.num_experts = experts.count  # type: ignore[assignment]  # a number of the stock router's
 
 
@@ -222,12 +273,14 @@ def only_experts(block: nn.Module, mixture: Mixture, kept: Tensor) -> Iterator[N
     finally:
         experts.clear()
         experts.update(modules)
-        router._parameters.update(rows)
+        _put_rows(router, rows)
         router.num_experts = count  # type: ignore[assignment]  # a number of the stock router's
 
 
 def experts_in(block: nn.Module, mixture: Mixture) -> nn.Module | None:
     """Return the module that holds the experts of a block; None where its MLP is removed, or of another kind."""
+    if not mixture.module:
+        return block._modules.get(mixture.experts)
     mlp: Any = block._modules[mixture.module]
     return None if mlp is None else mlp._modules.get(mixture.experts.removeprefix(f"{mixture.module}."))
 
@@ -236,3 +289,13 @@ def _rows(router: nn.Module, mixture: Mixture) -> dict[str, nn.Parameter]:
     """Return the parameters of a router that have a row for each expert, by name."""
     names = (*mixture.rows, *((mixture.correction,) if mixture.correction else ()))
     return {name: router.get_parameter(name) for name in names}
+
+
+def _put_rows(router: nn.Module, rows: Mapping[str, nn.Parameter]) -> None:
+    """Give a router these parameters, by name."""
+    for name, parameter in rows.items():
+        path, _, own = name.rpartition(".")
+        holder = router.get_submodule(path)
+        holder._parameters[own] = parameter
+        if isinstance(holder, nn.Linear):
+            holder.out_features = len(parameter)

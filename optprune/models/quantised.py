@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from optprune.errors import InputError
-from optprune.models.checkpoint import Checkpoint, InFiles, StoredTensor, is_plain
+from optprune.models.checkpoint import Checkpoint, InFiles, StoredTensor, is_plain, own_or_cached
 from optprune.models.mxfp4 import float_pairs, is_packed, paired
+from optprune.system.files import read_json
 from optprune.system.wording import either, shown
 
 Parts = Mapping[str, Tensor]
@@ -26,6 +27,10 @@ UNUSED = (".input_scale", ".input_global_scale", ".activation_scale", ".k_scale"
 """endings of tensors that quantise activations, which stay floats here"""
 NVFP4_GROUP = 16
 """the columns that share a scale in NVFP4"""
+FP8_BLOCK = (128, 128)
+"""the rows and columns that share a scale in FP8 by blocks, where the config does not say it"""
+BESIDE = "hf_quant_config.json"
+"""the file in which ModelOpt says how a model is quantised, in older folders there alone"""
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """the order of columns in a packed word of AWQ, from its lowest bits"""
 
@@ -90,6 +95,8 @@ class ScaledFormat(Format):
 
     def _block(self, shape: tuple[int, int], scales: tuple[int, ...]) -> tuple[int, int]:
         """Return the rows and columns that share a scale; ValueError for another number of scales."""
+        if len(scales) == 4 and scales[1::2] == (1, 1):  # ModelOpt's, of blocks that are dimensions of the matrix
+            scales = scales[::2]
         if scales in ((), (1,), (1, 1)):
             return shape
         if self.block is not None:
@@ -296,6 +303,18 @@ class QuantisedTensor:
         return found if self.taken is None else found[self.taken.start : self.taken.stop : self.taken.step].clone()
 
 
+def stated(config: Any, where: str) -> Any:
+    """Return a model's quantization_config, or what ModelOpt says of it in a file of its own; None without either."""
+    file = own_or_cached(where, BESIDE) if config is None else None
+    if file is None:
+        return config
+    told = read_json(Path(file).read_text(encoding="utf-8"), BESIDE)
+    fields = told.get("quantization") if isinstance(told, dict) else None
+    if not isinstance(fields, dict):
+        raise InputError(f"{BESIDE} does not say how the model is quantised: correct it, or fetch it again")
+    return {"quant_method": "modelopt", **fields} if fields.get("quant_algo") is not None else None
+
+
 @dataclass(frozen=True)
 class Quantisation:
     """The method by which a checkpoint is quantised, as its config says."""
@@ -372,7 +391,7 @@ def _fp8(fields: Mapping[str, Any]) -> tuple[Format, ...]:
     """Return the formats of FP8 with scales of blocks, as in DeepSeek V3 (arXiv 2412.19437)."""
     if fields.get("expert_dtype", "fp8") != "fp8" or fields.get("scale_fmt", "float") not in ("float", "ue8m0", None):
         raise InputError("with experts in another format than FP8, or scales in one that is not known")
-    block = fields.get("weight_block_size", (128, 128))
+    block = fields.get("weight_block_size", FP8_BLOCK)
     return (ScaledFormat(None if block is None else (int(block[0]), int(block[1]))),)
 
 
@@ -409,11 +428,13 @@ def _scaled_block(weights: Mapping[str, Any]) -> tuple[int, int] | None:
 
 
 def _modelopt(fields: Mapping[str, Any]) -> tuple[Format, ...]:
-    """Return the formats of ModelOpt: FP8 with a scale for the matrix or for each row, and NVFP4."""
+    """Return the formats of ModelOpt: FP8 with a scale for the matrix, each row or each block, and NVFP4."""
     algorithm = str(fields["quant_algo"]).upper()
     group = next(iter(fields.get("config_groups", {"": {}}).values())).get("weights", {}).get("group_size")
     if algorithm == "NVFP4":
-        return (ModelOptPairs(int(group or NVFP4_GROUP)),)
+        return (ModelOptPairs(int(group or fields.get("group_size") or NVFP4_GROUP)),)
+    if algorithm == "FP8_PB_WO":
+        return (ScaledFormat(FP8_BLOCK),)
     if algorithm in ("FP8", "FP8_PER_CHANNEL_PER_TOKEN"):
         return (ScaledFormat(),)
     raise InputError(f"by the algorithm {shown(algorithm)}")

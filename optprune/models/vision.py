@@ -28,7 +28,7 @@ from optprune.models.pruned import (
     modeling_pruned_mistral3,
     modeling_pruned_qwen3_vl,
 )
-from optprune.models.quantised import Quantisation
+from optprune.models.quantised import Quantisation, stated
 from optprune.models.sources import NO_CODE
 from optprune.system.files import read_json
 
@@ -200,7 +200,7 @@ class VisionFolder:
     @property
     def quantisation(self) -> Quantisation | None:
         """The method by which the language part is quantised, if it is."""
-        stored = self.fields.get(QUANTISED)
+        stored = stated(self.fields.get(QUANTISED), self.where)
         return None if stored is None else Quantisation.of(stored)
 
     def checkpoint(self) -> Checkpoint:

@@ -25,6 +25,7 @@ from optprune.recipe.recipe import Recipe, allocator_of
 
 NARROW_MLPS = "prune with --units mlp, as --recipe structured_uniform_best does"
 LAYERS = "remove whole layers, --recipe depth --set allocation.parts=layers"
+MLPS_ALONE = "remove MLPs alone, --set allocation.parts=mlp"
 ALIKE = "let all blocks keep the same, --allocation uniform"
 FIXED = ("default", "linear", "llama3", "yarn")
 """the scalings of rotary embeddings whose angles do not go by the length of the text"""
@@ -52,6 +53,8 @@ class Runtime:
     """whether it loads other models of transformers, as drafts describe them"""
     uneven: tuple[str, ...] = ()
     """the families whose blocks may differ in shape, lack a sub-block, or have fewer value dimensions than key ones"""
+    attending: tuple[str, ...] = ()
+    """those of them in which every block must have attention"""
     ordered: tuple[str, ...] = ()
     """the families of which it takes all blocks only: what a block does goes by its number there"""
     fewer_heads: tuple[str, ...] = tuple(name for name, one in ARCHITECTURES.items() if one.head_dim_is_free)
@@ -84,6 +87,9 @@ class Runtime:
                 f"the target {self.name} sets the attention of a {decoder.architecture.model_type} block by the "
                 "block's number, so no block can be removed: prune units mlp or weights, or choose another target"
             )
+        search = recipe.allocation if isinstance(recipe.allocation, DepthSearch) else None
+        if search is not None and search.parts != "mlp" and decoder.architecture.model_type in self.attending:
+            raise InputError(f"the target {self.name} does not take {self._without_attention(decoder)}")
         if allocation is None and not self._may_differ(decoder):
             recipe = self._alike(recipe, decoder, notes)
         if allocation is None:
@@ -97,6 +103,9 @@ class Runtime:
             notes.append(self.of_zeros)
         return recipe, tuple(notes)
 
+    def _without_attention(self, decoder: Decoder) -> str:
+        return f"{decoder.architecture.model_type} blocks without attention: {MLPS_ALONE}"
+
     def refuses(self, before: Decoder, shapes: Sequence[BlockShape]) -> str | None:
         """Return why it does not load a model with these blocks, and what it would load; None where it loads them.
 
@@ -104,6 +113,8 @@ class Runtime:
         """
         left = [shape for shape in shapes if shape.parts or before.architecture.stays]
         wrong = None if self._may_differ(before) else self._refuses_shapes(before, left)
+        if before.architecture.model_type in self.attending and any(not shape.kv_heads for shape in left):
+            wrong = self._without_attention(before)
         known = {shape.mlp_width for shape in before.shapes()}
         odd = sorted({shape.mlp_width for shape in left if shape.mlp_width % self.multiple} - known)
         if wrong is None and odd and self.must:
@@ -153,7 +164,8 @@ class Runtime:
         return None
 
     def _may_differ(self, decoder: Decoder) -> bool:
-        return decoder.architecture.model_type in self.uneven
+        # Of experts it takes one number and one width.
+        return decoder.architecture.model_type in self.uneven and decoder.architecture.mixture is None
 
     def _drafted(self, decoder: Decoder) -> bool:
         """Return whether a model is read by a draft and the runtime loads such models."""
@@ -255,15 +267,17 @@ RUNTIMES = {
             families=tuple(
                 name
                 for name, one in ARCHITECTURES.items()
-                if name not in ("opt", *NOT_TRIED) or name in ("granitemoehybrid", "lfm2", "nemotron_h")
+                if name not in ("opt", *NOT_TRIED) or name in ("gemma4_text", "granitemoehybrid", "lfm2", "nemotron_h")
             ),
             rotary=("default", "linear", "llama3"),
             rotary_of={
                 **dict.fromkeys((*LATENT, "ministral3"), ("default", "yarn")),
+                "gemma4_text": ("default", "proportional"),
                 "gpt_oss": ("default", "linear", "llama3", "yarn"),
             },
-            # Its architecture deci has Llama's blocks.
-            uneven=("llama", "mistral", "qwen2"),
+            # Its architecture deci has Llama's blocks; gemma4 has a list of widths.
+            uneven=("gemma4_text", "llama", "mistral", "qwen2"),
+            attending=("gemma4_text",),
             ordered=("exaone4", "gemma2", "gemma3_text", "gpt_oss", "smollm3"),
             # Where it takes heads and hidden size to be what the file says, each for itself.
             fewer_heads=(

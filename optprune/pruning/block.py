@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from optprune.calibration import BlockMoments, Path, Stream, Visit, calibrating
-from optprune.calibration.calls import Calls, Wanted, calls_of, expert_choice
+from optprune.calibration.calls import Calls, Wanted, expert_choice, mixture_calls
 from optprune.calibration.moments_pass import Collected
 from optprune.errors import InputError, OptpruneError, StrictError
 from optprune.measure.memory import release
@@ -195,9 +195,7 @@ class _BlockRun:
     def choose_experts(self) -> None:
         """Remove whole experts, chosen by the inputs of the mixture."""
         decoder, task = self.decoder, self.task
-        mixture = decoder.architecture.mixture
-        assert mixture is not None
-        calls = calls_of(decoder.blocks[task.index], mixture.module, task.path.actual)
+        calls = mixture_calls(decoder, task.index, task.path.actual)
         fit, apart = calls.split(task.held_out)
         report = remove_experts(decoder, task.index, task.block.wanted.shape.experts, task.method, fit, apart)
         self.layers.append(report)

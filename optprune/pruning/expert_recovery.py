@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from optprune.calibration.calls import Calls
 from optprune.calibration.partial_sums import OrderedSum, TensorSums
 from optprune.models import Decoder
-from optprune.models.mixture import DOWN, SeparateExperts, experts_in
+from optprune.models.mixture import DOWN, SeparateExperts, experts_in, mixture_of
 from optprune.models.surgery import write
 from optprune.numerics.linalg import cholesky, solve_lower, solve_upper
 from optprune.numerics.tensors import first_output
@@ -66,7 +66,7 @@ def recover_experts(
     began, mixture = time.perf_counter(), decoder.architecture.mixture
     assert mixture is not None
     block = decoder.blocks[index]
-    module, experts = block.get_submodule(mixture.module), experts_in(block, mixture)
+    module, experts = mixture_of(block, mixture), experts_in(block, mixture)
     assert isinstance(experts, SeparateExperts)
     loss = ModuleLoss(module, fit, apart, None)
     before, held_out_before = loss.error(fit), loss.error(apart)
@@ -79,7 +79,7 @@ def recover_experts(
             break
     signal, held_out_signal = loss.signal(fit), loss.signal(apart)
     return RecoveredPart(
-        name=decoder.name(index, mixture.module),
+        name=decoder.name(index, mixture.module) if mixture.module else decoder.block_name(index),
         layers=tuple(f"experts.{number}.{DOWN}" for number in range(experts.count)),
         error_before=relative(before, signal),
         error_after=relative(loss.error(fit) if kept else before, signal),

@@ -23,7 +23,7 @@ from tests.helpers.mixed_models import narrow
 
 SOME_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 48}
 FULL, SLIDING = ["full_attention"], ["sliding_attention"]
-FIXED_HEADS = ("exaone4", "gpt2", "gpt_neox", "lfm2", "olmo2", "olmoe", "phi3", "qwen2_moe")
+FIXED_HEADS = ("exaone4", "gemma4_text", "gpt2", "gpt_neox", "lfm2", "olmo2", "olmoe", "phi3", "qwen2_moe")
 """of which all stay: their sizes add up to the hidden size there, or one norm goes over them"""
 
 
@@ -43,7 +43,8 @@ def test_units_that_are_gone(family: str, tmp_path: Path) -> None:
     """MLP units, and experts, value dimensions, and where they may be fewer there, heads."""
     model = made(family)
     heads = {} if family in FIXED_HEADS else {KvGroups(): 1}
-    folder = saved(cut(model, {**heads, Values(): 12, Mlp(): 96}), tmp_path / "model")
+    values = {} if family == "gemma4_text" else {Values(): 12}
+    folder = saved(cut(model, {**heads, **values, Mlp(): 96}), tmp_path / "model")
     other = {"gemma3_text": "gemma3", "nemotron_h": "nemotron_h_moe"}
     check_alike(folder, other.get(family, FAMILIES[family].name))
 
@@ -186,6 +187,20 @@ def test_a_nemotron_h_without_some_of_its_blocks(tmp_path: Path) -> None:
     assert fields["nemotron_h.feed_forward_length"].contents() == [0, 128, 128, 0, 128]
 
 
+def test_steps_that_it_does_not_raise_are_told(tmp_path: Path) -> None:
+    """Where all of a block are under the bound its answers differ; in the other tests none is, and they agree."""
+    model = made("nemotron_h")
+    with torch.no_grad():
+        for name, bias in model.named_parameters():
+            if name.endswith("dt_bias"):
+                bias.fill_(-40.0)
+    folder = saved(model, tmp_path / "model")
+    written = export(folder, tmp_path / "model.gguf", GgufFile(kind="f32"))
+    [note] = written.notes
+    assert note.startswith("llama.cpp does not raise the steps of a Mamba 2 to the time_step_min of 0.001")
+    assert apart(written.path, expected_of(folder, PROMPT)[0], PROMPT) > 1e-2
+
+
 def test_states_of_a_mamba2_stay_float32(tmp_path: Path) -> None:
     file = export(saved(made("nemotron_h"), tmp_path / "model"), tmp_path / "model.gguf", GgufFile(kind="q8_0")).path
     kinds = {tensor.name: tensor.tensor_type for tensor in gguf.GGUFReader(file).tensors}
@@ -298,6 +313,8 @@ def test_a_file_of_the_model_without_its_head(tmp_path: Path) -> None:
             {**GROUPS, "topk_group": 1, "topk_method": "group_limited_greedy"},
             "groups of experts that are",
         ),
+        ("gemma2", {"attn_logit_softcapping": None}, "a Gemma 2 without soft caps of the scores and of the logits"),
+        ("gemma2", {"final_logit_softcapping": None}, "a Gemma 2 without soft caps of the scores and of the logits"),
         ("deepseek_v2", {"mlp_bias": True}, "biases of linear layers, as model.layers.0.mlp.gate_proj.bias"),
         ("deepseek_v3", {"attention_bias": True}, "biases of linear layers, as model.layers.0.self_attn.q_a_proj.bias"),
         ("deepseek_v3", {"num_hidden_layers": 27}, "queries of low rank in a model with latent attention of 27 blocks"),
@@ -348,6 +365,7 @@ def test_a_file_of_the_model_without_its_head(tmp_path: Path) -> None:
         ("granitemoehybrid", {"mamba_conv_bias": False}, "a Mamba 2 whose convolution has no bias"),
         ("granitemoehybrid", {**SOME_EXPERTS, "layer_types": FULL * 4}, "a Granite 4 with experts and without Mamba 2"),
         ("granitemoehybrid", {"mamba_expand": 1}, "a mamba_expand of 1 in a Granite 4"),
+        ("nemotron_h", {"time_step_min": 0.01}, "a Mamba 2 whose steps are raised to 0.01"),
         ("granitemoehybrid", {"time_step_limit": (0.0, 0.1)}, "a Mamba 2 whose steps are limited to 0 to 0.1"),
         ("lfm2", {"conv_bias": True}, "biases of linear layers, as model.layers.0.conv.in_proj.bias"),
         ("lfm2", {"layer_types": FULL * 4}, "an LFM2 without short convolutions"),

@@ -857,8 +857,8 @@ FAULTS = [
     Fault(
         "GGUF: experts in the order of words",
         "export/gguf_tensors.py",
-        "[numbered[number] for number in range(len(numbered))]",
-        "[numbered[number] for number in sorted(numbered, key=str)]",
+        "for number in range(len(numbered)) for one in numbered[number]]",
+        "for number in sorted(numbered, key=str) for one in numbered[number]]",
         "export/test_gguf_file.py",
     ),
     Fault(

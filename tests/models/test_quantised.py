@@ -1,6 +1,7 @@
 """Quantised checkpoints: the weights that their numbers and scales stand for, in memory and from files."""
 
 import copy
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,10 @@ FORMATS: dict[str, tuple[Quantise, dict[str, Any]]] = {
     "nvfp4": (nvfp4, compressed("nvfp4-pack-quantized", num_bits=4, type="float", group_size=GROUP)),
     "modelopt, nvfp4": (modelopt_nvfp4, {"quant_method": "modelopt", "quant_algo": "NVFP4"}),
     "modelopt, fp8": (fp8_rows(torch.float32, one=True), {"quant_method": "modelopt", "quant_algo": "FP8"}),
+    "modelopt, fp8 by blocks": (
+        fp8((128, 128), ".weight_scale"),
+        {"quant_method": "modelopt", "quant_algo": "FP8_PB_WO"},
+    ),
     "gptq": (gptq(), GPTQ),
     "gptq, groups in any order": (gptq(order=True), {**GPTQ, "desc_act": True}),
     "gptq, second version": (gptq(less=0), {**GPTQ, "checkpoint_format": "gptq_v2"}),
@@ -142,6 +147,55 @@ def test_layers_are_read_as_what_they_stand_for(name: str, tmp_path: Path) -> No
     for block in range(2):
         with decoder.resident(block):
             assert all(torch.equal(weight, whole.weights(block)[own]) for own, weight in decoder.weights(block).items())
+
+
+def said_beside(folder: Path, **said: Any) -> None:
+    """Move what the config says of a quantisation into ModelOpt's own file."""
+    fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    own = {name: value for name, value in fields.pop("quantization_config").items() if name != "quant_method"}
+    told = {"producer": {"name": "modelopt"}, "quantization": {**own, "exclude_modules": ["lm_head"], **said}}
+    (folder / "config.json").write_text(json.dumps(fields), encoding="utf-8")
+    (folder / "hf_quant_config.json").write_text(json.dumps(told), encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", ["modelopt, nvfp4", "modelopt, fp8", "modelopt, fp8 by blocks"])
+def test_a_file_of_modelopt_says_it_alone(name: str, tmp_path: Path) -> None:
+    folder, expected = quantised_folder(tmp_path / "model", "llama", *FORMATS[name])
+    said_beside(folder, kv_cache_quant_algo="FP8")
+    found = load_model(folder, dtype="float32", device="cpu")
+    for layer, weight in expected.items():
+        read = found.model.state_dict()[layer].double()
+        assert torch.allclose(read, weight, rtol=torch.finfo(torch.float32).eps, atol=0), layer
+    save_model(found, tmp_path / "out")
+    assert not (tmp_path / "out" / "hf_quant_config.json").exists()
+    assert torch.equal(load_model(tmp_path / "out").model(TOKENS).logits, found.model(TOKENS).logits)
+
+
+def test_a_file_of_modelopt_that_says_another_method_is_refused(tmp_path: Path) -> None:
+    folder, _ = quantised_folder(tmp_path / "model", "llama", *FORMATS["modelopt, fp8"])
+    said_beside(folder, quant_algo="MIXED_PRECISION")
+    with pytest.raises(InputError, match=r"is quantised \(modelopt, by the algorithm 'MIXED_PRECISION'\)"):
+        load_model(folder)
+    for text, why in (("[]", "does not say how the model is quantised"), ("{", "hf_quant_config.json is not valid")):
+        (folder / "hf_quant_config.json").write_text(text, encoding="utf-8")
+        with pytest.raises(InputError, match=why):
+            load_model(folder)
+
+
+def test_scales_of_blocks_by_dimensions_of_the_matrix(tmp_path: Path) -> None:
+    """As ModelOpt's exports have them: [blocks of rows, 1, blocks of columns, 1]."""
+
+    def quantise(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        parts, meant = fp8((128, 128), ".weight_scale")(weight)
+        return {**parts, ".weight_scale": parts[".weight_scale"][:, None, :, None]}, meant
+
+    fields = {"hidden_size": 256, "intermediate_size": 384, "head_dim": 64}
+    said = FORMATS["modelopt, fp8 by blocks"][1]
+    folder, expected = quantised_folder(tmp_path / "model", "llama", quantise, said, **fields)
+    found = load_model(folder, dtype="float32", device="cpu").model.state_dict()
+    assert found["model.layers.0.mlp.up_proj.weight"].shape == (384, 256)
+    for layer, weight in expected.items():
+        assert torch.allclose(found[layer].double(), weight, rtol=torch.finfo(torch.float32).eps, atol=0), layer
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe", "deepseek_v3"])

@@ -5,6 +5,7 @@ from transformers.models.gemma4 import modeling_gemma4 as stock
 from .modeling_pruned_gemma4_text import PrunedSharingModel
 from .pruned_cache import remembered  # noqa: F401  # the files that this one names are copied with it
 from .pruned_decoder import PrunedBlock, PrunedModel  # noqa: F401
+from .pruned_mixture import PrunedMixtureBlock  # noqa: F401
 
 
 class PrunedGemma4VisionConfig(stock.Gemma4Config):

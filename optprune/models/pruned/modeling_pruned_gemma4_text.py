@@ -1,9 +1,11 @@
 """Gemma 4 with decoder blocks of different shapes, pruned by optprune; see pruned_decoder.py."""
 
+from torch import nn
 from transformers.models.gemma4 import modeling_gemma4 as stock
 
 from .pruned_cache import remembered  # noqa: F401  # the files that this one names are copied with it
-from .pruned_decoder import PrunedBlock, PrunedModel
+from .pruned_decoder import PrunedBlock, PrunedModel  # noqa: F401
+from .pruned_mixture import PrunedMixtureBlock
 
 
 class PrunedGemma4Config(stock.Gemma4TextConfig):
@@ -17,12 +19,40 @@ class PrunedGemma4TextAttention(stock.Gemma4TextAttention):
     """Attention with all its heads, as in the stock class."""
 
 
-class PrunedGemma4TextDecoderLayer(PrunedBlock, stock.Gemma4TextDecoderLayer):
-    """Decoder block of any width, with or without its sub-blocks."""
+class PrunedGemma4TextDecoderLayer(PrunedMixtureBlock, stock.Gemma4TextDecoderLayer):
+    """Decoder block of any width, or any number of experts beside an MLP, with or without its sub-blocks."""
 
     attention_class = PrunedGemma4TextAttention
     attention_norms = ("input_layernorm", "post_attention_layernorm")
-    mlp_norms = ("pre_feedforward_layernorm", "post_feedforward_layernorm")
+    mlp_norms = (None, "post_feedforward_layernorm")
+    routed = property(lambda self: self)
+    router_name = "router"
+    mixture_parts = ("router", "experts", "pre_feedforward_layernorm_2")
+    mixture_norms = ("post_feedforward_layernorm_1", "post_feedforward_layernorm_2")
+
+    def answered(self, states):
+        dense = self.mlp(self.pre_feedforward_layernorm(states))
+        if not self.enable_moe_block:
+            return dense
+        flat = states.reshape(-1, states.shape[-1])
+        _, weights, chosen = self.router(flat)
+        routed = self.experts(self.pre_feedforward_layernorm_2(flat), chosen, weights).reshape(states.shape)
+        return self.post_feedforward_layernorm_1(dense) + self.post_feedforward_layernorm_2(routed)
+
+    def scoring(self, router):
+        return router.proj
+
+    def shrink(self, shape, group):
+        super().shrink(shape, group)
+        if shape["mlp_width"] and shape.get("experts"):
+            factors = self.router.per_expert_scale
+            self.router.per_expert_scale = nn.Parameter(factors.new_empty(shape["experts"]))
+
+    def remove(self, *names):
+        if "mlp" in names:
+            beside = (*self.mixture_parts, *self.mixture_norms) if self.enable_moe_block else ()
+            names = (*names, "pre_feedforward_layernorm", *beside)
+        super().remove(*names)
 
     def forward(self, hidden_states, per_layer_input=None, **kwargs):
         states = super().forward(hidden_states, **kwargs)

@@ -32,7 +32,7 @@ class PrunedGptOssDecoderLayer(PrunedMixtureBlock, stock.GptOssDecoderLayer):
     """Decoder block with any number of experts, with or without its sub-blocks."""
 
     attention_class = PrunedGptOssAttention
-    router = "router"
+    router_name = "router"
     width = "intermediate_size"
 
     def added(self, hidden_states, mixed):

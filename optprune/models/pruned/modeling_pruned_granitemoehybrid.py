@@ -33,7 +33,7 @@ class PrunedGraniteMoeHybridDecoderLayer(PrunedMixtureBlock, PrunedHybridBlock, 
     recurrent = "mamba"
     counted = ()
     mlp_module = "shared_mlp"
-    router = "router"
+    router_name = "router"
     routed = property(lambda self: self.block_sparse_moe)
 
     def added(self, hidden_states, mixed):

@@ -10,7 +10,7 @@ from .pruned_decoder import PrunedBlock
 class PrunedMixtureBlock(PrunedBlock):
     """A decoder block with a router and any number of experts in place of the MLP, or with one MLP."""
 
-    router = "gate"
+    router_name = "gate"
     """the name of the router in the MLP"""
     width = "intermediate_dim"
     """the name of the experts' attribute that holds their width"""
@@ -22,7 +22,7 @@ class PrunedMixtureBlock(PrunedBlock):
 
     def shrink(self, shape, group):
         if shape["mlp_width"] and shape.get("experts"):
-            experts, router = self.routed.experts, getattr(self.routed, self.router)
+            experts, router = self.routed.experts, self.scoring(getattr(self.routed, self.router_name))
             count, width, hidden = shape["experts"], shape["mlp_width"], router.weight.shape[1]
             for name, sizes in self.expert_sizes(width, hidden).items():
                 setattr(experts, name, nn.Parameter(getattr(experts, name).new_empty(count, *sizes)))
@@ -33,6 +33,10 @@ class PrunedMixtureBlock(PrunedBlock):
             experts.num_experts = router.num_experts = count
             setattr(experts, self.width, width)
         super().shrink(shape, group)
+
+    def scoring(self, router):
+        """Return the module of a router whose parameters have a row for each expert."""
+        return router
 
     def expert_sizes(self, width, hidden):
         """Return the sizes of the tensors of all experts by name, for each expert."""
