@@ -6,7 +6,7 @@ folder (vision tower, projector, processor) is copied, byte for byte.
 
 import inspect
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_relative_import_files
+from transformers.models.gemma3.modeling_gemma3 import create_masks_for_vision_model, get_block_sequence_ids_for_mask
 
 from optprune.errors import InputError
 from optprune.models.architecture import PART_FIELD
@@ -62,6 +63,24 @@ OF_SAVING = ("_name_or_path", "transformers_version", "architectures", "dtype", 
 """the fields of a config that say how it was loaded and saved, not what the model is"""
 
 
+Masks = Callable[[PretrainedConfig, Tensor, Tensor], Any]
+"""a function from the config of a language part, embeddings [batch, length, hidden] and whether a token is of an image
+to the masks of its blocks"""
+
+
+def _seen_together(config: PretrainedConfig, embeddings: Tensor, images: Tensor) -> dict[str, Tensor]:
+    """Return the masks of Gemma 3 by the kind of block: the tokens of an image see each other."""
+    spans = get_block_sequence_ids_for_mask(images.long(), device=embeddings.device)
+    return create_masks_for_vision_model(
+        config=config,
+        inputs_embeds=embeddings,
+        attention_mask=None,
+        cache=None,
+        position_ids=None,
+        block_sequence_ids=spans,
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class VisionFamily:
     """One family of vision-language models, as data."""
@@ -83,6 +102,10 @@ class VisionFamily:
     """whether it scales its logits as its language part does alone"""
     ordered: str = ""
     """why blocks cannot be removed whole, where the number of a block says what it gets"""
+    images: str = ""
+    """why records with images are not read, where they are not"""
+    masks: Masks | None = None
+    """the masks of attention, where tokens of an image see later ones"""
 
 
 VISION_FAMILIES = {
@@ -94,6 +117,7 @@ VISION_FAMILIES = {
             config=modeling_pruned_gemma3.PrunedGemma3VisionConfig,
             model=modeling_pruned_gemma3.PrunedGemma3ForConditionalGeneration,
             uneven=("gemma3_text",),
+            masks=_seen_together,
         ),
         # Among tokens of text its language part sees no later ones.
         VisionFamily(
@@ -103,6 +127,7 @@ VISION_FAMILIES = {
             model=modeling_pruned_gemma4.PrunedGemma4ForConditionalGeneration,
             uneven=("gemma4_text",),
             scales=True,
+            images="each block gets numbers of every token beside the hidden states",
         ),
         VisionFamily(
             model_type="llava",
@@ -126,6 +151,7 @@ VISION_FAMILIES = {
             model=modeling_pruned_qwen3_vl.PrunedQwen3VLForConditionalGeneration,
             uneven=("qwen3",),
             ordered="the first blocks are those that features of the image are added to",
+            images="their features are added to the first blocks too",
         ),
     )
 }

@@ -31,6 +31,8 @@ class Request:
     """calibration sequences"""
     seq_length: int = 2048
     """tokens of a sequence"""
+    lengths: tuple[int, ...] = ()
+    """tokens of each sequence, which is a batch of its own, where sequences are records"""
     generated: int = 0
     """further sequences, which the dense model generates"""
     dtype: torch.dtype = torch.float32
