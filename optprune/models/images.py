@@ -12,13 +12,15 @@ from transformers.utils.import_utils import is_vision_available
 
 from optprune.errors import InputError
 from optprune.models.sources import NO_CODE, reading
-from optprune.models.vision import QUANTISED, SHAPES, TEXT, Masks, VisionFolder, language_name
+from optprune.models.vision import QUANTISED, SHAPES, TEXT, Further, VisionFolder, language_name
 from optprune.numerics.precision import full_precision
 
 LANGUAGE = "model.language_model"
 """the module of the language part in the vision-language models of transformers"""
-BLOCKS = "model.layers."
-"""the beginning of the names of the blocks' tensors in the text model"""
+ENDS = ("", "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")
+"""the tensors of a text model without blocks, by their names there, and those of other parts"""
+EMPTY = {"num_hidden_layers": 0, "layer_types": [], "num_kv_shared_layers": 0, "hidden_size_per_layer_input": 0}
+"""the fields of the config of a language part without blocks"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,21 +31,22 @@ class ImageFeatures:
     """the features [n, hidden] of all images of some records, in their order"""
     vocabulary: int
     """the number of embeddings of the model"""
-    masks: Masks | None = None
-    """the masks of attention, where those of images are not those of text"""
+    further: Further | None = None
+    """further arguments of the language part, where images change more than the embeddings"""
 
     def inputs(self, model: PreTrainedModel, ids: Tensor) -> dict[str, Any]:
         """Return the arguments of a language part for token ids [batch, length], some of which are of images."""
         here = ids >= self.vocabulary
-        embeddings: Tensor = model.get_input_embeddings()(ids.masked_fill(here, 0))
+        text = ids.masked_fill(here, 0)
+        embeddings: Tensor = model.get_input_embeddings()(text)
         rows = self.rows[(ids[here] - self.vocabulary).to(self.rows.device)]
         mixed = embeddings.masked_scatter(here[..., None], rows.to(embeddings))
-        masks = {} if self.masks is None or not bool(here.any()) else self.masks(model.config, mixed, here)
-        return {"inputs_embeds": mixed, **({"attention_mask": masks} if masks else {})}
+        further = {} if self.further is None else self.further(model, text, mixed, here)
+        return {"inputs_embeds": mixed, **further}
 
     def form(self, ids: Tensor) -> Hashable:
         """Return all of a batch that decides its masks and positions."""
-        return ids.shape, () if self.masks is None else tuple((ids >= self.vocabulary).flatten().tolist())
+        return ids.shape, () if self.further is None else tuple((ids >= self.vocabulary).flatten().tolist())
 
 
 def load_processor(whole: VisionFolder) -> ProcessorMixin:
@@ -81,7 +84,7 @@ def image_features(
             count += len(features[-1])
         every.append(ids)
     empty = torch.zeros(0, whole.config.hidden_size, dtype=dtype)
-    return every, ImageFeatures(torch.cat([empty, *features]), vocabulary, whole.family.masks)
+    return every, ImageFeatures(torch.cat([empty, *features]), vocabulary, whole.family.further)
 
 
 class _Reached(Exception):  # control flow, not an error
@@ -111,13 +114,15 @@ def _without_blocks(whole: VisionFolder, dtype: torch.dtype) -> PreTrainedModel:
         config: Any = AutoConfig.from_pretrained(whole.where, **NO_CODE)
         text = getattr(config, TEXT)
         vars(config).pop(QUANTISED, None)  # what is read are floats
-        text.num_hidden_layers, text.layer_types = 0, []
+        for name, value in EMPTY.items():
+            if getattr(text, name, None) is not None:
+                setattr(text, name, value)
         if getattr(text, SHAPES, None) is not None:
             setattr(text, SHAPES, [])
         with torch.device("meta"):
             cls: Any = type(AutoModelForImageTextToText.from_config(config, **NO_CODE))
         found = whole.checkpoint().tensors.items()
-        state = {name: tensor.read() for name, tensor in found if not language_name(name).startswith(BLOCKS)}
+        state = {name: tensor.read() for name, tensor in found if language_name(name) in ENDS}
         model, report = cls.from_pretrained(
             None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
         )

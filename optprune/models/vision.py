@@ -10,13 +10,15 @@ from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_relative_import_files
-from transformers.models.gemma3.modeling_gemma3 import create_masks_for_vision_model, get_block_sequence_ids_for_mask
+from transformers.models.gemma3 import modeling_gemma3 as gemma3
+from transformers.models.gemma4 import modeling_gemma4 as gemma4
 
 from optprune.errors import InputError
 from optprune.models.architecture import PART_FIELD
@@ -63,22 +65,33 @@ OF_SAVING = ("_name_or_path", "transformers_version", "architectures", "dtype", 
 """the fields of a config that say how it was loaded and saved, not what the model is"""
 
 
-Masks = Callable[[PretrainedConfig, Tensor, Tensor], Any]
-"""a function from the config of a language part, embeddings [batch, length, hidden] and whether a token is of an image
-to the masks of its blocks"""
+Further = Callable[[PreTrainedModel, Tensor, Tensor, Tensor], dict[str, Any]]
+"""a function from a language part, token ids [batch, length] with 0 for those of images, embeddings [batch, length,
+hidden] and whether a token is of an image to further arguments of the language part"""
 
 
-def _seen_together(config: PretrainedConfig, embeddings: Tensor, images: Tensor) -> dict[str, Tensor]:
+def _of_gemma3(model: PreTrainedModel, ids: Tensor, embeddings: Tensor, images: Tensor) -> dict[str, Any]:
     """Return the masks of Gemma 3 by the kind of block: the tokens of an image see each other."""
-    spans = get_block_sequence_ids_for_mask(images.long(), device=embeddings.device)
-    return create_masks_for_vision_model(
-        config=config,
-        inputs_embeds=embeddings,
-        attention_mask=None,
-        cache=None,
-        position_ids=None,
-        block_sequence_ids=spans,
-    )
+    return _seen_together(gemma3, model, embeddings, images) if bool(images.any()) else {}
+
+
+def _of_gemma4(model: PreTrainedModel, ids: Tensor, embeddings: Tensor, images: Tensor) -> dict[str, Any]:
+    """Return the numbers of each token for every block, those of padding for an image, and masks as Gemma 3 has."""
+    config, found = model.config, dict[str, Any]()
+    if config.hidden_size_per_layer_input:
+        inner: Any = model.model
+        found["per_layer_inputs"] = inner.get_per_layer_inputs(ids.masked_fill(images, config.pad_token_id), embeddings)
+    if config.use_bidirectional_attention == "vision" and bool(images.any()):
+        found |= _seen_together(gemma4, model, embeddings, images)
+    return found
+
+
+def _seen_together(stock: ModuleType, model: PreTrainedModel, embeddings: Tensor, images: Tensor) -> dict[str, Any]:
+    """Return the masks by which the tokens of an image see each other, as the stock class has them."""
+    spans = stock.get_block_sequence_ids_for_mask(images.long(), device=embeddings.device)
+    given = {"config": model.config, "inputs_embeds": embeddings, "block_sequence_ids": spans}
+    none = dict.fromkeys(("attention_mask", "cache", "position_ids"))
+    return {"attention_mask": stock.create_masks_for_vision_model(**given, **none)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,8 +117,8 @@ class VisionFamily:
     """why blocks cannot be removed whole, where the number of a block says what it gets"""
     images: str = ""
     """why records with images are not read, where they are not"""
-    masks: Masks | None = None
-    """the masks of attention, where tokens of an image see later ones"""
+    further: Further | None = None
+    """further arguments of the language part, where images change more than the embeddings"""
 
 
 VISION_FAMILIES = {
@@ -117,7 +130,7 @@ VISION_FAMILIES = {
             config=modeling_pruned_gemma3.PrunedGemma3VisionConfig,
             model=modeling_pruned_gemma3.PrunedGemma3ForConditionalGeneration,
             uneven=("gemma3_text",),
-            masks=_seen_together,
+            further=_of_gemma3,
         ),
         # Among tokens of text its language part sees no later ones.
         VisionFamily(
@@ -127,7 +140,7 @@ VISION_FAMILIES = {
             model=modeling_pruned_gemma4.PrunedGemma4ForConditionalGeneration,
             uneven=("gemma4_text",),
             scales=True,
-            images="each block gets numbers of every token beside the hidden states",
+            further=_of_gemma4,
         ),
         VisionFamily(
             model_type="llava",
