@@ -72,7 +72,7 @@ class Source:
 
 def calibration_facts(decoder: Decoder, batches: Sequence[Tensor]) -> dict[str, str]:
     """Return what decides the inputs of the first block, beside the model: the tokens, and the images among them."""
-    images = {} if decoder.images is None else {"the calibration images": fingerprint(decoder.images.rows)}
+    images = {} if decoder.images is None else {"the calibration images": fingerprint(decoder.images.content)}
     return {"the calibration tokens": fingerprint(list(batches)), **images}
 
 

@@ -13,6 +13,7 @@ from optprune.calibration.carried import CARRIED, Carried, carried, carried_widt
 from optprune.calibration.partial_sums import PartialSums, Share
 from optprune.errors import InputError, NumericalError
 from optprune.models import Decoder
+from optprune.models.images import ADDED, with_added
 from optprune.models.places import States
 from optprune.numerics.precision import full_precision
 from optprune.numerics.tensors import first_output
@@ -148,7 +149,10 @@ def first_inputs(decoder: Decoder, batches: Sequence[Tensor], partial_sums: Part
                 decoder.model(**decoder.inputs(batch.to(device)), use_cache=False)
             others = [arguments for _, arguments in caught]
             stream.hidden.append(_entering(caught[0][0], others, beside))
-            stream.others.append(shared.setdefault(form, others * count if alike else others))
+            if form not in shared:
+                every = others * count if alike else others
+                shared[form] = decoder.arguments(batch.to(device), caught[0][0], every)
+            stream.others.append(shared[form])
     finally:
         for handle in handles:
             handle.remove()
@@ -169,6 +173,9 @@ def _entering(hidden: Tensor, arguments: list[dict[str, Any]], beside: list[Carr
 
 def call_block(block: nn.Module, states: Tensor, arguments: dict[str, Any]) -> Tensor:
     """Return the outputs of a block for its inputs, with what they carry."""
+    if ADDED in arguments:
+        others = {name: value for name, value in arguments.items() if name != ADDED}
+        return with_added(call_block(block, states, others), arguments[ADDED])
     carries: Carried | None = arguments.get(CARRIED)
     if carries is None:
         return first_output(block(states, **arguments))

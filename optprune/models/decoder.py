@@ -122,6 +122,10 @@ class Decoder:
         """Return all of a batch of token ids that decides the arguments of the blocks beside hidden states."""
         return ids.shape if self.images is None else self.images.form(ids)
 
+    def arguments(self, ids: Tensor, hidden: Tensor, blocks: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Return the arguments of each block for token ids and the inputs of the first, by those for ids of text."""
+        return blocks if self.images is None else self.images.arguments(ids, hidden, blocks)
+
     @contextmanager
     def embeddings_in_dtype(self) -> Iterator[None]:
         """Let the modules before the blocks give the blocks' inputs in the dtype of `computes_in` within the context.

@@ -47,6 +47,8 @@ PREFIXES = (
 another, each with that in the text model's own checkpoints"""
 MODULES = (("lm_head.", "lm_head."), ("model.", "model.language_model."))
 """the beginnings of names in the text model, each with that in the vision-language model of transformers"""
+DEEP = (8, 16, 24)
+"""the layers of Qwen3-VL's vision tower whose features are added to blocks, by default"""
 PLACEHOLDERS = ("image_token_id", "video_token_id", "audio_token_id")
 """the config fields that hold a token in whose place an image, a film or a sound is put"""
 
@@ -115,10 +117,10 @@ class VisionFamily:
     """whether it scales its logits as its language part does alone"""
     ordered: str = ""
     """why blocks cannot be removed whole, where the number of a block says what it gets"""
-    images: str = ""
-    """why records with images are not read, where they are not"""
     further: Further | None = None
     """further arguments of the language part, where images change more than the embeddings"""
+    deep: bool = False
+    """whether tokens have positions in three dimensions, and features of images are added to outputs of blocks"""
 
 
 VISION_FAMILIES = {
@@ -164,7 +166,7 @@ VISION_FAMILIES = {
             model=modeling_pruned_qwen3_vl.PrunedQwen3VLForConditionalGeneration,
             uneven=("qwen3",),
             ordered="the first blocks are those that features of the image are added to",
-            images="their features are added to the first blocks too",
+            deep=True,
         ),
     )
 }
@@ -262,6 +264,11 @@ class VisionFolder:
                 "in plain weights only: load the unquantised original"
             )
         return replace(found, tensors=around | method.layers(own, self.source))
+
+    def features(self) -> int:
+        """Return how many vectors of features a token of an image has, with those that are added later."""
+        vision = self.fields.get("vision_config") or {}
+        return 1 + (len(vision.get("deepstack_visual_indexes", DEEP)) if self.family.deep else 0)
 
     def bytes_around(self) -> int:
         """Return the size of the tensors beside the language part; 0 where the weights are not in a folder here."""

@@ -106,7 +106,9 @@ def _vocabulary(program: Program) -> Iterator[Part]:
 def image_features(program: Program) -> Iterator[Part]:
     """Yield the features of the images in records, which have at most all tokens."""
     if program.request.lengths:
-        yield Part("features of images", program.tokens * program.hidden * program.itemsize, HOST)
+        size = program.tokens * program.hidden * program.itemsize
+        yield Part("features of images", program.request.features * size, HOST)
+        yield Part("features of images for blocks", (program.request.features - 1) * size)
 
 
 # -- passes

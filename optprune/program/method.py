@@ -51,6 +51,8 @@ class Request:
     """whether the whole model is in memory, instead of one block at a time"""
     max_shard: int = MAX_SHARD
     """largest weights file of the output, in bytes"""
+    features: int = 1
+    """vectors of features of each token of an image, where sequences are records"""
     around: int = 0
     """bytes of the tensors of a vision-language model beside its language part, where they are known"""
 

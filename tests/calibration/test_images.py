@@ -14,12 +14,13 @@ from transformers import AutoProcessor, PreTrainedModel
 from optprune.calibration import Change, Probe, Stream, calibrating, collect_metrics, first_inputs, from_text, sampled
 from optprune.calibration.moments_pass import collect
 from optprune.models import ImageFeatures, LoadedModel, image_features, load_model, open_model, vision_folder
+from optprune.models.images import ADDED
 from optprune.texts import read_records
 from tests.helpers.image_records import FAMILIES, inputs_of_stock, save_with_processor, write_records
 from tests.helpers.tiny_vision import save_vision, stock, tiny_vision, with_image
 
 EPSILON = torch.finfo(torch.float32).eps
-READ = ("gemma3", "gemma4", "gemma4, seen together", "llava", "mistral3")
+READ = ("gemma3", "gemma4", "gemma4, seen together", "llava", "mistral3", "qwen3_vl")
 """the families whose images are read"""
 TAPS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj")
 Inputs = list[Mapping[str, Any]]
@@ -107,6 +108,30 @@ def test_masks_belong_to_the_places_of_images(tmp_path: Path) -> None:
     assert first is third and not torch.equal(first, second) and torch.equal(text, text.tril())
 
 
+def test_deep_features_belong_to_the_record(tmp_path: Path) -> None:
+    """Of records of one length, in any order, beside text."""
+    folder = save_vision(tiny_vision("qwen3_vl"), tmp_path / "model")
+    inputs: Inputs = [with_image(stock(folder).config, seed) for seed in range(3)]
+    batches, images = read(folder, inputs)
+    text = torch.randint(3, 490, batches[0].shape)
+    decoder = replace(load_model(folder), images=images).decoder()
+    with calibrating(decoder):
+        every = first_inputs(decoder, [batches[2], text, batches[0], torch.cat((text, batches[1]))])
+    third, alone, first, both = (blocks for blocks in every.others)
+    assert images.deep is not None and len(images.deep.added) == 1
+    assert torch.equal(third[0][ADDED][1], images.deep.added[0][8:]) and ADDED not in third[1]
+    assert torch.equal(first[0][ADDED][1], images.deep.added[0][:4]) and ADDED not in alone[0]
+    assert torch.equal(both[0][ADDED][0], torch.cat((text, batches[1])) >= images.vocabulary)
+    for cos, of_text in zip(both[0]["position_embeddings"], alone[0]["position_embeddings"], strict=True):
+        assert torch.equal(cos[:1], of_text) and not torch.equal(cos[1:], of_text)
+    # The models of stock transformers take the whole batch too.
+    stacked = {name: torch.cat([each[name] for each in inputs]) for name in inputs[0]}
+    [expected] = inputs_of_first(stock(folder), [stacked])
+    with calibrating(decoder):
+        found = first_inputs(decoder, [torch.cat(batches)])
+    assert torch.equal(found.hidden[0], expected)
+
+
 def test_only_features_are_kept_and_the_rest_is_text(given: tuple[Path, Inputs]) -> None:
     folder, inputs = given
     batches, images = read(folder, inputs)
@@ -152,13 +177,14 @@ def predicting(ids: Tensor) -> Tensor:
     return ~torch.cat((here[:, 1:], torch.zeros_like(here[:, :1])), 1)
 
 
+@pytest.mark.parametrize("family", ["llava", "qwen3_vl"])
 @pytest.mark.parametrize("labels", [lambda: sampled(3), lambda: from_text], ids=["sampled", "of the text"])
-def test_the_metric_leaves_out_predictions_of_an_image(labels: Any, tmp_path: Path) -> None:
-    folder = save_vision(tiny_vision("llava"), tmp_path / "model")
+def test_the_metric_leaves_out_predictions_of_an_image(labels: Any, family: str, tmp_path: Path) -> None:
+    folder = save_vision(tiny_vision(family), tmp_path / "model")
     inputs: Inputs = [with_image(stock(folder).config, seed) for seed in range(2)]
     batches, images = read(folder, inputs)
     found = collect_metrics(replace(load_model(folder), images=images).decoder(), batches, labels())
-    model, draw, path = stock(folder), labels(), "layers.1.mlp.down_proj"
+    model, draw, path = stock(folder), labels(), "layers.0.mlp.down_proj"
     outputs: list[Tensor] = []
     layer = model.model.language_model.get_submodule(path)
     layer.register_forward_hook(lambda _, __, output: outputs.append(output))

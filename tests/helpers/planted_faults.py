@@ -253,6 +253,20 @@ FAULTS = [
         "calibration/test_images.py",
     ),
     Fault(
+        "images: nothing is added to the first blocks of Qwen3-VL",
+        "models/images.py",
+        "return output.index_put((here,), features.to(output), accumulate=True)",
+        "return output",
+        "calibration/test_images.py",
+    ),
+    Fault(
+        "images: the positions of Qwen3-VL are those of another record",
+        "models/images.py",
+        "self.positions[bisect_right(self.firsts, int(numbers[here][0])) - 1]",
+        "self.positions[0].flip(0)",
+        "calibration/test_images.py",
+    ),
+    Fault(
         "images: masks are those of any record of the length",
         "models/images.py",
         "return ids.shape, () if self.further is None else tuple((ids >= self.vocabulary).flatten().tolist())",

@@ -95,13 +95,6 @@ def test_records_that_do_not_fit_the_model_are_refused(tmp_path: Path) -> None:
         draw_records(text, records, 4, 0)
 
 
-@pytest.mark.parametrize("family", ["qwen3_vl"])
-def test_families_whose_images_are_not_read_are_refused_by_name(family: str, tmp_path: Path) -> None:
-    folder, records = save_vision(tiny_vision(family), tmp_path / "model"), read_records(write_records(tmp_path / "a"))
-    with pytest.raises(InputError, match=f"^images of {family} records are not read, because .*: give a text$"):
-        draw_records(folder, records, 4, 0)
-
-
 def test_a_folder_without_a_processor_is_refused(tmp_path: Path) -> None:
     records = read_records(write_records(tmp_path / "data"))
     folder = save_vision(tiny_vision("llava"), tmp_path / "model")
