@@ -167,9 +167,11 @@ def _given_to_language(vision: PreTrainedModel, inputs: Mapping[str, Any]) -> di
         raise _Reached
 
     handle = vision.get_submodule(LANGUAGE).register_forward_pre_hook(catch, with_kwargs=True)
+    given = {name: value.to(vision.device) for name, value in inputs.items()}
+    given = {name: value.to(vision.dtype) if value.is_floating_point() else value for name, value in given.items()}
     try:
         with suppress(_Reached):
-            vision(**{name: value.to(vision.device) for name, value in inputs.items()}, use_cache=False)
+            vision(**given, use_cache=False)
     finally:
         handle.remove()
     return found

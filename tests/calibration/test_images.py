@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoProcessor, PreTrainedModel
+from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
 from optprune.calibration import Change, Probe, Stream, calibrating, collect_metrics, first_inputs, from_text, sampled
 from optprune.calibration.moments_pass import collect
@@ -145,13 +145,15 @@ def test_only_features_are_kept_and_the_rest_is_text(given: tuple[Path, Inputs])
     assert not images.rows.requires_grad
 
 
-def test_half_precision_is_that_of_the_stock_model(tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["gemma3", "llava", "mistral3", "qwen3_vl"])
+def test_half_precision_is_that_of_the_stock_model(family: str, tmp_path: Path) -> None:
     """The features are those of bfloat16, also where blocks compute in float32."""
-    folder = save_vision(tiny_vision("llava"), tmp_path / "model")
+    folder = save_vision(tiny_vision(family), tmp_path / "model")
     inputs: Inputs = [with_image(stock(folder).config)]
     batches, images = read(folder, inputs, torch.bfloat16)
     loaded = replace(load_model(folder, dtype="bfloat16"), images=images)
-    [expected] = inputs_of_first(stock(folder).bfloat16(), inputs)
+    half = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    [expected] = inputs_of_first(half, inputs)
     for decoder in (loaded.decoder(), loaded.decoder().precise()):
         with calibrating(decoder):
             assert torch.equal(first_inputs(decoder, batches).hidden[0], expected.to(decoder.computes_in))
