@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from optprune.calibration.fisher_pass import POSITIONS_AT_ONCE
+from optprune.calibration.fisher_pass import POSITIONS_AT_ONCE, next_tokens
 from optprune.calibration.stream import advance, block_pass, first_inputs, head_work, run_block, stream_bytes
 from optprune.models import Decoder
 from optprune.models.places import States
@@ -90,6 +90,9 @@ class Probe:
     def __init__(self, decoder: Decoder, batches: Sequence[Tensor]) -> None:
         """Start a pass of token ids [batch, length] without padding."""
         self.decoder, self.variants = decoder, Variants(decoder, batches)
+        vocabulary = decoder.model.config.vocab_size
+        self._predicting = [(next_tokens(ids) < vocabulary).flatten() for ids in batches]
+        """for each batch its positions whose next token is predicted, which one of an image is not"""
 
     def try_out(self, changes: Sequence[Change]) -> None:
         """Try changes of some layers of the current block together; the layers are restored."""
@@ -118,26 +121,31 @@ class Probe:
     def divergences(self, on_change: Callable[[int, int], None] = lambda done, total: None) -> list[float]:
         """Return KL(dense || changed) of all changes tried, in nats a token: the mean over the tokens' predictions.
 
-        Called after the last block. `on_change` is called with the predictions made so far, counted in changes, and
-        with the number of changes.
+        Positions before a token of an image, which is not predicted, do not count. Called after the last block.
+        `on_change` is called with the predictions made so far, counted in changes, and with the number of changes.
         """
         dense, changes = self.variants.stream.hidden, self.variants.ends()
-        totals, predictions, tokens = [0.0] * len(changes), 0, dense.tokens
+        totals, predictions = [0.0] * len(changes), 0
+        tokens = sum(int(positions.sum()) for positions in self._predicting)
         on_change(0, len(changes))
         with self.decoder.head_in_dtype():
             for number, expected in enumerate(dense):
                 # The dense model's predictions are computed once for all changes.
-                for rows, log_p in self._predicted(expected):
+                for rows, log_p in self._predicted(self._counted(expected, number)):
                     for index, changed in enumerate(changes):
-                        log_q = self._log_probabilities(changed[number].flatten(0, 1)[rows])
+                        log_q = self._log_probabilities(self._counted(changed[number], number)[rows])
                         totals[index] += float(divergence_terms(log_p, log_q).sum(dtype=torch.float64))
                         predictions += len(log_q)
                         on_change(predictions // tokens, len(changes))
         return [max(total / tokens, 0.0) for total in totals]
 
-    def _predicted(self, hidden: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """Yield the log-probabilities of a batch's next tokens, for some rows at a time: [rows, vocabulary]."""
-        every = hidden.flatten(0, 1)
+    def _counted(self, hidden: Tensor, number: int) -> Tensor:
+        """Return the hidden states [positions, hidden] of a batch whose predictions count."""
+        positions = self._predicting[number]
+        return hidden.flatten(0, 1) if bool(positions.all()) else hidden.flatten(0, 1)[positions.to(hidden.device)]
+
+    def _predicted(self, every: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Yield the log-probabilities of the next tokens, for some rows at a time: [rows, vocabulary]."""
         for first in range(0, len(every), POSITIONS_AT_ONCE):
             rows = slice(first, first + POSITIONS_AT_ONCE)
             yield rows, self._log_probabilities(every[rows])

@@ -75,7 +75,7 @@ def from_text(_: Tensor, following: Tensor) -> Tensor:
 
 
 def next_tokens(ids: Tensor) -> Tensor:
-    """Return the token after each position of ids [batch, length]; NO_LABEL at the end of a sequence."""
+    """Return the id after each position of ids [batch, length]; NO_LABEL at the end of a sequence."""
     return torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], NO_LABEL)], dim=1)
 
 
@@ -225,7 +225,9 @@ def head_gradient(decoder: Decoder, hidden: Tensor, labels: Labels, following: T
         entry = position.detach().requires_grad_()
         with torch.enable_grad():
             logits = decoder.logits(entry)
-        found.copy_(torch.autograd.grad(logits, entry, _error(logits.detach(), labels(logits.detach(), text)))[0])
+        drawn = labels(logits.detach(), text)
+        drawn = drawn.masked_fill(text >= logits.shape[-1], NO_LABEL)  # an image is not predicted
+        found.copy_(torch.autograd.grad(logits, entry, _error(logits.detach(), drawn))[0])
     return slope
 
 

@@ -47,7 +47,7 @@ class Source:
             {
                 "the model": digest_of_weights(decoder),
                 "its dtype": str(decoder.model.dtype),
-                "the calibration tokens": fingerprint(list(batches)),
+                **calibration_facts(decoder, batches),
                 "the number of partial sums": partial_sums.count,
                 "the version": versions(),
                 "the machine": machine(decoder.model.device),
@@ -68,6 +68,12 @@ class Source:
                     f"the statistics were collected where {what} was {shown(before)}, and here it is {shown(now)}: "
                     "collect them again"
                 )
+
+
+def calibration_facts(decoder: Decoder, batches: Sequence[Tensor]) -> dict[str, str]:
+    """Return what decides the inputs of the first block, beside the model: the tokens, and the images among them."""
+    images = {} if decoder.images is None else {"the calibration images": fingerprint(decoder.images.content)}
+    return {"the calibration tokens": fingerprint(list(batches)), **images}
 
 
 def digest_of_weights(decoder: Decoder) -> str:

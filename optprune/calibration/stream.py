@@ -1,6 +1,6 @@
 """Streams: the hidden states between two blocks, and the passes that take them through a block."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from inspect import signature
@@ -13,6 +13,7 @@ from optprune.calibration.carried import CARRIED, Carried, carried, carried_widt
 from optprune.calibration.partial_sums import PartialSums, Share
 from optprune.errors import InputError, NumericalError
 from optprune.models import Decoder
+from optprune.models.images import ADDED, with_added
 from optprune.models.places import States
 from optprune.numerics.precision import full_precision
 from optprune.numerics.tensors import first_output
@@ -113,7 +114,7 @@ def first_tokens(batches: Sequence[Tensor], tokens: int) -> list[Tensor]:
 
 
 def first_inputs(decoder: Decoder, batches: Sequence[Tensor], partial_sums: PartialSums | None = None) -> Stream:
-    """Return the inputs of the first block for token batches [batch, length].
+    """Return the inputs of the first block for token batches [batch, length], with images where the decoder has some.
 
     With `partial_sums`, only this process's share of the batches is run. Where blocks have different kinds of
     attention, the first batch of each shape visits all blocks, without being computed, for their arguments.
@@ -125,7 +126,7 @@ def first_inputs(decoder: Decoder, batches: Sequence[Tensor], partial_sums: Part
     kinds = getattr(decoder.model.config, "layer_types", None) or []
     beside = None if decoder.architecture.shared is None else carried(decoder)
     alike = len(set(kinds[:count])) < 2 and beside is None
-    shared: dict[torch.Size, list[dict[str, Any]]] = {}
+    shared: dict[Hashable, list[dict[str, Any]]] = {}
     caught: list[tuple[Tensor, dict[str, Any]]] = []
     last = 1
 
@@ -140,13 +141,18 @@ def first_inputs(decoder: Decoder, batches: Sequence[Tensor], partial_sums: Part
     try:
         for batch in share.of(batches):
             caught.clear()
-            # Without padding, masks and positions depend on the shape alone, so one copy serves all batches of a shape.
-            last = 1 if alike or (batch.shape in shared and not (beside and beside[0].argument)) else count
+            # Without padding, masks and positions depend on the shape, and on where images are if their masks differ.
+            # One copy serves all batches of a form.
+            form = decoder.form(batch)
+            last = 1 if alike or (form in shared and not (beside and beside[0].argument)) else count
             with suppress(_Reached), _passing(decoder.blocks), decoder.embeddings_in_dtype():
-                decoder.model(input_ids=batch.to(device), use_cache=False)
+                decoder.model(**decoder.inputs(batch.to(device)), use_cache=False)
             others = [arguments for _, arguments in caught]
             stream.hidden.append(_entering(caught[0][0], others, beside))
-            stream.others.append(shared.setdefault(batch.shape, others * count if alike else others))
+            if form not in shared:
+                every = others * count if alike else others
+                shared[form] = decoder.arguments(batch.to(device), caught[0][0], every)
+            stream.others.append(shared[form])
     finally:
         for handle in handles:
             handle.remove()
@@ -167,6 +173,9 @@ def _entering(hidden: Tensor, arguments: list[dict[str, Any]], beside: list[Carr
 
 def call_block(block: nn.Module, states: Tensor, arguments: dict[str, Any]) -> Tensor:
     """Return the outputs of a block for its inputs, with what they carry."""
+    if ADDED in arguments:
+        others = {name: value for name, value in arguments.items() if name != ADDED}
+        return with_added(call_block(block, states, others), arguments[ADDED])
     carries: Carried | None = arguments.get(CARRIED)
     if carries is None:
         return first_output(block(states, **arguments))

@@ -46,7 +46,10 @@ class GoalOptions:
         if quality is not None and text is None:
             raise InputError("--to-quality needs a text to measure the quality on: give --text")
         from optprune.pruning.goal import parse_goal
+        from optprune.texts.documents import IMAGES
 
+        if quality is not None and calibration.startswith(IMAGES):
+            raise InputError("--to-quality prunes the model on a text, not on records with images: give a text")
         return cls(parse_goal(to, quality), calibration, text, windows, sequences)
 
     def reached(self, resolved: "Resolved", whole: "WholeRun", say: Callable[[str], None]) -> "GoalReached":

@@ -78,6 +78,7 @@ def prune_model(
         generated=generated,
     )
     whole.check()
+    options = options.with_calibration(calibration, chosen)
     resolved, reporter = options.resolve(chosen), Reporter(Console(stderr=True, quiet=not progress))
     done = run_on_text(whole, resolved, (calibration, sequences), reporter=reporter, started=started(), also=on_event)
     if done is None:

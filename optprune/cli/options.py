@@ -35,7 +35,8 @@ Calibration = Annotated[
         "--calibration",
         metavar="TEXT",
         help="The calibration text: FILE.txt, FILE.jsonl[:COLUMN], also .csv and .parquet, a folder of .txt, "
-        "hf:DATASET[:CONFIG]:SPLIT, demo:calibration, or several with shares: a.jsonl:text=0.7,b.txt=0.3.",
+        "hf:DATASET[:CONFIG]:SPLIT, demo:calibration, or several with shares: a.jsonl:text=0.7,b.txt=0.3; or "
+        "images:FILE.jsonl, records with images.",
     ),
 ]
 RecipeName = Annotated[str, typer.Option("--recipe", help="A recipe's name (see optprune recipes), or a .yaml file.")]

@@ -174,6 +174,7 @@ def prune_command(
     check_json(json_file, output=output, models=[model])
     lines.check(output, model)
     check_sequences(sequences)
+    options = options.with_calibration(calibration, chosen)
     goal = {"to": to, "quality": to_quality, "text": text, "windows": windows}
     resolved = _resolved(options, chosen, goal, (calibration, sequences), whole=whole, say=reporter.say)
     done = run_on_text(

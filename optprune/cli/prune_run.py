@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from optprune.calibration.peers import Peers
     from optprune.cli.request import Resolved
     from optprune.export import SavedModel
-    from optprune.models import LoadedModel
+    from optprune.models import ImageFeatures, LoadedModel
     from optprune.models.store import BlockSink
     from optprune.program import Program
     from optprune.pruning import Journal, PartialSums, Workers
@@ -43,6 +43,8 @@ class WholeRun:
     """the smaller vocabulary, where the recipe has one"""
     generated: int = 0
     """number of calibration windows that the dense model generates"""
+    images: "ImageFeatures | None" = None
+    """the features of images that token ids of the calibration are numbers of"""
 
     def check(self) -> None:
         """Raise InputError unless the options are valid, whatever the model and the text."""
@@ -139,12 +141,12 @@ class WholeRun:
             if self.generated:
                 calibration += f", and {counted(self.generated, 'window')} that the dense model generated"
             with phases.step(LOADING, f"loading {self.model}", ends=OPENED):
-                loaded = self.opened(journal.sink, journal.scratch)
+                loaded = replace(self.opened(journal.sink, journal.scratch), images=self.images)
             change = None
             if self.vocabulary is not None:
                 with phases.phase(VOCABULARY):
                     loaded, change = self.vocabulary.apply(loaded, phases.on_event)
-            every = check_batches(loaded.model.config, batches)
+            every = check_batches(loaded.model.config, batches, self.images)
             if may_be_finished:
                 with phases.phase(LOADING):
                     decided = facts(program, loaded.decoder(), every, partial_sums, phases.on_event)
@@ -205,7 +207,7 @@ def run_on_text(
 
     whole.check_run(program := resolved.program)
     (calibration, sequences), request = data, program.request
-    texts = read_texts(calibration)
+    texts = read_texts(calibration) if resolved.records is None else []
     resolved.report_notes(reporter.say)
     characters = sum(text.characters for text in texts)
     # Processes join first, so that each has its own GPU from here on.
@@ -226,7 +228,7 @@ def run_on_text(
                 smaller, drawn = calibration_of(resolved, texts, sequences)
             del texts
             return shared_run(
-                replace(whole, vocabulary=smaller),
+                replace(whole, vocabulary=smaller, images=drawn.images),
                 program,
                 drawn.batches,
                 partial_sums=partial_sums,

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from optprune.program import Program, Runtime
     from optprune.recipe import Recipe
     from optprune.recipe.groups import GivenBlocks
+    from optprune.texts import DrawnRecords
 
 
 FIELDS = {
@@ -60,6 +61,8 @@ class Options:
     """the experts that each block keeps; an average where one budget is divided over the blocks"""
     expert_scores: str | None = None
     """the file of scores by which experts are chosen"""
+    records: "DrawnRecords | None" = None
+    """the records with images that the calibration is, where it is no text"""
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any]) -> "Options":
@@ -120,6 +123,22 @@ class Options:
             )
         return recipe.with_sparsity(removed[self.experts])
 
+    def with_calibration(self, calibration: str | None, recipe: "Recipe") -> "Options":
+        """Return the options with the records of a calibration that is no text, counted by the model's processor."""
+        from optprune.system.environment import started_by_torchrun
+        from optprune.texts import draw_records, read_records
+        from optprune.texts.documents import IMAGES
+
+        if calibration is None or not calibration.startswith(IMAGES) or Path(calibration).exists():
+            return self
+        if self.generated:
+            raise InputError("--generated continues a text, and the calibration is one of records: leave it out")
+        if started_by_torchrun():
+            raise InputError("records with images are read by one process: start the command without torchrun")
+        records = read_records(calibration.removeprefix(IMAGES))
+        drawn = draw_records(self.model, records, self.samples, recipe.seed)
+        return replace(self, records=replace(drawn, description=f"{calibration}, {drawn.description}"))
+
     def _given(self) -> "GivenBlocks":
         """Return the allocation in the file as a recipe group."""
         from optprune.recipe.groups import GivenBlocks
@@ -145,7 +164,8 @@ class Options:
         from optprune.texts import check_seq_length
 
         config, quantised = read_config(self.model, self.architecture)
-        check_seq_length(config, self.seq_length)
+        if self.records is None:
+            check_seq_length(config, self.seq_length)
         shapes = load_shapes(self.model, config)
         recipe = self._with_experts(recipe, shapes)
         divided = recipe.given
@@ -165,6 +185,7 @@ class Options:
             allocation=divided,
             samples=self.samples,
             seq_length=self.seq_length,
+            lengths=() if self.records is None else self.records.lengths,
             generated=self.generated,
             workers=self.workers or 1,
             ray=self.ray is not None,
@@ -177,7 +198,8 @@ class Options:
             from optprune.calibration.generated import check_held_out
 
             check_held_out(self.samples, self.generated, program.held_out)
-        return Resolved(self.model, program, config, runtime, notes, None if quantised is None else quantised.method)
+        method = None if quantised is None else quantised.method
+        return Resolved(self.model, program, config, runtime, notes, method, self.records, self.device)
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,6 +214,10 @@ class Resolved:
     """changes of the recipe for the runtime"""
     few_bits: str | None = None
     """the method by which the stored weights are quantised; None for floats"""
+    records: "DrawnRecords | None" = None
+    """the records of the calibration, where it is no text"""
+    device: str = "auto"
+    """the device, as the option names it"""
 
     def report_notes(self, say: Callable[[str], None]) -> None:
         """Report the changes of the recipe for the runtime, and what becomes of weights that are in few bits."""

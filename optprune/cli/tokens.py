@@ -32,10 +32,19 @@ def tokens_for(
 def calibration_of(
     resolved: "Resolved", texts: "Sequence[Text]", sequences: str = "packed"
 ) -> "tuple[VocabularyPruning | None, DrawnWindows]":
-    """Return the smaller vocabulary of a run, if its recipe has one, and the calibration windows in its tokens."""
+    """Return the smaller vocabulary of a run, if its recipe has one, and the calibration windows in its tokens.
+
+    Where the calibration is records, they are read by the processor and the vision part of the model.
+    """
+    from optprune.measure.memory import release
+    from optprune.models import device_of
     from optprune.texts import check_vocabulary, draw_windows
 
     program, config = resolved.program, resolved.config
+    if resolved.records is not None:
+        found = resolved.records.read(dtype=program.request.dtype, device=device_of(resolved.device))
+        release()
+        return None, found
     request, seed = program.request, program.seed
     smaller = vocabulary_for(resolved.model, config, texts, request.recipe.vocabulary, seed)
     with tokenizer_of(resolved.model) as own:

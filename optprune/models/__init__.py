@@ -5,6 +5,7 @@ from optprune.models.checkpoint import has_weights
 from optprune.models.decoder import Decoder, LinkedLayers
 from optprune.models.draft import Draft, NotUnderstood
 from optprune.models.families import ARCHITECTURES
+from optprune.models.images import ImageFeatures, image_features, load_processor
 from optprune.models.load import (
     DTYPES,
     LoadedModel,
@@ -52,6 +53,7 @@ __all__ = [
     "Draft",
     "Experts",
     "Heads",
+    "ImageFeatures",
     "KvGroups",
     "LinkedLayers",
     "LinkedUnits",
@@ -68,11 +70,13 @@ __all__ = [
     "device_of",
     "gguf_tensors",
     "has_weights",
+    "image_features",
     "is_gguf",
     "is_known",
     "is_stock",
     "load_config",
     "load_model",
+    "load_processor",
     "load_shapes",
     "load_tokenizer",
     "need_tokenizer",

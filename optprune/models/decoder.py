@@ -1,6 +1,6 @@
 """Decoder blocks of a transformers model, whose linear layers can be read, written and narrowed."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from optprune.errors import InputError
 from optprune.models.architecture import GATED, BlockShape, Classes, counts_of_heads
+from optprune.models.images import ImageFeatures
 from optprune.models.mixture import SeparateExperts, experts_in, join, keep_experts, only_experts, separate
 from optprune.models.places import InFile, OnDevice, Place
 from optprune.models.pruned.pruned_recurrent import numbers_of
@@ -53,11 +54,17 @@ class Decoder:
     """
 
     def __init__(
-        self, model: PreTrainedModel, store: BlockStore | None = None, computes_in: torch.dtype | None = None
+        self,
+        model: PreTrainedModel,
+        store: BlockStore | None = None,
+        computes_in: torch.dtype | None = None,
+        images: ImageFeatures | None = None,
     ) -> None:
         self.model, self.store, self.computes_in = model, store, computes_in
         self.states: Place = OnDevice()
         """the place of hidden states while no block needs them"""
+        self.images = images
+        """the features of images, which token ids behind the vocabulary are numbers of"""
         self.architecture = architecture_of(model.config)
         self.heads = self.architecture.heads(model.config)
         """the head layout of the stock class; a block may hold fewer KV heads, each with as many query heads"""
@@ -81,7 +88,7 @@ class Decoder:
         return self._computing_in(None)
 
     def _computing_in(self, dtype: torch.dtype | None) -> "Decoder":
-        other = Decoder(self.model, self.store, dtype)
+        other = Decoder(self.model, self.store, dtype, self.images)
         other.states = self.states
         return other
 
@@ -107,6 +114,18 @@ class Decoder:
         present = nullcontext() if self.store is None else self.store.resident(block, keep)
         with present, parameters_in(self.computes_in, block):
             yield block
+
+    def inputs(self, ids: Tensor) -> dict[str, Any]:
+        """Return the arguments of the model for token ids [batch, length], which may be numbers of images too."""
+        return {"input_ids": ids} if self.images is None else self.images.inputs(self.model, ids)
+
+    def form(self, ids: Tensor) -> Hashable:
+        """Return all of a batch of token ids that decides the arguments of the blocks beside hidden states."""
+        return ids.shape if self.images is None else self.images.form(ids)
+
+    def arguments(self, ids: Tensor, hidden: Tensor, blocks: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Return the arguments of each block for token ids and the inputs of the first, by those for ids of text."""
+        return blocks if self.images is None else self.images.arguments(ids, hidden, blocks)
 
     @contextmanager
     def embeddings_in_dtype(self) -> Iterator[None]:

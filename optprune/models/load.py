@@ -16,6 +16,7 @@ from optprune.models.checkpoint import Checkpoint, check_finite, check_weights_f
 from optprune.models.decoder import Decoder
 from optprune.models.draft import Draft
 from optprune.models.gguf import GgufTensor, converted, gguf_config, tensors_in
+from optprune.models.images import ImageFeatures
 from optprune.models.quantised import Quantisation, stated
 from optprune.models.registry import architecture_named, architecture_of, check_config
 from optprune.models.skeleton import check_whole, fill, skeleton
@@ -47,10 +48,12 @@ class LoadedModel(Displayed):
     """the store that the blocks come from, where `open_model` gave the model"""
     whole: VisionFolder | None = None
     """the vision-language model that the model is the language part of, where the source is one"""
+    images: ImageFeatures | None = None
+    """the features of images, where token ids may be numbers of them"""
 
     def decoder(self) -> Decoder:
         """Return access to the model's blocks, in memory or in files."""
-        return Decoder(self.model, self.store)
+        return Decoder(self.model, self.store, images=self.images)
 
     def __repr__(self) -> str:
         return f"LoadedModel({', '.join([repr(self.source), *(value for _, value in self._model_facts())])})"

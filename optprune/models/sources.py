@@ -25,6 +25,7 @@ CONVERT = (
 )
 ADVICE = {
     "config": "correct config.json, or fetch it again",
+    "processor": "fetch its files again, or save it again with transformers",
     "tokenizer": "fetch its files again, or save it again with transformers",
     "weights": "check that they are whole and belong to config.json, or fetch both again",
 }
@@ -67,7 +68,7 @@ def is_gguf(source: str | Path) -> bool:
 def reading(what: str, source: str, where: str, options: Mapping[str, Any]) -> Iterator[None]:
     """Turn errors of the libraries that read models, of whatever class, into an InputError that says what to do.
 
-    `what` is "config", "tokenizer" or "weights"; `where` and `options` are those of `locate`.
+    `what` is "config", "processor", "tokenizer" or "weights"; `where` and `options` are those of `locate`.
     """
     try:
         yield

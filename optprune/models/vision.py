@@ -6,16 +6,19 @@ folder (vision tower, projector, processor) is copied, byte for byte.
 
 import inspect
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_relative_import_files
+from transformers.models.gemma3 import modeling_gemma3 as gemma3
+from transformers.models.gemma4 import modeling_gemma4 as gemma4
 
 from optprune.errors import InputError
 from optprune.models.architecture import PART_FIELD
@@ -44,6 +47,8 @@ PREFIXES = (
 another, each with that in the text model's own checkpoints"""
 MODULES = (("lm_head.", "lm_head."), ("model.", "model.language_model."))
 """the beginnings of names in the text model, each with that in the vision-language model of transformers"""
+DEEP = (8, 16, 24)
+"""the layers of Qwen3-VL's vision tower whose features are added to blocks, by default"""
 PLACEHOLDERS = ("image_token_id", "video_token_id", "audio_token_id")
 """the config fields that hold a token in whose place an image, a film or a sound is put"""
 
@@ -60,6 +65,35 @@ OF_CODE = ("auto_map", "custom_pipelines")
 """the fields of config.json that name code"""
 OF_SAVING = ("_name_or_path", "transformers_version", "architectures", "dtype", "model_type", "auto_map", SHAPES)
 """the fields of a config that say how it was loaded and saved, not what the model is"""
+
+
+Further = Callable[[PreTrainedModel, Tensor, Tensor, Tensor], dict[str, Any]]
+"""a function from a language part, token ids [batch, length] with 0 for those of images, embeddings [batch, length,
+hidden] and whether a token is of an image to further arguments of the language part"""
+
+
+def _of_gemma3(model: PreTrainedModel, ids: Tensor, embeddings: Tensor, images: Tensor) -> dict[str, Any]:
+    """Return the masks of Gemma 3 by the kind of block: the tokens of an image see each other."""
+    return _seen_together(gemma3, model, embeddings, images) if bool(images.any()) else {}
+
+
+def _of_gemma4(model: PreTrainedModel, ids: Tensor, embeddings: Tensor, images: Tensor) -> dict[str, Any]:
+    """Return the numbers of each token for every block, those of padding for an image, and masks as Gemma 3 has."""
+    config, found = model.config, dict[str, Any]()
+    if config.hidden_size_per_layer_input:
+        inner: Any = model.model
+        found["per_layer_inputs"] = inner.get_per_layer_inputs(ids.masked_fill(images, config.pad_token_id), embeddings)
+    if config.use_bidirectional_attention == "vision" and bool(images.any()):
+        found |= _seen_together(gemma4, model, embeddings, images)
+    return found
+
+
+def _seen_together(stock: ModuleType, model: PreTrainedModel, embeddings: Tensor, images: Tensor) -> dict[str, Any]:
+    """Return the masks by which the tokens of an image see each other, as the stock class has them."""
+    spans = stock.get_block_sequence_ids_for_mask(images.long(), device=embeddings.device)
+    given = {"config": model.config, "inputs_embeds": embeddings, "block_sequence_ids": spans}
+    none = dict.fromkeys(("attention_mask", "cache", "position_ids"))
+    return {"attention_mask": stock.create_masks_for_vision_model(**given, **none)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +117,10 @@ class VisionFamily:
     """whether it scales its logits as its language part does alone"""
     ordered: str = ""
     """why blocks cannot be removed whole, where the number of a block says what it gets"""
+    further: Further | None = None
+    """further arguments of the language part, where images change more than the embeddings"""
+    deep: bool = False
+    """whether tokens have positions in three dimensions, and features of images are added to outputs of blocks"""
 
 
 VISION_FAMILIES = {
@@ -94,6 +132,7 @@ VISION_FAMILIES = {
             config=modeling_pruned_gemma3.PrunedGemma3VisionConfig,
             model=modeling_pruned_gemma3.PrunedGemma3ForConditionalGeneration,
             uneven=("gemma3_text",),
+            further=_of_gemma3,
         ),
         # Among tokens of text its language part sees no later ones.
         VisionFamily(
@@ -103,6 +142,7 @@ VISION_FAMILIES = {
             model=modeling_pruned_gemma4.PrunedGemma4ForConditionalGeneration,
             uneven=("gemma4_text",),
             scales=True,
+            further=_of_gemma4,
         ),
         VisionFamily(
             model_type="llava",
@@ -126,6 +166,7 @@ VISION_FAMILIES = {
             model=modeling_pruned_qwen3_vl.PrunedQwen3VLForConditionalGeneration,
             uneven=("qwen3",),
             ordered="the first blocks are those that features of the image are added to",
+            deep=True,
         ),
     )
 }
@@ -223,6 +264,11 @@ class VisionFolder:
                 "in plain weights only: load the unquantised original"
             )
         return replace(found, tensors=around | method.layers(own, self.source))
+
+    def features(self) -> int:
+        """Return how many vectors of features a token of an image has, with those that are added later."""
+        vision = self.fields.get("vision_config") or {}
+        return 1 + (len(vision.get("deepstack_visual_indexes", DEEP)) if self.family.deep else 0)
 
     def bytes_around(self) -> int:
         """Return the size of the tensors beside the language part; 0 where the weights are not in a folder here."""

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from optprune.allocation import Allocation
+from optprune.allocation import Allocation, Depth
 from optprune.errors import InputError, StrictError
-from optprune.models import Blocks, Decoder, Experts, Weights, reorderable
+from optprune.models import Blocks, Decoder, Experts, ImageFeatures, Weights, reorderable
 from optprune.moments import InputMoments
 from optprune.objectives import OBJECTIVES
 from optprune.patterns import ANYWHERE
@@ -41,6 +41,11 @@ def check(program: Program) -> tuple[str, ...]:
         raise InputError(
             f"the tokens of a {part_of} model are known to its processor, so its vocabulary is not pruned: leave out "
             "--vocabulary"
+        )
+    if program.request.lengths and isinstance(program.allocator, Depth) and program.allocator.score == "perplexity":
+        raise InputError(
+            "the perplexity that chooses sub-blocks to remove is one of windows of text, and records have images: give "
+            "a text, or --set allocation.score=influence"
         )
     _check_alike(program)
     for kind in program.units.kinds:
@@ -160,12 +165,15 @@ def _idle_order(program: Program, pruned: Layers) -> tuple[str, ...]:
     )
 
 
-def check_batches(config: PretrainedConfig, batches: Iterable[Any]) -> list[Tensor]:
+def check_batches(
+    config: PretrainedConfig, batches: Iterable[Any], images: ImageFeatures | None = None
+) -> list[Tensor]:
     """Return the batches as a list of token ids [batch, length]; InputError when the model cannot read one of them.
 
-    One tensor [batch, length] is one batch.
+    One tensor [batch, length] is one batch. Token ids may be numbers of `images`.
     """
     checked: list[Tensor] = []
+    known = config.vocab_size + (0 if images is None else len(images.rows))
     alone = isinstance(batches, Tensor) and batches.ndim == 2
     for number, batch in enumerate([batches] if alone else batches):
         what = f"a {batch.dtype} of shape {list(batch.shape)}" if isinstance(batch, Tensor) else type(batch).__name__
@@ -177,10 +185,10 @@ def check_batches(config: PretrainedConfig, batches: Iterable[Any]) -> list[Tens
         if not batch.numel():
             raise InputError(f"batch {number} is {what}, which holds no token: leave it out")
         least, most = int(batch.min()), int(batch.max())
-        if least < 0 or most >= config.vocab_size:
+        if least < 0 or most >= known:
             raise InputError(
                 f"batch {number} holds the token {least if least < 0 else most}, but the model has embeddings for 0 to "
-                f"{config.vocab_size - 1} only: use the model's own tokenizer"
+                f"{known - 1} only: use the model's own tokenizer"
             )
         positions = getattr(config, "max_position_embeddings", None)
         if positions is not None and batch.shape[1] > positions:

@@ -41,11 +41,21 @@ def parts_of(program: Program, phase: str, base: int, fresh: int) -> list[Part]:
 
     `base` is the memory of this process after its imports, `fresh` what another process adds with its own, in bytes.
     """
-    always = [Part("imports", base, HOST), Part("embeddings, head and norms", program.resident_bytes)]
+    always = [
+        Part("imports", base, HOST),
+        Part("embeddings, head and norms", program.resident_bytes),
+        *image_features(program),
+    ]
     if phase == "loading":
         return [*always, *_loading(program)]
     if phase == "tokenising":
-        return [Part("imports", base, HOST), Part("token ids", 64 * program.tokens, HOST)]
+        vision = program.vision_bytes
+        return [
+            Part("imports", base, HOST),
+            Part("token ids", 64 * program.tokens, HOST),
+            *([Part("vision part and embeddings", vision)] if vision else []),
+            *image_features(program),
+        ]
     if phase == GENERATING:
         return [Part("imports", base, HOST), *_generating(program)]
     if phase == VOCABULARY:
@@ -91,6 +101,14 @@ def _vocabulary(program: Program) -> Iterator[Part]:
     yield Part("a block", 0 if program.request.whole else program.block_bytes)
     yield Part("activations", activations(program, VOCABULARY_TOKENS))
     yield Part("predictions and states", round(program.vocabulary_work.bytes))
+
+
+def image_features(program: Program) -> Iterator[Part]:
+    """Yield the features of the images in records, which have at most all tokens."""
+    if program.request.lengths:
+        size = program.tokens * program.hidden * program.itemsize
+        yield Part("features of images", program.request.features * size, HOST)
+        yield Part("features of images for blocks", (program.request.features - 1) * size)
 
 
 # -- passes

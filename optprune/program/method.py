@@ -31,6 +31,8 @@ class Request:
     """calibration sequences"""
     seq_length: int = 2048
     """tokens of a sequence"""
+    lengths: tuple[int, ...] = ()
+    """tokens of each sequence, which is a batch of its own, where sequences are records"""
     generated: int = 0
     """further sequences, which the dense model generates"""
     dtype: torch.dtype = torch.float32
@@ -49,6 +51,8 @@ class Request:
     """whether the whole model is in memory, instead of one block at a time"""
     max_shard: int = MAX_SHARD
     """largest weights file of the output, in bytes"""
+    features: int = 1
+    """vectors of features of each token of an image, where sequences are records"""
     around: int = 0
     """bytes of the tensors of a vision-language model beside its language part, where they are known"""
 

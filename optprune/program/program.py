@@ -7,6 +7,7 @@ import math
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -151,26 +152,30 @@ class Program:
 
     @property
     def length(self) -> int:
-        """The tokens of a sequence."""
-        return self.request.seq_length
+        """The tokens of a sequence, of the longest where they differ."""
+        return max(self.request.lengths, default=self.request.seq_length)
 
     @property
     def tokens(self) -> int:
         """The calibration tokens."""
-        return (self.request.samples + self.request.generated) * self.length
+        return sum(self.request.lengths) or (self.request.samples + self.request.generated) * self.length
 
     @property
     def batch_tokens(self) -> int:
         """The tokens of the largest batch."""
-        return min(self.tokens, max(1, TOKENS_PER_BATCH // self.length) * self.length)
+        largest = min(self.tokens, max(1, TOKENS_PER_BATCH // self.length) * self.length)
+        return max(self.request.lengths, default=largest)
 
     @property
     def batches(self) -> int:
         """The batches."""
-        return -(-self.tokens // self.batch_tokens)
+        return len(self.request.lengths) or -(-self.tokens // self.batch_tokens)
 
     def first_tokens(self, asked: int) -> int:
         """Return the number of tokens of the first whole sequences that hold `asked` tokens, or of all sequences."""
+        if self.request.lengths:
+            sums = accumulate(self.request.lengths)
+            return next((held for held in sums if held >= asked), self.tokens)
         return min(self.tokens, -(-asked // self.length) * self.length)
 
     def fitted_tokens(self, asked: Recovery) -> int:
@@ -228,6 +233,11 @@ class Program:
     def resident_bytes(self) -> int:
         """Bytes that stay in memory in every phase: all weights outside the blocks, or all weights of a whole model."""
         return (self.resident_numbers + (sum(self.block_numbers) if self.request.whole else 0)) * self.itemsize
+
+    @property
+    def vision_bytes(self) -> int:
+        """Bytes of the vision part and of the embeddings while records with images are read; 0 where there are none."""
+        return self.request.around + self.resident_numbers * self.itemsize if self.request.lengths else 0
 
     @cached_property
     def largest(self) -> int:

@@ -60,6 +60,7 @@ def places_of(source: str, shapes: Decoder, device: str, dtype: str) -> dict[str
     whole = vision_folder(source) if shapes.architecture.part_of else None
     return {
         "around": 0 if whole is None else whole.bytes_around(),
+        "features": 1 if whole is None else whole.features(),
         "dtype": stored_dtype(source, shapes.model.config, dtype) or torch.float32,
         "device": "cuda" if gpu else "cpu",
         "devices": max(1, torch.cuda.device_count()) if gpu else 1,

@@ -101,7 +101,7 @@ def alternatives(program: Program) -> Iterator[tuple[str, Program]]:
         yield "--workers 1", asked(workers=1)
     fewer = request.samples // 2
     while fewer >= FEWEST:
-        yield f"--samples {fewer}", asked(samples=fewer)
+        yield f"--samples {fewer}", asked(samples=fewer, lengths=request.lengths[:fewer])
         fewer //= 4
     if program.streams > 1 or program.keeps_original:
         alone = replace(request, workers=1)

@@ -15,7 +15,7 @@ from optprune.calibration.partial_sums import PartialSums
 from optprune.calibration.statistics_cache import Source
 from optprune.errors import InputError
 from optprune.measure.memory import release
-from optprune.models import UNITS, Decoder
+from optprune.models import UNITS, Decoder, ImageFeatures
 from optprune.models.store import BlockStore
 from optprune.numerics.precision import full_precision
 from optprune.program import Program, Request, check_batches, resolve
@@ -37,6 +37,7 @@ def collect(
     folder: str | Path | None = None,
     partial_sums: PartialSums | None = None,
     states: str = "auto",
+    images: ImageFeatures | None = None,
     on_event: Callable[[Event], None] = lambda event: None,
 ) -> Statistics:
     """Measure once the statistics that runs on this model and these batches of token ids [batch, length] share.
@@ -48,12 +49,13 @@ def collect(
     blocks. A run measures and adds whatever else it needs. Statistics record the model, its dtype, the tokens, the
     partial sums, the versions and the machine; used with any other they raise an InputError that names the difference.
     They are kept in memory, with 4 in^2 bytes for each distinct input of a layer and as much again for solvers, or in a
-    `folder`, whose files are written whole or not at all, and which a later call continues.
+    `folder`, whose files are written whole or not at all, and which a later call continues. Token ids may be numbers of
+    `images`.
     """
-    decoder, partial_sums = Decoder(model, store), partial_sums or PartialSums()
+    decoder, partial_sums = Decoder(model, store, images=images), partial_sums or PartialSums()
     if partial_sums.peers.size > 1:
         raise InputError("statistics are collected in one process: collect them before starting torchrun")
-    every = check_batches(model.config, batches)
+    every = check_batches(model.config, batches, images)
     decoder.states = place_for(states, decoder, every, None)
     statistics = Statistics(Source.of(decoder, every, partial_sums), folder)
     needs = _Needs(decoder, every, statistics, partial_sums)

@@ -13,7 +13,7 @@ from optprune.allocation import Allocation
 from optprune.calibration import DenseStatistics, Propagation, calibrating
 from optprune.calibration.partial_sums import PartialSums
 from optprune.errors import InputError
-from optprune.models import Decoder
+from optprune.models import Decoder, ImageFeatures
 from optprune.models.store import BlockStore
 from optprune.numerics.precision import full_precision
 from optprune.program import Program, Request, check_batches, resolve
@@ -54,6 +54,7 @@ def prune(
     workers: Workers | None = None,
     partial_sums: PartialSums | None = None,
     states: str = "auto",
+    images: ImageFeatures | None = None,
 ) -> Report:
     """Prune a transformers model in place, by a recipe, on batches of token ids [batch, length]; return the report.
 
@@ -72,6 +73,7 @@ def prune(
       arguments, except for the journal, which only the first one has.
     - `states` is where hidden states are kept between two blocks: device, host, disk (an unnamed file, in the journal's
       folder if there is one), or auto, the first of these with enough room.
+    - `images` are the features of images that token ids are numbers of, as `DrawnRecords.read` returns both.
     - `on_event` receives the events of the run, and `progress` shows them on stderr with the time left.
     """
     if recipe.vocabulary is not None:
@@ -79,13 +81,14 @@ def prune(
             "a recipe with a smaller vocabulary needs the text, not its tokens: call prune_vocabulary first, and then "
             "prune with vocabulary none, on tokens of the new tokenizer"
         )
-    began, decoder = time.perf_counter(), Decoder(model, store)
-    every = check_batches(model.config, batches)
+    began, decoder = time.perf_counter(), Decoder(model, store, images=images)
+    every = check_batches(model.config, batches, images)
     request = Request(
         recipe=recipe,
         allocation=allocation,
         samples=sum(map(len, every)),
         seq_length=max(batch.shape[1] for batch in every),
+        lengths=() if images is None else tuple(batch.numel() for batch in every),
         dtype=model.dtype,
         device=model.device.type,
         states=states,

@@ -23,6 +23,7 @@ from optprune.calibration import (
     hold_out,
 )
 from optprune.calibration.partial_sums import PartialSums
+from optprune.calibration.statistics_cache import calibration_facts
 from optprune.errors import InputError, StrictError
 from optprune.measure.clock import clock
 from optprune.measure.memory import free_memory, release
@@ -30,7 +31,6 @@ from optprune.metric import Metrics
 from optprune.models import Decoder
 from optprune.models.draft import DRAFT_FIELD
 from optprune.models.places import InFile, OnDevice, OnHost, Place
-from optprune.numerics.fingerprint import fingerprint
 from optprune.program import BlockProgram, Program
 from optprune.pruning.block import BlockJob, BlockOutcome, BlockRecord, BlockResult, BlockTask, moved, prune_block
 from optprune.pruning.executors import LayerExecutor
@@ -406,7 +406,7 @@ def facts(
         "the model": digest_of_model(decoder, on_bytes),
         "its architecture": getattr(decoder.model.config, DRAFT_FIELD, None),
         "its dtype": str(decoder.model.dtype),
-        "the calibration tokens": fingerprint(batches),
+        **calibration_facts(decoder, batches),
         "the number of partial sums": partial_sums.count,
         **program.facts(),
         "the version": versions(),

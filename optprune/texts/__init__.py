@@ -20,6 +20,7 @@ from optprune.texts.documents import (
     read_documents,
 )
 from optprune.texts.held_out import TrainingText, split_held_out
+from optprune.texts.records import DrawnRecords, Record, draw_records, read_records
 from optprune.texts.windows import calibration_batches, check_seq_length, check_vocabulary, evaluation_windows, tokenise
 
 __all__ = [
@@ -28,8 +29,10 @@ __all__ = [
     "SEQUENCES",
     "Conversation",
     "Document",
+    "DrawnRecords",
     "DrawnWindows",
     "NamedSet",
+    "Record",
     "Text",
     "TrainingText",
     "WindowSampler",
@@ -38,10 +41,12 @@ __all__ = [
     "check_sequences",
     "check_vocabulary",
     "demo_articles",
+    "draw_records",
     "draw_windows",
     "evaluation_windows",
     "normalised_text",
     "read_documents",
+    "read_records",
     "read_texts",
     "split_held_out",
     "tokenise",

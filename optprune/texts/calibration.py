@@ -16,6 +16,8 @@ if TYPE_CHECKING:  # torch and transformers take seconds to import
     from torch import IntTensor, LongTensor
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
+    from optprune.models import ImageFeatures
+
 SHARE_PATTERN = re.compile(r"(.+?)=(\d{1,3}(?:\.\d{0,9})?|\.\d{1,9})(?:,|\Z)", re.DOTALL)
 """a text with its share; a comma ends it only after a share, so that names may contain commas and equals signs"""
 ROUNDED = Fraction(1, 100)
@@ -123,6 +125,8 @@ class DrawnWindows:
     """the number of windows of each text"""
     description: str
     """the source in words, for the report"""
+    images: "ImageFeatures | None" = None
+    """the features of images, where token ids may be numbers of them"""
 
 
 def read_texts(spec: str) -> list[Text]:

@@ -144,6 +144,8 @@ def raise_csv_limit() -> None:
 
 Document = str | Conversation
 """a text, or the messages of a conversation"""
+IMAGES = "images:"
+"""the beginning of a calibration that is a file of records"""
 FORMS = (
     "a .txt, .jsonl, .csv or .parquet file (FILE.csv:COLUMN), a folder of .txt, hf:DATASET[:CONFIG]:SPLIT, wikitext2, "
     "c4, ultrachat, or demo:PART"
@@ -200,6 +202,10 @@ def _read(spec: str) -> Iterable[Document]:
         return demo_articles(spec.removeprefix("demo:"))  # type: ignore[arg-type]  # it checks the name
     if spec.startswith("hf:"):
         return _read_dataset(spec)
+    if spec.startswith(IMAGES) and not Path(spec).exists():
+        raise InputError(
+            f"{spec} is records with images, which --calibration of prune and plan takes, alone: give a text here"
+        )
     path, column = Path(spec), None
     name = spec
     if not path.exists() and (known := NAMED_SETS.get(spec.partition(":")[0])) is not None:

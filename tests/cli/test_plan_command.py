@@ -53,6 +53,13 @@ def test_a_plan_is_printed_and_written(attempt: Attempt, capsys: pytest.CaptureF
     assert attempt.model.stat().st_mtime_ns == before
 
 
+def test_windows_as_long_as_a_batch_are_planned_too(tmp_path: Path) -> None:
+    """Though of one window nothing can be held out."""
+    tiny_llama(max_position_embeddings=2048).config.save_pretrained(tmp_path / "config")
+    words = ["--recipe", "structured_best", "--sparsity", "0.2", "--samples", "8", "--seq-length", "1025"]
+    assert main(["plan", str(tmp_path / "config"), *words, "--device", "cpu"]) == 0
+
+
 @pytest.mark.usefixtures("no_weights")
 def test_without_a_probe_a_config_is_enough_and_a_gpu_need_not_be_there(
     config: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
