@@ -1,6 +1,6 @@
 """A smaller vocabulary: bits per byte of held-out news, with and without refitted rows, and healed.
 
-    python -m benchmarks.vocabulary --pieces 40 --tokens 0 --heal 98304
+    python -m benchmarks.vocabulary --pieces 40 --tokens 0 --heal 49152
 
 SmolLM2-135M-Instruct. Tokens are chosen on one half of the news articles, rows are refitted on windows of it, and the
 last model of each vocabulary is healed on windows of it, in bfloat16, by the dense model's predictions pushed forward,
@@ -54,10 +54,10 @@ def healed(loaded: LoadedModel, dense: LoadedModel, tokens: int, rate: float) ->
     """Heal a model with fewer tokens in place, and return the number of tokens that it was trained on."""
     smaller = SmallerVocabulary.between(tokenizer_of(dense), tokenizer_of(loaded))
     assert smaller is not None
-    settings = HealingSettings(learning_rate=rate, dtype="bfloat16", patience=10, embeddings=False)
+    settings = HealingSettings(learning_rate=rate, dtype="bfloat16", every=16, embeddings=False)
     teacher = PushedTeacher(dense.model, smaller=smaller, precision=precision_of(settings, dense.model.device))
     documents = read_documents("demo:calibration")
-    sizes = {"seq_length": LENGTH, "batch_size": 16, "held_out": 32, "tokens": tokens, "most": tokens, "seed": 0}
+    sizes = {"seq_length": LENGTH, "batch_size": 16, "held_out": 96, "tokens": tokens, "most": tokens, "seed": 0}
     text = split_held_out(documents, lambda some: tokenise(tokenizer_of(loaded), some), **sizes)
 
     def show(event: Event) -> None:
@@ -73,7 +73,7 @@ def main() -> None:
     parser.add_argument("--keep", type=int, nargs="+", default=[32768, 24576])
     parser.add_argument("--tokens", type=int, default=32768)
     parser.add_argument("--heal", type=int, default=0, help="tokens to heal on; 0 heals nothing")
-    parser.add_argument("--learning-rate", type=float, default=3e-4)
+    parser.add_argument("--learning-rate", type=float, default=2e-4)
     parser.add_argument("--pieces", type=int, default=60)
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()

@@ -12,17 +12,18 @@ MOST = 0.5
 
 
 def with_removed(
-    push: PushForward, ids: Tensor, probabilities: Tensor, generator: torch.Generator
+    push: PushForward, ids: Tensor, probabilities: Tensor, generator: torch.Generator, *, evenly: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Return old ids [length] with some replaced by removed tokens, and the weights of these tokens, 0 for others.
 
     The `probabilities` [length, rows] are the dense model's behind each token of the text. A token is replaced the more
-    often the likelier a removed one is there, and by one that is drawn from these. The weight of a removed token is the
+    often the likelier a removed one is there, or `evenly`, and by one that is drawn from these. The weight of a removed token is the
     number of times that the model expects one there, for each time that one is put there.
     """
     among = probabilities[:-1, push.removed.to(probabilities.device)].cpu()
     chance = among.sum(1)
-    hit = (REPLACED * chance / chance.mean().clamp(min=1e-30)).clamp(max=MOST)
+    likely = torch.ones_like(chance) if evenly else chance / chance.mean().clamp(min=1e-30)
+    hit = (REPLACED * likely).clamp(max=MOST)
     places = (torch.rand(len(hit), generator=generator) < hit).nonzero()[:, 0]
     new, weights = ids.clone(), torch.zeros(len(ids))
     for place in places.tolist():

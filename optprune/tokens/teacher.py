@@ -63,15 +63,16 @@ class PushedTeacher(Teacher):
 
     @torch.no_grad()
     def training_windows(self, ids: Tensor, seed: int) -> Tensor:
-        """Return windows of the same size with removed tokens in place of some tokens, where the teacher expects them.
+        """Return windows of the same size with removed tokens in place of some tokens, drawn from its predictions.
 
-        A text has few of the tokens that it needs least, so that it teaches little about their pieces.
+        A text has few of the tokens that it needs least, so that it teaches little about their pieces. Replaced evenly,
+        it has more different ones.
         """
         generator = torch.Generator().manual_seed(seed)
         found = list[Tensor]()
         for window in ids.cpu():
             old = self.push.old_ids(window)
-            new, _ = with_removed(self.push, old, self._probabilities(old), generator)
+            new, _ = with_removed(self.push, old, self._probabilities(old), generator, evenly=True)
             found.append(self.push.new_ids(new)[: len(window)])
         return torch.stack(found) if found else ids
 
