@@ -17,8 +17,8 @@ def with_removed(
     """Return old ids [length] with some replaced by removed tokens, and the weights of these tokens, 0 for others.
 
     The `probabilities` [length, rows] are the dense model's behind each token of the text. A token is replaced the more
-    often the likelier a removed one is there, or `evenly`, and by one that is drawn from these. The weight of a removed token is the
-    number of times that the model expects one there, for each time that one is put there.
+    often the likelier a removed one is there, or `evenly`, and by one that is drawn from these. The weight of a removed
+    token is the number of times that the model expects one there, for each time that one is put there.
     """
     among = probabilities[:-1, push.removed.to(probabilities.device)].cpu()
     chance = among.sum(1)
