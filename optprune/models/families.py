@@ -121,7 +121,11 @@ def fields_of_gemma4(config: PretrainedConfig) -> dict[str, Any]:
     off = ("use_bidirectional_attention",) if config.use_bidirectional_attention == "all" else ()
     # The MLP beside the experts has one width in all blocks.
     off += ("use_double_wide_mlp",) if experts and max(double_widths(config)) > 1 else ()
-    return {**(GEMMA4_EXPERTS if experts else {}), "stages": stages, "off": off}
+    found = {**(GEMMA4_EXPERTS if experts else {}), "stages": stages, "off": off}
+    if config.num_kv_shared_layers:
+        return found
+    heads = "blocks without a window have heads of another size, or another number of them"
+    return {**found, "indivisible": {**GEMMA4.indivisible, "kv_heads": heads}}
 
 
 def equal_heads(config: PretrainedConfig) -> Heads:

@@ -8,8 +8,10 @@ import pytest
 from transformers import AutoConfig
 
 from optprune.cli import main
+from optprune.export import GgufFile, ModelSource
 from optprune.program import Runtime
 from tests.helpers.attempts import Attempt
+from tests.helpers.gguf_models import BENT, made, saved
 from tests.helpers.tiny_models import save_tiny, tiny_llama, tiny_opt
 
 WIDE = 256
@@ -48,6 +50,27 @@ def test_what_llama_cpp_cannot_read_is_refused(attempt: Attempt, tmp_path_factor
     file = attempt.model / "tokenizer.json"
     file.write_text(file.read_text().replace('"ByteLevel"', '"Whitespace"', 1))
     assert "the tokenizer splits text by Whitespace" in attempt.fails(attempt.command("--target", "gguf"))
+
+
+@pytest.mark.usefixtures("no_weights_opened")
+@pytest.mark.parametrize(
+    ("family", "fields", "sentence"),
+    [
+        ("gpt_oss", {"swiglu_alpha": 1.4}, "swiglu_alpha 1.4 in place of 1.702"),
+        ("gpt_oss", {"rope_parameters": {**BENT, "beta_fast": 16.0}}, "beta_fast"),
+        ("lfm2", {"conv_bias": True}, "biases of linear layers, as model.layers.0.conv.in_proj.bias"),
+        ("nemotron_h", {"time_step_min": 0.01}, "a Mamba 2 whose steps are raised to 0.01"),
+        ("gemma2", {"final_logit_softcapping": None}, "a Gemma 2 without soft caps"),
+    ],
+)
+def test_what_the_export_would_refuse_is_refused_before_a_run(
+    family: str, fields: dict[str, Any], sentence: str, attempt: Attempt, tmp_path: Path
+) -> None:
+    """In the same words."""
+    attempt.model = saved(made(family, **fields), tmp_path / "model")
+    told = attempt.fails(attempt.command("--target", "gguf", "--recipe", "fasp", "--units", "mlp"))
+    assert sentence in told
+    assert str(GgufFile().unsupported(ModelSource(attempt.model))) in told
 
 
 def test_a_run_for_vllm(
