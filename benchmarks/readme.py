@@ -264,17 +264,21 @@ TABLES = (
 )
 
 
-class WhichSolver:
-    """The table of `benchmarks.which_solver`."""
+@dataclass(frozen=True)
+class Written:
+    """The table that a benchmark wrote."""
+
+    name: str
 
     def markdown(self) -> str:
         """Return the rows as Markdown."""
-        return markdown(json.loads((RESULTS / "which_solver.json").read_text(encoding="utf-8"))["rows"]).rstrip()
+        return markdown(json.loads((RESULTS / f"{self.name}.json").read_text(encoding="utf-8"))["rows"]).rstrip()
 
 
-PAGES: dict[str, tuple[Table | Published | Families | WhichSolver, ...]] = {
+PAGES: dict[str, tuple[Table | Published | Families | Written, ...]] = {
     "README.md": (SHORT,),
-    "docs/results/solvers.md": (WhichSolver(),),
+    "docs/results/solvers.md": (Written("which_solver"),),
+    "docs/results/vllm.md": (Written("vllm_loads"),),
     "docs/results/quality.md": (*TABLES, Published(), Families()),
 }
 REFERENCE: dict[str, Callable[[], list[str]]] = {

@@ -28,8 +28,9 @@ class Serving:
 def serving(folder: str | Path) -> tuple[Serving, ...]:
     """Return for transformers 5 and 4.57, vLLM, llama.cpp and ONNX Runtime whether each loads a model folder.
 
-    No weights are read, and no runtime is started: the answers are those of optprune's rules (`RUNTIMES`), and for
-    llama.cpp and ONNX Runtime of the exporters. InputError where the folder is not a model folder.
+    No weights are read, and no runtime is started: the answers are those of optprune's rules (`RUNTIMES`), which for
+    vLLM were tried in it with small models of most families, and for llama.cpp and ONNX Runtime of the exporters.
+    InputError where the folder is not a model folder.
     """
     source = ModelSource(folder)
     architecture, config = source.shapes.architecture, source.config
@@ -46,7 +47,11 @@ def serving(folder: str | Path) -> tuple[Serving, ...]:
     reads = architecture.read_by_older(stock)
     found.append(replace(found[0], runtime=NAMES[1]) if reads else Serving(NAMES[1], False, older))
     refusal = _refusal("vllm", source) or (None if stock else uneven)
-    how = "vllm serve loads it, by the rules of its source" if refusal is None else f"it does not take {refusal}"
+    rules, family = RUNTIMES["vllm"], architecture.model_type
+    how = f"vllm serve loads it, as it did pruned models of the kind {family}, tried in {rules.tried}"
+    if family not in rules.tried_families:
+        how = f"vllm serve loads it by its source; models of the kind {family} were not tried in it"
+    how = how if refusal is None else f"it does not take {refusal}"
     found.append(Serving("vllm", refusal is None, how))
     for name, exporter, file in (
         ("llama.cpp", GgufFile(), "FILE.gguf"),

@@ -1,8 +1,10 @@
 """Runtimes: the models that each of them loads, as data, so that a run is fitted to one before any weight is read."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from transformers import PretrainedConfig
 
 from optprune.allocation import Allocation
 from optprune.allocation.uniform import Uniform
@@ -19,7 +21,7 @@ from optprune.models import (
     load_config,
     load_shapes,
 )
-from optprune.models.architecture import rope_types
+from optprune.models.architecture import DENSE, rope_types
 from optprune.recipe.groups import DepthSearch, GivenBlocks, GlobalBudget, UniformShares
 from optprune.recipe.recipe import Recipe, allocator_of
 
@@ -36,6 +38,14 @@ SHARING = tuple(name for name, one in ARCHITECTURES.items() if one.shared is not
 """families whose blocks hand keys and values on to others"""
 LATENT = tuple(name for name, one in ARCHITECTURES.items() if one.latent is not None)
 NOT_TRIED = (*RECURRENT, *SHARING)
+TRIED_IN_VLLM = (
+    *("deepseek_v2", "deepseek_v3", "exaone4", "falcon_h1", "gemma2", "gemma3_text", "glm4_moe"),
+    *("granitemoehybrid", "llama", "ministral3", "mistral", "mixtral", "nemotron_h", "olmo2", "opt"),
+    *("phi3", "qwen2", "qwen3_moe", "smollm3"),
+)
+"""families of which pruned models gave in vLLM what transformers gives, by benchmarks/results/vllm_loads.md"""
+DIVIDED_IN_VLLM = ("granitemoehybrid", "olmoe", "qwen2", "qwen2_moe")
+"""families of which vLLM takes a head to have the hidden size divided by the number of heads"""
 WITHOUT_EXPERTS = tuple(name for name, one in ARCHITECTURES.items() if one.mixture is None and name not in NOT_TRIED)
 
 
@@ -60,13 +70,17 @@ class Runtime:
     fewer_heads: tuple[str, ...] = tuple(name for name, one in ARCHITECTURES.items() if one.head_dim_is_free)
     """the families whose heads may be fewer than the hidden size says, where blocks are alike"""
     multiple: int = 1
-    """the multiple that chosen MLP widths should have"""
-    must: bool = False
-    """whether other widths are refused"""
+    """the multiple that MLP widths get where the recipe leaves them open"""
+    otherwise: Mapping[str, Callable[[PretrainedConfig], str]] = field(default_factory=dict)
+    """functions of a config, by family, that return what it does not take or would compute otherwise, empty for none"""
     parts: bool = False
     """whether it loads the vision-language models of which language parts are pruned"""
     own_vocabulary: bool = False
     """whether it tokenises with its own code, so that it must know the tokenizer"""
+    tried: str = ""
+    """the version in which small models were tried, where a benchmark did"""
+    tried_families: tuple[str, ...] = ()
+    """the families of which pruned models gave there what transformers gives"""
     of_values: str = ""
     """a note for runs that remove value dimensions"""
     of_zeros: str = ""
@@ -109,23 +123,19 @@ class Runtime:
     def refuses(self, before: Decoder, shapes: Sequence[BlockShape]) -> str | None:
         """Return why it does not load a model with these blocks, and what it would load; None where it loads them.
 
-        `before` is the model that is pruned: the widths that it has are no choice. Blocks without anything are gone.
+        `before` is the model that is pruned. Blocks without anything are gone.
         """
         left = [shape for shape in shapes if shape.parts or before.architecture.stays]
-        wrong = None if self._may_differ(before) else self._refuses_shapes(before, left)
         if before.architecture.model_type in self.attending and any(not shape.kv_heads for shape in left):
-            wrong = self._without_attention(before)
-        known = {shape.mlp_width for shape in before.shapes()}
-        odd = sorted({shape.mlp_width for shape in left if shape.mlp_width % self.multiple} - known)
-        if wrong is None and odd and self.must:
-            wrong = (
-                f"MLPs of {odd[0]} units: let widths be multiples of {self.multiple}, --width-multiple {self.multiple}"
-            )
-        return wrong
+            return self._without_attention(before)
+        return None if self._may_differ(before) else self._refuses_shapes(before, left)
 
     def refuses_model(self, decoder: Decoder) -> str | None:
         """Return what it does not take of a model as it is, and what it would take; None where it loads the model."""
-        return self._refuses_kind(decoder) or self.refuses(decoder, decoder.shapes())
+        wrong = self._refuses_kind(decoder) or self.refuses(decoder, decoder.shapes())
+        heads, free = decoder.heads, decoder.architecture.head_dim_is_free
+        other = free and heads.query * heads.dim != decoder.model.config.hidden_size
+        return wrong or (self._refuses_free_heads(decoder) if other else None)
 
     def _refuses_shapes(self, before: Decoder, left: Sequence[BlockShape]) -> str | None:
         """Return the property of blocks that a class with equal blocks cannot hold; None where there is none."""
@@ -152,16 +162,18 @@ class Runtime:
             raise OptpruneError(f"the pruned model is in {folder}, but the target {self.name} does not take {wrong}")
 
     def _refuses_heads(self, before: Decoder, kv_heads: int) -> str | None:
-        family, heads = before.architecture.model_type, kv_heads * before.heads.group
-        hidden = before.model.config.hidden_size
+        heads, hidden = kv_heads * before.heads.group, before.model.config.hidden_size
         if kv_heads == before.heads.kv or heads * before.heads.dim == hidden:
             return None  # in many families the heads of the dense model do not make up the hidden size
-        free = self._drafted(before) and before.architecture.head_dim_is_free
-        if family not in self.fewer_heads and not free:
-            return f"models of the kind {family} with fewer heads than the hidden size says: {NARROW_MLPS}"
-        if hidden % heads:
-            return f"{heads} heads, which do not divide the hidden size of {hidden}: ask for another sparsity"
-        return None
+        uneven = f"{heads} heads, which do not divide the hidden size of {hidden}: ask for another sparsity"
+        return self._refuses_free_heads(before) or (uneven if hidden % heads else None)
+
+    def _refuses_free_heads(self, decoder: Decoder) -> str | None:
+        """Return why a model's heads cannot be fewer than the hidden size says; None where they can."""
+        family = decoder.architecture.model_type
+        if family in self.fewer_heads or (self._drafted(decoder) and decoder.architecture.head_dim_is_free):
+            return None
+        return f"models of the kind {family} with fewer heads than the hidden size says: {NARROW_MLPS}"
 
     def _may_differ(self, decoder: Decoder) -> bool:
         # Of experts it takes one number and one width.
@@ -186,6 +198,9 @@ class Runtime:
             )
         if family not in self.families and not self._drafted(decoder):
             return f"models of the kind {family}: it takes {', '.join(self.families)}"
+        wrong = self.otherwise[family](decoder.model.config) if family in self.otherwise else ""
+        if wrong:
+            return wrong
         known = self.scalings(family)
         for kind in rope_types(decoder.model.config):
             if kind not in known:
@@ -243,23 +258,95 @@ def _expected(recipe: Recipe, decoder: Decoder, allocation: Allocation | None) -
     return decoder.shapes() if allocation is None else tuple(block.shape for block in allocation.blocks)
 
 
+def _latent_in_vllm(config: PretrainedConfig) -> str:
+    """Return what vLLM does not take of a model with latent attention."""
+    if getattr(config, "attention_bias", False):
+        return "biases of latent attention (attention_bias), which it leaves out"
+    if config.model_type in ("deepseek_v3", "pruned_deepseek_v3"):
+        for name, value in (("topk_method", "noaux_tc"), ("scoring_func", "sigmoid")):
+            if getattr(config, name, None) != value:
+                return f"a router whose kind its config does not say: put {name} {value} into config.json"
+    return ""
+
+
+def _ministral3_in_vllm(config: PretrainedConfig) -> str:
+    """Return what vLLM does not take of a Ministral 3."""
+    beta = config.rope_parameters.get("llama_4_scaling_beta")
+    if not beta or getattr(config, "llama_4_scaling", None):
+        return ""
+    return (
+        "queries scaled by positions (llama_4_scaling_beta), which it leaves out: put llama_4_scaling with "
+        f"original_max_position_embeddings and beta {beta} into config.json"
+    )
+
+
+def _glm4_moe_lite_in_vllm(config: PretrainedConfig) -> str:
+    """Return what vLLM does not take of a GLM 4.7 Flash."""
+    dense = config.mlp_layer_types.count(DENSE)
+    if getattr(config, "first_k_dense_replace", None) != dense:
+        return f"blocks whose kind its config does not count: put first_k_dense_replace {dense} into config.json"
+    return _latent_in_vllm(config)
+
+
+def _nemotron_h_in_vllm(config: PretrainedConfig) -> str:
+    """Return what of a Nemotron-H was not tried in vLLM."""
+    if "moe" in config.layer_types:
+        return "experts of two layers, which it does not run on a CPU, so that they were not tried"
+    return ""
+
+
+def _qwen_in_vllm(config: PretrainedConfig) -> str:
+    """Return what vLLM does not take of a Qwen2, its mixture or a Qwen3 without experts."""
+    if config.model_type.endswith("qwen2_moe") and "sliding_attention" in config.layer_types:
+        return "windows in a mixture of Qwen2, of which it gives other logits"
+    if (
+        config.model_type.endswith(("qwen2", "qwen3"))
+        and len(set(config.layer_types)) > 1
+        and config.max_window_layers != config.num_hidden_layers
+    ):
+        return "windows in some blocks only (max_window_layers)"
+    return ""
+
+
+def _gpt_oss_in_vllm(config: PretrainedConfig) -> str:
+    """Return what vLLM does not take of a GPT-OSS."""
+    lacking = [name for name in ("beta_fast", "beta_slow") if name not in config.rope_parameters]
+    return f"rotary embeddings without {lacking[0]}: put it into rope_parameters of config.json" if lacking else ""
+
+
+def _falcon_h1_in_vllm(config: PretrainedConfig) -> str:
+    """Return what vLLM does not take of a Falcon-H1."""
+    if config.mamba_rms_norm and config.mamba_norm_before_gate:
+        return "recurrent mixers with a norm before a factor (mamba_norm_before_gate), which it has behind it"
+    return ""
+
+
 RUNTIMES = {
     runtime.name: runtime
     for runtime in (
         Runtime("transformers", drafted=True, parts=True),
         Runtime(
             "vllm",
-            families=tuple(name for name in ARCHITECTURES if name not in NOT_TRIED),
-            # These read head_dim from the config (Mistral is its Llama), Qwen2Attention divides the hidden size.
-            fewer_heads=(
-                *("gemma2", "gemma3_text", "glm4_moe", "gpt_oss", "granite", "llama", "mistral"),
-                *("qwen3", "qwen3_moe", "seed_oss"),
+            families=tuple(name for name in ARCHITECTURES if name not in NOT_TRIED or name in TRIED_IN_VLLM),
+            # Its classes of the others read head_dim from the config; those of these divide the hidden size.
+            fewer_heads=tuple(
+                name for name, one in ARCHITECTURES.items() if one.head_dim_is_free and name not in DIVIDED_IN_VLLM
             ),
+            otherwise={
+                **dict.fromkeys(LATENT, _latent_in_vllm),
+                "falcon_h1": _falcon_h1_in_vllm,
+                "glm4_moe_lite": _glm4_moe_lite_in_vllm,
+                "gpt_oss": _gpt_oss_in_vllm,
+                "nemotron_h": _nemotron_h_in_vllm,
+                **dict.fromkeys(("qwen2", "qwen2_moe", "qwen3"), _qwen_in_vllm),
+                "ministral3": _ministral3_in_vllm,
+            },
             # Its GPT-OSS gives every other block a window, by its number.
             ordered=("gpt_oss",),
-            # GPTQ_MARLIN_MIN_THREAD_N in vLLM's marlin_utils.py.
+            # Half, a quarter and an eighth of it are multiples of 8, for tensor parallelism.
             multiple=64,
-            must=True,
+            tried="vLLM 0.32 on a CPU",
+            tried_families=TRIED_IN_VLLM,
             of_zeros="vLLM has no kernel for zeros since it gave up 2:4 (vllm#36799): they bring no speed there",
         ),
         Runtime(

@@ -1,6 +1,5 @@
 """--target: what a runtime would not take is refused before any weight is read; what is set for it is told."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -82,13 +81,14 @@ def test_a_run_for_vllm(
 
     def check(self: Runtime, before: Any, folder: Path) -> None:
         real(self, before, folder)
-        real(replace(self, multiple=96), before, folder)
+        monkeypatch.setattr(Runtime, "refuses", lambda *_: "MLPs of 128 units: ask for fewer")
+        real(self, before, folder)
 
     monkeypatch.setattr(Runtime, "check_folder", check)
     assert main(attempt.command("--target", "vllm", "--units", "mlp", "--sparsity", "0.3")) == 2
     told = capsys.readouterr().err
     assert "for the target vllm: MLP widths are multiples of 64" in told
-    assert "out, but the target vllm does not take MLPs of 128 units: let widths be multiples of 96" in told
+    assert "out, but the target vllm does not take MLPs of 128 units: ask for fewer" in told
     config = AutoConfig.from_pretrained(attempt.output)
     assert config.model_type == "llama" and config.intermediate_size == 128
     assert "multiple: 64" in (attempt.output / "recipe.yaml").read_text()

@@ -34,6 +34,7 @@ def test_a_folder_of_the_stock_class_loads_everywhere(tmp_path: Path) -> None:
     assert list(found) == ["transformers", "transformers-4.57", "vllm", "llama.cpp", "onnxruntime"]
     assert all(answer.loads for answer in found.values())
     assert "trust_remote_code" not in found["transformers"].sentence
+    assert found["vllm"].sentence.endswith("pruned models of the kind llama, tried in vLLM 0.32 on a CPU")
 
 
 def test_uneven_blocks_need_the_code_of_the_folder_and_are_refused_by_vllm(tmp_path: Path) -> None:
@@ -50,7 +51,9 @@ def test_experts_and_families_that_a_runtime_does_not_know(tmp_path: Path) -> No
     assert not found["onnxruntime"].loads and "each token runs its own experts" in found["onnxruntime"].sentence
     other = answers(uneven(tmp_path / "uneven", "qwen3_moe"))
     assert not other["transformers-4.57"].loads and "experts in other modules" in other["transformers-4.57"].sentence
-    assert not answers(save_tiny(tiny("olmoe"), tmp_path / "olmoe"))["transformers-4.57"].loads
+    olmoe = answers(save_tiny(tiny("olmoe"), tmp_path / "olmoe"))
+    assert not olmoe["transformers-4.57"].loads
+    assert olmoe["vllm"].sentence.endswith("models of the kind olmoe were not tried in it")
     assert "opt models cannot be" in answers(save_tiny(tiny_opt(), tmp_path / "opt"))["llama.cpp"].sentence
 
 

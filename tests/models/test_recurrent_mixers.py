@@ -345,7 +345,7 @@ IN_LLAMA_CPP = {
 """the families that it knows, each with what it does not take of the tiny model"""
 
 
-@pytest.mark.parametrize("target", ["vllm", "gguf", "onnx"])
+@pytest.mark.parametrize("target", ["gguf", "onnx"])
 @of_recurrent
 def test_runtimes_that_are_not_known_to_take_them_refuse_them(name: str, target: str) -> None:
     if target == "gguf" and name in IN_LLAMA_CPP:

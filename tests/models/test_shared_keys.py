@@ -402,7 +402,7 @@ def test_a_smaller_vocabulary_is_refused_by_name() -> None:
             TokenRows.of(made(vocab_size_per_layer_input=rows))
 
 
-@pytest.mark.parametrize("target", ["vllm", "onnx"])
+@pytest.mark.parametrize("target", ["onnx"])
 def test_runtimes_that_are_not_known_to_take_it_refuse_it(target: str) -> None:
     decoder = Decoder(made().to("meta"))  # type: ignore[arg-type]
     with pytest.raises(InputError, match=f"the target {target} does not take models of the kind gemma4_text"):
