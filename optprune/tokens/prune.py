@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,14 +16,18 @@ from optprune.report import Event, PhaseAdvanced, VocabularyChange
 from optprune.report.phases import VOCABULARY
 from optprune.texts import Text, tokenise
 from optprune.texts.windows import drawn_windows
+from optprune.tokens.expected import expected_counts
 from optprune.tokens.head import HeadMatching, match_head
 from optprune.tokens.rows import TokenRows, config_ids, keep_rows
 from optprune.tokens.states import States, read_states
 from optprune.tokens.targets import PushForward
+from optprune.tokens.token_models import Counts
 from optprune.tokens.tokenizer import SmallerVocabulary, choose_tokens, weighted_counts
 
 LENGTH = 256
 """the length of the windows that rows are refitted on, in tokens"""
+EXPECTED = 65536
+"""the most tokens of the texts behind which the model's predictions count in the choice"""
 HELD_OUT = 8
 """one of so many windows is held out, and decides when to stop"""
 RIDGE = 0.0
@@ -47,9 +52,14 @@ class VocabularyPruning:
         keep: float,
         *,
         tokens: int = 32768,
+        expected: Callable[[Tensor], Counts] | None = None,
         seed: int = 0,
     ) -> "VocabularyPruning":
         """Return the pruning to `keep` tokens, or that share, by texts; `tokens` of them are for refitting.
+
+        `expected` returns how often the model expects each token behind the tokens of windows [n, length], as
+        `expected_counts` does. These counts, scaled to the length of the texts, are added to those of the texts: of two
+        tokens that a text lacks, or has once, the one stays that the model expects more often.
 
         InputError where the tokenizer cannot have fewer tokens, or `keep` is too small or too large; and for models
         whose logits are no linear function of the rows of the head, unless `tokens` is 0.
@@ -61,10 +71,14 @@ class VocabularyPruning:
             )
         read = [(tokenise(tokenizer, text.documents), float(text.share)) for text in texts]
         counts = weighted_counts(read, int(config.vocab_size))
+        length = min(LENGTH, getattr(config, "max_position_embeddings", None) or LENGTH)
+        if expected is not None:
+            windows = _drawn(read, EXPECTED // length, length, seed)
+            if len(windows):
+                counts = counts + expected(windows) * (counts.sum() / windows.numel())
         vocabulary = choose_tokens(tokenizer, counts, keep, also=config_ids(config))
         if not tokens or len(vocabulary.kept) == len(vocabulary.pieces):
             return cls(vocabulary, None, seed)
-        length = min(LENGTH, getattr(config, "max_position_embeddings", None) or LENGTH)
         return cls(vocabulary, _windows(read, tokens // length, length, seed), seed)
 
     def apply(
@@ -111,32 +125,36 @@ def prune_vocabulary(
 ) -> tuple[LoadedModel, VocabularyChange]:
     """Prune the vocabulary of a loaded model in place, and return it with its new tokenizer and a record of the change.
 
-    The `keep` tokens that the texts need most stay, or that share of all tokens; about `tokens` tokens of the texts
-    decide how the rows that stay take over the probability of the others (0: they do not). InputError as in
-    `VocabularyPruning.planned`.
+    The `keep` tokens that the texts need most stay, or that share of all tokens, by their counts in the texts and in
+    the model's predictions there; about `tokens` tokens of the texts decide how the rows that stay take over the
+    probability of the others (0: they do not). InputError as in `VocabularyPruning.planned`.
     """
     tokenizer = need_tokenizer(loaded.tokenizer, loaded.source)
     config = loaded.model.config
-    return VocabularyPruning.planned(tokenizer, config, texts, keep, tokens=tokens, seed=seed).apply(loaded)
+    expected = partial(expected_counts, loaded)
+    planned = VocabularyPruning.planned(tokenizer, config, texts, keep, tokens=tokens, expected=expected, seed=seed)
+    return planned.apply(loaded)
 
 
 def _windows(read: Sequence[tuple[Tensor, float]], count: int, length: int, seed: int) -> Tensor:
-    """Return about `count` windows [n, length] of texts of token ids [tokens] by their shares, or as many as there are.
-
-    InputError where there are fewer than two.
-    """
-    found = list[Tensor]()
-    for ids, share in read:
-        samples = min(max(1, round(count * share)), len(ids) // length)
-        if samples:
-            found.append(drawn_windows(ids, samples, length, seed))
-    if sum(map(len, found)) < 2:
+    """Return the windows of `_drawn` in a random order; InputError where there are fewer than two."""
+    windows = _drawn(read, count, length, seed)
+    if len(windows) < 2:
         raise InputError(
             f"the text is too short to refit the rows of the vocabulary, which takes at least two windows of {length} "
             "tokens: give a longer text, or set vocabulary.tokens to 0"
         )
-    windows = torch.cat(found)
     return windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))]
+
+
+def _drawn(read: Sequence[tuple[Tensor, float]], count: int, length: int, seed: int) -> Tensor:
+    """Return about `count` windows [n, length] of texts of token ids [tokens] by their shares, or as many as there are."""
+    found = [torch.zeros(0, length, dtype=torch.long)]
+    for ids, share in read:
+        samples = min(max(1, round(count * share)), len(ids) // length)
+        if samples:
+            found.append(drawn_windows(ids, samples, length, seed))
+    return torch.cat(found)
 
 
 def _held_out(states: States) -> tuple[States, States]:

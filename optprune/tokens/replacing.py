@@ -23,7 +23,7 @@ def with_removed(
     among = probabilities[:-1, push.removed.to(probabilities.device)].cpu()
     chance = among.sum(1)
     likely = torch.ones_like(chance) if evenly else chance / chance.mean().clamp(min=1e-30)
-    hit = (REPLACED * likely).clamp(max=MOST)
+    hit = (REPLACED * likely).clamp(max=MOST).masked_fill(torch.isin(ids[1:].cpu(), push.removed), 0.0)
     places = (torch.rand(len(hit), generator=generator) < hit).nonzero()[:, 0]
     new, weights = ids.clone(), torch.zeros(len(ids))
     for place in places.tolist():
