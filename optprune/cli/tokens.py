@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 from optprune.errors import InputError
@@ -12,9 +13,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
     from optprune.cli.request import Resolved
-    from optprune.recipe.groups import SmallerVocabulary
     from optprune.texts import Document, DrawnWindows, Text
     from optprune.tokens import VocabularyPruning
+    from optprune.tokens.token_models import Counts
 
 
 def tokens_for(
@@ -46,7 +47,7 @@ def calibration_of(
         release()
         return None, found
     request, seed = program.request, program.seed
-    smaller = vocabulary_for(resolved.model, config, texts, request.recipe.vocabulary, seed)
+    smaller = vocabulary_for(resolved, texts)
     with tokenizer_of(resolved.model) as own:
         tokenizer = own if smaller is None else smaller.vocabulary.tokenizer
         drawn = draw_windows(tokenizer, texts, request.samples, request.seq_length, seed, sequences=sequences)
@@ -55,21 +56,44 @@ def calibration_of(
     return smaller, drawn
 
 
-def vocabulary_for(
-    model: str,
-    config: "PretrainedConfig",
-    texts: "Sequence[Text]",
-    setting: "SmallerVocabulary | None",
-    seed: int,
-) -> "VocabularyPruning | None":
+def vocabulary_for(resolved: "Resolved", texts: "Sequence[Text]") -> "VocabularyPruning | None":
     """Return the smaller vocabulary that a recipe asks for, chosen by texts; None where it asks for none."""
+    program = resolved.program
+    setting = program.request.recipe.vocabulary
     if setting is None:
         return None
     from optprune.tokens import VocabularyPruning
 
-    with tokenizer_of(model) as tokenizer:
-        keep, tokens = setting.keep, setting.tokens
-        return VocabularyPruning.planned(tokenizer, config, texts, keep, tokens=tokens, seed=seed)
+    with tokenizer_of(resolved.model) as tokenizer:
+        return VocabularyPruning.planned(
+            tokenizer,
+            resolved.config,
+            texts,
+            setting.keep,
+            tokens=setting.tokens,
+            expected=partial(_expected, resolved),
+            seed=program.seed,
+        )
+
+
+def _expected(resolved: "Resolved", windows: "Tensor") -> "Counts":
+    """Return how often the model of a run expects each token behind the tokens of windows [n, length]."""
+    from optprune.measure.memory import release
+    from optprune.models import load_model, open_model
+    from optprune.models.draft import draft_in
+    from optprune.models.store import NullSink
+    from optprune.tokens import expected_counts
+
+    request = resolved.program.request
+    dtype, device, by = str(request.dtype).removeprefix("torch."), resolved.device, draft_in(resolved.config)
+    if request.whole:
+        loaded = load_model(resolved.model, dtype=dtype, device=device, architecture=by)
+    else:
+        loaded = open_model(resolved.model, sink=NullSink(), dtype=dtype, device=device, architecture=by)
+    found = expected_counts(loaded, windows)
+    del loaded
+    release()
+    return found
 
 
 @contextmanager

@@ -55,6 +55,7 @@ def parts_of(program: Program, phase: str, base: int, fresh: int) -> list[Part]:
             Part("token ids", 64 * program.tokens, HOST),
             *([Part("vision part and embeddings", vision)] if vision else []),
             *image_features(program),
+            *_choice_of_tokens(program),
         ]
     if phase == GENERATING:
         return [Part("imports", base, HOST), *_generating(program)]
@@ -94,6 +95,16 @@ def _generating(program: Program) -> Iterator[Part]:
     # At most as wide as the hidden states; logits, their softmax and cumulated sums.
     keys = 2 * program.block_count * program.hidden * program.length
     yield Part("keys, values and logits", windows * (keys * program.itemsize + 12 * program.vocabulary))
+
+
+def _choice_of_tokens(program: Program) -> Iterator[Part]:
+    """Yield the uses of memory of the dense model and of its predictions by which tokens are chosen."""
+    if program.request.recipe.vocabulary is not None:
+        blocks = sum(program.block_numbers) * program.itemsize if program.request.whole else program.block_bytes
+        yield Part("the dense model", program.resident_bytes + blocks)
+        yield Part("activations", activations(program, VOCABULARY_TOKENS))
+        # As the model computes them, in float32, and their softmax.
+        yield Part("predictions of tokens", 12 * VOCABULARY_TOKENS * program.vocabulary)
 
 
 def _vocabulary(program: Program) -> Iterator[Part]:

@@ -28,7 +28,7 @@ from optprune.errors import OptpruneError
 from optprune.measure.clock import clock
 from optprune.models import Decoder, Experts
 from optprune.program.memory import RELOADING
-from optprune.program.program import VOCABULARY_TOKENS, Program
+from optprune.program.program import VOCABULARY_EXPECTED, VOCABULARY_TOKENS, Program
 from optprune.report.phases import (
     BUDGET,
     CHECKING,
@@ -252,7 +252,7 @@ def seconds_of(
     refit = _vocabulary(program, rates, scale)
     return {
         LOADING: starting + opening + model * around.digest,
-        TOKENISING: _tokenising(program, tokenising),
+        TOKENISING: _tokenising(program, rates, scale, opening, tokenising),
         **generating,
         **({VOCABULARY: refit} if refit else {}),
         METRIC: _metric(program, rates, around, scale),
@@ -295,9 +295,13 @@ def _file_seconds(decoder: Decoder) -> float:
     return sum(weight.nbytes for weight in decoder.model.parameters()) / DISK_SPEED
 
 
-def _tokenising(program: Program, once: float) -> float:
-    """Return the seconds of tokenising the text: twice, and the choice of tokens, where the vocabulary is pruned."""
-    return once if program.request.recipe.vocabulary is None else 2 * once + CHOICE * program.vocabulary
+def _tokenising(program: Program, rates: Rates, scale: float, opening: float, once: float) -> float:
+    """Return the seconds of tokenising the text: where the vocabulary is pruned twice, with the choice of tokens."""
+    if program.request.recipe.vocabulary is None:
+        return once
+    predicted = opening + evaluation(program.decoder, VOCABULARY_EXPECTED).flops * rates.passes
+    predicted += 0.0 if program.request.whole else VOCABULARY_EXPECTED / VOCABULARY_TOKENS * scale * rates.read
+    return 2 * once + predicted + CHOICE * program.vocabulary
 
 
 def _vocabulary(program: Program, rates: Rates, scale: float) -> float:

@@ -1,5 +1,6 @@
 """Tokens as units: a smaller vocabulary, its tokenizer, and the rows of embedding and head that stay, refitted."""
 
+from optprune.tokens.expected import expected_counts
 from optprune.tokens.head import HeadMatching, MatchedHead, match_head
 from optprune.tokens.prune import VocabularyPruning, prune_vocabulary
 from optprune.tokens.rows import keep_rows
@@ -17,6 +18,7 @@ __all__ = [
     "States",
     "VocabularyPruning",
     "choose_tokens",
+    "expected_counts",
     "keep_rows",
     "match_head",
     "prune_vocabulary",

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig
@@ -12,6 +13,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from optprune.errors import InputError
 from optprune.models import LoadedModel, need_tokenizer
+from optprune.program.program import VOCABULARY_EXPECTED
 from optprune.report import Event, PhaseAdvanced, VocabularyChange
 from optprune.report.phases import VOCABULARY
 from optprune.texts import Text, tokenise
@@ -26,8 +28,6 @@ from optprune.tokens.tokenizer import SmallerVocabulary, choose_tokens, weighted
 
 LENGTH = 256
 """the length of the windows that rows are refitted on, in tokens"""
-EXPECTED = 65536
-"""the most tokens of the texts behind which the model's predictions count in the choice"""
 HELD_OUT = 8
 """one of so many windows is held out, and decides when to stop"""
 RIDGE = 0.0
@@ -73,9 +73,10 @@ class VocabularyPruning:
         counts = weighted_counts(read, int(config.vocab_size))
         length = min(LENGTH, getattr(config, "max_position_embeddings", None) or LENGTH)
         if expected is not None:
-            windows = _drawn(read, EXPECTED // length, length, seed)
+            windows = _drawn(read, VOCABULARY_EXPECTED // length, length, seed)
             if len(windows):
-                counts = counts + expected(windows) * (counts.sum() / windows.numel())
+                # Rounded, so that no choice depends on the rounding of sums.
+                counts = counts + np.round(expected(windows) * (counts.sum() / windows.numel()), 2)
         vocabulary = choose_tokens(tokenizer, counts, keep, also=config_ids(config))
         if not tokens or len(vocabulary.kept) == len(vocabulary.pieces):
             return cls(vocabulary, None, seed)
@@ -148,7 +149,7 @@ def _windows(read: Sequence[tuple[Tensor, float]], count: int, length: int, seed
 
 
 def _drawn(read: Sequence[tuple[Tensor, float]], count: int, length: int, seed: int) -> Tensor:
-    """Return about `count` windows [n, length] of texts of token ids [tokens] by their shares, or as many as there are."""
+    """Return about `count` windows [n, length] of texts of token ids [tokens] by their shares, or all there are."""
     found = [torch.zeros(0, length, dtype=torch.long)]
     for ids, share in read:
         samples = min(max(1, round(count * share)), len(ids) // length)
