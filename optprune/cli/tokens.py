@@ -71,6 +71,7 @@ def vocabulary_for(resolved: "Resolved", texts: "Sequence[Text]") -> "Vocabulary
             texts,
             setting.keep,
             tokens=setting.tokens,
+            predictions=setting.predictions,
             expected=partial(_expected, resolved),
             seed=program.seed,
         )

@@ -99,7 +99,8 @@ def _generating(program: Program) -> Iterator[Part]:
 
 def _choice_of_tokens(program: Program) -> Iterator[Part]:
     """Yield the uses of memory of the dense model and of its predictions by which tokens are chosen."""
-    if program.request.recipe.vocabulary is not None:
+    smaller = program.request.recipe.vocabulary
+    if smaller is not None and smaller.predictions:
         blocks = sum(program.block_numbers) * program.itemsize if program.request.whole else program.block_bytes
         yield Part("the dense model", program.resident_bytes + blocks)
         yield Part("activations", activations(program, VOCABULARY_TOKENS))

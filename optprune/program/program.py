@@ -43,8 +43,6 @@ STATES = 1.15
 """the number of states that a smaller vocabulary is fitted to, over the tokens of their text"""
 VOCABULARY_PASSES, VOCABULARY_TOKENS = 3, 1024
 """the passes of that text through the model, and the tokens of a batch"""
-VOCABULARY_EXPECTED = 65536
-"""the most tokens of a text behind which a model's predictions count in the choice of a smaller vocabulary"""
 VOCABULARY_SWEEPS, LOGITS = 50, 6
 """the operations on the logits of each token of it, and the copies of a batch's logits that are in memory at once"""
 

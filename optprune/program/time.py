@@ -28,7 +28,7 @@ from optprune.errors import OptpruneError
 from optprune.measure.clock import clock
 from optprune.models import Decoder, Experts
 from optprune.program.memory import RELOADING
-from optprune.program.program import VOCABULARY_EXPECTED, VOCABULARY_TOKENS, Program
+from optprune.program.program import VOCABULARY_TOKENS, Program
 from optprune.report.phases import (
     BUDGET,
     CHECKING,
@@ -297,10 +297,12 @@ def _file_seconds(decoder: Decoder) -> float:
 
 def _tokenising(program: Program, rates: Rates, scale: float, opening: float, once: float) -> float:
     """Return the seconds of tokenising the text: where the vocabulary is pruned twice, with the choice of tokens."""
-    if program.request.recipe.vocabulary is None:
+    smaller, predicted = program.request.recipe.vocabulary, 0.0
+    if smaller is None:
         return once
-    predicted = opening + evaluation(program.decoder, VOCABULARY_EXPECTED).flops * rates.passes
-    predicted += 0.0 if program.request.whole else VOCABULARY_EXPECTED / VOCABULARY_TOKENS * scale * rates.read
+    if smaller.predictions:
+        predicted = opening + evaluation(program.decoder, smaller.predictions).flops * rates.passes
+        predicted += 0.0 if program.request.whole else smaller.predictions / VOCABULARY_TOKENS * scale * rates.read
     return 2 * once + predicted + CHOICE * program.vocabulary
 
 

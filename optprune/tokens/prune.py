@@ -13,7 +13,6 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from optprune.errors import InputError
 from optprune.models import LoadedModel, need_tokenizer
-from optprune.program.program import VOCABULARY_EXPECTED
 from optprune.report import Event, PhaseAdvanced, VocabularyChange
 from optprune.report.phases import VOCABULARY
 from optprune.texts import Text, tokenise
@@ -52,14 +51,15 @@ class VocabularyPruning:
         keep: float,
         *,
         tokens: int = 32768,
+        predictions: int = 0,
         expected: Callable[[Tensor], Counts] | None = None,
         seed: int = 0,
     ) -> "VocabularyPruning":
         """Return the pruning to `keep` tokens, or that share, by texts; `tokens` of them are for refitting.
 
-        `expected` returns how often the model expects each token behind the tokens of windows [n, length], as
-        `expected_counts` does. These counts, scaled to the length of the texts, are added to those of the texts: of two
-        tokens that a text lacks, or has once, the one stays that the model expects more often.
+        `expected` returns how often the model expects each token behind those of windows [n, length], about
+        `predictions` tokens, as `expected_counts` does. These counts, scaled to the length of the texts, are added to
+        those of the texts: of two tokens that a text lacks, or has once, the one stays that the model expects more.
 
         InputError where the tokenizer cannot have fewer tokens, or `keep` is too small or too large; and for models
         whose logits are no linear function of the rows of the head, unless `tokens` is 0.
@@ -72,8 +72,8 @@ class VocabularyPruning:
         read = [(tokenise(tokenizer, text.documents), float(text.share)) for text in texts]
         counts = weighted_counts(read, int(config.vocab_size))
         length = min(LENGTH, getattr(config, "max_position_embeddings", None) or LENGTH)
-        if expected is not None:
-            windows = _drawn(read, VOCABULARY_EXPECTED // length, length, seed)
+        if expected is not None and predictions:
+            windows = _drawn(read, -(-predictions // length), length, seed)
             if len(windows):
                 # Rounded, so that no choice depends on the rounding of sums.
                 counts = counts + np.round(expected(windows) * (counts.sum() / windows.numel()), 2)
@@ -122,19 +122,26 @@ class VocabularyPruning:
 
 
 def prune_vocabulary(
-    loaded: LoadedModel, texts: Sequence[Text], keep: float, *, tokens: int = 32768, seed: int = 0
+    loaded: LoadedModel,
+    texts: Sequence[Text],
+    keep: float,
+    *,
+    tokens: int = 32768,
+    predictions: int = 65536,
+    seed: int = 0,
 ) -> tuple[LoadedModel, VocabularyChange]:
     """Prune the vocabulary of a loaded model in place, and return it with its new tokenizer and a record of the change.
 
     The `keep` tokens that the texts need most stay, or that share of all tokens, by their counts in the texts and in
-    the model's predictions there; about `tokens` tokens of the texts decide how the rows that stay take over the
-    probability of the others (0: they do not). InputError as in `VocabularyPruning.planned`.
+    the model's predictions behind about `predictions` tokens of them (0: in the texts alone); about `tokens` tokens of
+    the texts decide how the rows that stay take over the probability of the others (0: they do not). InputError as in
+    `VocabularyPruning.planned`.
     """
     tokenizer = need_tokenizer(loaded.tokenizer, loaded.source)
     config = loaded.model.config
     expected = partial(expected_counts, loaded)
-    planned = VocabularyPruning.planned(tokenizer, config, texts, keep, tokens=tokens, expected=expected, seed=seed)
-    return planned.apply(loaded)
+    counted = {"tokens": tokens, "predictions": predictions, "seed": seed}
+    return VocabularyPruning.planned(tokenizer, config, texts, keep, expected=expected, **counted).apply(loaded)
 
 
 def _windows(read: Sequence[tuple[Tensor, float]], count: int, length: int, seed: int) -> Tensor:

@@ -54,7 +54,7 @@ def test_the_report_says_what_was_removed(attempt: Attempt) -> None:
     assert main([*words, "--samples", "4", "--seq-length", "32", "--json", str(planned)]) == 0
     assert "vocabulary" in [phase["name"] for phase in json.loads(planned.read_text())["phases"]]
     assert report["parameters_before"] == sum(w.numel() for w in optprune.load_model(attempt.model).model.parameters())
-    assert report["recipe"]["vocabulary"] == {"keep": KEPT, "tokens": 2048}
+    assert report["recipe"]["vocabulary"] == {"keep": KEPT, "tokens": 2048, "predictions": 65536}
     assert f"{KEPT} of {VOCABULARY}" in (folder / "README.md").read_text()
     assert f"{KEPT} of {VOCABULARY}" in (folder / "report.html").read_text()
     assert main(["audit", str(folder)]) == 0

@@ -175,8 +175,11 @@ def test_a_smaller_vocabulary_has_a_phase_of_its_own() -> None:
     once = sum(block_passes(many, index).flops for index in range(many.block_count)) / 2
     three_passes = 3 * 3072 * once * RATES.passes
     assert times(many)["vocabulary"] - times(few)["vocabulary"] > three_passes
-    predicted = 65536 * once * RATES.passes
-    assert times(none)["tokenising"] > 2 * times(program_of())["tokenising"] + predicted
+    assert times(none)["tokenising"] > 2 * times(program_of())["tokenising"] + 65536 * once * RATES.passes
+    counted = program_of("vocabulary", fields={"vocabulary.predictions": 0})
+    assert times(none)["tokenising"] > times(counted)["tokenising"] + 65536 * once * RATES.passes
+    held = [planned_memory(work).phases[1].parts.get("predictions of tokens", 0) for work in (few, counted)]
+    assert held == [12 * 1024 * few.vocabulary, 0]
     needed = [planned_memory(work).phases[2].parts["predictions and states"] for work in (few, many)]
     # At least one prediction of each receiving token, in two bytes, for every token of the text.
     assert needed[1] - needed[0] > 2 * 3072 * many.vocabulary / 6

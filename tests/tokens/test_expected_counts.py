@@ -34,8 +34,8 @@ def planned(model: LoadedModel, scores: np.ndarray | None) -> set[int]:
 
     given = None if scores is None else expected
     config = model.model.config
-    found = VocabularyPruning.planned(model.tokenizer, config, TEXTS, KEEP, tokens=0, expected=given)  # type: ignore[arg-type]
-    assert (len(seen) == 1 and seen[0].shape[1] <= 256) if scores is not None else not seen
+    found = VocabularyPruning.planned(model.tokenizer, config, TEXTS, KEEP, tokens=0, predictions=512, expected=given)  # type: ignore[arg-type]
+    assert [len(windows) * windows.shape[1] for windows in seen] == ([512] if scores is not None else [])
     return set(found.vocabulary.kept)
 
 
@@ -59,5 +59,7 @@ def test_a_text_without_a_whole_window_is_chosen_by_its_counts() -> None:
     model = loaded(tiny_llama(vocab_size=720))
     short = [Text("news", ["A short text."])]
     config = model.model.config
-    unused = VocabularyPruning.planned(model.tokenizer, config, short, KEEP, tokens=0, expected=lambda _: 1 / 0)  # type: ignore[arg-type,return-value]
+    unused = VocabularyPruning.planned(
+        model.tokenizer, config, short, KEEP, tokens=0, predictions=512, expected=lambda _: 1 / 0
+    )  # type: ignore[arg-type]
     assert len(unused.vocabulary.kept) == KEEP
