@@ -24,6 +24,7 @@ from optprune.report import DivergenceMeasured, Event
 from optprune.texts import demo_articles, read_documents, read_texts, split_held_out, tokenise
 from optprune.tokens import PushedTeacher, SmallerVocabulary, prune_vocabulary
 
+KEY = ["vocabulary", "predictions", "refitted on", "healed on"]
 PIECE = 1500
 """the characters of a piece of text"""
 LENGTH = 96
@@ -74,6 +75,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32768)
     parser.add_argument("--heal", type=int, default=0, help="tokens to heal on; 0 heals nothing")
     parser.add_argument("--learning-rate", type=float, default=2e-4)
+    parser.add_argument("--predictions", type=int, default=65536, help="tokens whose predictions count in the choice")
     parser.add_argument("--pieces", type=int, default=60)
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
@@ -81,13 +83,14 @@ def main() -> None:
     rows = list[dict[str, Any]]()
 
     def add(keep: int, refitted: int, healed: int, parameters: int, seconds: float, loaded: LoadedModel) -> None:
-        row = {"vocabulary": keep, "refitted on": refitted, "healed on": healed, "parameters": parameters}
+        row = {"vocabulary": keep, "predictions": options.predictions if rows else 0}
+        row |= {"refitted on": refitted, "healed on": healed, "parameters": parameters}
         row |= measured(loaded, held_out)
         dense = rows[0]["bits per byte"] if rows else row["bits per byte"]
         rows.append({**row, "over dense": f"{row['bits per byte'] / dense - 1:+.2%}", "seconds": round(seconds)})
         size = sum(len(text.encode()) for text in held_out)
         title = f"Smaller vocabularies of SmolLM2-135M-Instruct on {size} bytes of held-out news, seed {options.seed}"
-        write_table("vocabulary", title, with_earlier("vocabulary", rows, ["vocabulary", "refitted on", "healed on"]))
+        write_table("vocabulary", title, with_earlier("vocabulary", rows, KEY))
         print(rows[-1], flush=True)
 
     dense = load_model("demo")
@@ -95,7 +98,9 @@ def main() -> None:
     for keep in options.keep:
         for tokens in dict.fromkeys((0, options.tokens)):
             began = time.perf_counter()
-            loaded, change = prune_vocabulary(load_model("demo"), texts, keep, tokens=tokens)
+            loaded, change = prune_vocabulary(
+                load_model("demo"), texts, keep, tokens=tokens, predictions=options.predictions
+            )
             print(change.in_words(), flush=True)
             parameters = dense.model.num_parameters() - change.parameters_removed
             add(keep, change.tokens, 0, parameters, time.perf_counter() - began, loaded)

@@ -16,6 +16,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from optprune.calibration.partial_sums import PartialSums
+from optprune.calibration.stream import calibration_facts
 from optprune.errors import InputError
 from optprune.models import Decoder
 from optprune.numerics.fingerprint import fingerprint
@@ -68,12 +69,6 @@ class Source:
                     f"the statistics were collected where {what} was {shown(before)}, and here it is {shown(now)}: "
                     "collect them again"
                 )
-
-
-def calibration_facts(decoder: Decoder, batches: Sequence[Tensor]) -> dict[str, str]:
-    """Return what decides the inputs of the first block, beside the model: the tokens, and the images among them."""
-    images = {} if decoder.images is None else {"the calibration images": fingerprint(decoder.images.content)}
-    return {"the calibration tokens": fingerprint(list(batches)), **images}
 
 
 def digest_of_weights(decoder: Decoder) -> str:

@@ -15,6 +15,7 @@ from optprune.errors import InputError, NumericalError
 from optprune.models import Decoder
 from optprune.models.images import ADDED, with_added
 from optprune.models.places import States
+from optprune.numerics.fingerprint import fingerprint
 from optprune.numerics.precision import full_precision
 from optprune.numerics.tensors import first_output
 from optprune.work import Work
@@ -300,3 +301,9 @@ def stream_width(decoder: Decoder) -> int:
 def itemsize(decoder: Decoder) -> int:
     """Return the bytes of a number in the dtype that the model computes in."""
     return (decoder.computes_in or decoder.model.dtype).itemsize
+
+
+def calibration_facts(decoder: Decoder, batches: Sequence[Tensor]) -> dict[str, str]:
+    """Return what decides the inputs of the first block, beside the model: the tokens, and the images among them."""
+    images = {} if decoder.images is None else {"the calibration images": fingerprint(decoder.images.content)}
+    return {"the calibration tokens": fingerprint(list(batches)), **images}

@@ -27,6 +27,9 @@ LONGEST_HEADER = 100_000_000
 FETCH = "fetch it again"
 ENDING = ".safetensors"
 
+BESIDE = "hf_quant_config.json"
+"""the file in which ModelOpt says how a model is quantised, in older folders there alone"""
+
 
 def is_plain(name: str, dtype: torch.dtype) -> bool:
     """Return whether a tensor with a name in the files is of a dtype of plain weights."""
@@ -338,3 +341,15 @@ def _is_own(name: Any) -> bool:
         return False
     path = PurePath(name)
     return not path.is_absolute() and ".." not in path.parts
+
+
+def stated(config: Any, where: str) -> Any:
+    """Return a model's quantization_config, or what ModelOpt says of it in a file of its own; None without either."""
+    file = own_or_cached(where, BESIDE) if config is None else None
+    if file is None:
+        return config
+    told = read_json(Path(file).read_text(encoding="utf-8"), BESIDE)
+    fields = told.get("quantization") if isinstance(told, dict) else None
+    if not isinstance(fields, dict):
+        raise InputError(f"{BESIDE} does not say how the model is quantised: correct it, or fetch it again")
+    return {"quant_method": "modelopt", **fields} if fields.get("quant_algo") is not None else None

@@ -14,7 +14,6 @@ from optprune.models.architecture import GATED, BlockShape, Classes, counts_of_h
 from optprune.models.images import ImageFeatures
 from optprune.models.mixture import SeparateExperts, experts_in, join, keep_experts, only_experts, separate
 from optprune.models.places import InFile, OnDevice, Place
-from optprune.models.pruned.pruned_recurrent import numbers_of
 from optprune.models.registry import SHAPES_FIELD, architecture_of, is_stock
 from optprune.models.store import BlockStore
 from optprune.models.surgery import (
@@ -26,6 +25,7 @@ from optprune.models.surgery import (
     keep_entries,
     keep_inputs,
     keep_outputs,
+    numbers_of,
     parameters_in,
     put_parameters,
     set_classes,

@@ -12,12 +12,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from optprune.errors import InputError
-from optprune.models.checkpoint import Checkpoint, check_finite, check_weights_files, check_weights_named
+from optprune.models.checkpoint import Checkpoint, check_finite, check_weights_files, check_weights_named, stated
 from optprune.models.decoder import Decoder
 from optprune.models.draft import Draft
 from optprune.models.gguf import GgufTensor, converted, gguf_config, tensors_in
 from optprune.models.images import ImageFeatures
-from optprune.models.quantised import Quantisation, stated
+from optprune.models.quantised import Quantisation
 from optprune.models.registry import architecture_named, architecture_of, check_config
 from optprune.models.skeleton import check_whole, fill, skeleton
 from optprune.models.sources import CONVERT, NO_CODE, cause, is_gguf, locate, reading

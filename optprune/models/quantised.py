@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from optprune.errors import InputError
-from optprune.models.checkpoint import Checkpoint, InFiles, StoredTensor, is_plain, own_or_cached
+from optprune.models.checkpoint import Checkpoint, InFiles, StoredTensor, is_plain
 from optprune.models.mxfp4 import float_pairs, is_packed, paired
-from optprune.system.files import read_json
 from optprune.system.wording import either, shown
 
 Parts = Mapping[str, Tensor]
@@ -29,8 +28,6 @@ NVFP4_GROUP = 16
 """the columns that share a scale in NVFP4"""
 FP8_BLOCK = (128, 128)
 """the rows and columns that share a scale in FP8 by blocks, where the config does not say it"""
-BESIDE = "hf_quant_config.json"
-"""the file in which ModelOpt says how a model is quantised, in older folders there alone"""
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """the order of columns in a packed word of AWQ, from its lowest bits"""
 
@@ -301,18 +298,6 @@ class QuantisedTensor:
         found = self.format.decode({name: part.read() for name, part in self.parts.items()}, self.stored)
         found = found.t().contiguous() if self.turned else found
         return found if self.taken is None else found[self.taken.start : self.taken.stop : self.taken.step].clone()
-
-
-def stated(config: Any, where: str) -> Any:
-    """Return a model's quantization_config, or what ModelOpt says of it in a file of its own; None without either."""
-    file = own_or_cached(where, BESIDE) if config is None else None
-    if file is None:
-        return config
-    told = read_json(Path(file).read_text(encoding="utf-8"), BESIDE)
-    fields = told.get("quantization") if isinstance(told, dict) else None
-    if not isinstance(fields, dict):
-        raise InputError(f"{BESIDE} does not say how the model is quantised: correct it, or fetch it again")
-    return {"quant_method": "modelopt", **fields} if fields.get("quant_algo") is not None else None
 
 
 @dataclass(frozen=True)

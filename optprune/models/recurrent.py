@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from optprune.models.pruned.pruned_recurrent import numbers_of, with_fewer_heads
+from optprune.models.pruned.pruned_recurrent import with_fewer_heads
+from optprune.models.surgery import numbers_of
 
 Count = Callable[[PretrainedConfig], int]
 Runs = tuple[Count, ...]

@@ -145,3 +145,8 @@ def check_linear(layer: nn.Module, path: str, transposed: bool) -> None:
             f"{path} is a {type(layer).__name__}, not a plain linear layer: load the model without quantisation or "
             "adapters"
         )
+
+
+def numbers_of(module: nn.Module) -> dict[str, int]:
+    """Return the whole numbers that a module holds, such as its sizes, without its place in a cache."""
+    return {name: value for name, value in vars(module).items() if type(value) is int and name != "layer_idx"}

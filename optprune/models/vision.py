@@ -22,7 +22,7 @@ from transformers.models.gemma4 import modeling_gemma4 as gemma4
 
 from optprune.errors import InputError
 from optprune.models.architecture import PART_FIELD
-from optprune.models.checkpoint import ENDING, Checkpoint, is_plain, own_or_cached
+from optprune.models.checkpoint import ENDING, Checkpoint, is_plain, own_or_cached, stated
 from optprune.models.families import ARCHITECTURES
 from optprune.models.pruned import (
     modeling_pruned_gemma3,
@@ -31,7 +31,7 @@ from optprune.models.pruned import (
     modeling_pruned_mistral3,
     modeling_pruned_qwen3_vl,
 )
-from optprune.models.quantised import Quantisation, stated
+from optprune.models.quantised import Quantisation
 from optprune.models.sources import NO_CODE
 from optprune.system.files import read_json
 

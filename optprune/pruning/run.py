@@ -23,7 +23,7 @@ from optprune.calibration import (
     hold_out,
 )
 from optprune.calibration.partial_sums import PartialSums
-from optprune.calibration.statistics_cache import calibration_facts
+from optprune.calibration.stream import calibration_facts
 from optprune.errors import InputError, StrictError
 from optprune.measure.clock import clock
 from optprune.measure.memory import free_memory, release

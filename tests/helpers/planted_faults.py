@@ -289,7 +289,7 @@ FAULTS = [
     ),
     Fault(
         "images: a run is continued whatever its images are",
-        "calibration/statistics_cache.py",
+        "calibration/stream.py",
         '{} if decoder.images is None else {"the calibration images"',
         '{} if decoder is not None else {"the calibration images"',
         "cli/test_image_records.py",

@@ -103,8 +103,3 @@ def with_fewer_heads(mixer, config, counted, heads):
     other = type(mixer)(smaller, 0)  # the number of a block that may be the only one of the config
     other.layer_idx, other.layer_type = mixer.layer_idx, mixer.layer_type
     return other
-
-
-def numbers_of(module):
-    """Return the whole numbers that a module holds, such as its sizes, without its place in a cache."""
-    return {name: value for name, value in vars(module).items() if type(value) is int and name != "layer_idx"}
