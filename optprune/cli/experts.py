@@ -174,6 +174,6 @@ def _count(experts: Mapping[int, Sequence[int]]) -> int:
 def _listed(experts: Mapping[int, Sequence[int]]) -> str:
     """Return the experts of the blocks that have most of them, by block."""
     most = sorted(sorted(experts, key=lambda block: -len(experts[block]))[:MOST_BLOCKS])
-    rows = "; ".join(f"block {block}: {', '.join(map(str, experts[block]))}" for block in most)
+    shown = "; ".join(f"block {block}: {', '.join(map(str, experts[block]))}" for block in most)
     left = len(experts) - len(most)
-    return rows + (f"; and in {counted(left, 'more block')} (--json has all)" if left else "")
+    return shown + (f"; and in {counted(left, 'more block')} (--json has all)" if left else "")

@@ -27,7 +27,7 @@ from optprune.models.registry import architecture_named
 from optprune.work import Work
 
 UNTURNED = 1e30
-"""divisor of the frequency of a dimension that is not rotated"""
+"""rotary frequency divisor of a dimension that is not rotated"""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,7 +32,7 @@ class Teacher(ABC):
         """Return log-probabilities [..., vocabulary] of the next token in float32, for states [..., any]."""
 
     def training_windows(self, ids: Tensor, seed: int) -> Tensor:
-        """Return the windows [windows, length] of token ids that a step trains on, for those of the text."""
+        """Return the token ids [windows, length] to train on in one step, made from windows of the text."""
         return ids
 
     @abstractmethod

@@ -285,7 +285,7 @@ class Mixture(MlpKind):
 
     @property
     def entry(self) -> str:
-        """The module that is called with the states of the tokens that are routed."""
+        """The module whose input is the hidden states of the tokens to route."""
         return self.module or self.router
 
     @property

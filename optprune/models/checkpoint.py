@@ -344,12 +344,12 @@ def _is_own(name: Any) -> bool:
 
 
 def stated(config: Any, where: str) -> Any:
-    """Return a model's quantization_config, or what ModelOpt says of it in a file of its own; None without either."""
+    """Return a model's quantization_config, or else the one in ModelOpt's own file; None without both."""
     file = own_or_cached(where, BESIDE) if config is None else None
     if file is None:
         return config
-    told = read_json(Path(file).read_text(encoding="utf-8"), BESIDE)
-    fields = told.get("quantization") if isinstance(told, dict) else None
+    content = read_json(Path(file).read_text(encoding="utf-8"), BESIDE)
+    fields = content.get("quantization") if isinstance(content, dict) else None
     if not isinstance(fields, dict):
         raise InputError(f"{BESIDE} does not say how the model is quantised: correct it, or fetch it again")
     return {"quant_method": "modelopt", **fields} if fields.get("quant_algo") is not None else None

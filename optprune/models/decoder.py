@@ -124,7 +124,7 @@ class Decoder:
         return ids.shape if self.images is None else self.images.form(ids)
 
     def arguments(self, ids: Tensor, hidden: Tensor, blocks: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Return the arguments of each block for token ids and the inputs of the first, by those for ids of text."""
+        """Return the arguments of each block for token ids, from those for a text; `hidden` enters the first."""
         return blocks if self.images is None else self.images.arguments(ids, hidden, blocks)
 
     @contextmanager

@@ -43,7 +43,7 @@ TRIED_IN_VLLM = (
     *("granitemoehybrid", "llama", "ministral3", "mistral", "mixtral", "nemotron_h", "olmo2", "opt"),
     *("phi3", "qwen2", "qwen3_moe", "smollm3"),
 )
-"""families of which pruned models gave in vLLM what transformers gives, by benchmarks/results/vllm_loads.md"""
+"""families whose pruned models have the same logits in vLLM as in transformers: benchmarks/results/vllm_loads.md"""
 DIVIDED_IN_VLLM = ("granitemoehybrid", "olmoe", "qwen2", "qwen2_moe")
 """families of which vLLM takes a head to have the hidden size divided by the number of heads"""
 WITHOUT_EXPERTS = tuple(name for name, one in ARCHITECTURES.items() if one.mixture is None and name not in NOT_TRIED)
@@ -80,7 +80,7 @@ class Runtime:
     tried: str = ""
     """the version in which small models were tried, where a benchmark did"""
     tried_families: tuple[str, ...] = ()
-    """the families of which pruned models gave there what transformers gives"""
+    """the families whose pruned models have the same logits there as in transformers"""
     of_values: str = ""
     """a note for runs that remove value dimensions"""
     of_zeros: str = ""

@@ -139,9 +139,17 @@ def prune_vocabulary(
     """
     tokenizer = need_tokenizer(loaded.tokenizer, loaded.source)
     config = loaded.model.config
-    expected = partial(expected_counts, loaded)
-    counted = {"tokens": tokens, "predictions": predictions, "seed": seed}
-    return VocabularyPruning.planned(tokenizer, config, texts, keep, expected=expected, **counted).apply(loaded)
+    planned = VocabularyPruning.planned(
+        tokenizer,
+        config,
+        texts,
+        keep,
+        tokens=tokens,
+        predictions=predictions,
+        expected=partial(expected_counts, loaded),
+        seed=seed,
+    )
+    return planned.apply(loaded)
 
 
 def _windows(read: Sequence[tuple[Tensor, float]], count: int, length: int, seed: int) -> Tensor:

@@ -1,10 +1,28 @@
 """Models whose blocks differ in shape, and what they write."""
 
-import torch
-from transformers import PreTrainedModel
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
-from optprune.models import Decoder, KvGroups, LinkedUnits, Mlp, RecurrentHeads, Values
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from optprune.export import save_model
+from optprune.models import (
+    Decoder,
+    KvGroups,
+    LinkedUnits,
+    LoadedModel,
+    Mlp,
+    RecurrentHeads,
+    Values,
+    load_model,
+)
+from optprune.pruning import prune
+from optprune.recipe import load_recipe
 from tests.helpers.sub_blocks import block_with
+from tests.helpers.token_batches import batches
 
 PROMPT = torch.arange(10, 20)[None]
 
@@ -37,6 +55,35 @@ def mixed(model: PreTrainedModel) -> PreTrainedModel:
     decoder.remove(mlps[2], "mlp")
     decoder.record_shapes()
     return model
+
+
+def check_layers_get_sparse(model: PreTrainedModel, folder: Path, logits: Callable[[Any], torch.Tensor]) -> None:
+    """Half of the weights of every layer go, and the folder is that of the stock class."""
+    report = prune(model, batches(), load_recipe("sparsegpt", {"sparsity": 0.5}))
+    decoder = Decoder(model)
+    places = [(block, path) for block in range(len(decoder.blocks)) for path in decoder.paths(block)]
+    assert {layer.name for layer in report.layers} == {decoder.name(*place) for place in places}
+    for place in places:
+        assert float((decoder.layer(*place).weight == 0).float().mean()) == pytest.approx(0.5, abs=0.02)
+    decoder.joined()
+    assert save_model(model, folder).stock
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(folder)), logits(model))
+
+
+def check_uneven_folder(
+    model: PreTrainedModel, folder: Path, tokens: torch.Tensor, logits: Callable[[Any], torch.Tensor]
+) -> LoadedModel:
+    """A folder of blocks that differ is read with the same shapes and logits, writes with a cache, and is trained."""
+    assert not save_model(model, folder, check_tokens=tokens).stock
+    again = load_model(folder, device="cpu")
+    assert again.decoder().shapes() == Decoder(model).shapes()
+    again.decoder().joined()
+    Decoder(model).joined()
+    torch.testing.assert_close(logits(again.model), logits(model), rtol=1e-5, atol=1e-5)
+    assert generated(model) == generated(model, use_cache=False)
+    model.train()(input_ids=tokens, labels=tokens).loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
+    return again
 
 
 def narrow(decoder: Decoder, block: int, units: LinkedUnits, count: int) -> None:

@@ -19,7 +19,7 @@ from optprune.export import save_model
 from optprune.models import Decoder, Mlp, load_config, load_model
 from optprune.pruning import prune
 from optprune.recipe import load_recipe
-from tests.helpers.mixed_models import generated, narrow
+from tests.helpers.mixed_models import check_layers_get_sparse, check_uneven_folder, generated, narrow
 from tests.helpers.streams import logits_block_by_block
 from tests.helpers.tiny_vision import save_vision, stock, tiny_vision, with_image
 from tests.helpers.token_batches import batches
@@ -191,28 +191,12 @@ def uneven(model: Any) -> Any:
 def test_blocks_that_differ_are_loaded_without_optprune(more: dict[str, Any], tmp_path: Path) -> None:
     """A fresh process compares the logits, with the files in the folder."""
     kinds = {} if "num_kv_shared_layers" in more else {"layer_types": [NEAR, NEAR, FAR, FAR]}
-    model = uneven(made(**more, **kinds))
-    assert not save_model(model, tmp_path / "out", check_tokens=TOKENS).stock
-    again = optprune.load_model(tmp_path / "out", device="cpu")
-    assert again.decoder().shapes() == Decoder(model).shapes()
+    again = check_uneven_folder(uneven(made(**more, **kinds)), tmp_path / "out", TOKENS, logits)
     assert again.decoder().shape(2).parts == ("attention",)
-    again.decoder().joined()
-    Decoder(model).joined()
-    torch.testing.assert_close(logits(again.model), logits(model), rtol=1e-5, atol=1e-5)
-    assert generated(model) == generated(model, use_cache=False)
-    model.train()(input_ids=TOKENS, labels=TOKENS).loss.backward()
-    assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
 
 
 def test_single_weights_of_every_layer_go(tmp_path: Path) -> None:
-    model = made()
-    report = prune(model, batches(), load_recipe("sparsegpt", {"sparsity": 0.5}))
-    decoder = Decoder(model)
-    every = {decoder.name(block, path) for block in range(4) for path in decoder.paths(block)}
-    assert {layer.name for layer in report.layers} == every
-    decoder.joined()
-    assert save_model(model, tmp_path / "out").stock
-    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), logits(model))
+    check_layers_get_sparse(made(), tmp_path / "out", logits)
 
 
 @pytest.mark.parametrize("recipe", ["experts_best", "fasp"])

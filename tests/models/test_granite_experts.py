@@ -10,13 +10,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-import optprune
 from benchmarks.tiny_models import tiny
 from optprune.export import save_model
 from optprune.models import Decoder
 from optprune.pruning import prune
 from optprune.recipe import load_recipe
-from tests.helpers.mixed_models import generated, mixed
+from tests.helpers.mixed_models import check_layers_get_sparse, check_uneven_folder, generated, mixed
 from tests.helpers.token_batches import batches
 from tests.helpers.ways_to_run import check_every_way_gives_the_same
 
@@ -56,27 +55,11 @@ def test_experts_go_and_the_folder_is_that_of_the_stock_class(tmp_path: Path) ->
 
 def test_blocks_that_differ_are_loaded_without_optprune(tmp_path: Path) -> None:
     """A fresh process compares the logits, with the files in the folder."""
-    model = mixed(made())
-    assert not save_model(model, tmp_path / "out", check_tokens=TOKENS).stock
-    again = optprune.load_model(tmp_path / "out", device="cpu")
-    assert again.decoder().shapes() == Decoder(model).shapes()
-    again.decoder().joined()
-    Decoder(model).joined()
-    torch.testing.assert_close(logits(again.model), logits(model), rtol=1e-5, atol=1e-5)
-    assert generated(model) == generated(model, use_cache=False)
-    model.train()(input_ids=TOKENS, labels=TOKENS).loss.backward()
-    assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
+    check_uneven_folder(mixed(made()), tmp_path / "out", TOKENS, logits)
 
 
 def test_single_weights_of_every_layer_go(tmp_path: Path) -> None:
-    model = made(num_hidden_layers=2)
-    report = prune(model, batches(), load_recipe("sparsegpt", {"sparsity": 0.5}))
-    decoder = Decoder(model)
-    every = {decoder.name(block, path) for block in range(2) for path in decoder.paths(block)}
-    assert {layer.name for layer in report.layers} == every
-    decoder.joined()
-    assert save_model(model, tmp_path / "out").stock
-    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), logits(model))
+    check_layers_get_sparse(made(num_hidden_layers=2), tmp_path / "out", logits)
 
 
 @pytest.mark.parametrize("recipe", ["experts_best", "fasp"])

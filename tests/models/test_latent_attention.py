@@ -6,16 +6,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 import optprune
 from optprune.export import save_model
 from optprune.models import ARCHITECTURES, Decoder, KvGroups, Values, architecture_of
-from optprune.pruning import prune
-from optprune.recipe import load_recipe
-from tests.helpers.mixed_models import generated, mixed, narrow
+from tests.helpers.mixed_models import check_layers_get_sparse, generated, mixed, narrow
 from tests.helpers.tiny_models import ALL_MODELS
-from tests.helpers.token_batches import batches
 
 LATENT = [name for name, architecture in ARCHITECTURES.items() if architecture.latent is not None]
 of_latent = pytest.mark.parametrize("name", LATENT)
@@ -76,14 +72,4 @@ def test_an_uneven_folder_answers_and_generates_as_the_model_does(
 
 @of_latent
 def test_single_weights_of_every_layer_go_and_the_folder_is_stock(name: str, tmp_path: Path) -> None:
-    model = ALL_MODELS[name]()
-    report = prune(model, batches(), load_recipe("sparsegpt", {"sparsity": 0.5}))
-    decoder = Decoder(model)
-    every = {decoder.name(block, path) for block in range(2) for path in decoder.paths(block)}
-    assert {layer.name for layer in report.layers} == every
-    for block in range(2):
-        for path in decoder.paths(block):
-            assert float((decoder.layer(block, path).weight == 0).float().mean()) == pytest.approx(0.5, abs=0.02)
-    decoder.joined()
-    assert save_model(model, tmp_path / "out").stock
-    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), logits(model))
+    check_layers_get_sparse(ALL_MODELS[name](), tmp_path / "out", logits)

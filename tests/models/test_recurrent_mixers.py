@@ -22,7 +22,7 @@ from optprune.pruning import prune
 from optprune.pruning.measured_plan import BlockProbe
 from optprune.recipe import Recipe, load_recipe
 from tests.helpers.layer_inputs import check_wanda
-from tests.helpers.mixed_models import generated, mixed, narrow
+from tests.helpers.mixed_models import check_layers_get_sparse, generated, mixed, narrow
 from tests.helpers.programs import program_of
 from tests.helpers.sub_blocks import block_with
 from tests.helpers.tiny_models import ALL_MODELS, SINGLE
@@ -207,17 +207,7 @@ def test_weights_of_the_mixer_go_by_the_inputs_that_its_layers_see(name: str) ->
 
 @of_recurrent
 def test_single_weights_of_every_layer_go_and_the_folder_is_stock(name: str, tmp_path: Path) -> None:
-    model = ALL_MODELS[name]()
-    report = prune(model, batches(), load_recipe("sparsegpt", {"sparsity": 0.5}))
-    decoder = Decoder(model)
-    every = {decoder.name(block, path) for block in range(len(decoder.blocks)) for path in decoder.paths(block)}
-    assert {layer.name for layer in report.layers} == every
-    for block in range(len(decoder.blocks)):
-        for path in decoder.paths(block):
-            assert float((decoder.layer(block, path).weight == 0).float().mean()) == pytest.approx(0.5, abs=0.02)
-    decoder.joined()
-    assert save_model(model, tmp_path / "out").stock
-    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), logits(model))
+    check_layers_get_sparse(ALL_MODELS[name](), tmp_path / "out", logits)
 
 
 @of_recurrent

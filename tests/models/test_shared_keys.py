@@ -36,7 +36,7 @@ from optprune.pruning.measured_plan import BlockProbe
 from optprune.recipe import Recipe, load_recipe
 from optprune.tokens.rows import TokenRows
 from tests.helpers.layer_inputs import check_wanda
-from tests.helpers.mixed_models import generated, narrow
+from tests.helpers.mixed_models import check_layers_get_sparse, generated, narrow
 from tests.helpers.programs import program_of
 from tests.helpers.streams import logits_block_by_block
 from tests.helpers.tiny_models import ALL_MODELS
@@ -241,19 +241,7 @@ def test_a_plan_measures_the_largest_block_with_its_weights_and_without(variant:
 
 @by_variant
 def test_single_weights_of_every_layer_go_and_the_folder_is_stock(variant: str, tmp_path: Path) -> None:
-    model = made(variant)
-    report = prune(model, batches(), load_recipe("sparsegpt", {"sparsity": 0.5}))
-    decoder = Decoder(model)
-    blocks = range(len(decoder.blocks))
-    assert {layer.name for layer in report.layers} == {
-        decoder.name(block, path) for block in blocks for path in decoder.paths(block)
-    }
-    for block in blocks:
-        for path in decoder.paths(block):
-            assert float((decoder.layer(block, path).weight == 0).float().mean()) == pytest.approx(0.5, abs=0.02)
-    decoder.joined()
-    assert save_model(model, tmp_path / "out").stock
-    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), logits(model))
+    check_layers_get_sparse(made(variant), tmp_path / "out", logits)
 
 
 def test_weights_of_the_inputs_of_a_block_go_by_what_its_layers_see() -> None:
