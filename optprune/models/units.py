@@ -199,9 +199,6 @@ class LinkedUnits(Units):
         """
         return asked or 1
 
-    def work(self, outputs: int, inputs: int) -> Work:
-        return Work()  # the search for a rotated basis declares its own, in solvers/value_basis.py
-
 
 @final
 @dataclass(frozen=True)
@@ -231,6 +228,9 @@ class Mlp(LinkedUnits):
         if shape.mlp_width >= WIDE:
             return WIDE_MULTIPLE
         return MULTIPLE if shape.mlp_width >= NARROW else LEAST_MULTIPLE
+
+    def work(self, outputs: int, inputs: int) -> Work:
+        return Work()
 
 
 @final
@@ -284,6 +284,9 @@ class Values(LinkedUnits):
         coarse = shape.value_dim % asked == 0 and (not alike or shape.value_dim >= STEPS * asked)
         return asked if coarse else 1
 
+    def work(self, outputs: int, inputs: int) -> Work:
+        return Work()  # the search for a rotated basis declares its own, in solvers/value_basis.py
+
 
 def _multiple_of_heads(value_dim: int) -> int:
     """Return the largest of 32, 16 and 8 of which a head has at least `STEPS`; 8 in small heads."""
@@ -322,6 +325,9 @@ class KvGroups(LinkedUnits):
 
     def multiple(self, shape: BlockShape, asked: int | None, alike: bool = False) -> int:
         return 1
+
+    def work(self, outputs: int, inputs: int) -> Work:
+        return Work()
 
 
 @final
@@ -366,6 +372,9 @@ class RecurrentHeads(LinkedUnits):
 
     def multiple(self, shape: BlockShape, asked: int | None, alike: bool = False) -> int:
         return 1
+
+    def work(self, outputs: int, inputs: int) -> Work:
+        return Work()
 
 
 def _in_order(decoder: Decoder, shape: BlockShape, consumers: Iterable[tuple[str, LinkedUnits]]) -> list[Target]:
