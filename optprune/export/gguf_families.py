@@ -14,6 +14,8 @@ from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, ExpertGatingFuncType, GGUFWriter,
 from optprune.errors import InputError
 from optprune.models import BlockShape, Decoder
 from optprune.models.architecture import DENSE
+from optprune.models.families import DELTA_NET, value_heads_of_delta_net, values_of_delta_net
+from optprune.models.recurrent import Count, Runs
 from optprune.program import RUNTIMES
 
 TANH = ("gelu_pytorch_tanh", "gelu_new", "gelu_fast")
@@ -31,12 +33,16 @@ YARN_BETAS = (32.0, 1.0)
 """the values that llama.cpp gives to beta_fast and beta_slow; it reads them from the files of few families"""
 LATENT_EPS = 1e-6
 """the epsilon of the norms of low-rank vectors in transformers"""
+KEYS_EPS = 1e-6
+"""what transformers adds to the squares of the keys of a delta network; llama.cpp adds the epsilon of the norms"""
 LITE_BLOCKS = (26, 27)
 """numbers of blocks by which llama.cpp knows models whose queries have no low rank"""
 KANANA = (48, 128256)
 """blocks and vocabulary of another such model"""
 SMALLEST_STEP = 1e-3
 """the time_step_min of published Nemotron-H models, below which llama.cpp does not raise steps"""
+RECURRENT = "{arch}.attention.recurrent_layers"
+"""the metadata that list which blocks have a recurrent mixer"""
 EXAONE4_BLOCKS = 64
 """number of blocks of the 32B model, for which alone llama.cpp has sliding windows"""
 
@@ -60,6 +66,14 @@ class Family:
     """whether the widths of MLPs are a list, and may differ"""
     halves: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     """layers that are two in llama.cpp, each with half of the rows, by path; with the paths of both halves"""
+    parted: Mapping[str, Mapping[str, Runs]] = field(default_factory=dict)
+    """layers of a recurrent mixer, head by head, that are several in llama.cpp, by path; with the paths of these and
+    their runs of rows, in the order in which those of a head lie"""
+    tiled: Mapping[Count, Count] = field(default_factory=dict)
+    """runs of rows of a recurrent mixer in which, there, the first value head of each key head comes before the second
+    ones; with the rows of a value head"""
+    zeros: bool = True
+    """whether a block without attention is one with zero KV heads; the number is one for all blocks otherwise"""
     neighbours: bool = False
     """whether rotary embeddings rotate neighbouring dimensions of a head; transformers rotates halves"""
     activation: tuple[str, ...] = ("silu",)
@@ -69,7 +83,7 @@ class Family:
     tied: bool = True
     """whether the embeddings serve as the head where the file has none"""
     shift: float = 0.0
-    """constant that is added to the weights of norms"""
+    """constant that is added to the weights of norms, but for that of a recurrent mixer"""
     describe: Callable[[Any, GGUFWriter], None] = lambda config, writer: None
     """function that writes further metadata from a config"""
     unsupported: Callable[[Any], Iterator[str]] = lambda config: iter(())
@@ -79,7 +93,7 @@ class Family:
     scaled: bool | None = None
     """whether a mixture scales the weights of the chosen experts to sum to one; None where the metadata say it"""
     rounded: Callable[[Any], Iterator[str]] = lambda config: iter(())
-    """function that yields notes on the settings of a config that llama.cpp follows roughly only"""
+    """function that yields notes on the settings of a config that llama.cpp follows roughly only, or since late"""
 
     @property
     def name(self) -> str:
@@ -153,9 +167,13 @@ def _gemma3(config: Any, writer: GGUFWriter) -> None:
 
 def _period(config: Any) -> int:
     """Return n where every n-th block sees all tokens and the others a window; 0 where the order is another."""
-    windows = [kind == SLIDING for kind in config.layer_types]
-    every = range(1, len(windows) + 2)
-    return next((n for n in every if windows == [(index + 1) % n > 0 for index in range(len(windows))]), 0)
+    return _every([kind == SLIDING for kind in config.layer_types])
+
+
+def _every(others: Sequence[bool]) -> int:
+    """Return n where every n-th block is not one of the others; 0 where the order is another."""
+    every = range(1, len(others) + 2)
+    return next((n for n in every if list(others) == [(index + 1) % n > 0 for index in range(len(others))]), 0)
 
 
 def _gemma_unsupported(name: str) -> Callable[[Any], Iterator[str]]:
@@ -318,6 +336,59 @@ def _nemotron_h_rounded(config: Any) -> Iterator[str]:
         yield (
             f"llama.cpp does not raise the steps of a Mamba 2 to the time_step_min of {config.time_step_min:g}: where "
             "steps are smaller, its answers differ"
+        )
+
+
+def _delta_net(config: Any, writer: GGUFWriter) -> None:
+    recurrent = [kind == "linear_attention" for kind in config.layer_types]
+    writer.add_array(RECURRENT.format(arch=writer.arch), recurrent)
+    interval = _every(recurrent)
+    if interval:  # which is all that older builds read
+        writer.add_full_attention_interval(interval)
+    writer.add_ssm_conv_kernel(int(config.linear_conv_kernel_dim))
+    writer.add_ssm_state_size(int(config.linear_key_head_dim))
+    writer.add_ssm_group_count(int(config.linear_num_key_heads))
+    writer.add_ssm_time_step_rank(int(config.linear_num_value_heads))
+    writer.add_ssm_inner_size(int(config.linear_num_value_heads * config.linear_value_head_dim))
+    rotary = config.rope_parameters
+    if rotary["rope_type"] == "yarn":
+        writer.add_rope_scaling_orig_ctx_len(int(rotary["original_max_position_embeddings"]))
+        _yarn(rotary, writer)
+
+
+def _delta_net_turned(config: Any, writer: GGUFWriter) -> None:
+    _delta_net(config, writer)
+    # Thirds of the rotated pairs go by three positions, which are the same for text.
+    pairs = int(config.head_dim * config.rope_parameters.get("partial_rotary_factor", 1.0)) // 2
+    writer.add_rope_dimension_sections([*((pairs + missing) // 3 for missing in (2, 1, 0)), 0])
+
+
+def _delta_net_names(name: str) -> str:
+    """Return the tensor's name in gguf's table, in which a layer makes the steps."""
+    return name.replace(".dt_bias", ".dt_proj.bias")
+
+
+def _delta_net_unsupported(config: Any) -> Iterator[str]:
+    keys, values, rotary = config.linear_key_head_dim, config.linear_value_head_dim, config.rope_parameters
+    if "linear_attention" not in config.layer_types:
+        yield f"a {config.model_type} model without delta networks"
+    if config.rms_norm_eps != KEYS_EPS:
+        yield f"a delta network with an rms_norm_eps of {config.rms_norm_eps:g} in place of {KEYS_EPS:g}"
+    if keys != values:
+        yield f"a delta network whose heads have {keys} key dimensions and {values} value dimensions"
+    if rotary["rope_type"] == "yarn":
+        other = [name for name in ("attention_factor", "mscale", "mscale_all_dim") if rotary.get(name)]
+        if other or not rotary.get("truncate", True):
+            yield f"a yarn scaling beside delta networks with {other[0] if other else 'truncate false'}"
+        if _betas(rotary) != YARN_BETAS:
+            yield "a yarn scaling beside delta networks with another beta_fast than 32, or another beta_slow than 1"
+
+
+def _delta_net_rounded(config: Any) -> Iterator[str]:
+    if not _every([kind == "linear_attention" for kind in config.layer_types]):
+        yield (
+            "the blocks with attention are not every n-th: a llama.cpp that does not read attention.recurrent_layers "
+            "does not load the file"
         )
 
 
@@ -515,6 +586,23 @@ def has_windows(config: Any) -> bool:
 
 GEMMA: dict[str, Any] = {"activation": TANH, "shift": 1.0, "windows": True}
 LATENT: dict[str, Any] = {"unsupported": _deepseek2_unsupported, "rounded": _deepseek2_rounded}
+PARTS_OF_DELTA_NET = {path: runs for path, runs in DELTA_NET.reads.items() if path.endswith(("_qkv", "_z"))}
+DELTA: dict[str, Any] = {
+    "spelled": _delta_net_names,
+    "zeros": False,
+    "shift": 1.0,
+    "describe": _delta_net,
+    "unsupported": _delta_net_unsupported,
+    "rounded": _delta_net_rounded,
+}
+TILED: dict[str, Any] = {
+    **DELTA,
+    "describe": _delta_net_turned,
+    "tiled": {
+        values_of_delta_net: lambda config: int(config.linear_value_head_dim),
+        value_heads_of_delta_net: lambda config: 1,
+    },
+}
 BY_SIGMOIDS: dict[str, Any] = {**LATENT, "describe": _deepseek2(ExpertGatingFuncType.SIGMOID)}
 FAMILIES: dict[str, Family] = {
     "deepseek_v2": Family(MODEL_ARCH.DEEPSEEK2, **LATENT, describe=_deepseek2(ExpertGatingFuncType.SOFTMAX)),
@@ -585,7 +673,12 @@ FAMILIES: dict[str, Family] = {
     "qwen2": Family(MODEL_ARCH.QWEN2, biases=True),
     "qwen2_moe": Family(MODEL_ARCH.QWEN2MOE, tied=False, biases=True, scaled=False),
     "qwen3": Family(MODEL_ARCH.QWEN3),
+    "qwen3_5_moe_text": Family(MODEL_ARCH.QWEN35MOE, **TILED),
+    "qwen3_5_text": Family(MODEL_ARCH.QWEN35, **TILED),
     "qwen3_moe": Family(MODEL_ARCH.QWEN3MOE, scaled=True),
+    "qwen3_next": Family(
+        MODEL_ARCH.QWEN3NEXT, **DELTA, parted={"linear_attn.in_proj_qkvz": PARTS_OF_DELTA_NET}, scaled=True
+    ),
     "seed_oss": Family(MODEL_ARCH.SEED_OSS, biases=True, unsupported=_seed_oss_unsupported),
     "smollm3": Family(MODEL_ARCH.SMOLLM3, neighbours=True, unsupported=_smollm3_unsupported),
 }

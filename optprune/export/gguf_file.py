@@ -1,6 +1,7 @@
 """Exporter to GGUF for llama.cpp: models whose blocks are alike under their own architecture, others as deci."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar
@@ -196,7 +197,15 @@ class _Content:
             writer.add_expert_feed_forward_length(max(width for width, shape in own if shape.experts))
             if mixture.shared:
                 writer.add_expert_shared_feed_forward_length(self.tensors.width_of_shared())
-        self.family.describe(config, writer)
+        self.family.describe(self._with_heads(), writer)
+
+    def _with_heads(self) -> Any:
+        """Return the config with the heads that recurrent mixers have left, which a pruned one lists by block."""
+        config, mixer = copy(self.decoder.model.config), self.decoder.architecture.recurrent
+        left = max(shape.recurrent for shape in self.decoder.shapes())
+        if mixer is not None and left:
+            mixer.record(config, left)
+        return config
 
     def _describe_heads(self, writer: GGUFWriter) -> None:
         """Write the numbers and the sizes of heads into the metadata."""
@@ -214,8 +223,9 @@ class _Content:
             writer.add_key_length_mla(heads.dim)
             writer.add_value_length_mla(self.tensors.value_dim)
             return
-        # A zero stands for a block with a recurrent mixer.
-        writer.add_head_count_kv(kv[0] if alike and all(kv) and not heads.by_block else kv)
+        # A zero stands for a block with a recurrent mixer in many families.
+        one = alike and not heads.by_block and (all(kv) or not self.family.zeros)
+        writer.add_head_count_kv(max(kv) if one else kv)
         if heads.by_block:
             return  # the family says of which sizes
         writer.add_key_length(heads.dim)

@@ -17,6 +17,7 @@ from optprune.models import Decoder
 from optprune.models.architecture import GATED, BlockShape, rows_of_heads
 from optprune.models.checkpoint import Checkpoint, InFiles
 from optprune.models.mixture import FUSED
+from optprune.models.recurrent import Recurrent, Runs
 from optprune.models.skeleton import with_model_names
 
 IDLE_WIDTH = 32
@@ -211,6 +212,8 @@ class Tensors:
         if path in self.family.halves:
             for half, known_as in enumerate(self.family.halves[path]):
                 yield self._half(half, stored, self._name(name.replace(path, known_as)), name)
+        elif block is not None and path in self.family.parted:
+            yield from self._parts(name, stored, path, self.decoder.shape(block))
         elif block is None or architecture.latent is None or path != architecture.value:
             yield self._target(name, stored, self._name(name))
         else:
@@ -225,6 +228,19 @@ class Tensors:
             return torch.nn.functional.pad(matrix.unflatten(0, (2, width))[half], (0, 0, 0, filled - width))
 
         return Target(known_as, (filled, hidden), ((name, stored),), rows=rows)
+
+    def _parts(self, name: str, stored: InFiles, path: str, own: BlockShape) -> Iterator[Target]:
+        """Yield the layers that llama.cpp has in place of one of a recurrent mixer, in which head follows head."""
+        config, parts = self.decoder.model.config, self.family.parted[path]
+        rows = torch.arange(stored.shape[0]).view(own.recurrent, -1)
+        every = sum(run(config) for runs in parts.values() for run in runs)
+        widths = [run(config) * rows.shape[1] // every for runs in parts.values() for run in runs]
+        columns = iter(rows.split(widths, dim=1))
+        for known_as, runs in parts.items():
+            chosen = torch.cat([next(columns).flatten() for _ in runs])
+            shape = (len(chosen), stored.shape[1])
+            there = self._name(name.replace(path, known_as))
+            yield Target(there, shape, ((name, stored),), rows=_chosen(chosen))
 
     def _keys_and_values(self, name: str, stored: InFiles, own: BlockShape) -> Iterator[Target]:
         """Yield the keys and the values that one layer makes of a low-rank vector, head by head."""
@@ -251,14 +267,19 @@ class Tensors:
         target = Target(known_as, stored.shape, ((name, stored),))
         if block is not None:
             target = self._of_mlp(path, self._of_heads(path, self.decoder.shape(block), target))
-            target = self._of_states(name, target)
+            target = self._of_states(name, self.decoder.shape(block), target)
         if len(target.shape) == 3:  # a convolution of each channel for itself
-            target = replace(target, shape=(target.shape[0], target.shape[2]), rows=_channels)
+            target = replace(target, shape=(target.shape[0], target.shape[2]), rows=_then(target.rows, _channels))
         if len(target.shape) == 2 and target.shape[0] == 1:  # llama.cpp has a vector in place of a gate with one row
             target = replace(target, shape=target.shape[1:], rows=torch.flatten)
-        if self.family.shift and len(target.shape) == 1:
+        if self.family.shift and name.endswith("norm.weight") and not self._of_mixer(name):
             target = replace(target, rows=_shifted(target.rows, self.family.shift))
         return target
+
+    def _of_mixer(self, name: str) -> bool:
+        """Return whether a tensor is of a recurrent mixer."""
+        mixer = self.decoder.architecture.recurrent
+        return mixer is not None and f".{mixer.module}." in name
 
     def _path(self, name: str) -> tuple[str, int | None]:
         """Return the path of a tensor's layer in its block, and the block; the name and None outside of blocks."""
@@ -292,15 +313,40 @@ class Tensors:
         shared = mixture is not None and mixture.shared and path.startswith(f"{mixture.shared}.")
         return self.width_of_shared() if shared else self.width(width)
 
-    def _of_states(self, name: str, target: Target) -> Target:
-        """Return a tensor of a Mamba 2 in llama.cpp's layout: the decays themselves, and the norm by groups."""
-        mixer, own = self.decoder.architecture.recurrent, name.rpartition(".")[2]
-        if own in ("A_log", "D"):
-            return replace(target, shape=(*target.shape, 1), rows=_decays if own == "A_log" else _column)
-        if mixer is None or not name.endswith(f".{mixer.module}.norm.weight"):
+    def _of_states(self, name: str, own: BlockShape, target: Target) -> Target:
+        """Return a tensor of a recurrent mixer in llama.cpp's layout: the decays themselves, and the norm by groups."""
+        mixer, kind = self.decoder.architecture.recurrent, name.rpartition(".")[2]
+        if mixer is None or not self._of_mixer(name):
             return target
-        groups = mixer.heads(self.decoder.model.config)
-        return replace(target, shape=(groups, target.shape[0] // groups), rows=_in_groups(groups))
+        scanned = f"{mixer.module}.D" in mixer.vectors  # as a Mamba 2 is, for which numbers of a head are a column
+        if kind == "A_log":
+            target = replace(target, rows=_decays)
+        if self.family.tiled:
+            target = self._of_value_heads(name, own, mixer, target)
+        if kind in ("A_log", "D") and scanned:
+            return replace(target, shape=(*target.shape, 1), rows=_then(target.rows, _column))
+        if not scanned or not name.endswith(f".{mixer.module}.norm.weight"):
+            return target
+        return replace(target, shape=(own.recurrent, target.shape[0] // own.recurrent), rows=_in_groups(own.recurrent))
+
+    def _of_value_heads(self, name: str, own: BlockShape, mixer: Recurrent, target: Target) -> Target:
+        """Return a tensor of a recurrent mixer with its value heads in llama.cpp's order."""
+        path, place = self._path(name)[0], name.index(f".{mixer.module}.") + 1
+        if path == mixer.output:
+            return replace(target, columns=_chosen_columns(self._in_order((mixer.width,), own, mixer)))
+        runs = mixer.reads.get(path) or mixer.vectors.get(name[place:])
+        return replace(target, rows=_then(target.rows, _chosen(self._in_order(runs, own, mixer)))) if runs else target
+
+    def _in_order(self, runs: Runs, own: BlockShape, mixer: Recurrent) -> Tensor:
+        """Return the rows of runs of a block's recurrent mixer, those of value heads in llama.cpp's order."""
+        config, found, first = self.decoder.model.config, list[Tensor](), 0
+        for run in runs:
+            rows = torch.arange(run(config) * own.recurrent // mixer.heads(config)) + first
+            first += len(rows)
+            if run in self.family.tiled:
+                rows = rows.view(own.recurrent, -1, self.family.tiled[run](config)).transpose(0, 1).flatten()
+            found.append(rows)
+        return torch.cat(found)
 
     def _of_heads(self, path: str, own: BlockShape, target: Target) -> Target:
         """Return a tensor with the rows or columns of heads in llama.cpp's layout."""
@@ -313,6 +359,9 @@ class Tensors:
                 return torch.nn.functional.pad(columns, (0, missing)).flatten(1, 2)
 
             return replace(target, shape=(shape[0], own.kv_heads * heads.group * self.value_dim), columns=wider)
+        if path == architecture.query and heads.gated and missing:
+            count = own.kv_heads * heads.group
+            return replace(target, shape=(2 * count * heads.dim, *shape[1:]), rows=_with_rows(count, missing))
         if architecture.latent is not None:
             return target
         if architecture.joined and path == architecture.value:
@@ -361,7 +410,19 @@ def _column(numbers: Tensor) -> Tensor:
 
 
 def _decays(logarithms: Tensor) -> Tensor:
-    return -logarithms.float().exp()[:, None]
+    return -logarithms.float().exp()
+
+
+def _then(first: Arrangement, second: Arrangement) -> Arrangement:
+    return lambda tensor: second(first(tensor))
+
+
+def _chosen(rows: Tensor) -> Arrangement:
+    return lambda tensor: tensor[rows]
+
+
+def _chosen_columns(columns: Tensor) -> Arrangement:
+    return lambda tensor: tensor[:, columns]
 
 
 def _in_groups(groups: int) -> Arrangement:

@@ -17,6 +17,7 @@ LLAMA3 = (
     "|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"
 )
 QWEN2 = LLAMA3.replace("\\p{N}{1,3}", "\\p{N}")
+QWEN35 = QWEN2.replace("]?\\p{L}+", "]?[\\p{L}\\p{M}]+").replace("\\s\\p{L}\\p{N}", "\\s\\p{L}\\p{M}\\p{N}")
 UPPER, LOWER = "[\\p{Lu}\\p{Lt}\\p{Lm}\\p{Lo}\\p{M}]", "[\\p{Ll}\\p{Lm}\\p{Lo}\\p{M}]"
 BEFORE, SHORT = "[^\\r\\n\\p{L}\\p{N}]?", "(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
 O200K = (
@@ -36,6 +37,7 @@ CUTS = {
     (DIGITS, GPT2): "smollm",
     (LLAMA3,): "llama-bpe",
     (QWEN2,): "qwen2",
+    (QWEN35,): "qwen35",
     (O200K,): "gpt-4o",
     DEEPSEEK3: "deepseek-v3",
 }

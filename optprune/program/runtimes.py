@@ -37,6 +37,8 @@ RECURRENT = tuple(name for name, one in ARCHITECTURES.items() if one.recurrent i
 SHARING = tuple(name for name, one in ARCHITECTURES.items() if one.shared is not None)
 """families whose blocks hand keys and values on to others"""
 LATENT = tuple(name for name, one in ARCHITECTURES.items() if one.latent is not None)
+DELTA_NETS = ("qwen3_5_moe_text", "qwen3_5_text", "qwen3_next")
+"""families with gated delta networks"""
 NOT_TRIED = (*RECURRENT, *SHARING)
 TRIED_IN_VLLM = (
     *("deepseek_v2", "deepseek_v3", "exaone4", "falcon_h1", "gemma2", "gemma3_text", "glm4_moe"),
@@ -354,13 +356,16 @@ RUNTIMES = {
             families=tuple(
                 name
                 for name, one in ARCHITECTURES.items()
-                if name not in ("opt", *NOT_TRIED) or name in ("gemma4_text", "granitemoehybrid", "lfm2", "nemotron_h")
+                if name not in ("opt", *NOT_TRIED)
+                or name in ("gemma4_text", "granitemoehybrid", "lfm2", "nemotron_h", *DELTA_NETS)
             ),
             rotary=("default", "linear", "llama3"),
             rotary_of={
                 **dict.fromkeys((*LATENT, "ministral3"), ("default", "yarn")),
                 "gemma4_text": ("default", "proportional"),
                 "gpt_oss": ("default", "linear", "llama3", "yarn"),
+                # Its graph leaves out the divisors of the frequencies.
+                **dict.fromkeys(DELTA_NETS, ("default", "linear", "yarn")),
             },
             # Its architecture deci has Llama's blocks; gemma4 has a list of widths.
             uneven=("gemma4_text", "llama", "mistral", "qwen2"),
@@ -371,6 +376,7 @@ RUNTIMES = {
                 *LATENT,
                 *("gemma2", "gemma3_text", "glm4_moe", "gpt_oss", "granite", "granitemoehybrid", "llama"),
                 *("ministral3", "mistral", "mixtral", "nemotron_h", "qwen3", "qwen3_moe", "seed_oss", "smollm3"),
+                *DELTA_NETS,
             ),
             # The numbers that share a scale in q8_0.
             multiple=32,

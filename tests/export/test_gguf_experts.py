@@ -21,7 +21,10 @@ from tests.helpers.gguf_models import PROMPT, apart, expected_of, made, saved
 from tests.helpers.llama_cpp import LlamaCpp
 from tests.helpers.short_runs import batches
 
-FAMILIES = ("deepseek_v2", "deepseek_v3", "glm4_moe", "gpt_oss", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe")
+FAMILIES = (
+    *("deepseek_v2", "deepseek_v3", "glm4_moe", "gpt_oss", "mixtral", "olmoe", "qwen2_moe", "qwen3_5_moe_text"),
+    *("qwen3_moe", "qwen3_next"),
+)
 
 
 def mixture(family: str, folder: Path) -> Path:

@@ -14,7 +14,7 @@ from optprune.errors import InputError
 from optprune.export import GgufFile, export
 from optprune.export.gguf_families import FAMILIES
 from optprune.models import Decoder, Mlp, Values
-from optprune.models.units import KvGroups, LinkedUnits
+from optprune.models.units import KvGroups, LinkedUnits, RecurrentHeads
 from optprune.program import RUNTIMES
 from optprune.recipe import Recipe, load_recipe
 from tests.helpers.gguf_models import BENT, MIXED, PROMPT, SCALED, THERE, YARN, apart, cut, expected_of, made, saved
@@ -199,6 +199,16 @@ def test_steps_that_it_does_not_raise_are_told(tmp_path: Path) -> None:
     [note] = written.notes
     assert note.startswith("llama.cpp does not raise the steps of a Mamba 2 to the time_step_min of 0.001")
     assert apart(written.path, expected_of(folder, PROMPT)[0], PROMPT) > 1e-2
+
+
+def test_groups_of_a_mamba2_beside_value_dimensions_that_are_gone(tmp_path: Path) -> None:
+    """The config of such a folder has the dense model's counts still, and lists those of each block."""
+    model = made("nemotron_h", num_hidden_layers=4, layer_types=DENSE * 2, n_groups=4, mamba_num_heads=8)
+    folder = saved(cut(model, {RecurrentHeads(): 3, Values(): 12}, range(8)), tmp_path / "model")
+    check_alike(folder, "nemotron_h")
+    fields = gguf.GGUFReader(tmp_path / "model.gguf").fields
+    assert fields["nemotron_h.ssm.group_count"].contents() == 3
+    assert fields["nemotron_h.ssm.time_step_rank"].contents() == 6
 
 
 def test_states_of_a_mamba2_stay_float32(tmp_path: Path) -> None:

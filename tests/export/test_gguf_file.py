@@ -177,6 +177,21 @@ def test_a_text_is_split_as_deepseek_v3_splits_it(tmp_path: Path) -> None:
     assert found & {"lC", ".c", "c1", "123", "1234", "!Ċ", "Ċx"} == {"lC", ".c", "123", "!Ċ"}
 
 
+def test_a_text_is_split_as_qwen3_5_splits_it(tmp_path: Path) -> None:
+    """Marks go with the letters before them, and digits are single."""
+    pattern = (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*"
+        r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
+    merges = [("a", "Ì"), ("1", "2"), ("t", "'"), ("!", "Ċ"), ("Ċ", "x"), (".", "c")]
+    text = "isn't 12345 hi!\nx a.com a\u0301 क्षि и др."
+    assert split_by("qwen35", [pattern], merges, text, tmp_path) & {"aÌ", "12", "t'", "!Ċ", "Ċx", ".c"} == {
+        "aÌ",
+        "!Ċ",
+        ".c",
+    }
+
+
 def split_by(name: str, patterns: list[str], merges: list[tuple[str, str]], text: str, folder: Path) -> set[str]:
     """The tokens of a text that is split by patterns first, of which there are as many in llama.cpp."""
     from tokenizers import Regex, Tokenizer, pre_tokenizers

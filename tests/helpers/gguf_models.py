@@ -29,6 +29,8 @@ SCALED = {
 }
 """with bounds between which some dimensions lie"""
 LOW_RANK: dict[str, Any] = {"attention_bias": False, "rope_parameters": SCALED}
+EQUAL_DIMENSIONS = {"linear_value_head_dim": 8}
+"""of keys and values of a delta network"""
 MIXED = ["linear_attention", "moe", "full_attention", "moe"]
 """of the blocks of a Nemotron-H, whose MLPs are all of one kind there"""
 THERE: dict[str, dict[str, Any]] = {
@@ -55,7 +57,10 @@ THERE: dict[str, dict[str, Any]] = {
     "phi3": NO_WINDOW,
     "qwen2_moe": NO_WINDOW,
     "qwen3": NO_WINDOW,
+    "qwen3_5_moe_text": EQUAL_DIMENSIONS,
+    "qwen3_5_text": EQUAL_DIMENSIONS,
     "qwen3_moe": NO_WINDOW,
+    "qwen3_next": EQUAL_DIMENSIONS,
     "seed_oss": {"attention_out_bias": False, "mlp_bias": False},
     "smollm3": {**NO_WINDOW, "no_rope_layer_interval": 4},
 }

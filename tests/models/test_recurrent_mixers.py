@@ -330,6 +330,7 @@ def test_an_allocation_with_fewer_heads_of_a_recurrent_mixer_is_refused(name: st
 IN_LLAMA_CPP = {
     "granitemoehybrid": "has no tokenizer to read text",
     "lfm2": "llama.cpp does not support biases of linear layers, as model.layers.0.conv.in_proj.bias",
+    **dict.fromkeys(("qwen3_5_moe_text", "qwen3_5_text", "qwen3_next"), "8 key dimensions and 12 value dimensions"),
     "nemotron_h": "llama.cpp does not support a Nemotron-H with experts in some blocks and an MLP in others",
 }
 """the families that it knows, each with what it does not take of the tiny model"""
