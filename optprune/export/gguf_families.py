@@ -84,6 +84,9 @@ class Family:
     """whether the embeddings serve as the head where the file has none"""
     shift: float = 0.0
     """constant that is added to the weights of norms, but for that of a recurrent mixer"""
+    factors: Callable[[Any], Mapping[str, Sequence[float]]] = lambda config: {}
+    """function that returns numbers by which weights are multiplied in the file, by the path of a layer in a block or
+    the name of a tensor outside: one for all rows, or one for each run of rows of a recurrent mixer"""
     describe: Callable[[Any, GGUFWriter], None] = lambda config, writer: None
     """function that writes further metadata from a config"""
     unsupported: Callable[[Any], Iterator[str]] = lambda config: iter(())
@@ -287,11 +290,46 @@ def _granite_hybrid_unsupported(config: Any) -> Iterator[str]:
         return
     if config.mamba_expand != 2:
         yield f"a mamba_expand of {config.mamba_expand} in a Granite 4"
+    yield from _mamba2_unsupported(config)
+
+
+def _mamba2_unsupported(config: Any) -> Iterator[str]:
     if not config.mamba_conv_bias:
         yield "a Mamba 2 whose convolution has no bias"
     low, high = config.time_step_limit or (0.0, math.inf)
     if low > 0 or high < math.inf:
         yield f"a Mamba 2 whose steps are limited to {low:g} to {high:g}"
+
+
+def _falcon_h1(config: Any, writer: GGUFWriter) -> None:
+    width = config.mamba_n_heads * config.mamba_d_head
+    writer.add_ssm_conv_kernel(int(config.mamba_d_conv))
+    writer.add_ssm_inner_size(int(width))
+    writer.add_ssm_state_size(int(config.mamba_d_state))
+    writer.add_ssm_time_step_rank(int(config.mamba_n_heads))
+    writer.add_ssm_group_count(int(config.mamba_n_groups))
+
+
+def _falcon_h1_unsupported(config: Any) -> Iterator[str]:
+    yield from _mamba2_unsupported(config)
+    if config.mamba_rms_norm and config.mamba_norm_before_gate:
+        yield "a Mamba 2 with a norm before the gate (mamba_norm_before_gate)"
+
+
+def _falcon_h1_factors(config: Any) -> dict[str, Sequence[float]]:
+    attention, (gate, down) = config.attention_in_multiplier, config.mlp_multipliers
+    return {
+        "model.embed_tokens.weight": (config.embedding_multiplier,),
+        "self_attn.q_proj": (attention,),
+        "self_attn.k_proj": (attention * config.key_multiplier,),
+        "self_attn.v_proj": (attention,),
+        "self_attn.o_proj": (config.attention_out_multiplier,),
+        "mamba.in_proj": tuple(config.ssm_in_multiplier * each for each in config.ssm_multipliers),
+        "mamba.out_proj": (config.ssm_out_multiplier,),
+        "feed_forward.gate_proj": (gate,),
+        "feed_forward.down_proj": (down,),
+        "lm_head.weight": (config.lm_head_multiplier,),
+    }
 
 
 def _nemotron_h(config: Any, writer: GGUFWriter) -> None:
@@ -363,7 +401,7 @@ def _delta_net_turned(config: Any, writer: GGUFWriter) -> None:
     writer.add_rope_dimension_sections([*((pairs + missing) // 3 for missing in (2, 1, 0)), 0])
 
 
-def _delta_net_names(name: str) -> str:
+def _names_of_steps(name: str) -> str:
     """Return the tensor's name in gguf's table, in which a layer makes the steps."""
     return name.replace(".dt_bias", ".dt_proj.bias")
 
@@ -588,7 +626,7 @@ GEMMA: dict[str, Any] = {"activation": TANH, "shift": 1.0, "windows": True}
 LATENT: dict[str, Any] = {"unsupported": _deepseek2_unsupported, "rounded": _deepseek2_rounded}
 PARTS_OF_DELTA_NET = {path: runs for path, runs in DELTA_NET.reads.items() if path.endswith(("_qkv", "_z"))}
 DELTA: dict[str, Any] = {
-    "spelled": _delta_net_names,
+    "spelled": _names_of_steps,
     "zeros": False,
     "shift": 1.0,
     "describe": _delta_net,
@@ -608,6 +646,14 @@ FAMILIES: dict[str, Family] = {
     "deepseek_v2": Family(MODEL_ARCH.DEEPSEEK2, **LATENT, describe=_deepseek2(ExpertGatingFuncType.SOFTMAX)),
     "deepseek_v3": Family(MODEL_ARCH.DEEPSEEK2, **BY_SIGMOIDS),
     "exaone4": Family(MODEL_ARCH.EXAONE4, windows=True, describe=_exaone4, unsupported=_exaone4_unsupported),
+    "falcon_h1": Family(
+        MODEL_ARCH.FALCON_H1,
+        spelled=_names_of_steps,
+        tied=False,
+        factors=_falcon_h1_factors,
+        describe=_falcon_h1,
+        unsupported=_falcon_h1_unsupported,
+    ),
     "gemma2": Family(MODEL_ARCH.GEMMA2, **GEMMA, describe=_gemma2, unsupported=_gemma_unsupported("gemma2")),
     "gemma3_text": Family(MODEL_ARCH.GEMMA3, **GEMMA, describe=_gemma3, unsupported=_gemma_unsupported("gemma3")),
     "gemma4_text": Family(
@@ -717,7 +763,7 @@ def _refused_shapes(decoder: Decoder, family: Family) -> str | None:
     if family.single:  # which has no lists of numbers and widths of experts
         alike = len(heads_left) == 1 and len({each for each in kinds if each[1]}) < 2
     alike = alike and len({shape.recurrent for shape in shapes if shape.recurrent}) < 2
-    if not alike or (not family.single and any(len(shape.parts) < 2 for shape in shapes)):
+    if not alike or (not family.single and any(shape.parts not in decoder.architecture.whole for shape in shapes)):
         return f"blocks of a {family.name} model that differ in shape"
     mixture = decoder.architecture.mixture
     if mixture is not None and not all(

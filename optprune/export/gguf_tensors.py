@@ -161,7 +161,7 @@ class Tensors:
         embeddings = self._embeddings(found)
         if embeddings is not None:
             name, stored = embeddings
-            yield Target("output.weight", stored.shape, ((name, stored),))
+            yield Target("output.weight", stored.shape, ((name, stored),), rows=self._factor("lm_head.weight"))
         for index, own in enumerate(self.decoder.shapes()):
             if not own.mlp_width and not self.family.single:
                 yield from self._idle(index)
@@ -274,7 +274,16 @@ class Tensors:
             target = replace(target, shape=target.shape[1:], rows=torch.flatten)
         if self.family.shift and name.endswith("norm.weight") and not self._of_mixer(name):
             target = replace(target, rows=_shifted(target.rows, self.family.shift))
-        return target
+        return replace(target, rows=_then(self._factor(path), target.rows))
+
+    def _factor(self, path: str) -> Arrangement:
+        """Return the arrangement that multiplies the weights of a layer, as far as llama.cpp does not."""
+        config, mixer = self.decoder.model.config, self.decoder.architecture.recurrent
+        factors = self.family.factors(config).get(path, ())
+        if len(factors) < 2:
+            return _scaled(torch.tensor(factors)) if factors else unchanged
+        runs = mixer.reads[path] if mixer else ()
+        return _scaled(torch.tensor(factors).repeat_interleave(torch.tensor([run(config) for run in runs]))[:, None])
 
     def _of_mixer(self, name: str) -> bool:
         """Return whether a tensor is of a recurrent mixer."""
@@ -415,6 +424,10 @@ def _decays(logarithms: Tensor) -> Tensor:
 
 def _then(first: Arrangement, second: Arrangement) -> Arrangement:
     return lambda tensor: second(first(tensor))
+
+
+def _scaled(factors: Tensor) -> Arrangement:
+    return lambda tensor: tensor.float() * factors
 
 
 def _chosen(rows: Tensor) -> Arrangement:

@@ -357,14 +357,15 @@ RUNTIMES = {
                 name
                 for name, one in ARCHITECTURES.items()
                 if name not in ("opt", *NOT_TRIED)
-                or name in ("gemma4_text", "granitemoehybrid", "lfm2", "nemotron_h", *DELTA_NETS)
+                or name in ("falcon_h1", "gemma4_text", "granitemoehybrid", "lfm2", "nemotron_h", *DELTA_NETS)
             ),
             rotary=("default", "linear", "llama3"),
             rotary_of={
                 **dict.fromkeys((*LATENT, "ministral3"), ("default", "yarn")),
                 "gemma4_text": ("default", "proportional"),
                 "gpt_oss": ("default", "linear", "llama3", "yarn"),
-                # Its graph leaves out the divisors of the frequencies.
+                # Graphs of these leave out the divisors of the frequencies.
+                "falcon_h1": ("default", "linear"),
                 **dict.fromkeys(DELTA_NETS, ("default", "linear", "yarn")),
             },
             # Its architecture deci has Llama's blocks; gemma4 has a list of widths.
@@ -376,7 +377,7 @@ RUNTIMES = {
                 *LATENT,
                 *("gemma2", "gemma3_text", "glm4_moe", "gpt_oss", "granite", "granitemoehybrid", "llama"),
                 *("ministral3", "mistral", "mixtral", "nemotron_h", "qwen3", "qwen3_moe", "seed_oss", "smollm3"),
-                *DELTA_NETS,
+                *("falcon_h1", *DELTA_NETS),
             ),
             # The numbers that share a scale in q8_0.
             multiple=32,

@@ -37,6 +37,7 @@ THERE: dict[str, dict[str, Any]] = {
     "deepseek_v2": LOW_RANK,
     "deepseek_v3": LOW_RANK,
     "exaone4": {"head_dim": 16, "sliding_window": None, "layer_types": ["full_attention"] * 4},
+    "falcon_h1": {"mamba_norm_before_gate": False},
     "gemma2": HEADS_OF_16,
     "gemma3_text": {**HEADS_OF_16, "rope_parameters": {"full_attention": FAR, "sliding_attention": NEAR}},
     "gemma4_text": {},
