@@ -48,6 +48,8 @@ TRIED_IN_VLLM = (
 """families whose pruned models have the same logits in vLLM as in transformers: benchmarks/results/vllm_loads.md"""
 DIVIDED_IN_VLLM = ("granitemoehybrid", "olmoe", "qwen2", "qwen2_moe")
 """families of which vLLM takes a head to have the hidden size divided by the number of heads"""
+WITH_DIVISORS = ("exaone4", "granite", "granitemoehybrid", "llama", "mistral", "mixtral")
+"""families of which llama.cpp reads divisors of the rotary frequencies from a file"""
 WITHOUT_EXPERTS = tuple(name for name, one in ARCHITECTURES.items() if one.mixture is None and name not in NOT_TRIED)
 
 
@@ -359,14 +361,13 @@ RUNTIMES = {
                 if name not in ("opt", *NOT_TRIED)
                 or name in ("falcon_h1", "gemma4_text", "granitemoehybrid", "lfm2", "nemotron_h", *DELTA_NETS)
             ),
-            rotary=("default", "linear", "llama3"),
+            rotary=("default", "linear"),
             rotary_of={
+                # Graphs of the others do not know the divisors of the frequencies, or leave them out.
+                **dict.fromkeys(WITH_DIVISORS, ("default", "linear", "llama3")),
                 **dict.fromkeys((*LATENT, "ministral3"), ("default", "yarn")),
                 "gemma4_text": ("default", "proportional"),
-                "gpt_oss": ("default", "linear", "llama3", "yarn"),
-                # Graphs of these leave out the divisors of the frequencies.
-                "falcon_h1": ("default", "linear"),
-                **dict.fromkeys(DELTA_NETS, ("default", "linear", "yarn")),
+                **dict.fromkeys((*DELTA_NETS, "gpt_oss"), ("default", "linear", "yarn")),
             },
             # Its architecture deci has Llama's blocks; gemma4 has a list of widths.
             uneven=("gemma4_text", "llama", "mistral", "qwen2"),

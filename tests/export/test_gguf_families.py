@@ -17,7 +17,20 @@ from optprune.models import Decoder, Mlp, Values
 from optprune.models.units import KvGroups, LinkedUnits, RecurrentHeads
 from optprune.program import RUNTIMES
 from optprune.recipe import Recipe, load_recipe
-from tests.helpers.gguf_models import BENT, MIXED, PROMPT, SCALED, THERE, YARN, apart, cut, expected_of, made, saved
+from tests.helpers.gguf_models import (
+    BENT,
+    MIXED,
+    NEAR,
+    PROMPT,
+    SCALED,
+    THERE,
+    YARN,
+    apart,
+    cut,
+    expected_of,
+    made,
+    saved,
+)
 from tests.helpers.llama_cpp import LlamaCpp
 from tests.helpers.mixed_models import narrow
 
@@ -63,6 +76,31 @@ def test_windows_of_the_exaone4_that_it_knows_by_its_number_of_blocks(tmp_path: 
     """Blocks with a window rotate queries and keys there, and every fourth, without one, does not."""
     model = made("exaone4", num_hidden_layers=64, sliding_window=8, sliding_window_pattern=4, layer_types=None)
     check_alike(saved(cut(model, {Values(): 12, Mlp(): 96}, range(64)), tmp_path / "model"), "exaone4")
+
+
+LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": 64}
+LLAMA3 |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
+@pytest.mark.parametrize("family", ["exaone4", "granite", "granitemoehybrid", "mistral", "mixtral"])
+def test_divisors_of_the_rotary_frequencies(family: str, tmp_path: Path) -> None:
+    fields = {"position_embedding_type": "rope"} if family == "granitemoehybrid" else {}
+    check_alike(saved(made(family, rope_parameters=LLAMA3, **fields), tmp_path / "model"), FAMILIES[family].name)
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        *("gemma2", "gemma3_text", "glm4_moe", "gpt_neox", "gpt_oss", "lfm2", "olmo2", "olmoe", "qwen2", "qwen2_moe"),
+        *("qwen3", "qwen3_moe", "seed_oss", "smollm3"),
+    ],
+)
+def test_divisors_that_a_graph_does_not_know(family: str, tmp_path: Path) -> None:
+    rotary = {"full_attention": LLAMA3, "sliding_attention": NEAR} if family == "gemma3_text" else LLAMA3
+    model = tiny_qwen2(rope_parameters=rotary) if family == "qwen2" else made(family, rope_parameters=rotary)
+    folder = saved(model, tmp_path / "model")
+    with pytest.raises(InputError, match="rotary embeddings scaled by llama3 cannot be exported to GGUF, only default"):
+        export(folder, tmp_path / "model.gguf", GgufFile())
 
 
 @pytest.mark.parametrize("fields", [{"first_k_dense_replace": 0}, {"first_k_dense_replace": 2, "use_qk_norm": False}])
