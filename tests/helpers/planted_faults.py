@@ -1193,6 +1193,27 @@ FAULTS = [
         "tokens/test_expected_counts.py",
     ),
     Fault(
+        "plan: predictions by which tokens are chosen take no time",
+        "program/time.py",
+        "return predicted + CHOICE * program.vocabulary",
+        "return CHOICE * program.vocabulary",
+        "program/test_plan.py",
+    ),
+    Fault(
+        "plan: predictions by which tokens are chosen take no memory",
+        "program/memory.py",
+        'return [Part("imports", base, HOST), *_choice_of_tokens(program)]',
+        'return [Part("imports", base, HOST)]',
+        "program/test_plan.py",
+    ),
+    Fault(
+        "texts: a digest is of the first document alone",
+        "texts/calibration.py",
+        "        for document in self.documents:\n            plain",
+        "        for document in self.documents[:1]:\n            plain",
+        "texts/test_calibration.py",
+    ),
+    Fault(
         "vocabulary: a run that goes on chooses its tokens again",
         "cli/tokens.py",
         "        if chosen is None:",
