@@ -2,9 +2,10 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
@@ -112,7 +113,7 @@ def check_count(count: int) -> None:
 
 def kept_or_new(folder: ManifestFolder | None, generate: Callable[[], Tensor], peers: Peers) -> Tensor:
     """Return the windows that a run folder keeps, or generate and keep them; only the first process has a folder."""
-    windows = peers.all_gather(None if folder is None else _kept(folder))[0]
+    windows = peers.all_gather(None if folder is None else folder.kept(FILE, _windows))[0]
     if windows is None:
         windows = generate()
         if folder is not None:
@@ -120,14 +121,9 @@ def kept_or_new(folder: ManifestFolder | None, generate: Callable[[], Tensor], p
     return windows
 
 
-def _kept(folder: ManifestFolder) -> Tensor | None:
-    """Return the windows [n, length] of a run that was begun; None where the file is missing or changed."""
-    if not (folder.begun and folder.holds(FILE)):
-        return None
-    try:
-        return torch.tensor(TypeAdapter(list[list[int]]).validate_python(folder.read(FILE)))
-    except (ValidationError, ValueError) as error:
-        raise folder.damaged(FILE) from error
+def _windows(content: Any) -> Tensor:
+    """Return the windows [n, length] in plain data; ValueError where they are none."""
+    return torch.tensor(TypeAdapter(list[list[int]]).validate_python(content))
 
 
 def _pieces(batches: Sequence[Tensor], count: int, length: int, generator: torch.Generator) -> Tensor:

@@ -105,8 +105,7 @@ class GoalOptions:
         length = resolved.program.request.seq_length
         with tokenizer_of(resolved.model) as tokenizer:
             windows = windows_to_evaluate(tokenizer, resolved.config, documents, length, self.windows)
-        _, drawn = calibration_of(resolved, texts, self.sequences)
-        return list(drawn.batches), windows
+        return list(calibration_of(resolved, texts, self.sequences).batches), windows
 
 
 def resolve_for(

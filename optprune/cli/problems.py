@@ -68,7 +68,7 @@ def problems_command(
     if chosen.vocabulary is not None:
         raise InputError("a recipe with a smaller vocabulary has no problems of its own: prune the vocabulary before")
     wanted_layers(resolved.program, layers)
-    _, drawn = calibration_of(resolved, read_texts(calibration))
+    drawn = calibration_of(resolved, read_texts(calibration))
     delete_left_behind(place, reporter.say)
     created = missing_parents(place)
     place.parent.mkdir(parents=True, exist_ok=True)

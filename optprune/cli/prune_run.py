@@ -1,13 +1,13 @@
 """A run of the command line from a model source to a checked folder, in one process or in those of torchrun."""
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from optprune.cli.run_folder import Output, keep_or_delete
-from optprune.cli.tokens import calibration_of
+from optprune.cli.tokens import calibration_of, vocabulary_for, with_digests
 from optprune.system.wording import counted
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from optprune.models.store import BlockSink
     from optprune.program import Program
     from optprune.pruning import Journal, PartialSums, Workers
-    from optprune.report import Event, PhaseRecorder, Report
+    from optprune.report import Event, PhaseRecorder, Report, VocabularyChange
     from optprune.report.progress import Reporter
     from optprune.tokens import VocabularyPruning
 
@@ -72,6 +72,12 @@ class WholeRun:
 
         self.output.check_run(Journal, program.facts())
 
+    def run_folder(self, peers: "Peers", say: Callable[[str], None]) -> "AbstractContextManager[Journal | None]":
+        """Return the run folder, which the first process alone has; a `with` statement keeps or deletes it."""
+        from optprune.pruning import Journal
+
+        return nullcontext() if peers.rank else keep_or_delete(self.output.run_folder(Journal, say), say)
+
     def opened(self, sink: "BlockSink", scratch: Path | None = None) -> "LoadedModel":
         """Return the model, with the blocks left in its files."""
         from optprune.models import open_model
@@ -112,6 +118,31 @@ class WholeRun:
         windows = kept_or_new(journal, generate, peers)
         return with_generated(batches, windows, held_out=program.held_out, seed=seed)
 
+    def with_vocabulary(
+        self,
+        program: "Program",
+        loaded: "LoadedModel",
+        batches: "list[Tensor]",
+        partial_sums: "PartialSums",
+        phases: "PhaseRecorder",
+        journal: "Journal | None" = None,
+    ) -> "tuple[LoadedModel, VocabularyChange | None]":
+        """Return the model with the smaller vocabulary, and a record of the change; as it is where there is none.
+
+        The run begins here, with the facts that decide its bytes, so that the chosen tokens are kept if it is killed.
+        """
+        if self.vocabulary is None:
+            return loaded, None
+        from optprune.pruning.run import facts
+        from optprune.pruning.shared import SharedJournal
+        from optprune.report.phases import LOADING, VOCABULARY
+
+        with phases.phase(LOADING):
+            decided = facts(program, loaded.decoder(), batches, partial_sums, phases.on_event)
+            SharedJournal(journal, partial_sums.peers).begin(decided)
+        with phases.phase(VOCABULARY):
+            return self.vocabulary.apply(loaded, phases.on_event)
+
     def run(
         self,
         program: "Program",
@@ -121,7 +152,8 @@ class WholeRun:
         phases: "PhaseRecorder",
         calibration: str,
         window: "Tensor",
-        partial_sums: "PartialSums | None" = None,
+        partial_sums: "PartialSums",
+        journal: "Journal",
     ) -> "tuple[Report, SavedModel | None]":
         """Load, prune, save and check; `calibration` names the text that the batches are from.
 
@@ -130,53 +162,48 @@ class WholeRun:
         """
         from optprune.export import save_model
         from optprune.program import check_batches
-        from optprune.pruning import Journal, PartialSums, run_program
+        from optprune.pruning import run_program
         from optprune.pruning.run import OPENED, facts
         from optprune.report import joined, read_report
-        from optprune.report.phases import LOADING, VOCABULARY
+        from optprune.report.phases import LOADING
 
-        partial_sums, may_be_finished = partial_sums or PartialSums(), self.output.may_be_finished
-        with keep_or_delete(self.output.run_folder(Journal, reporter.say), reporter.say) as journal:
-            batches = self.with_generated(program, batches, partial_sums.peers, journal, phases)
-            if self.generated:
-                calibration += f", and {counted(self.generated, 'window')} that the dense model generated"
-            with phases.step(LOADING, f"loading {self.model}", ends=OPENED):
-                loaded = replace(self.opened(journal.sink, journal.scratch), images=self.images)
-            change = None
-            if self.vocabulary is not None:
-                with phases.phase(VOCABULARY):
-                    loaded, change = self.vocabulary.apply(loaded, phases.on_event)
-            every = check_batches(loaded.model.config, batches, self.images)
-            if may_be_finished:
-                with phases.phase(LOADING):
-                    decided = facts(program, loaded.decoder(), every, partial_sums, phases.on_event)
-                if partial_sums.peers.all_gather(self.output.is_finished(journal, decided))[0]:
-                    return read_report(self.output.folder), None
-            report = run_program(
-                program,
-                loaded.decoder(),
-                every,
-                on_event=phases.on_event,
-                source=self.model,
-                calibration=calibration,
-                journal=journal,
-                workers=self.workers,
-                partial_sums=partial_sums,
-            )
-            report = replace(report.with_vocabulary(change), phases=joined(phases.done, report.phases))
-            reporter.say(f"saving to {self.output.folder}, and reloading it in a fresh process to compare logits")
-            saved = save_model(
-                loaded,
-                self.output.folder,
-                report=report,
-                recipe=program.request.recipe,
-                check_tokens=window[None],
-                overwrite=self.output.overwrite,
-                dtype=self.save_dtype,
-                max_shard_size=self.max_shard_size,
-                made=journal.shards(),
-                on_event=phases.on_event,
-            )
+        batches = self.with_generated(program, batches, partial_sums.peers, journal, phases)
+        if self.generated:
+            calibration += f", and {counted(self.generated, 'window')} that the dense model generated"
+        with phases.step(LOADING, f"loading {self.model}", ends=OPENED):
+            loaded = replace(self.opened(journal.sink, journal.scratch), images=self.images)
+        every = check_batches(loaded.model.config, batches, self.images)
+        if self.output.may_be_finished:
+            with phases.phase(LOADING):
+                decided = facts(program, loaded.decoder(), every, partial_sums, phases.on_event)
+            if partial_sums.peers.all_gather(self.output.is_finished(journal, decided))[0]:
+                return read_report(self.output.folder), None
+        loaded, change = self.with_vocabulary(program, loaded, every, partial_sums, phases, journal)
+        report = run_program(
+            program,
+            loaded.decoder(),
+            every,
+            on_event=phases.on_event,
+            source=self.model,
+            calibration=calibration,
+            journal=journal,
+            workers=self.workers,
+            partial_sums=partial_sums,
+        )
+        report = replace(report.with_vocabulary(change), phases=joined(phases.done, report.phases))
+        reporter.say(f"saving to {self.output.folder}, and reloading it in a fresh process to compare logits")
+        saved = save_model(
+            loaded,
+            self.output.folder,
+            report=report,
+            recipe=program.request.recipe,
+            check_tokens=window[None],
+            overwrite=self.output.overwrite,
+            dtype=self.save_dtype,
+            max_shard_size=self.max_shard_size,
+            made=journal.shards(),
+            on_event=phases.on_event,
+        )
         return saved.report or report, saved
 
 
@@ -205,9 +232,13 @@ def run_on_text(
     from optprune.report.phases import TOKENISING
     from optprune.texts import read_texts
 
-    whole.check_run(program := resolved.program)
-    (calibration, sequences), request = data, program.request
+    calibration, sequences = data
+    whole.check_run(resolved.program)
     texts = read_texts(calibration) if resolved.records is None else []
+    resolved = with_digests(resolved, texts)
+    request = (program := resolved.program).request
+    if request.text is not None:
+        whole.check_run(program)
     resolved.report_notes(reporter.say)
     characters = sum(text.characters for text in texts)
     # Processes join first, so that each has its own GPU from here on.
@@ -224,20 +255,23 @@ def run_on_text(
                 also(event)
 
             phases = PhaseRecorder(device, on_event)
-            with phases.step(TOKENISING, f"tokenising {calibration}"):
-                smaller, drawn = calibration_of(resolved, texts, sequences)
-            del texts
-            return shared_run(
-                replace(whole, vocabulary=smaller, images=drawn.images),
-                program,
-                drawn.batches,
-                partial_sums=partial_sums,
-                peers=peers,
-                reporter=reporter,
-                phases=phases,
-                calibration=drawn.description,
-                window=drawn.first,
-            )
+            with whole.run_folder(peers, reporter.say) as journal:
+                smaller = vocabulary_for(resolved, texts, whole.opened, journal=journal, peers=peers, phases=phases)
+                with phases.step(TOKENISING, f"tokenising {calibration}"):
+                    drawn = calibration_of(resolved, texts, sequences, smaller)
+                del texts
+                return shared_run(
+                    replace(whole, vocabulary=smaller, images=drawn.images),
+                    program,
+                    drawn.batches,
+                    partial_sums=partial_sums,
+                    peers=peers,
+                    reporter=reporter,
+                    phases=phases,
+                    calibration=drawn.description,
+                    window=drawn.first,
+                    journal=journal,
+                )
 
 
 def shared_run(
@@ -251,6 +285,7 @@ def shared_run(
     phases: "PhaseRecorder",
     calibration: str,
     window: "Tensor",
+    journal: "Journal | None",
 ) -> "tuple[Report, SavedModel | None] | None":
     """Do the run with this many partial sums, by default one for each process; return None in all but the first."""
     from optprune.pruning import PartialSums
@@ -258,11 +293,18 @@ def shared_run(
     shared = PartialSums(peers.size if partial_sums is None else partial_sums, peers)
     batches = _one_per_sum(batches, shared.count)
     shared.check(batches)
-    if peers.rank:
-        _take_part(whole, program, batches, shared)
+    if journal is None:
+        _take_part(whole, program, batches, shared, phases)
         return None
     return whole.run(
-        program, batches, reporter=reporter, phases=phases, calibration=calibration, window=window, partial_sums=shared
+        program,
+        batches,
+        reporter=reporter,
+        phases=phases,
+        calibration=calibration,
+        window=window,
+        partial_sums=shared,
+        journal=journal,
     )
 
 
@@ -276,7 +318,13 @@ def _one_per_sum(batches: "Sequence[Tensor]", partial_sums: int) -> "list[Tensor
     return list(torch.cat(windows).split(len(windows) // partial_sums))
 
 
-def _take_part(whole: WholeRun, program: "Program", batches: "Sequence[Tensor]", partial_sums: "PartialSums") -> None:
+def _take_part(
+    whole: WholeRun,
+    program: "Program",
+    batches: "Sequence[Tensor]",
+    partial_sums: "PartialSums",
+    phases: "PhaseRecorder",
+) -> None:
     """Take part in a run without writing anything."""
     from optprune.models.store import NullSink
     from optprune.program import check_batches
@@ -285,9 +333,8 @@ def _take_part(whole: WholeRun, program: "Program", batches: "Sequence[Tensor]",
     may_be_finished = whole.output.may_be_finished
     batches = whole.with_generated(program, batches, partial_sums.peers)
     loaded = whole.opened(NullSink())
-    if whole.vocabulary is not None:
-        loaded, _ = whole.vocabulary.apply(loaded)
+    every = check_batches(loaded.model.config, batches)
     if may_be_finished and partial_sums.peers.all_gather(None)[0]:
         return  # the first process found the output finished
-    every = check_batches(loaded.model.config, batches)
+    loaded, _ = whole.with_vocabulary(program, loaded, every, partial_sums, phases)
     run_program(program, loaded.decoder(), every, workers=whole.workers, partial_sums=partial_sums)

@@ -2,7 +2,9 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from optprune.errors import InputError
@@ -12,7 +14,12 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
+    from optprune.calibration.peers import Peers
     from optprune.cli.request import Resolved
+    from optprune.models import LoadedModel
+    from optprune.models.store import BlockSink
+    from optprune.pruning import Journal
+    from optprune.report import PhaseRecorder
     from optprune.texts import Document, DrawnWindows, Text
     from optprune.tokens import VocabularyPruning
     from optprune.tokens.token_models import Counts
@@ -31,9 +38,12 @@ def tokens_for(
 
 
 def calibration_of(
-    resolved: "Resolved", texts: "Sequence[Text]", sequences: str = "packed"
-) -> "tuple[VocabularyPruning | None, DrawnWindows]":
-    """Return the smaller vocabulary of a run, if its recipe has one, and the calibration windows in its tokens.
+    resolved: "Resolved",
+    texts: "Sequence[Text]",
+    sequences: str = "packed",
+    smaller: "VocabularyPruning | None" = None,
+) -> "DrawnWindows":
+    """Return the calibration windows of a run, in the tokens of its smaller vocabulary where it has one.
 
     Where the calibration is records, they are read by the processor and the vision part of the model.
     """
@@ -45,54 +55,90 @@ def calibration_of(
     if resolved.records is not None:
         found = resolved.records.read(dtype=program.request.dtype, device=device_of(resolved.device))
         release()
-        return None, found
+        return found
     request, seed = program.request, program.seed
-    smaller = vocabulary_for(resolved, texts)
     with tokenizer_of(resolved.model) as own:
         tokenizer = own if smaller is None else smaller.vocabulary.tokenizer
         drawn = draw_windows(tokenizer, texts, request.samples, request.seq_length, seed, sequences=sequences)
     for tokens in (drawn.first, *drawn.batches):
         check_vocabulary(config, tokens.flatten())
-    return smaller, drawn
+    return drawn
 
 
-def vocabulary_for(resolved: "Resolved", texts: "Sequence[Text]") -> "VocabularyPruning | None":
-    """Return the smaller vocabulary that a recipe asks for, chosen by texts; None where it asks for none."""
+def with_digests(resolved: "Resolved", texts: "Sequence[Text]") -> "Resolved":
+    """Return the program of a run with digests of all that its smaller vocabulary is chosen by, if it has one."""
     program = resolved.program
-    setting = program.request.recipe.vocabulary
-    if setting is None:
-        return None
-    from optprune.tokens import VocabularyPruning
+    if program.request.recipe.vocabulary is None:
+        return resolved
+    from optprune.numerics.fingerprint import fingerprint
+    from optprune.tokens.tokenizer import digest_of_tokenizer
 
     with tokenizer_of(resolved.model) as tokenizer:
-        return VocabularyPruning.planned(
-            tokenizer,
-            resolved.config,
-            texts,
-            setting.keep,
-            tokens=setting.tokens,
-            predictions=setting.predictions,
-            expected=partial(_expected, resolved),
-            seed=program.seed,
-        )
+        own = digest_of_tokenizer(tokenizer)
+    request = replace(program.request, text=fingerprint([text.digest() for text in texts]), tokenizer=own)
+    return replace(resolved, program=replace(program, request=request))
 
 
-def _expected(resolved: "Resolved", windows: "Tensor") -> "Counts":
-    """Return how often the model of a run expects each token behind the tokens of windows [n, length]."""
-    from optprune.measure.memory import release
-    from optprune.models import load_model, open_model
-    from optprune.models.draft import draft_in
+def vocabulary_for(
+    resolved: "Resolved",
+    texts: "Sequence[Text]",
+    opened: "Callable[[BlockSink, Path | None], LoadedModel]",
+    *,
+    journal: "Journal | None",
+    peers: "Peers",
+    phases: "PhaseRecorder",
+) -> "VocabularyPruning | None":
+    """Return the smaller vocabulary that a recipe asks for, which a run that was begun has kept; None for none.
+
+    Else it is chosen by the texts and the predictions of the dense model, which `opened` opens, and kept in the run
+    folder, which the first process has.
+    """
+    setting, seed = resolved.program.request.recipe.vocabulary, resolved.program.seed
+    if setting is None:
+        return None
+    from pydantic import TypeAdapter
+
     from optprune.models.store import NullSink
+    from optprune.pruning.journal import CHOSEN_TOKENS
+    from optprune.pruning.shared import from_first
+    from optprune.report.phases import CHOOSING
+    from optprune.tokens import VocabularyPruning
+    from optprune.tokens.prune import ChosenTokens
+
+    def dense() -> "LoadedModel":
+        return opened(NullSink(), None if journal is None else journal.scratch)
+
+    parse = TypeAdapter(ChosenTokens).validate_python
+    with phases.step(CHOOSING, "choosing tokens"), tokenizer_of(resolved.model) as tokenizer:
+        chosen = from_first(peers, lambda: None if journal is None else journal.kept(CHOSEN_TOKENS, parse))
+        if chosen is None:
+            new = VocabularyPruning.planned(
+                tokenizer,
+                resolved.config,
+                texts,
+                setting.keep,
+                tokens=setting.tokens,
+                predictions=setting.predictions,
+                expected=partial(_expected, dense, phases),
+                seed=seed,
+            )
+            chosen = from_first(peers, new.chosen)
+            if journal is not None:
+                journal.write(CHOSEN_TOKENS, asdict(chosen))
+        return VocabularyPruning.of(tokenizer, chosen, seed)
+
+
+def _expected(opened: "Callable[[], LoadedModel]", phases: "PhaseRecorder", windows: "Tensor") -> "Counts":
+    """Return how often the dense model expects each token behind the tokens of windows [n, length]."""
+    from optprune.measure.memory import release
+    from optprune.report import PhaseAdvanced
+    from optprune.report.phases import CHOOSING
     from optprune.tokens import expected_counts
 
-    request = resolved.program.request
-    dtype, device, by = str(request.dtype).removeprefix("torch."), resolved.device, draft_in(resolved.config)
-    if request.whole:
-        loaded = load_model(resolved.model, dtype=dtype, device=device, architecture=by)
-    else:
-        loaded = open_model(resolved.model, sink=NullSink(), dtype=dtype, device=device, architecture=by)
-    found = expected_counts(loaded, windows)
-    del loaded
+    def on_window(done: int, total: int) -> None:
+        phases.on_event(PhaseAdvanced(CHOOSING, "reading predictions", "window", done, total))
+
+    found = expected_counts(opened(), windows, on_window)
     release()
     return found
 

@@ -14,11 +14,14 @@ from optprune.models import Target, reorderable
 from optprune.moments import AT_ONCE
 from optprune.numerics.gram import packed_size
 from optprune.program.program import AVERAGE, VOCABULARY_TOKENS, Program
-from optprune.report.phases import GENERATING, VOCABULARY
+from optprune.report.phases import CHOOSING, GENERATING, VOCABULARY
 
 AHEAD = 2
 """block jobs in flight for each worker: the present one and the next"""
-PHASES = ("loading", "tokenising", GENERATING, VOCABULARY, "metric", "budget", "pruning", "saving", "checking")
+PHASES = (
+    *("loading", CHOOSING, "tokenising", GENERATING),
+    *(VOCABULARY, "metric", "budget", "pruning", "saving", "checking"),
+)
 SUM = 8
 """the bytes of a number in sums over tokens, which are float64"""
 RELOADING = 192 * 2**20
@@ -55,8 +58,9 @@ def parts_of(program: Program, phase: str, base: int, fresh: int) -> list[Part]:
             Part("token ids", 64 * program.tokens, HOST),
             *([Part("vision part and embeddings", vision)] if vision else []),
             *image_features(program),
-            *_choice_of_tokens(program),
         ]
+    if phase == CHOOSING:
+        return [Part("imports", base, HOST), *_choice_of_tokens(program)]
     if phase == GENERATING:
         return [Part("imports", base, HOST), *_generating(program)]
     if phase == VOCABULARY:

@@ -27,6 +27,10 @@ class Request:
     """what every block keeps, in place of the recipe's sparsity"""
     goal: GoalReached | None = None
     """the goal that the recipe's sparsity was chosen for"""
+    text: str | None = None
+    """a digest of the text that the tokens of a smaller vocabulary are chosen by, once it is read"""
+    tokenizer: str | None = None
+    """a digest of the tokenizer of all tokens, where there is a smaller vocabulary"""
     samples: int = 128
     """calibration sequences"""
     seq_length: int = 2048

@@ -7,7 +7,7 @@ from typing import Any
 from optprune.measure.memory import held_bytes
 from optprune.program.memory import DEVICE, DISK, HOST, PHASES, RELOADING, Part, parts_of
 from optprune.program.program import Program
-from optprune.report.phases import GENERATING, VOCABULARY
+from optprune.report.phases import CHOOSING, GENERATING, VOCABULARY
 
 MARGIN = 1.25
 """a plan is refused above this multiple of the free memory: plans are accurate within a fifth"""
@@ -20,7 +20,7 @@ class PlannedPhase:
     """Planned phase of a run: its seconds and its peak of memory."""
 
     name: str
-    """loading, tokenising, generating, vocabulary, metric, budget, pruning, saving or checking"""
+    """loading, choosing, tokenising, generating, vocabulary, metric, budget, pruning, saving or checking"""
     seconds: float | None
     """None where nothing was measured"""
     host_bytes: int
@@ -71,7 +71,11 @@ def planned_memory(program: Program, base: int | None = None, fresh: int = RELOA
     base = held_bytes() if base is None else base
     base += FIRST_USE
     fresh += FIRST_USE
-    optional = {GENERATING: program.request.generated, VOCABULARY: program.vocabulary_work.flops}
+    optional = {
+        CHOOSING: program.request.recipe.vocabulary,
+        GENERATING: program.request.generated,
+        VOCABULARY: program.vocabulary_work.flops,
+    }
     names = [name for name in PHASES if optional.get(name, True)]
     return Plan.of([_phase(program, name, parts_of(program, name, base, fresh)) for name in names])
 

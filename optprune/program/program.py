@@ -80,10 +80,12 @@ class Program:
         return not self.sparsity and self.allocation is None and self.method.grid_solver is None
 
     def facts(self) -> dict[str, Any]:
-        """Return what the request decides of a run's bytes, before a model or a text is read."""
+        """Return what the request decides of a run's bytes, before a model is read."""
         recipe, allocation, goal = self.request.recipe.to_dict(), self.allocation, self.request.goal
         return {
             **({} if goal is None else {"the goal": asdict(goal)}),
+            **({} if self.request.text is None else {"the text of the vocabulary": self.request.text}),
+            **({} if self.request.tokenizer is None else {"the tokenizer": self.request.tokenizer}),
             # The summary is text about the other fields.
             "the recipe": {name: value for name, value in recipe.items() if name != "summary"},
             "the allocation": None if allocation is None else allocation.to_dict(),

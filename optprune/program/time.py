@@ -32,6 +32,7 @@ from optprune.program.program import VOCABULARY_TOKENS, Program
 from optprune.report.phases import (
     BUDGET,
     CHECKING,
+    CHOOSING,
     GENERATING,
     LOADING,
     METRIC,
@@ -250,9 +251,11 @@ def seconds_of(
     new = program.request.generated * program.length
     generating = {GENERATING: opening + PASSES * evaluation(program.decoder, new).flops * rates.passes} if new else {}
     refit = _vocabulary(program, rates, scale)
+    smaller = program.request.recipe.vocabulary is not None
     return {
         LOADING: starting + opening + model * around.digest,
-        TOKENISING: _tokenising(program, rates, scale, opening, tokenising),
+        **({CHOOSING: tokenising + _choosing(program, rates, scale, opening)} if smaller else {}),
+        TOKENISING: tokenising,
         **generating,
         **({VOCABULARY: refit} if refit else {}),
         METRIC: _metric(program, rates, around, scale),
@@ -295,15 +298,13 @@ def _file_seconds(decoder: Decoder) -> float:
     return sum(weight.nbytes for weight in decoder.model.parameters()) / DISK_SPEED
 
 
-def _tokenising(program: Program, rates: Rates, scale: float, opening: float, once: float) -> float:
-    """Return the seconds of tokenising the text: where the vocabulary is pruned twice, with the choice of tokens."""
+def _choosing(program: Program, rates: Rates, scale: float, opening: float) -> float:
+    """Return the seconds of choosing the tokens of a smaller vocabulary, once the text is tokenised."""
     smaller, predicted = program.request.recipe.vocabulary, 0.0
-    if smaller is None:
-        return once
-    if smaller.predictions:
+    if smaller is not None and smaller.predictions:
         predicted = opening + evaluation(program.decoder, smaller.predictions).flops * rates.passes
         predicted += 0.0 if program.request.whole else smaller.predictions / VOCABULARY_TOKENS * scale * rates.read
-    return 2 * once + predicted + CHOICE * program.vocabulary
+    return predicted + CHOICE * program.vocabulary
 
 
 def _vocabulary(program: Program, rates: Rates, scale: float) -> float:

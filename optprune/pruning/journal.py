@@ -1,10 +1,11 @@
 """The journal: the finished work of a run on the disk, and the facts that decided it, so that the run can be resumed.
 
-A run folder holds `run.json`, the manifest with the facts that decide the bytes; the output metric of each block; the
-costs of the units or weights of each layer; `division.json`, the division of the budget; and for each finished block a
-safetensors file of its weights and a JSON file of its record. Every file is written whole or not at all. A file whose
-bytes have changed counts as absent, and its content is measured again. A resumed run passes the finished blocks with
-one forward pass and prunes the rest; its weights are those of an uninterrupted run, bit for bit.
+A run folder holds `run.json`, the manifest with the facts that decide the bytes; `tokens.json`, the tokens of a smaller
+vocabulary; the output metric of each block; the costs of the units or weights of each layer; `division.json`, the
+division of the budget; and for each finished block a safetensors file of its weights and a JSON file of its record.
+Every file is written whole or not at all. A file whose bytes have changed counts as absent, and its content is measured
+again. A resumed run passes the finished blocks with one forward pass and prunes the rest; its weights are those of an
+uninterrupted run, bit for bit.
 """
 
 import hashlib
@@ -41,6 +42,8 @@ from optprune.system.folders import RunFolder
 from optprune.system.wording import counted
 
 DIVISION = "division.json"
+CHOSEN_TOKENS = "tokens.json"
+"""the file of the tokens of a smaller vocabulary, so that a run that resumes does not choose them again"""
 BLOCKS = "the blocks"
 """the key of the number of blocks among the facts"""
 RECIPE = "the recipe"
@@ -204,6 +207,7 @@ class Journal(RunFolder):
         "cost-*",
         DIVISION,
         GENERATED,
+        CHOSEN_TOKENS,
     )
 
     @cached_property
@@ -227,6 +231,9 @@ class Journal(RunFolder):
 
     @property
     def worth_keeping(self) -> bool:
+        if not self.begun:
+            # Without facts no file is used again.
+            return self.has_scratch
         # A division without measurements is repeated in no time.
         kind = self.facts.get(RECIPE, {}).get("allocation", {}).get("kind")
         quick = {DIVISION} if kind in ("uniform", "given") else set()
@@ -247,6 +254,8 @@ class Journal(RunFolder):
             parts.append("the budget is divided")
         elif self.costs.names:
             parts.append(f"the costs of {counted(len(self.costs.names), 'layer')} are measured")
+        if not parts and self.lists(CHOSEN_TOKENS):
+            parts.append("the tokens of the smaller vocabulary are chosen")
         return done if listed or not parts else " and ".join(parts)
 
     @property

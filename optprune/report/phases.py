@@ -16,6 +16,8 @@ LOADING, TOKENISING, METRIC, BUDGET, PRUNING, SAVING, CHECKING = PHASES = (
 blocks, save the folder, check the saved folder. The function `prune` has three to five of them"""
 GENERATING = "generating"
 """the phase in which the dense model generates further calibration text, where the command asks for it"""
+CHOOSING = "choosing"
+"""the phase in which the tokens of a smaller vocabulary are chosen by the text and by the dense model's predictions"""
 VOCABULARY = "vocabulary"
 """the phase in which a smaller vocabulary takes over the probability of the removed tokens"""
 HEALING = "healing"

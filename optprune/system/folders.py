@@ -164,6 +164,14 @@ class ManifestFolder:
         except ValueError as error:
             raise self.damaged(name) from error
 
+    def kept(self, name: str, parse: Callable[[Any], Value]) -> Value | None:
+        """Return what `parse` makes of the plain data that an earlier process kept in a file.
+
+        None where the facts were not recorded, which could be others now, and where the file is missing or changed.
+        Raises InputError where `parse` raises ValueError.
+        """
+        return self.read_as(name, parse) if self.begun and self.holds(name) else None
+
     def lists(self, name: str) -> bool:
         """Return whether a written file exists, without a check of its bytes."""
         return name in self._manifest[FILES] and is_own_file(self.folder / name)

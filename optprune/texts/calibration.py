@@ -1,5 +1,7 @@
 """Calibration windows, drawn from one text or from several with shares."""
 
+import hashlib
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -111,6 +113,14 @@ class Text:
     def characters(self) -> int:
         """The number of characters of all documents."""
         return sum(map(len, self.documents))
+
+    def digest(self) -> str:
+        """Return a SHA-256 hex digest of the documents and the share."""
+        found = hashlib.sha256(str(self.share).encode())
+        for document in self.documents:
+            plain = document if isinstance(document, str) else document.messages
+            found.update(json.dumps(plain, sort_keys=True, default=str).encode())
+        return found.hexdigest()
 
 
 @dataclass(frozen=True, eq=False)

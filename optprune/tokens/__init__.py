@@ -1,10 +1,9 @@
 """Tokens as units: a smaller vocabulary, its tokenizer, and the rows of embedding and head that stay, refitted."""
 
-from optprune.tokens.expected import expected_counts
 from optprune.tokens.head import HeadMatching, MatchedHead, match_head
 from optprune.tokens.prune import VocabularyPruning, prune_vocabulary
 from optprune.tokens.rows import keep_rows
-from optprune.tokens.states import States
+from optprune.tokens.states import States, expected_counts
 from optprune.tokens.targets import PushForward
 from optprune.tokens.teacher import PushedTeacher
 from optprune.tokens.tokenizer import SmallerVocabulary, choose_tokens

@@ -17,10 +17,9 @@ from optprune.report import Event, PhaseAdvanced, VocabularyChange
 from optprune.report.phases import VOCABULARY
 from optprune.texts import Text, tokenise
 from optprune.texts.windows import drawn_windows
-from optprune.tokens.expected import expected_counts
 from optprune.tokens.head import HeadMatching, match_head
 from optprune.tokens.rows import TokenRows, config_ids, keep_rows
-from optprune.tokens.states import States, read_states
+from optprune.tokens.states import States, expected_counts, read_states
 from optprune.tokens.targets import PushForward
 from optprune.tokens.token_models import Counts
 from optprune.tokens.tokenizer import SmallerVocabulary, choose_tokens, weighted_counts
@@ -33,6 +32,16 @@ RIDGE = 0.0
 """the ridge of the rows, in nats for a mean square change of logits of one"""
 
 
+@dataclass(frozen=True)
+class ChosenTokens:
+    """Tokens that stay, and the text that rows are refitted on, as plain data."""
+
+    kept: tuple[int, ...]
+    """the old ids of the tokens"""
+    windows: tuple[tuple[int, ...], ...] | None
+    """windows of old token ids; None where nothing is refitted"""
+
+
 @dataclass(frozen=True, eq=False)
 class VocabularyPruning:
     """A smaller vocabulary for a model that need not be loaded yet, and the text that its rows are refitted on."""
@@ -41,6 +50,17 @@ class VocabularyPruning:
     windows: Tensor | None
     """windows [n, length] of old token ids; None where nothing is refitted"""
     seed: int = 0
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer, chosen: ChosenTokens, seed: int = 0) -> "VocabularyPruning":
+        """Return the pruning to tokens of a tokenizer that were chosen earlier."""
+        windows = None if chosen.windows is None else torch.tensor(chosen.windows)
+        return cls(SmallerVocabulary.of(tokenizer, chosen.kept), windows, seed)
+
+    def chosen(self) -> ChosenTokens:
+        """Return what is decided by the text and by the predictions of the model."""
+        windows = None if self.windows is None else tuple(map(tuple, self.windows.tolist()))
+        return ChosenTokens(self.vocabulary.kept, windows)
 
     @classmethod
     def planned(
@@ -117,7 +137,6 @@ class VocabularyPruning:
         def on_window(done: int, windows: int) -> None:
             on_event(PhaseAdvanced(VOCABULARY, step, "window", done, windows))
 
-        on_window(0, len(self.windows))
         return read_states(loaded, push, self.windows, seed=self.seed, on_window=on_window)
 
 

@@ -14,6 +14,7 @@ from optprune.program.program import VOCABULARY_TOKENS
 from optprune.tokens.replacing import with_removed
 from optprune.tokens.rows import TokenRows
 from optprune.tokens.targets import PushForward
+from optprune.tokens.token_models import Counts
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,23 +59,47 @@ def read_states(
     few of these tokens, and each only seldom. So some of its tokens are replaced by removed tokens, drawn from the
     dense model's predictions there, and the states inside these weigh as much as the model expects of the text.
     """
-    rows, model = TokenRows.of(loaded.model), loaded.model
-    generator = torch.Generator().manual_seed(seed)
-    found, done = list[States](), 0
-    with evaluating(model), loaded.decoder().running():
+    rows = TokenRows.of(loaded.model)
+    generator, found = torch.Generator().manual_seed(seed), list[States]()
+    for batch in _batches(loaded, windows, on_window):
+        reading = _Reading(loaded, push, rows)
+        hidden, logits = reading.passed(batch)
+        replaced = [
+            with_removed(push, ids, push.probabilities(scores), generator)
+            for ids, scores in zip(batch, logits, strict=True)
+        ]
+        inside = reading.inside([ids for ids, _ in replaced], [weights for _, weights in replaced])
+        behind = (reading.behind(*each) for each in zip(batch, hidden, logits, strict=True))
+        found += [States.joined(pair) for pair in zip(behind, inside, strict=True)]
+    return States.joined(found)
+
+
+@torch.no_grad()
+def expected_counts(
+    loaded: LoadedModel, windows: Tensor, on_window: Callable[[int, int], None] = lambda done, windows: None
+) -> Counts:
+    """Return how often a model expects each of its tokens [rows] behind the tokens of windows of ids [n, length].
+
+    These are sums of probabilities, so that tokens which the windows lack have counts too.
+    """
+    model, total = loaded.model, None
+    for batch in _batches(loaded, windows, on_window):
+        logits = model(input_ids=batch.to(model.device), use_cache=False).logits
+        found = logits.float().softmax(-1).sum((0, 1), dtype=torch.float64).cpu()
+        total = found if total is None else total + found
+    assert total is not None
+    return total.numpy()
+
+
+def _batches(loaded: LoadedModel, windows: Tensor, on_window: Callable[[int, int], None]) -> Iterator[Tensor]:
+    """Yield windows [n, length] in batches while the model can compute, and report how many of them are done."""
+    done = 0
+    on_window(done, len(windows))
+    with evaluating(loaded.model), loaded.decoder().running():
         for batch in windows.split(max(1, VOCABULARY_TOKENS // windows.shape[1])):
-            reading = _Reading(loaded, push, rows)
-            hidden, logits = reading.passed(batch)
-            replaced = [
-                with_removed(push, ids, push.probabilities(scores), generator)
-                for ids, scores in zip(batch, logits, strict=True)
-            ]
-            inside = reading.inside([ids for ids, _ in replaced], [weights for _, weights in replaced])
-            behind = (reading.behind(*each) for each in zip(batch, hidden, logits, strict=True))
-            found += [States.joined(pair) for pair in zip(behind, inside, strict=True)]
+            yield batch
             done += len(batch)
             on_window(done, len(windows))
-    return States.joined(found)
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,5 +1,6 @@
 """The choice of a vocabulary's tokens, the tokenizer with these tokens alone, and the pieces of the removed ones."""
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -171,6 +172,11 @@ def _with_new_ids(rule: Any, new: Mapping[int, int]) -> Any:
             for name, value in rule.items()
         }
     return rule
+
+
+def digest_of_tokenizer(tokenizer: Tokenizer) -> str:
+    """Return a SHA-256 hex digest of the tokens of a tokenizer and of its rules."""
+    return hashlib.sha256(_backend(tokenizer).to_str().encode()).hexdigest()
 
 
 def _backend(tokenizer: Tokenizer) -> tokenizers.Tokenizer:

@@ -19,9 +19,10 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.e2e
-def test_two_processes_write_the_folder_that_one_writes(attempt: Attempt, monkeypatch) -> None:
+@pytest.mark.parametrize("more", [{}, {"vocabulary": 400}], ids=["all tokens", "fewer tokens"])
+def test_two_processes_write_the_folder_that_one_writes(more: dict, attempt: Attempt, monkeypatch) -> None:
     one, two = attempt.folder / "one", attempt.folder / "two"
-    options = {"recipe": "sparsegpt", "device": "cpu"}
+    options = {"recipe": "sparsegpt", "device": "cpu"} | more
     assert main(attempt.command("--lanes", "2", output=one, **options)) == 0
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")

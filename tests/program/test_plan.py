@@ -175,16 +175,29 @@ def test_a_smaller_vocabulary_has_a_phase_of_its_own() -> None:
     once = sum(block_passes(many, index).flops for index in range(many.block_count)) / 2
     three_passes = 3 * 3072 * once * RATES.passes
     assert times(many)["vocabulary"] - times(few)["vocabulary"] > three_passes
-    assert times(none)["tokenising"] > 2 * times(program_of())["tokenising"] + 65536 * once * RATES.passes
-    counted = program_of("vocabulary", fields={"vocabulary.predictions": 0})
-    assert times(none)["tokenising"] > times(counted)["tokenising"] + 65536 * once * RATES.passes
-    held = [planned_memory(work).phases[1].parts.get("predictions of tokens", 0) for work in (few, counted)]
-    assert held == [12 * 1024 * few.vocabulary, 0]
-    needed = [planned_memory(work).phases[2].parts["predictions and states"] for work in (few, many)]
+    needed = [planned_memory(work).phases[3].parts["predictions and states"] for work in (few, many)]
     # At least one prediction of each receiving token, in two bytes, for every token of the text.
     assert needed[1] - needed[0] > 2 * 3072 * many.vocabulary / 6
     removed = many.dense_numbers - many.pruned_numbers
     assert removed == pytest.approx(2 * many.vocabulary / 3 * many.hidden, rel=0.01), "embedding and head are not tied"
+
+
+def test_the_choice_of_tokens_is_a_phase_with_the_predictions_of_the_dense_model() -> None:
+    plain = program_of()
+    assert "choosing" not in times(plain) and "choosing" not in {phase.name for phase in planned_memory(plain).phases}
+    many, few, none = (program_of("vocabulary", fields={"vocabulary.predictions": n}) for n in (65536, 1024, 0))
+    once = sum(block_passes(many, index).flops for index in range(many.block_count)) / 2
+    assert times(many)["tokenising"] == times(plain)["tokenising"] < times(none)["choosing"], "the text is read twice"
+    assert times(many)["choosing"] - times(few)["choosing"] > 64512 * once * RATES.passes
+    planned = [{phase.name: phase for phase in planned_memory(work, base=0).phases} for work in (many, few, none)]
+    assert [phases["choosing"].parts.get("predictions of tokens") for phases in planned] == [
+        *(2 * [12 * 1024 * many.vocabulary]),
+        None,
+    ]
+    # Blocks are in memory one at a time.
+    model = many.resident_bytes + many.block_bytes
+    assert [phases["choosing"].parts.get("the dense model") for phases in planned] == [model, model, None]
+    assert all(set(phases["tokenising"].parts) == {"imports", "token ids"} for phases in planned)
 
 
 def test_a_smaller_vocabulary_is_refitted_on_less_text_where_memory_is_short() -> None:

@@ -265,3 +265,12 @@ def test_too_little_to_draw_from(
 def test_shares_that_do_not_come_to_one(shares: tuple[float, ...]) -> None:
     with pytest.raises(InputError, match=r"with the sum|is not a number|there is no text"):
         draw(numbered([[99]] * len(shares), shares), 4, 8, 0)
+
+
+def test_a_digest_is_of_the_documents_and_the_share_whatever_the_name() -> None:
+    said, other = ({"role": "user", "content": content} for content in ("Hello", "Good evening"))
+    documents = [["ab", "c"], ["a", "bc"], ["ab"], [Conversation((said,))], [Conversation((other,))], ["\ud800"]]
+    texts = [*(Text("a", each) for each in documents), Text("a", ["ab", "c"], Fraction(1, 2))]
+    assert len({text.digest() for text in texts}) == len(texts)
+    assert Text("b", ["ab", "c"]).digest() == texts[0].digest()
+    assert Text("b", [Conversation((said,), "line 7 of b")]).digest() == texts[3].digest()

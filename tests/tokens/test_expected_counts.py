@@ -63,3 +63,10 @@ def test_a_text_without_a_whole_window_is_chosen_by_its_counts() -> None:
         model.tokenizer, config, short, KEEP, tokens=0, predictions=512, expected=lambda _: 1 / 0
     )  # type: ignore[arg-type]
     assert len(unused.vocabulary.kept) == KEEP
+
+
+def test_the_windows_that_are_done_are_told() -> None:
+    told = list[tuple[int, int]]()
+    windows = torch.zeros(9, 512, dtype=torch.long)
+    expected_counts(LoadedModel(tiny_llama(), None, "tiny"), windows, lambda *counts: told.append(counts))
+    assert told == [(done, 9) for done in (0, 2, 4, 6, 8, 9)]

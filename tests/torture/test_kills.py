@@ -7,9 +7,9 @@ from tests.helpers.torture.moments import FULL, INTERRUPT, KILL, TERMINATE
 
 SEEDS = {
     **{"fasp in shards": 5, "alps under intra": 4, "sparse_best": 4, "structured_best": 6, "two workers": 4},
-    **{"heal": 6, "compare": 5, "export gguf": 4, "export onnx": 3},
+    **{"fewer tokens": 4, "heal": 6, "compare": 5, "export gguf": 4, "export onnx": 3},
 }
-"""how often each command is ended: 41 times in all"""
+"""how often each command is ended: 45 times in all"""
 QUICK = {("fasp in shards", 0): KILL, ("structured_best", 0): INTERRUPT, ("heal", 0): KILL, ("export gguf", 0): KILL}
 EVERY = [(name, seed) for name in LONG for seed in range(SEEDS[name])]
 

@@ -18,6 +18,7 @@ from tests.helpers.torture.sandbox import state
 RUNS = {
     "prune": ("structured_best", "rename block-00000.json"),
     "costs": ("structured_best", "rename division.json"),
+    "tokens": ("fewer tokens", "rename block-00000.json"),
     "heal": ("heal", "rename state-000003.safetensors"),
     "compare": ("compare", "rename magnitude-0.4-seed0.json"),
 }
@@ -159,6 +160,9 @@ DAMAGES = {
     "notes in the folder": Damage("prune", added("notes.txt", "mine"), adds="notes.txt"),
     "a flipped bit in the largest file before the division": Damage("costs", largest(flipped)),
     "the largest file before the division is cut": Damage("costs", largest(cut)),
+    "edited tokens": Damage("tokens", edited("tokens.json", windows=None)),
+    "cut tokens": Damage("tokens", cut("tokens.json")),
+    "no tokens": Damage("tokens", deleted("tokens.json")),
     "healing at step -1": Damage("heal", edited("progress.json", step=-1)),
     "healing at step 1000000": Damage("heal", edited("progress.json", step=10**6)),
     "healing whose best step is another": Damage("heal", edited("progress.json", best=1)),

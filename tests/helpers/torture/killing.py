@@ -17,19 +17,24 @@ from tests.helpers.torture.sandbox import Sandbox, state
 from tests.helpers.torture.stock import Stock
 
 STOPPED, FAILED = 130, 2
+FEWER_TOKENS = ("--set", "vocabulary.tokens=1024", "--set", "vocabulary.predictions=1024")
 LONG: dict[str, Callable[[Any, Path], list[str]]] = {
     "fasp in shards": lambda words, output: words.prune(output, "--max-shard-size", "300KB", sparsity=0.3),
     "alps under intra": lambda words, output: words.prune(output, recipe="alps", propagation="intra"),
     "sparse_best": lambda words, output: words.prune(output, "--max-shard-size", "300KB", recipe="sparse_best"),
     "structured_best": lambda words, output: words.prune(output, recipe="structured_best"),
     "two workers": lambda words, output: words.prune(output, recipe="alps", propagation="intra", workers=2),
+    "fewer tokens": lambda words, output: words.prune(output, *FEWER_TOKENS, sparsity=0.3, vocabulary=400),
     "heal": lambda words, output: words.heal(output),
     "compare": lambda words, output: words.compare(output),
     "export gguf": lambda words, output: words.export(output),
     "export onnx": lambda words, output: words.export(output, format="onnx"),
 }
 """the commands that take long"""
-RESUMED = ("fasp in shards", "alps under intra", "sparse_best", "structured_best", "two workers", "heal")
+RESUMED = (
+    *("fasp in shards", "alps under intra", "sparse_best", "structured_best", "two workers", "fewer tokens"),
+    "heal",
+)
 """those that go on by an option; the others go on, or begin anew, by the same words"""
 
 
