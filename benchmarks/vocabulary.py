@@ -3,9 +3,10 @@
     python -m benchmarks.vocabulary --pieces 40 --tokens 0 --heal 49152
 
 SmolLM2-135M-Instruct. Tokens are chosen on one half of the news articles, rows are refitted on windows of it, and the
-last model of each vocabulary is healed on windows of it, in bfloat16, by the dense model's predictions pushed forward,
-with embedding and head as they are. The other half is cut into pieces of 1500 characters, of which `--pieces` are
-drawn; each is predicted alone, without its first token. Rows are written as they are measured.
+last model of each vocabulary is healed on the windows of it with the most pieces of removed tokens, in bfloat16, by
+the dense model's predictions pushed forward, with embedding and head as they are. The other half is cut into pieces
+of 1500 characters, of which `--pieces` are drawn; each is predicted alone, without its first token. Rows are written
+as they are measured.
 """
 
 import argparse
@@ -59,7 +60,9 @@ def healed(loaded: LoadedModel, dense: LoadedModel, tokens: int, rate: float) ->
     teacher = PushedTeacher(dense.model, smaller=smaller, precision=precision_of(settings, dense.model.device))
     documents = read_documents("demo:calibration")
     sizes = {"seq_length": LENGTH, "batch_size": 16, "held_out": 96, "tokens": tokens, "most": tokens, "seed": 0}
-    text = split_held_out(documents, lambda some: tokenise(tokenizer_of(loaded), some), **sizes)
+    text = split_held_out(
+        documents, lambda some: tokenise(tokenizer_of(loaded), some), **sizes, worth=teacher.push.inside
+    )
 
     def show(event: Event) -> None:
         if isinstance(event, DivergenceMeasured):

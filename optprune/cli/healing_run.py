@@ -69,6 +69,7 @@ class HealingRun:
         from optprune.report import PhaseRecorder, PhasesExpected
         from optprune.report.phases import TOKENISING
         from optprune.texts import check_seq_length, read_documents, split_held_out
+        from optprune.tokens import PushForward
 
         # Checks that take no time come first.
         self.output.check()
@@ -87,7 +88,10 @@ class HealingRun:
                 sizes = {"seq_length": seq_length, "batch_size": batch_size, "held_out": held_out}
                 drawn = {"tokens": tokens, "most": most, "seed": self.settings.seed}
                 smaller, few = self._smaller_vocabulary(config, dense), documents[:8]
-                parts = split_held_out(documents, lambda some: tokens_for(self.model, config, some), **sizes, **drawn)
+                worth = None if smaller is None else PushForward(smaller, len(smaller.pieces)).inside
+                parts = split_held_out(
+                    documents, lambda some: tokens_for(self.model, config, some), **sizes, **drawn, worth=worth
+                )
                 if smaller is None:
                     check_alike(
                         self.model,

@@ -38,11 +38,13 @@ def split_held_out(
     batch_size: int,
     held_out: int,
     seed: int,
+    worth: "Callable[[Tensor], Tensor] | None" = None,
 ) -> TrainingText:
     """Split a text into training batches of `batch_size` windows, and `held_out` windows of other documents.
 
     Both are drawn by the seed. `tokens` is the number of training tokens: InputError where there are fewer; None means
-    `most`, or all if there are fewer. A single document is held out at its end.
+    `most`, or all if there are fewer. A single document is held out at its end. `worth` returns a number for each of
+    the tokens [n]: the training windows are then those with the largest sums.
     """
     import torch
 
@@ -74,7 +76,7 @@ def split_held_out(
             "or give a longer text"
         )
     samples = min(there, (most if tokens is None else tokens) // seq_length)
-    windows = drawn_windows(others, samples, seq_length, seed)
+    windows = drawn_windows(others, samples, seq_length, seed, worth=None if worth is None else worth(others))
     batches = batched(windows, min(batch_size, samples) * seq_length)
     return TrainingText(batches, evaluation_windows(own, seq_length, held_out), count)
 

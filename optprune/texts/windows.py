@@ -177,10 +177,12 @@ def drawn_windows(
     seq_length: int,
     seed: int,
     what: str = "calibration text",
+    worth: "Tensor | None" = None,
 ) -> "LongTensor":
     """Return the windows [samples, seq_length] of `calibration_batches`; fewer samples are the first of more.
 
-    InputError, with `what` as the name of the text, when its tokens are too few.
+    With the `worth` of each token [n] the windows with the largest sums are drawn, in a random order. InputError, with
+    `what` as the name of the text, when its tokens are too few.
     """
     import torch
 
@@ -194,6 +196,10 @@ def drawn_windows(
     start = int(torch.randint(len(tokens) - fitting * seq_length + 1, (), generator=generator))
     inside = slice(start, start + fitting * seq_length)
     windows, order = tokens[inside].view(fitting, seq_length), torch.randperm(fitting, generator=generator)
+    if worth is not None:
+        sums = worth[inside].view(fitting, seq_length).sum(1)[order]
+        best = sums.argsort(descending=True, stable=True)[:samples]
+        order = order[best.sort().values]
     return windows[order[:samples]].long()  # type: ignore[return-value]
 
 

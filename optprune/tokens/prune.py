@@ -22,7 +22,7 @@ from optprune.tokens.rows import TokenRows, config_ids, keep_rows
 from optprune.tokens.states import States, expected_counts, read_states
 from optprune.tokens.targets import PushForward
 from optprune.tokens.token_models import Counts
-from optprune.tokens.tokenizer import SmallerVocabulary, choose_tokens, weighted_counts
+from optprune.tokens.tokenizer import SmallerVocabulary, check_keep, choose_tokens, weighted_counts
 
 LENGTH = 256
 """the length of the windows that rows are refitted on, in tokens"""
@@ -89,15 +89,17 @@ class VocabularyPruning:
                 "the logits of the model are capped, so that the rows of its head cannot be refitted: set "
                 "vocabulary.tokens to 0"
             )
+        rows, also = int(config.vocab_size), config_ids(config)
+        check_keep(tokenizer, rows, keep, also=also)
         read = [(tokenise(tokenizer, text.documents), float(text.share)) for text in texts]
-        counts = weighted_counts(read, int(config.vocab_size))
+        counts = weighted_counts(read, rows)
         length = min(LENGTH, getattr(config, "max_position_embeddings", None) or LENGTH)
         if expected is not None and predictions:
             windows = _drawn(read, -(-predictions // length), length, seed)
             if len(windows):
                 # Rounded, so that no choice depends on the rounding of sums.
                 counts = counts + np.round(expected(windows) * (counts.sum() / windows.numel()), 2)
-        vocabulary = choose_tokens(tokenizer, counts, keep, also=config_ids(config))
+        vocabulary = choose_tokens(tokenizer, counts, keep, also=also)
         if not tokens or len(vocabulary.kept) == len(vocabulary.pieces):
             return cls(vocabulary, None, seed)
         return cls(vocabulary, _windows(read, tokens // length, length, seed), seed)

@@ -138,6 +138,10 @@ class PushForward:
         last = self.counts(old).cumsum(0) - 1
         return torch.zeros(int(last[-1]) + 1, dtype=torch.bool).index_fill(0, last, True)
 
+    def inside(self, new: Tensor) -> Tensor:
+        """Return for each of the new ids [n] whether it is a piece of a removed token, and not the last one."""
+        return ~self.ends(self.old_ids(new))
+
     def targets(self, old: Tensor, probabilities: Tensor, between: Tensor) -> Tensor:
         """Return the probabilities [pieces, receiving] of the pieces behind each piece of the tokens `old` [n].
 

@@ -23,6 +23,8 @@ CHECKED, LEAST_SHARE = 4, 0.9
 """the windows in which tokens are compared, and the least share of tokens that must be written by their pieces"""
 LEAST = 1e-30
 """the least probability, for its logarithm"""
+UNCHANGED = 0.5
+"""the share of the training windows in which no tokens are replaced"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,14 +65,17 @@ class PushedTeacher(Teacher):
 
     @torch.no_grad()
     def training_windows(self, ids: Tensor, seed: int) -> Tensor:
-        """Return windows of the same size with removed tokens in place of some tokens, drawn from its predictions.
+        """Return windows of the same size, half of them with removed tokens in place of some, drawn from predictions.
 
         A text has few of the tokens that it needs least, so that it teaches little about their pieces. Replaced evenly,
-        it has more different ones.
+        it has more different ones. The other half of the windows has them where texts do.
         """
         generator = torch.Generator().manual_seed(seed)
         found = list[Tensor]()
         for window in ids.cpu():
+            if torch.rand((), generator=generator) < UNCHANGED:
+                found.append(window)
+                continue
             old = self.push.old_ids(window)
             new, _ = with_removed(self.push, old, self._probabilities(old), generator, evenly=True)
             found.append(self.push.new_ids(new)[: len(window)])

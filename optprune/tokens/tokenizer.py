@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from optprune.errors import InputError
 from optprune.system.wording import counted
-from optprune.tokens.token_models import Counts, token_model
+from optprune.tokens.token_models import Counts, TokenModel, token_model
 
 ATTRIBUTES = (
     "chat_template",
@@ -97,7 +97,18 @@ def choose_tokens(tokenizer: Tokenizer, counts: Counts, keep: float, *, also: It
     from. InputError where the tokenizer is neither BPE nor unigram, and where `keep` is less than the tokens that must
     stay or more than there are.
     """
-    data, rows = _data(tokenizer), len(counts)
+    model, wanted, always = _choice(tokenizer, len(counts), keep, also)
+    return SmallerVocabulary.of(tokenizer, model.choose(counts, wanted, always))
+
+
+def check_keep(tokenizer: Tokenizer, rows: int, keep: float, *, also: Iterable[int] = ()) -> None:
+    """Raise InputError where `choose_tokens` would for counts [rows]."""
+    _choice(tokenizer, rows, keep, also)
+
+
+def _choice(tokenizer: Tokenizer, rows: int, keep: float, also: Iterable[int]) -> tuple[TokenModel, int, set[int]]:
+    """Return the model of a tokenizer, the number of tokens to keep, and the ids of those that stay in any case."""
+    data = _data(tokenizer)
     model = token_model(data)
     added = {int(token["id"]) for token in data["added_tokens"]}
     every = {*model.ids.values(), *added}
@@ -115,7 +126,7 @@ def choose_tokens(tokenizer: Tokenizer, counts: Counts, keep: float, *, also: It
         )
     if wanted > len(every):
         raise InputError(f"a vocabulary of {wanted} tokens is larger than that of the model, {len(every)}")
-    return SmallerVocabulary.of(tokenizer, model.choose(counts, wanted, always))
+    return model, wanted, always
 
 
 def _added(data: Mapping[str, Any]) -> dict[str, int]:

@@ -34,6 +34,18 @@ def test_the_seed_draws_both() -> None:
     assert not torch.equal(one.held_out, other.held_out)
 
 
+def test_windows_of_most_worth_are_trained_on_where_tokens_have_a_worth() -> None:
+    rare = ord("t")
+    found = cut(worth=lambda tokens: (tokens == rare).long(), most=24, held_out=1)
+    counts = [int((window == rare).sum()) for window in torch.cat(found.batches)]
+    everything = cut(most=10_000, held_out=1)
+    assert sorted(counts) == sorted(int((window == rare).sum()) for window in torch.cat(everything.batches))[-3:]
+    assert min(counts) > 0 and torch.equal(found.held_out, everything.held_out)
+    plain = cut(held_out=1)
+    equal = cut(worth=lambda tokens: torch.zeros(len(tokens)), held_out=1)
+    assert torch.equal(torch.cat(equal.batches), torch.cat(plain.batches)), "equal windows are drawn at random"
+
+
 def test_the_end_of_a_single_document_is_held_out() -> None:
     document = "".join(chr(0x100 + number) for number in range(300))
     found = cut([document], tokens=80)

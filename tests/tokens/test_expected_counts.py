@@ -1,8 +1,10 @@
 """Tokens are chosen by the counts of a text and by what the model expects there."""
 
 import numpy as np
+import pytest
 import torch
 
+from optprune.errors import InputError
 from optprune.models import LoadedModel
 from optprune.texts import Text, demo_articles, tokenise
 from optprune.tokens import expected_counts
@@ -63,6 +65,14 @@ def test_a_text_without_a_whole_window_is_chosen_by_its_counts() -> None:
         model.tokenizer, config, short, KEEP, tokens=0, predictions=512, expected=lambda _: 1 / 0
     )  # type: ignore[arg-type]
     assert len(unused.vocabulary.kept) == KEEP
+
+
+@pytest.mark.parametrize(("keep", "sentence"), [(20, "is too small"), (100_000, "is larger than that of the model")])
+def test_a_count_that_cannot_be_is_refused_before_the_model_is_asked(keep: int, sentence: str) -> None:
+    model = loaded(tiny_llama(vocab_size=720))
+    settings = {"tokens": 0, "predictions": 512, "expected": lambda _: 1 / 0}
+    with pytest.raises(InputError, match=sentence):
+        VocabularyPruning.planned(model.tokenizer, model.model.config, TEXTS, keep, **settings)  # type: ignore[arg-type]
 
 
 def test_the_windows_that_are_done_are_told() -> None:
