@@ -1,6 +1,6 @@
 """A smaller vocabulary: bits per byte of held-out news, with and without refitted rows, and healed.
 
-    python -m benchmarks.vocabulary --pieces 40 --tokens 0 --heal 49152
+    python -m benchmarks.vocabulary --pieces 40 --tokens 0 --heal 98304 --keep 32768
 
 SmolLM2-135M-Instruct. Tokens are chosen on one half of the news articles, rows are refitted on windows of it, and the
 last model of each vocabulary is healed on the windows of it with the most pieces of removed tokens, in bfloat16, by
