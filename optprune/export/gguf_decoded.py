@@ -19,9 +19,9 @@ from optprune.models.gguf import PlainReader
 def decode_into(model: PreTrainedModel, file: Path, source: ModelSource, exporter: GgufFile) -> None:
     """Replace the matrices of a model by those of a GGUF file, which `exporter` wrote from the folder `source`.
 
-    `model` is loaded from that folder. Rows and columns return to their places in the model, and zeros that fill up
-    blocks are left out, so that the model computes with the numbers that llama.cpp reads. Vectors, which files hold in
-    float32, stay. Raises OptpruneError where a tensor is not in the file.
+    `model` is loaded from that folder. Rows and columns return to their places in the model, zeros that fill up blocks
+    are left out, and numbers that were multiplied are divided again, so that the model computes with the numbers that
+    llama.cpp reads. Vectors, which files hold in float32, stay. Raises OptpruneError where a tensor is not in the file.
     """
     parameters = dict(Decoder(model).model.named_parameters())
     tensors = {tensor.name: tensor for tensor in PlainReader(file).tensors}
@@ -44,6 +44,9 @@ def _in_their_places(target: Target, plain: torch.Tensor, before: Sequence[torch
     Numbers that the file has in another tensor stay as they are `before`.
     """
     shapes = [torch.Size(stored.shape) for _, stored in target.sources]
+    if target.factor is not None:
+        factors = target.arranged([target.factor.expand(shape) for shape in shapes])
+        plain = torch.where(factors == 0, plain, plain / factors)
     total = sum(shape.numel() for shape in shapes)
     # Number one stands for the first entry: zeros in the file are no entry of the model.
     numbers = torch.arange(1, total + 1).split([shape.numel() for shape in shapes])

@@ -42,6 +42,8 @@ class Target:
     """arrangement of the last dimension, which also holds for the importance of the columns"""
     rows: Arrangement = unchanged
     """arrangement of the other dimensions, made after that of the columns"""
+    factor: Tensor | None = None
+    """what the model's tensor is multiplied by: one number, or one for each row [rows, 1]; None for nothing"""
     kind: GGMLQuantizationType = GGMLQuantizationType.F32
     computed: Callable[[], Tensor] | None = None
     """function that returns a tensor which is not in the model"""
@@ -57,7 +59,10 @@ class Target:
 
     def make(self) -> Tensor:
         """Return the tensor of the file."""
-        return self.computed() if self.computed else self.arranged([stored.read() for _, stored in self.sources])
+        if self.computed:
+            return self.computed()
+        tensors = [stored.read() for _, stored in self.sources]
+        return self.arranged(tensors if self.factor is None else [each.float() * self.factor for each in tensors])
 
     def importance(self, squares: Mapping[str, Tensor]) -> Tensor | None:
         """Return the importance of the columns [columns], or [experts, columns]; None where a layer has none.
@@ -161,7 +166,7 @@ class Tensors:
         embeddings = self._embeddings(found)
         if embeddings is not None:
             name, stored = embeddings
-            yield Target("output.weight", stored.shape, ((name, stored),), rows=self._factor("lm_head.weight"))
+            yield Target("output.weight", stored.shape, ((name, stored),), factor=self._factor("lm_head.weight"))
         for index, own in enumerate(self.decoder.shapes()):
             if not own.mlp_width and not self.family.single:
                 yield from self._idle(index)
@@ -274,16 +279,16 @@ class Tensors:
             target = replace(target, shape=target.shape[1:], rows=torch.flatten)
         if self.family.shift and name.endswith("norm.weight") and not self._of_mixer(name):
             target = replace(target, rows=_shifted(target.rows, self.family.shift))
-        return replace(target, rows=_then(self._factor(path), target.rows))
+        return replace(target, factor=self._factor(path))
 
-    def _factor(self, path: str) -> Arrangement:
-        """Return the arrangement that multiplies the weights of a layer, as far as llama.cpp does not."""
+    def _factor(self, path: str) -> Tensor | None:
+        """Return the factor of the weights of a layer, as far as llama.cpp does not multiply by it itself."""
         config, mixer = self.decoder.model.config, self.decoder.architecture.recurrent
         factors = self.family.factors(config).get(path, ())
         if len(factors) < 2:
-            return _scaled(torch.tensor(factors)) if factors else unchanged
+            return torch.tensor(factors) if factors else None
         runs = mixer.reads[path] if mixer else ()
-        return _scaled(torch.tensor(factors).repeat_interleave(torch.tensor([run(config) for run in runs]))[:, None])
+        return torch.tensor(factors).repeat_interleave(torch.tensor([run(config) for run in runs]))[:, None]
 
     def _of_mixer(self, name: str) -> bool:
         """Return whether a tensor is of a recurrent mixer."""
@@ -424,10 +429,6 @@ def _decays(logarithms: Tensor) -> Tensor:
 
 def _then(first: Arrangement, second: Arrangement) -> Arrangement:
     return lambda tensor: second(first(tensor))
-
-
-def _scaled(factors: Tensor) -> Arrangement:
-    return lambda tensor: tensor.float() * factors
 
 
 def _chosen(rows: Tensor) -> Arrangement:

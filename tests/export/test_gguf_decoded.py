@@ -34,8 +34,10 @@ def test_every_number_returns_to_its_place(family: str, tmp_path: Path) -> None:
             if parameter.ndim > 1 and len(parameter) > 1:  # a gate of one row is a vector in the file
                 parameter.zero_()
     decode_into(model, file, ModelSource(folder), exporter)
+    # Numbers of Falcon-H1 are multiplied in the file, and divided again: two roundings.
+    rtol = 2**-22 if family == "falcon_h1" else 0.0
     for name, parameter in optprune.models.Decoder(model).joined().named_parameters():
-        assert torch.equal(parameter, before[name]), name
+        torch.testing.assert_close(parameter, before[name], rtol=rtol, atol=0.0)
 
 
 @pytest.mark.parametrize(("family", "kind"), [("llama", "q4_0"), ("phi3", "q8_0"), ("qwen3_moe", "q4_K")])

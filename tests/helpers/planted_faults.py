@@ -990,7 +990,7 @@ FAULTS = [
     Fault(
         "GGUF: tied embeddings of Falcon-H1 are a head without its multiplier",
         "export/gguf_tensors.py",
-        ', rows=self._factor("lm_head.weight"))',
+        ', factor=self._factor("lm_head.weight"))',
         ")",
         "export/test_gguf_falcon_h1.py",
     ),
