@@ -254,11 +254,7 @@ def _granite_hybrid(config: Any, writer: GGUFWriter) -> None:
     # By this llama.cpp knows whether there are any rotary embeddings.
     writer.add_rope_scaling_finetuned(config.position_embedding_type == "rope")
     if "linear_attention" in config.layer_types:
-        writer.add_ssm_conv_kernel(int(config.mamba_d_conv))
-        writer.add_ssm_inner_size(int(config.mamba_expand * config.hidden_size))
-        writer.add_ssm_state_size(int(config.mamba_d_state))
-        writer.add_ssm_time_step_rank(int(config.mamba_n_heads))
-        writer.add_ssm_group_count(int(config.mamba_n_groups))
+        _mamba2(config, writer, int(config.mamba_expand * config.hidden_size))
 
 
 def _granite_hybrid_names(name: str) -> str:
@@ -301,13 +297,22 @@ def _mamba2_unsupported(config: Any) -> Iterator[str]:
         yield f"a Mamba 2 whose steps are limited to {low:g} to {high:g}"
 
 
-def _falcon_h1(config: Any, writer: GGUFWriter) -> None:
-    width = config.mamba_n_heads * config.mamba_d_head
-    writer.add_ssm_conv_kernel(int(config.mamba_d_conv))
+def _mamba2(config: Any, writer: GGUFWriter, width: int) -> None:
+    states = {"state": config.mamba_d_state, "heads": config.mamba_n_heads, "groups": config.mamba_n_groups}
+    _recurrent(writer, kernel=config.mamba_d_conv, width=width, **states)
+
+
+def _recurrent(writer: GGUFWriter, *, kernel: int, width: int, state: int, heads: int, groups: int) -> None:
+    """Write the sizes of a recurrent mixer: of its convolution, its channels, the state of each, heads and groups."""
+    writer.add_ssm_conv_kernel(int(kernel))
     writer.add_ssm_inner_size(int(width))
-    writer.add_ssm_state_size(int(config.mamba_d_state))
-    writer.add_ssm_time_step_rank(int(config.mamba_n_heads))
-    writer.add_ssm_group_count(int(config.mamba_n_groups))
+    writer.add_ssm_state_size(int(state))
+    writer.add_ssm_time_step_rank(int(heads))
+    writer.add_ssm_group_count(int(groups))
+
+
+def _falcon_h1(config: Any, writer: GGUFWriter) -> None:
+    _mamba2(config, writer, int(config.mamba_n_heads * config.mamba_d_head))
 
 
 def _falcon_h1_unsupported(config: Any) -> Iterator[str]:
@@ -335,11 +340,9 @@ def _falcon_h1_factors(config: Any) -> dict[str, Sequence[float]]:
 def _nemotron_h(config: Any, writer: GGUFWriter) -> None:
     _layer_norms(config, writer)  # which it asks for
     writer.add_layer_norm_rms_eps(float(config.layer_norm_epsilon))
-    writer.add_ssm_conv_kernel(int(config.conv_kernel))
-    writer.add_ssm_inner_size(int(config.mamba_num_heads * config.mamba_head_dim))
-    writer.add_ssm_state_size(int(config.ssm_state_size))
-    writer.add_ssm_time_step_rank(int(config.mamba_num_heads))
-    writer.add_ssm_group_count(int(config.n_groups))
+    heads = config.mamba_num_heads
+    sizes = {"width": heads * config.mamba_head_dim, "state": config.ssm_state_size, "groups": config.n_groups}
+    _recurrent(writer, kernel=config.conv_kernel, heads=heads, **sizes)
     if "moe" in config.layer_types:
         writer.add_expert_shared_count(1)
         writer.add_expert_weights_norm(bool(config.norm_topk_prob))
@@ -383,15 +386,10 @@ def _delta_net(config: Any, writer: GGUFWriter) -> None:
     interval = _every(recurrent)
     if interval:  # which is all that older builds read
         writer.add_full_attention_interval(interval)
-    writer.add_ssm_conv_kernel(int(config.linear_conv_kernel_dim))
-    writer.add_ssm_state_size(int(config.linear_key_head_dim))
-    writer.add_ssm_group_count(int(config.linear_num_key_heads))
-    writer.add_ssm_time_step_rank(int(config.linear_num_value_heads))
-    writer.add_ssm_inner_size(int(config.linear_num_value_heads * config.linear_value_head_dim))
-    rotary = config.rope_parameters
-    if rotary["rope_type"] == "yarn":
-        writer.add_rope_scaling_orig_ctx_len(int(rotary["original_max_position_embeddings"]))
-        _yarn(rotary, writer)
+    heads = config.linear_num_value_heads
+    sizes = {"width": heads * config.linear_value_head_dim, "state": config.linear_key_head_dim}
+    _recurrent(writer, kernel=config.linear_conv_kernel_dim, heads=heads, groups=config.linear_num_key_heads, **sizes)
+    _yarn_with_length(config.rope_parameters, writer)
 
 
 def _delta_net_turned(config: Any, writer: GGUFWriter) -> None:
@@ -418,8 +416,7 @@ def _delta_net_unsupported(config: Any) -> Iterator[str]:
         other = [name for name in ("attention_factor", "mscale", "mscale_all_dim") if rotary.get(name)]
         if other or not rotary.get("truncate", True):
             yield f"a yarn scaling beside delta networks with {other[0] if other else 'truncate false'}"
-        if _betas(rotary) != YARN_BETAS:
-            yield "a yarn scaling beside delta networks with another beta_fast than 32, or another beta_slow than 1"
+    yield from _other_betas(rotary, "beside delta networks")
 
 
 def _delta_net_rounded(config: Any) -> Iterator[str]:
@@ -485,13 +482,23 @@ def _betas(rotary: dict[str, Any]) -> tuple[float, float]:
     return float(rotary.get("beta_fast") or YARN_BETAS[0]), float(rotary.get("beta_slow") or YARN_BETAS[1])
 
 
-def _gpt_oss(config: Any, writer: GGUFWriter) -> None:
-    rotary = config.rope_parameters
-    writer.add_sliding_window(int(config.sliding_window))
-    writer.add_sliding_window_pattern(_period(config))
+def _yarn_with_length(rotary: dict[str, Any], writer: GGUFWriter) -> None:
+    """Write a yarn scaling, where rotary embeddings have one, with the length of the text before it."""
     if rotary["rope_type"] == "yarn":
         writer.add_rope_scaling_orig_ctx_len(int(rotary["original_max_position_embeddings"]))
         _yarn(rotary, writer)
+
+
+def _other_betas(rotary: dict[str, Any], where: str) -> Iterator[str]:
+    """Yield what llama.cpp does not read of a yarn scaling."""
+    if rotary["rope_type"] == "yarn" and _betas(rotary) != YARN_BETAS:
+        yield f"a yarn scaling {where} with another beta_fast than 32, or another beta_slow than 1"
+
+
+def _gpt_oss(config: Any, writer: GGUFWriter) -> None:
+    writer.add_sliding_window(int(config.sliding_window))
+    writer.add_sliding_window_pattern(_period(config))
+    _yarn_with_length(config.rope_parameters, writer)
 
 
 def _gpt_oss_unsupported(config: Any) -> Iterator[str]:
@@ -507,8 +514,7 @@ def _gpt_oss_unsupported(config: Any) -> Iterator[str]:
     rotary = config.rope_parameters
     if rotary["rope_type"] == "yarn" and (rotary.get("mscale") or rotary.get("attention_factor")):
         yield "a yarn scaling of a GPT-OSS with mscale or an attention_factor"
-    if rotary["rope_type"] == "yarn" and _betas(rotary) != YARN_BETAS:
-        yield "a yarn scaling of a GPT-OSS with another beta_fast than 32, or another beta_slow than 1"
+    yield from _other_betas(rotary, "of a GPT-OSS")
 
 
 def _gpt_oss_rounded(config: Any) -> Iterator[str]:
@@ -596,8 +602,7 @@ def _deepseek2_unsupported(config: Any) -> Iterator[str]:
         same = rotary.get("mscale") and rotary["mscale"] == rotary.get("mscale_all_dim")
         if not same or rotary.get("attention_factor") or not rotary.get("truncate", True):
             yield "a yarn scaling without mscale equal to mscale_all_dim, or with an attention_factor, or not truncated"
-        if _betas(rotary) != YARN_BETAS:
-            yield "a yarn scaling of latent attention with another beta_fast than 32, or another beta_slow than 1"
+    yield from _other_betas(rotary, "of latent attention")
 
 
 def _deepseek2_rounded(config: Any) -> Iterator[str]:

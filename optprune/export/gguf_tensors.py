@@ -278,7 +278,7 @@ class Tensors:
         if len(target.shape) == 2 and target.shape[0] == 1:  # llama.cpp has a vector in place of a gate with one row
             target = replace(target, shape=target.shape[1:], rows=torch.flatten)
         if self.family.shift and name.endswith("norm.weight") and not self._of_mixer(name):
-            target = replace(target, rows=_shifted(target.rows, self.family.shift))
+            target = replace(target, rows=_then(target.rows, _shifted(self.family.shift)))
         return replace(target, factor=self._factor(path))
 
     def _factor(self, path: str) -> Tensor | None:
@@ -447,8 +447,8 @@ def _channels(kernel: Tensor) -> Tensor:
     return kernel.flatten(1)
 
 
-def _shifted(rows: Arrangement, by: float) -> Arrangement:
-    return lambda tensor: rows(tensor).float() + by
+def _shifted(by: float) -> Arrangement:
+    return lambda tensor: tensor.float() + by
 
 
 def _padded(missing: int) -> Arrangement:

@@ -37,7 +37,9 @@ RECURRENT = tuple(name for name, one in ARCHITECTURES.items() if one.recurrent i
 SHARING = tuple(name for name, one in ARCHITECTURES.items() if one.shared is not None)
 """families whose blocks hand keys and values on to others"""
 LATENT = tuple(name for name, one in ARCHITECTURES.items() if one.latent is not None)
-DELTA_NETS = ("qwen3_5_moe_text", "qwen3_5_text", "qwen3_next")
+DELTA_NETS = tuple(
+    name for name, one in ARCHITECTURES.items() if one.recurrent and one.recurrent.module == "linear_attn"
+)
 """families with gated delta networks"""
 NOT_TRIED = (*RECURRENT, *SHARING)
 TRIED_IN_VLLM = (
