@@ -40,10 +40,10 @@ from optprune.texts import Document, TrainingText, calibration_batches, read_doc
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "fasp 30%": ("fasp", {"sparsity": 0.3}),
-    "structured_best 30%": ("structured_best", {"sparsity": 0.3}),
+    "structured_best 30%": ("structured_best", {"sparsity": 0.3, "units": "all"}),
     "sparse_best 2:4": ("sparse_best", {"sparsity": 0.5, "units.weights": "2:4"}),
     "sparse_best 50%": ("sparse_best", {"sparsity": 0.5}),
-    "structured_best 20%": ("structured_best", {"sparsity": 0.2}),
+    "structured_best 20%": ("structured_best", {"sparsity": 0.2, "units": "all"}),
     "structured_best 30%, rotated": ("structured_best", {"sparsity": 0.3, "units": "rotated-all"}),
     "structured_best 20%, rotated": ("structured_best", {"sparsity": 0.2, "units": "rotated-all"}),
 }

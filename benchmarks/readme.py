@@ -21,6 +21,7 @@ from benchmarks.reference_pages import KINDS, command_page, field_table, recipe_
 from benchmarks.studies import (
     BELIEVED,
     CHOSEN_RIDGE,
+    COORDINATES,
     DENSE,
     DIAGONAL,
     GIVEN_RIDGE,
@@ -42,7 +43,6 @@ Cells = tuple[Case | None, ...]
 """the cases of a row; None is a cell that is not asked for"""
 UNIFORM: Settings = {"allocation": "uniform"}
 PRUNED: Settings = {"propagation": "pruned"}
-ALL: Settings = {"units": "all"}
 
 
 @dataclass(frozen=True)
@@ -177,6 +177,7 @@ TABLES = (
         ("recipe", "10%", "20%", "30%"),
         (
             _units("`structured_best`, value dimensions too", "structured_best"),
+            _units("`structured_best`, value dimensions as coordinates", "structured_best", COORDINATES),
             _units("`structured_best`, MLP units only, without probes", "structured_best", ON_MLPS),
             _units("`structured_uniform_best`", "structured_uniform_best"),
             _units("`spap_plus`", "spap_plus"),
@@ -185,7 +186,7 @@ TABLES = (
             _units("`osscar`", "osscar"),
             _units("`spap`", "spap"),
             _units("`fasp`, MLP units only", "fasp"),
-            _units("`fasp`, value dimensions too, as published", "fasp", ALL),
+            _units("`fasp`, value dimensions too, as published", "fasp", COORDINATES),
             _units("`fasp`, MLP units only, not restored", "fasp", NOT_RESTORED),
             _units("`flap`", "flap"),
             _units("optipfair 0.4.2, with activations", "optipfair"),
@@ -222,11 +223,15 @@ TABLES = (
             *(_step(label, step) for label, step in STEPS),
             (
                 "value dimensions and probes, without recovery",
-                (*_units("", "structured_best")[1], None, None, None),
+                (*_units("", "structured_best", COORDINATES)[1], None, None, None),
             ),
             (
                 "and recovery",
-                (*_units("", "structured_best", {"refit.recovery": 1})[1], None, None, None),
+                (*_units("", "structured_best", COORDINATES | {"refit.recovery": 1})[1], None, None, None),
+            ),
+            (
+                "value dimensions as directions, without recovery (`structured_best`)",
+                (*_units("", "structured_best")[1], None, None, None),
             ),
         ),
         SMOLLM2,
@@ -237,10 +242,11 @@ TABLES = (
         ("MLP units removed", *(f"{share:.0%}" for share in SHARES)),
         (
             _units("`structured_best`, value dimensions too", "structured_best"),
+            _units("`structured_best`, value dimensions as coordinates", "structured_best", COORDINATES),
             _units("`structured_best`, MLP units only, without probes", "structured_best", ON_MLPS),
             *(_units(f"`{name}`", name) for name in ("structured_uniform_best", "spap_plus", "osscar", "spap")),
             _units("`fasp`, MLP units only", "fasp"),
-            _units("`fasp`, value dimensions too, as published", "fasp", ALL),
+            _units("`fasp`, value dimensions too, as published", "fasp", COORDINATES),
             _units("`flap`", "flap"),
         ),
         SMALL,

@@ -18,6 +18,7 @@ SPARSE = ("magnitude", "wanda", "sparsegpt", "fistapruner", "fistapruner_plus", 
 STRUCTURED = ("random", "magnitude", "flap", "fasp", "spap", "osscar", "spap_plus", "structured_uniform_best")
 """here all of MLP units"""
 MLP: Settings = {"units": "mlp"}
+COORDINATES: Settings = {"units": "all"}
 OF_FAMILIES = ("wanda", "sparsegpt", "alps", "sparse_best")
 OTHER_UNITS = ("random", "magnitude", "fasp")
 """recipes that prune something else by themselves"""
@@ -115,7 +116,7 @@ STUDIES: dict[str, list[tuple[str, Settings]]] = {
     ],
     "families": [
         *(structured(recipe, 0.2) for recipe in ("fasp", "spap")),
-        ("structured_best", {"sparsity": 0.2}),
+        ("structured_best", {"sparsity": 0.2, **COORDINATES}),
         *(half(recipe) for recipe in OF_FAMILIES),
         *(under_intra((recipe, PAIRS)) for recipe in OF_FAMILIES),
     ],
@@ -129,7 +130,10 @@ STUDIES: dict[str, list[tuple[str, Settings]]] = {
             *steps("structured_best", {"sparsity": sparsity, "units": "mlp"}),
             *(
                 ("structured_best", {"sparsity": sparsity, **more})
-                for more in ({"units": "mlp"}, BELIEVED, {}, {"refit.recovery": 1}, {"units": "mlp"} | PROBED, PROBED)
+                for more in (
+                    *({}, COORDINATES, MLP, COORDINATES | BELIEVED, COORDINATES | {"refit.recovery": 1}),
+                    *(MLP | PROBED, COORDINATES | PROBED),
+                )
             ),
         )
     ],

@@ -92,6 +92,10 @@ class Units(ABC):
         The solver, and the search for a basis of `rotated` units, declare their own.
         """
 
+    def within(self, decoder: Decoder) -> "Units":
+        """Return these units as a model can lose them: coordinates where heads cannot lose directions."""
+        return self
+
     @property
     def compete(self) -> bool:
         """Whether a sub-block has units of several kinds, of which each block is narrowed in the cheapest."""
@@ -160,6 +164,9 @@ class LinkedUnits(Units):
     @property
     def kinds(self) -> "tuple[LinkedUnits, ...]":
         return (self,)
+
+    def within(self, decoder: Decoder) -> "LinkedUnits":
+        return self
 
     def check_possible(self, decoder: Decoder) -> None:
         """Raise InputError where no such unit of a model can be removed."""
@@ -253,13 +260,9 @@ class Values(LinkedUnits):
     def consumers(self, architecture: Architecture) -> tuple[str, ...]:
         return (architecture.output,)
 
-    def check_possible(self, decoder: Decoder) -> None:
-        super().check_possible(decoder)
-        if self.rotated and decoder.heads.gated:
-            raise InputError(
-                f"units {self.name} mix the value dimensions of a head, but a {decoder.architecture.model_type} model "
-                "has a factor for each of them: remove coordinates, --units vo"
-            )
+    def within(self, decoder: Decoder) -> "Values":
+        # A gate has a factor for each value dimension, which directions would mix.
+        return replace(self, rotated=self.rotated and not decoder.heads.gated)
 
     def linked(self, decoder: Decoder, block: int, consumer: str) -> LinkedLayers:
         self.check_possible(decoder)
@@ -401,6 +404,9 @@ class Composite(Units):
     @property
     def description(self) -> str:
         return "; ".join(kind.description for kind in self.of)
+
+    def within(self, decoder: Decoder) -> Units:
+        return replace(self, of=tuple(kind.within(decoder) for kind in self.of))
 
     def work(self, outputs: int, inputs: int) -> Work:
         return sum((kind.work(outputs, inputs) for kind in self.of), Work())

@@ -64,7 +64,8 @@ def check(program: Program) -> tuple[str, ...]:
                 f"a {family.name} pattern needs a multiple of {multiple} inputs, not {inputs} as in "
                 f"{decoder.name(index, path)}: choose another pattern"
             )
-    notes = _check_grid(program) + _idle_recovery(program, pruned) + _idle_order(program, pruned)
+    notes = _check_grid(program) + _coordinates(program)
+    notes += _idle_recovery(program, pruned) + _idle_order(program, pruned)
     if notes and method.strict:
         raise StrictError(f"{notes[0]} (strict mode makes this an error)")
     if method.solver is not None and method.objective in OBJECTIVES.values() and pruned:
@@ -126,6 +127,17 @@ def _check_alike(program: Program) -> None:
             f"blocks of a {decoder.architecture.model_type} model stay alike {alike.partition(',')[0]}, and the recipe "
             f"{recipe.name} lets them differ: give --target transformers or --allocation uniform"
         )
+
+
+def _coordinates(program: Program) -> tuple[str, ...]:
+    """Return a note where directions were asked for and coordinates are removed."""
+    asked, decoder = program.request.recipe.units, program.decoder
+    if asked.within(decoder) == asked:
+        return ()
+    return (
+        f"value dimensions are removed as coordinates, because those of a {decoder.architecture.model_type} model have "
+        "a factor each",
+    )
 
 
 def _idle_recovery(program: Program, pruned: Layers) -> tuple[str, ...]:

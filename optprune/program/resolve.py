@@ -19,7 +19,8 @@ def resolve(shapes: Decoder, request: Request) -> Program:
 
     InputError where the two do not go together, and NoSolver where the solver refuses the problems of the layers.
     """
-    recipe = request.recipe.resolved()
+    asked = request.recipe.resolved()
+    recipe = asked.model_copy(update={"units": asked.units.within(shapes)})
     allocation = request.allocation or recipe.given
     # Without anything to change there is nothing to measure, weigh or refit.
     idle = not recipe.sparsity and allocation is None and recipe.bits is None
@@ -40,7 +41,7 @@ def resolve(shapes: Decoder, request: Request) -> Program:
     if recipe.bits is not None and isinstance(units, Weights):
         units = replace(units, grid=recipe.bits.grid.within(request.dtype))
     program = Program(
-        request=replace(request, recipe=recipe, allocation=allocation),
+        request=replace(request, recipe=asked, allocation=allocation),
         decoder=shapes,
         allocator=allocator_of(recipe, allocation),
         units=units,

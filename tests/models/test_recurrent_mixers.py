@@ -175,9 +175,14 @@ def test_a_head_and_value_dimensions_go_with_the_rows_of_the_gate(name: str) -> 
 
 
 @of_gated
-def test_rotated_value_dimensions_are_refused(name: str) -> None:
-    with pytest.raises(InputError, match=f"units rotated-vo mix the value dimensions of a head, but a {name} model"):
-        prune(ALL_MODELS[name](), batches(), load_recipe("fasp", {"units": "rotated-all", "sparsity": 0.1}))
+def test_value_dimensions_go_as_coordinates_where_each_has_a_factor(name: str) -> None:
+    model, other = ALL_MODELS[name](), ALL_MODELS[name]()
+    fields = {"sparsity": 0.1, "allocation": "global", "metric": "full"}
+    report = prune(model, batches(), load_recipe("fasp", {"units": "rotated-all", **fields}))
+    prune(other, batches(), load_recipe("fasp", {"units": "all", **fields}))
+    assert any(f"removed as coordinates, because those of a {name} model have a factor each" in n for n in report.notes)
+    for one, two in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(one, two)
 
 
 @in_place
