@@ -16,8 +16,10 @@ from optprune.measure.evaluate import evaluating
 from optprune.system.folders import ManifestFolder
 from optprune.system.wording import shown
 
-PROMPT = 32
-"""number of tokens of the text that a window begins with, at most half of the window"""
+PIECE = 128
+"""number of tokens, about, that are generated in a row: behind them the text of a small model drifts into nonsense"""
+PROMPT = 16
+"""number of tokens of the text that each piece begins with, at most half of it"""
 TEMPERATURE = 1.0
 """temperature of sampling"""
 ALONE = SingleProcess()
@@ -46,14 +48,17 @@ def generated_windows(
 ) -> Tensor:
     """Generate windows of token ids [count, length], as long as those of the first batch.
 
-    Each begins with a piece of a window of the `batches`, token ids [n, length], and continues with tokens sampled from
-    the model's whole distribution, without the end-of-text token (after LLM-QAT, Liu et al., 2023, arXiv 2305.17888,
-    where a window begins with one random token). Every process generates a part, and all get the whole. `on_part` is
-    called with the number of parts done and the number of all parts.
+    A window consists of pieces of about 128 tokens. Each begins with some tokens of the `batches`, token ids
+    [n, length], and continues with tokens sampled from the model's whole distribution, without the end-of-text token
+    (after LLM-QAT, Liu et al., 2023, arXiv 2305.17888, where a window is one piece that begins with one random token).
+    Every process generates a part, and all get the whole. `on_part` is called with the number of parts done and the
+    number of all parts.
     """
     length = batches[0].shape[1]
-    prompts = _pieces(batches, count, min(PROMPT, length // 2), torch.Generator().manual_seed(seed))
-    parts = prompts.split(max(1, TOKENS_AT_ONCE // length))
+    pieces = max(1, round(length / PIECE))
+    size = -(-length // pieces)
+    prompts = _prompts(batches, count * pieces, min(PROMPT, size // 2), torch.Generator().manual_seed(seed))
+    parts = prompts.split(max(1, TOKENS_AT_ONCE // size))
     own = dict[int, list[list[int]]]()
     devices = [model.device] if model.device.type == "cuda" else []
     with _sampling(model, temperature), evaluating(model), torch.random.fork_rng(devices):
@@ -63,13 +68,14 @@ def generated_windows(
             ids = parts[number].to(model.device)
             # A method of transformers' generation mixin, which all causal models have.
             found = model.generate(  # type: ignore[operator]
-                ids, attention_mask=torch.ones_like(ids), min_length=length, max_length=length
+                ids, attention_mask=torch.ones_like(ids), min_length=size, max_length=size
             )
             own[number] = found.tolist()
     every = dict[int, list[list[int]]]()
     for part in peers.all_gather(own):
         every |= part
-    return torch.tensor([window for number in range(len(parts)) for window in every[number]])
+    found = torch.tensor([piece for number in range(len(parts)) for piece in every[number]])
+    return found.view(count, pieces * size)[:, :length]
 
 
 def mixed(batches: Sequence[Tensor], windows: Tensor, seed: int) -> list[Tensor]:
@@ -126,16 +132,16 @@ def _windows(content: Any) -> Tensor:
     return torch.tensor(TypeAdapter(list[list[int]]).validate_python(content))
 
 
-def _pieces(batches: Sequence[Tensor], count: int, length: int, generator: torch.Generator) -> Tensor:
-    """Draw pieces [count, length] of windows, with repetition."""
+def _prompts(batches: Sequence[Tensor], count: int, length: int, generator: torch.Generator) -> Tensor:
+    """Draw parts [count, length] of windows, with repetition."""
     windows = [window for batch in batches for window in batch if len(window) >= length]
     places = torch.randint(len(windows), (count,), generator=generator).tolist()
     starts = torch.rand(count, generator=generator).tolist()
-    pieces = list[Tensor]()
+    drawn = list[Tensor]()
     for place, start in zip(places, starts, strict=True):
         first = int(start * (len(windows[place]) - length + 1))
-        pieces.append(windows[place][first : first + length])
-    return torch.stack(pieces)
+        drawn.append(windows[place][first : first + length])
+    return torch.stack(drawn)
 
 
 @contextmanager

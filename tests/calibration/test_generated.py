@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from optprune import heal
-from optprune.calibration.generated import PROMPT, _pieces, generated_windows, mixed
+from optprune.calibration.generated import PIECE, PROMPT, _prompts, generated_windows, mixed
 from optprune.errors import InputError
 from optprune.healing import HealingFolder, HealingSettings, HealReport
 from optprune.report import DivergenceMeasured, PhaseAdvanced
@@ -40,7 +40,7 @@ def healed(
 
 
 @pytest.mark.e2e
-def test_windows_begin_with_pieces_of_the_text() -> None:
+def test_windows_begin_with_the_text() -> None:
     windows = written(40)
     assert windows.shape == (40, 64) and windows.dtype == torch.int64
     pieces = {
@@ -52,9 +52,22 @@ def test_windows_begin_with_pieces_of_the_text() -> None:
     assert written(3, [news(10, 12)[:1, :7]]).shape == (3, 7), "half of a short window is the beginning"
 
 
+def test_a_long_window_consists_of_pieces_that_each_begin_with_the_text() -> None:
+    """So no token is further than a piece from the text."""
+    text = [torch.cat([batch.flatten() for batch in SHORT])[None]]
+    for length, begins in ((2 * PIECE, (0, PIECE)), (300, (0, 150)), (400, (0, 134, 268)), (PIECE + 40, (0,))):
+        given = [text[0][:, :length]]
+        there = {tuple(given[0][0, at : at + PROMPT].tolist()) for at in range(length - PROMPT + 1)}
+        windows = written(2, given, VARIANTS["llama"]())
+        assert windows.shape == (2, length)
+        for at in range(length - PROMPT + 1):
+            begun = all(tuple(window[at : at + PROMPT].tolist()) in there for window in windows)
+            assert begun == (at in begins)
+
+
 def test_a_piece_may_begin_at_every_place_of_a_window() -> None:
     """The first and the last too: of two places each is drawn about half of the times."""
-    pieces = _pieces([torch.tensor([[0, 1, 2]])], 200, 2, torch.Generator().manual_seed(0))
+    pieces = _prompts([torch.tensor([[0, 1, 2]])], 200, 2, torch.Generator().manual_seed(0))
     first = int((pieces[:, 0] == 0).sum())
     assert 70 <= first <= 130 and pieces[pieces[:, 0] == 1].unique().tolist() == [1, 2]
 
@@ -151,7 +164,7 @@ def test_a_stopped_run_writes_nothing_again(tmp_path: Path, monkeypatch: Any) ->
         healed(**settings, folder=HealingFolder(tmp_path / "run"), on_event=stop)
     kept = tmp_path / "run" / "generated.json"
     assert kept.is_file()
-    monkeypatch.setattr(module, "_pieces", None)  # to write is an error now
+    monkeypatch.setattr(module, "_prompts", None)  # to write is an error now
     report, model = healed(**settings, folder=HealingFolder(tmp_path / "run", resume=True))
     assert report.measured == expected.measured and same(model, whole)
     kept.write_text("[[1], 2]")

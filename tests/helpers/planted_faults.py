@@ -726,6 +726,20 @@ FAULTS = [
         "cli/test_generated_option.py",
     ),
     Fault(
+        "generated text: a long window is one piece",
+        "calibration/generated.py",
+        "pieces = max(1, round(length / PIECE))",
+        "pieces = 1",
+        "calibration/test_generated.py",
+    ),
+    Fault(
+        "rotated units: directions are kept where each dimension has a factor",
+        "models/units.py",
+        "rotated=self.rotated and not decoder.heads.gated",
+        "rotated=self.rotated",
+        "models/test_recurrent_mixers.py",
+    ),
+    Fault(
         "generated text: a resumed run generates it again",
         "calibration/generated.py",
         "None if folder is None else folder.kept(FILE, _windows)",
