@@ -44,6 +44,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "sparse_best 2:4": ("sparse_best", {"sparsity": 0.5, "units.weights": "2:4"}),
     "sparse_best 50%": ("sparse_best", {"sparsity": 0.5}),
     "structured_best 20%": ("structured_best", {"sparsity": 0.2, "units": "all"}),
+    "structured_best 20%, best effort": ("structured_best", {"sparsity": 0.2, "refit.recovery": 1}),
     "structured_best 30%, rotated": ("structured_best", {"sparsity": 0.3, "units": "rotated-all"}),
     "structured_best 20%, rotated": ("structured_best", {"sparsity": 0.2, "units": "rotated-all"}),
 }
