@@ -14,7 +14,7 @@ from optprune.models.architecture import GATED, BlockShape, Classes, counts_of_h
 from optprune.models.images import ImageFeatures
 from optprune.models.mixture import SeparateExperts, experts_in, join, keep_experts, only_experts, separate
 from optprune.models.places import InFile, OnDevice, Place
-from optprune.models.registry import SHAPES_FIELD, architecture_of, is_stock
+from optprune.models.registry import architecture_of, is_stock
 from optprune.models.store import BlockStore
 from optprune.models.surgery import (
     HALF,
@@ -30,6 +30,7 @@ from optprune.models.surgery import (
     put_parameters,
     set_classes,
 )
+from optprune.models.vision import SHAPES
 from optprune.problems import Link
 
 
@@ -418,7 +419,7 @@ class Decoder:
             raise InputError(f"the blocks of a {family} model must have one shape {alike}: use a uniform allocation")
         config.__class__, self.model.__class__ = classes.config, classes.model
         vars(config).pop("auto_map", None)  # the classes of another library; saving names those of optprune
-        setattr(config, SHAPES_FIELD, [shape.counts() for shape in shapes])
+        setattr(config, SHAPES, [shape.counts() for shape in shapes])
         self.model.number_caches()  # type: ignore[operator]  # the pruned classes have it
 
     def _record_stock(self, shapes: Sequence[BlockShape]) -> None:
@@ -427,7 +428,7 @@ class Decoder:
         first = next(shape for shape in shapes if shape.kv_heads)
         if architecture.stock is not None and not is_stock(config):
             config.__class__, self.model.__class__ = architecture.stock.config, architecture.stock.model
-            for name in (SHAPES_FIELD, "auto_map"):
+            for name in (SHAPES, "auto_map"):
                 vars(config).pop(name, None)
         if first.kv_heads < self.heads.kv and not self.heads.by_block:
             config.head_dim = self.heads.dim

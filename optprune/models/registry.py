@@ -17,8 +17,6 @@ from optprune.models.families import ARCHITECTURES
 from optprune.models.vision import SHAPES, VISION_FAMILIES
 from optprune.system.wording import shown
 
-SHAPES_FIELD = SHAPES
-"""the config field that lists the blocks' shapes where the stock class cannot have them"""
 LARGEST = {
     "num_hidden_layers": 10_000,
     "num_attention_heads": 2**20,
@@ -83,7 +81,7 @@ def scale_logits(config: PretrainedConfig, logits: Tensor) -> Tensor:
 
 def is_stock(config: PretrainedConfig) -> bool:
     """Return whether plain transformers can hold a model of this config."""
-    return getattr(config, SHAPES_FIELD, None) is None
+    return getattr(config, SHAPES, None) is None
 
 
 def _known(model_type: object, config: PretrainedConfig | dict[str, object] | None) -> Architecture | None:

@@ -15,8 +15,9 @@ from optprune.errors import InputError
 from optprune.models.architecture import Mixture
 from optprune.models.checkpoint import Checkpoint, InFiles
 from optprune.models.mixture import expert_tensors, separate
-from optprune.models.registry import SHAPES_FIELD, architecture_of
+from optprune.models.registry import architecture_of
 from optprune.models.surgery import as_parameters
+from optprune.models.vision import SHAPES
 from optprune.system.wording import counted
 
 OLD_BUFFER = r"rotary_emb\.inv_freq"
@@ -40,7 +41,7 @@ def keep_block(config: PretrainedConfig, index: int) -> None:
     """Make a config one of a model that has only the block with a number, in place."""
     architecture = architecture_of(config)
     wide, own = architecture.wide(config), config.to_dict().get("per_layer_config") or {}
-    for field in (*architecture.by_block, SHAPES_FIELD):
+    for field in (*architecture.by_block, SHAPES):
         if getattr(config, field, None):
             setattr(config, field, [getattr(config, field)[index]])
     if wide:

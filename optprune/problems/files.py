@@ -6,7 +6,6 @@ of its own. Of a symmetric matrix the upper triangle is stored, row by row, whic
 """
 
 import dataclasses
-import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -36,7 +35,7 @@ from optprune.problems.penalised import PenalisedLeastSquares
 from optprune.problems.rotation import Permutation, Rotation
 from optprune.problems.sparse import SparseLeastSquares
 from optprune.problems.structured import ChannelGroups, StructuredLeastSquares
-from optprune.system.files import read_json, real_path, write_whole
+from optprune.system.files import digest_of, read_json, real_path, write_whole
 from optprune.system.wording import either, shown
 
 FORMAT = 1
@@ -102,7 +101,7 @@ def save_problem(problem: Saved, path: str | Path, *, origin: Mapping[str, str |
         "fields": fields,
         "tensors": fingerprint(sorted(tensors.items())),
     }
-    header = json.dumps(content | {"digest": _digest(content)})
+    header = json.dumps(content | {"digest": digest_of(content)})
     write_whole(real_path(Path(path)), lambda stream: write_tensors(stream, tensors, metadata={HEADER: header}))
 
 
@@ -154,13 +153,9 @@ def _header(path: Path, metadata: Mapping[str, str] | None) -> Fields:
     if version != FORMAT:
         raise InputError(f"{path} is of the format {shown(version)}, and this optprune reads the format {FORMAT}")
     digest = header.pop("digest", None)
-    if digest != _digest(header) or not {"kind", "fingerprint", "origin", "fields", "tensors"} <= header.keys():
+    if digest != digest_of(header) or not {"kind", "fingerprint", "origin", "fields", "tensors"} <= header.keys():
         raise InputError(f"{path} is damaged: its header was changed; save it again")
     return header
-
-
-def _digest(content: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 # -- fields

@@ -8,7 +8,7 @@ import re
 import secrets
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -92,6 +92,11 @@ def is_draft(name: str, target: str | None = None) -> bool:
     """Return whether `exclusive_draft` could have made a name, for this target or for any."""
     stem = r"[^/]+" if target is None else re.escape(target)
     return re.fullmatch(rf"\.{stem}\.[0-9a-f]{{8}}\.part", name) is not None
+
+
+def digest_of(content: Mapping[str, Any]) -> str:
+    """Return the SHA-256 hex digest of plain data, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def digest_of_file(file: Path) -> str:

@@ -1,6 +1,5 @@
 """Folders for the work of a run, with a manifest of the files and their digests."""
 
-import hashlib
 import json
 import shutil
 from abc import ABC, abstractmethod
@@ -13,7 +12,15 @@ from filelock import FileLock, Timeout
 
 from optprune.errors import InputError
 from optprune.system.environment import differences
-from optprune.system.files import digest_of_file, is_draft, is_own_file, is_own_folder, read_json, write_whole
+from optprune.system.files import (
+    digest_of,
+    digest_of_file,
+    is_draft,
+    is_own_file,
+    is_own_folder,
+    read_json,
+    write_whole,
+)
 from optprune.system.interrupts import interrupts_held
 from optprune.system.wording import shown
 
@@ -294,7 +301,7 @@ class ManifestFolder:
 
     def _write_manifest(self) -> None:
         content = {name: value for name, value in self._manifest.items() if name != DIGEST}
-        text = json.dumps({**content, DIGEST: _digest(content)}, indent=2).encode()
+        text = json.dumps({**content, DIGEST: digest_of(content)}, indent=2).encode()
         write_whole(self.folder / MANIFEST, lambda stream: stream.write(text))
 
 
@@ -362,15 +369,11 @@ def _manifest(folder: Path, noun: str) -> dict[str, Any] | None:
         digest = content.pop(DIGEST)
     except (OSError, UnicodeDecodeError, InputError, AttributeError, KeyError, TypeError) as error:
         raise foreign from error
-    if digest != _digest(content) or content.get("format") != FORMAT:
+    if digest != digest_of(content) or content.get("format") != FORMAT:
         raise foreign
     if content.get(MARK) != noun:
         raise InputError(f"{folder} holds a {content.get(MARK)} and not a {noun}: choose another name for the output")
     return content
-
-
-def _digest(content: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _delete_tree(folder: Path) -> None:
