@@ -899,7 +899,7 @@ FAULTS = [
     Fault(
         "folders: an edited manifest is read",
         "system/folders.py",
-        "digest != _digest(content) or",
+        "digest != digest_of(content) or",
         "",
         "system/test_folders.py",
     ),
@@ -1237,7 +1237,7 @@ FAULTS = [
     Fault(
         "files: the digest of the header is not compared",
         "problems/files.py",
-        "    if digest != _digest(header) or",
+        "    if digest != digest_of(header) or",
         "    if",
         "problems/test_problem_files.py",
     ),
