@@ -3,9 +3,12 @@
     .venv/bin/python -m benchmarks.train_small qwen2 small-qwen2
     .venv/bin/python -m benchmarks.generated_text small-qwen2 --seeds 0 1 2
     .venv/bin/python -m benchmarks.generated_text demo --samples 16 --seq-length 512 --generated 0 48 --cases 50%
+    .venv/bin/python -m benchmarks.generated_text demo --samples 16 --seq-length 512 --drift 1 0.9 0.8 0.7
 
 Each model is pruned by windows of news and by as many windows that the dense model writes from them, and evaluated on
 other news and on speeches. With `--real` further real windows are taken in place of written ones, for comparison.
+With `--drift` nothing is pruned: the table has the dense model's perplexity on text that it writes in one piece, by the
+position in the window, at these temperatures and for the real windows.
 """
 
 import argparse
@@ -16,6 +19,8 @@ from statistics import mean, stdev
 from typing import Any
 
 import torch
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from benchmarks.common import evaluation_texts, machine, setting, tokenizer_of, with_earlier, write_table
 from optprune import load_recipe, prune
@@ -42,7 +47,11 @@ def main() -> None:
     parser.add_argument("--temperatures", nargs="+", type=float, default=[1.0])
     parser.add_argument("--real", nargs="*", type=int, default=[], help="numbers of further real windows")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--drift", nargs="*", type=float, default=[], help="temperatures")
     options = parser.parse_args()
+    if options.drift:
+        drift(options)
+        return
     name, rows = f"generated_text_{Path(options.model).name}", list[dict[str, Any]]()
     for case in options.cases:
         kinds = [("written", count, degree) for count in options.generated for degree in options.temperatures]
@@ -53,6 +62,35 @@ def main() -> None:
             print(rows[-1], machine(), flush=True)
             windows = f"{options.samples} windows of {options.seq_length} tokens and more"
             write_table(name, f"{Path(options.model).name} pruned by {windows}", with_earlier(name, rows, KEYS))
+
+
+def drift(options: argparse.Namespace) -> None:
+    """Write the table of the perplexity by position."""
+    made = setting(options.samples, options.seq_length, options.windows, options.seeds[0], options.model)
+    dense, batches, name = made.loaded.model.float(), list(made.batches), Path(options.model).name
+    rows = list[dict[str, Any]]()
+    for temperature in (None, *options.drift):
+        if temperature is None:
+            windows = torch.cat(batches)
+        else:
+            windows = generated_windows(
+                dense, batches, options.samples, temperature=temperature, piece=options.seq_length
+            )
+        bounds = [options.seq_length >> shift for shift in range(4, -1, -1)]
+        found = [surprise(dense, ids[None]) for ids in windows]
+        of = {"text": "real" if temperature is None else f"written at {temperature:g}"}
+        for begin, end in zip([bounds[0] // 2, *bounds], bounds, strict=False):
+            of[f"{begin} to {end}"] = f"{float(torch.cat([each[begin:end] for each in found]).mean().exp()):.1f}"
+        rows.append(of)
+        print(rows[-1], flush=True)
+        write_table(f"generated_text_drift_{name}", f"Perplexity of {name} on its own text, by position", rows)
+
+
+@torch.no_grad()
+def surprise(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """Return the negative log-probabilities of the tokens [1, length] of a window; the first has none, and counts 0."""
+    log_p = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
+    return torch.cat([torch.zeros(1), -log_p.gather(1, ids[0, 1:, None])[:, 0]])
 
 
 def one(

@@ -43,19 +43,20 @@ def generated_windows(
     *,
     seed: int = 0,
     temperature: float = TEMPERATURE,
+    piece: int = PIECE,
     peers: Peers = ALONE,
     on_part: Callable[[int, int], None] = lambda done, total: None,
 ) -> Tensor:
     """Generate windows of token ids [count, length], as long as those of the first batch.
 
-    A window consists of pieces of about 128 tokens. Each begins with some tokens of the `batches`, token ids
+    A window consists of pieces of about `piece` tokens. Each begins with some tokens of the `batches`, token ids
     [n, length], and continues with tokens sampled from the model's whole distribution, without the end-of-text token
     (after LLM-QAT, Liu et al., 2023, arXiv 2305.17888, where a window is one piece that begins with one random token).
     Every process generates a part, and all get the whole. `on_part` is called with the number of parts done and the
     number of all parts.
     """
     length = batches[0].shape[1]
-    pieces = max(1, round(length / PIECE))
+    pieces = max(1, round(length / piece))
     size = -(-length // pieces)
     prompts = _prompts(batches, count * pieces, min(PROMPT, size // 2), torch.Generator().manual_seed(seed))
     parts = prompts.split(max(1, TOKENS_AT_ONCE // size))

@@ -728,7 +728,7 @@ FAULTS = [
     Fault(
         "generated text: a long window is one piece",
         "calibration/generated.py",
-        "pieces = max(1, round(length / PIECE))",
+        "pieces = max(1, round(length / piece))",
         "pieces = 1",
         "calibration/test_generated.py",
     ),
