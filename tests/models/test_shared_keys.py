@@ -124,7 +124,7 @@ def test_a_norm_of_the_values_and_shared_heads_are_named_in_refusals(variant: st
     why = "blocks have heads of other sizes" if variant == SHARING else "blocks without a window have heads of another"
     with pytest.raises(InputError, match=rf"^units kv-groups .* all or none of them: {why}"):
         KvGroups().check_possible(decoder)
-    with pytest.raises(InputError, match=r"^units vo remove value_dim"):
+    with pytest.raises(InputError, match=r"^units rotated-vo remove value_dim"):
         program_of("structured_best", decoder=decoder)
 
 
