@@ -15,7 +15,7 @@ import torch
 from optprune.calibration import Stream, first_inputs
 from optprune.calibration.stream import run_block
 from optprune.errors import InputError
-from optprune.measure.clock import clock
+from optprune.measure.memory import clock
 from optprune.models import BlockShape, Decoder, LinkedUnits
 
 REPEATS = 5

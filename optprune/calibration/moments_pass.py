@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from optprune.calibration.partial_sums import OrderedSum
 from optprune.calibration.stream import SLOW, TOKENS_PER_BATCH, Stream, activation_bytes, block_pass, run_block
-from optprune.measure.clock import clock
+from optprune.measure.memory import clock
 from optprune.models import Decoder
 from optprune.models.mixture import SeparateExperts
 from optprune.moments import AT_ONCE, InputMoments, MomentSums

@@ -17,7 +17,7 @@ from optprune.calibration.calls import EVERY, Calls, Wanted, calls_of, catching
 from optprune.calibration.dense_statistics import BlockMoments
 from optprune.calibration.moments_pass import Collected, collect
 from optprune.calibration.stream import Stream, advance
-from optprune.measure.clock import clock
+from optprune.measure.memory import clock
 
 Item = TypeVar("Item")
 

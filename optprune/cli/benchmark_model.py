@@ -31,8 +31,9 @@ def benchmark_model_command(
     """Measure prefill and decoding speed, peak memory and file size; print medians and quartiles of the repeats."""
     reporter = start()
     from optprune.measure import SpeedWorkload, measure_speed
-    from optprune.measure.speed import PEAK_MEMORY, device_name, file_bytes
+    from optprune.measure.speed import PEAK_MEMORY, device_name
     from optprune.models import check_dtype, device_of, load_config, load_model
+    from optprune.models.sources import file_bytes
 
     work = SpeedWorkload(prompt_tokens, new_tokens, batch, repeats)
     check_dtype(dtype)

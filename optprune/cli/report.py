@@ -94,7 +94,7 @@ def _place(folder: Path, output: Path | None, against: str | None) -> Path:
 
 def _evaluated(evaluated: "ModelEvaluation", generations: int) -> "EvaluationReport":
     """Return a new evaluation, with the size of the dense model."""
-    from optprune.measure.speed import file_bytes
+    from optprune.models.sources import file_bytes
     from optprune.report import parse_evaluation
 
     result, _ = evaluated.measured([], generations)

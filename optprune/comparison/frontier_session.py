@@ -22,8 +22,8 @@ from optprune.measure import Evaluation, SpeedWorkload, bits_per_byte, generate,
 from optprune.measure.evaluate import negative_log_likelihood, passes, perplexity_from_nll
 from optprune.measure.llama_cpp import LlamaRequest, measure_in_turn
 from optprune.measure.memory import release
-from optprune.measure.speed import file_bytes
 from optprune.models import LoadedModel, load_config, load_model, load_tokenizer, need_tokenizer
+from optprune.models.sources import file_bytes
 from optprune.system.wording import either
 
 LLAMA, TRANSFORMERS = "llama.cpp", "transformers"

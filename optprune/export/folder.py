@@ -21,8 +21,8 @@ from optprune.export.place import check_output
 from optprune.export.portable import make_portable
 from optprune.export.shards import MAX_SHARD_SIZE, size_of, write_weights
 from optprune.export.source_files import CARD, origin_of, own_text
-from optprune.measure.speed import file_bytes
 from optprune.models import DTYPES, Decoder, LoadedModel, check_dtype, is_stock, open_model
+from optprune.models.sources import file_bytes
 from optprune.models.store import BlockStore
 from optprune.models.vision import stand_alone
 from optprune.recipe import Recipe

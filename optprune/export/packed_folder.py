@@ -17,9 +17,9 @@ from optprune.export.folder import write_rest
 from optprune.export.shards import MAX_SHARD_SIZE, tensors_of
 from optprune.export.source_files import origin_of
 from optprune.grids import GRIDS, Codes, Grid
-from optprune.measure.speed import file_bytes
 from optprune.models import Decoder, is_stock, open_model
 from optprune.models.quantised import Quantisation
+from optprune.models.sources import file_bytes
 from optprune.system.files import json_text
 from optprune.system.wording import counted
 from optprune.work import Work

@@ -1,10 +1,11 @@
-"""Memory of this process and its device: sizes, peaks and limits."""
+"""Memory of this process and its device, and a clock that waits for the device."""
 
 import ctypes
 import gc
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -21,6 +22,13 @@ OLD_GROUP = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_f
 """the same for control groups of the first version"""
 RESET_PEAK = "5"
 """the text that resets the peak of the resident size under Linux (proc(5))"""
+
+
+def clock(device: torch.device) -> float:
+    """Return the time in seconds after all queued work of the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def release() -> None:

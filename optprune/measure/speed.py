@@ -3,18 +3,14 @@
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.utils.hub import cached_file
 
 from optprune.errors import InputError, check_at_least
-from optprune.measure.clock import clock
-from optprune.measure.memory import memory_increase
-from optprune.models.sources import DEMO, demo_model_file
+from optprune.measure.memory import clock, memory_increase
 
 PEAK_MEMORY = (
     "the weights, and the peak of a prefill with its decoding on top: of torch's allocations on CUDA, of the "
@@ -175,18 +171,6 @@ def measure_speed(
 def weight_bytes(model: PreTrainedModel) -> int:
     """Return the bytes of a model's parameters and buffers; tied ones count once."""
     return sum(part.numel() * part.element_size() for part in (*model.parameters(), *model.buffers()))
-
-
-def file_bytes(source: str) -> int:
-    """Return the size of the weight files of a model source (folder, .gguf file, hub name or "demo")."""
-    path = Path(demo_model_file() if source == DEMO else source)
-    if path.is_file():
-        return path.stat().st_size
-    if not path.is_dir():
-        # A hub name: its files are in the cache after the model was loaded.
-        path = Path(str(cached_file(source, "config.json", local_files_only=True))).parent
-    files = [*path.glob("*.safetensors")] or [*path.glob("pytorch_model*.bin")]
-    return sum(file.stat().st_size for file in files)
 
 
 def device_name(device: torch.device) -> str:

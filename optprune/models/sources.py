@@ -91,3 +91,17 @@ def cause(error: BaseException) -> str:
     first = text.splitlines()[0].strip() if text else type(error).__name__
     reason = " ".join(text.split()) if first.endswith(":") else first
     return f"{type(error).__name__}: {reason}" if isinstance(error, KeyError) else reason.rstrip(".!")
+
+
+def file_bytes(source: str) -> int:
+    """Return the size of the weight files of a model source (folder, .gguf file, hub name or "demo")."""
+    path = Path(demo_model_file() if source == DEMO else source)
+    if path.is_file():
+        return path.stat().st_size
+    if not path.is_dir():
+        from transformers.utils.hub import cached_file
+
+        # A hub name: its files are in the cache after the model was loaded.
+        path = Path(str(cached_file(source, "config.json", local_files_only=True))).parent
+    files = [*path.glob("*.safetensors")] or [*path.glob("pytorch_model*.bin")]
+    return sum(file.stat().st_size for file in files)

@@ -25,7 +25,7 @@ from optprune.calibration.generated import PASSES
 from optprune.calibration.moments_pass import gram_work
 from optprune.calibration.stream import SLOW, block_pass, head_work
 from optprune.errors import OptpruneError
-from optprune.measure.clock import clock
+from optprune.measure.memory import clock
 from optprune.models import Decoder, Experts
 from optprune.program.memory import RELOADING
 from optprune.program.program import VOCABULARY_TOKENS, Program

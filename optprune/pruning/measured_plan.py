@@ -19,8 +19,7 @@ from optprune.calibration import Probe, calibrating, first_inputs, first_tokens,
 from optprune.calibration.fisher_pass import TOKENS_AT_ONCE, collect_metrics, head_gradient, next_tokens, sampled
 from optprune.calibration.stream import Stream, advance, block_pass, head_work
 from optprune.errors import InputError
-from optprune.measure.clock import clock
-from optprune.measure.memory import free_memory, held_bytes
+from optprune.measure.memory import clock, free_memory, held_bytes
 from optprune.metric import Metrics
 from optprune.models import DTYPES, Decoder, has_weights, load_config, load_model, load_shapes, open_model
 from optprune.models.skeleton import keep_block, one_block_model

@@ -25,8 +25,7 @@ from optprune.calibration import (
 from optprune.calibration.partial_sums import PartialSums
 from optprune.calibration.stream import calibration_facts
 from optprune.errors import InputError, StrictError
-from optprune.measure.clock import clock
-from optprune.measure.memory import free_memory, release
+from optprune.measure.memory import clock, free_memory, release
 from optprune.metric import Metrics
 from optprune.models import Decoder
 from optprune.models.draft import DRAFT_FIELD

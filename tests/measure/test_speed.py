@@ -12,9 +12,9 @@ from optprune.cli import main
 from optprune.errors import InputError
 from optprune.export import save_model
 from optprune.measure import Repeats, SpeedWorkload, measure_speed, memory, speed
-from optprune.measure.speed import file_bytes, weight_bytes
+from optprune.measure.speed import weight_bytes
 from optprune.models import Decoder, Mlp, Values, load_model
-from optprune.models.sources import demo_model_file
+from optprune.models.sources import demo_model_file, file_bytes
 from tests.helpers.memory import MIB, told
 from tests.helpers.tiny_models import TINY_MODELS, save_tiny, tiny_llama, tiny_qwen2
 
