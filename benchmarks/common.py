@@ -77,7 +77,9 @@ def machine() -> str:
 def command() -> str:
     """What the benchmark was called with."""
     spec = sys.modules["__main__"].__spec__
-    return " ".join(["python -m", "?" if spec is None else spec.name, *sys.argv[1:]])
+    # A path of this machine says nothing to others: the name of the folder does.
+    words = [Path(word).name if word.startswith("/") else word for word in sys.argv[1:]]
+    return " ".join(["python -m", "?" if spec is None else spec.name, *words])
 
 
 def write_table(name: str, title: str, rows: Sequence[dict[str, Any]]) -> str:

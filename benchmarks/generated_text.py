@@ -14,18 +14,18 @@ position in the window, at these temperatures and for the real windows.
 import argparse
 import copy
 import time
+from itertools import pairwise
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
 
 from benchmarks.common import evaluation_texts, machine, setting, tokenizer_of, with_earlier, write_table
 from optprune import load_recipe, prune
 from optprune.calibration.generated import generated_windows, with_generated
 from optprune.measure import perplexity
+from optprune.measure.evaluate import negative_log_likelihood, perplexity_from_nll
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "50%": ("sparse_best", {"sparsity": 0.5}),
@@ -69,28 +69,23 @@ def drift(options: argparse.Namespace) -> None:
     made = setting(options.samples, options.seq_length, options.windows, options.seeds[0], options.model)
     dense, batches, name = made.loaded.model.float(), list(made.batches), Path(options.model).name
     rows = list[dict[str, Any]]()
+    bounds = [options.seq_length >> shift for shift in range(5, -1, -1)]
     for temperature in (None, *options.drift):
-        if temperature is None:
-            windows = torch.cat(batches)
-        else:
-            windows = generated_windows(
-                dense, batches, options.samples, temperature=temperature, piece=options.seq_length
+        of: dict[str, Any] = {"text": "real" if temperature is None else f"written at {temperature:g}"}
+        windows = torch.cat(batches)
+        if temperature is not None:
+            windows = generated_windows(dense, batches, len(windows), temperature=temperature, piece=options.seq_length)
+        with torch.no_grad():
+            scores = [dense(input_ids=ids[None]).logits for ids in windows]
+        for begin, end in pairwise(bounds):
+            parts = zip(windows, scores, strict=True)
+            nll = sum(
+                negative_log_likelihood(ids[None, begin - 1 : end], one[:, begin - 1 : end]) for ids, one in parts
             )
-        bounds = [options.seq_length >> shift for shift in range(4, -1, -1)]
-        found = [surprise(dense, ids[None]) for ids in windows]
-        of = {"text": "real" if temperature is None else f"written at {temperature:g}"}
-        for begin, end in zip([bounds[0] // 2, *bounds], bounds, strict=False):
-            of[f"{begin} to {end}"] = f"{float(torch.cat([each[begin:end] for each in found]).mean().exp()):.1f}"
+            of[f"{begin} to {end}"] = f"{perplexity_from_nll(nll, len(windows) * (end - begin)):.1f}"
         rows.append(of)
         print(rows[-1], flush=True)
         write_table(f"generated_text_drift_{name}", f"Perplexity of {name} on its own text, by position", rows)
-
-
-@torch.no_grad()
-def surprise(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """Return the negative log-probabilities of the tokens [1, length] of a window; the first has none, and counts 0."""
-    log_p = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
-    return torch.cat([torch.zeros(1), -log_p.gather(1, ids[0, 1:, None])[:, 0]])
 
 
 def one(

@@ -75,8 +75,8 @@ def generated_windows(
     every = dict[int, list[list[int]]]()
     for part in peers.all_gather(own):
         every |= part
-    found = torch.tensor([piece for number in range(len(parts)) for piece in every[number]])
-    return found.view(count, pieces * size)[:, :length]
+    drawn = torch.tensor([row for number in range(len(parts)) for row in every[number]])
+    return drawn.view(count, pieces * size)[:, :length]
 
 
 def mixed(batches: Sequence[Tensor], windows: Tensor, seed: int) -> list[Tensor]:
@@ -134,7 +134,7 @@ def _windows(content: Any) -> Tensor:
 
 
 def _prompts(batches: Sequence[Tensor], count: int, length: int, generator: torch.Generator) -> Tensor:
-    """Draw parts [count, length] of windows, with repetition."""
+    """Draw prompts [count, length] from windows, with repetition."""
     windows = [window for batch in batches for window in batch if len(window) >= length]
     places = torch.randint(len(windows), (count,), generator=generator).tolist()
     starts = torch.rand(count, generator=generator).tolist()

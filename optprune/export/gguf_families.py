@@ -483,7 +483,7 @@ def _betas(rotary: dict[str, Any]) -> tuple[float, float]:
 
 
 def _yarn_with_length(rotary: dict[str, Any], writer: GGUFWriter) -> None:
-    """Write a yarn scaling, where rotary embeddings have one, with the length of the text before it."""
+    """Write the yarn scaling of rotary embeddings, if they have one, with the original context length."""
     if rotary["rope_type"] == "yarn":
         writer.add_rope_scaling_orig_ctx_len(int(rotary["original_max_position_embeddings"]))
         _yarn(rotary, writer)

@@ -282,7 +282,7 @@ class Tensors:
         return replace(target, factor=self._factor(path))
 
     def _factor(self, path: str) -> Tensor | None:
-        """Return the factor of the weights of a layer, as far as llama.cpp does not multiply by it itself."""
+        """Return the factor that is multiplied into the weights of a layer, because llama.cpp does not apply it."""
         config, mixer = self.decoder.model.config, self.decoder.architecture.recurrent
         factors = self.family.factors(config).get(path, ())
         if len(factors) < 2:

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import final
+from typing import Self, final
 
 import torch
 
@@ -92,8 +92,8 @@ class Units(ABC):
         The solver, and the search for a basis of `rotated` units, declare their own.
         """
 
-    def within(self, decoder: Decoder) -> "Units":
-        """Return these units as a model can lose them: coordinates where heads cannot lose directions."""
+    def within(self, decoder: Decoder) -> Self:
+        """Return the units that a model allows: coordinates in place of directions where its heads are gated."""
         return self
 
     @property
@@ -164,9 +164,6 @@ class LinkedUnits(Units):
     @property
     def kinds(self) -> "tuple[LinkedUnits, ...]":
         return (self,)
-
-    def within(self, decoder: Decoder) -> "LinkedUnits":
-        return self
 
     def check_possible(self, decoder: Decoder) -> None:
         """Raise InputError where no such unit of a model can be removed."""
@@ -260,7 +257,7 @@ class Values(LinkedUnits):
     def consumers(self, architecture: Architecture) -> tuple[str, ...]:
         return (architecture.output,)
 
-    def within(self, decoder: Decoder) -> "Values":
+    def within(self, decoder: Decoder) -> Self:
         # A gate has a factor for each value dimension, which directions would mix.
         return replace(self, rotated=self.rotated and not decoder.heads.gated)
 
@@ -405,7 +402,7 @@ class Composite(Units):
     def description(self) -> str:
         return "; ".join(kind.description for kind in self.of)
 
-    def within(self, decoder: Decoder) -> Units:
+    def within(self, decoder: Decoder) -> Self:
         return replace(self, of=tuple(kind.within(decoder) for kind in self.of))
 
     def work(self, outputs: int, inputs: int) -> Work:

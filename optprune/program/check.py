@@ -131,13 +131,10 @@ def _check_alike(program: Program) -> None:
 
 def _coordinates(program: Program) -> tuple[str, ...]:
     """Return a note where directions were asked for and coordinates are removed."""
-    asked, decoder = program.request.recipe.units, program.decoder
-    if asked.within(decoder) == asked:
+    if program.units.kinds == program.request.recipe.units.kinds:
         return ()
-    return (
-        f"value dimensions are removed as coordinates, because those of a {decoder.architecture.model_type} model have "
-        "a factor each",
-    )
+    family = program.decoder.architecture.model_type
+    return (f"value dimensions are removed as coordinates, because those of a {family} model have a factor each",)
 
 
 def _idle_recovery(program: Program, pruned: Layers) -> tuple[str, ...]:
