@@ -6,13 +6,14 @@
     .venv/bin/python -m benchmarks.healing --own-text --generated 64 --model small-opt --seq-length 256
     .venv/bin/python -m benchmarks.healing --tables              # only write the table of what has been run
 
-A model is pruned on calibration news and healed on no more than 200 thousand tokens of it, of which it holds out other
-articles; with `--own-text` on the windows alone that it was pruned by, of which an eighth is held out, so that healing
-takes no text that pruning had not. With `--generated` the dense model writes further windows itself, and with both
-options those that are held out too. It is evaluated on the other half of the news, and on speeches, which neither has
-seen. `excess lost` is the share of what pruning added to the perplexity that healing took off again. Rows are added to
-results/healing.json one by one, and what is there already is not run again. The pruned models, and the state of a row
-that was stopped, are in the folder of `--work`, from which it goes on.
+A model is pruned on calibration news, with `--prune-generated` also on windows that the dense model writes, and healed
+on no more than 200 thousand tokens of the news, of which it holds out other articles; with `--own-text` on the windows
+alone that it was pruned by, of which an eighth is held out, so that healing takes no text that pruning had not. With
+`--generated` the dense model writes further windows itself, and with both options those that are held out too. It is
+evaluated on the other half of the news, and on speeches, which neither has seen. `excess lost` is the share of what
+pruning added to the perplexity that healing took off again. Rows are added to results/healing.json one by one, and
+what is there already is not run again. The pruned models, and the state of a row that was stopped, are in the folder
+of `--work`, from which it goes on.
 """
 
 import argparse
@@ -29,30 +30,32 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from benchmarks.common import RESULTS, TEXTS, evaluation_texts, machine, markdown, tokenizer_of
 from optprune import load_recipe, prune
 from optprune.calibration import hold_out
-from optprune.calibration.generated import mixed
+from optprune.calibration.generated import PIECE, mixed, with_generated
 from optprune.export import save_model
 from optprune.healing import HealingFolder, HealingSettings, generated_windows, heal
 from optprune.healing.settings import LEARNING_RATE
 from optprune.measure import perplexity
 from optprune.models import LoadedModel, load_model
-from optprune.report import DivergenceMeasured, Event
+from optprune.report import DivergenceMeasured, Event, read_report
 from optprune.texts import Document, TrainingText, calibration_batches, read_documents, split_held_out, tokenise
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "fasp 30%": ("fasp", {"sparsity": 0.3}),
-    "structured_best 30%": ("structured_best", {"sparsity": 0.3, "units": "all"}),
     "sparse_best 2:4": ("sparse_best", {"sparsity": 0.5, "units.weights": "2:4"}),
     "sparse_best 50%": ("sparse_best", {"sparsity": 0.5}),
-    "structured_best 20%": ("structured_best", {"sparsity": 0.2, "units": "all"}),
-    "structured_best 20%, best effort": ("structured_best", {"sparsity": 0.2, "refit.recovery": 1}),
-    "structured_best 30%, rotated": ("structured_best", {"sparsity": 0.3, "units": "rotated-all"}),
-    "structured_best 20%, rotated": ("structured_best", {"sparsity": 0.2, "units": "rotated-all"}),
+    "structured_best 20%": ("structured_best", {"sparsity": 0.2}),
+    "structured_best 30%": ("structured_best", {"sparsity": 0.3}),
+    "structured_best 20%, coordinates": ("structured_best", {"sparsity": 0.2, "units": "all"}),
+    "structured_best 30%, coordinates": ("structured_best", {"sparsity": 0.3, "units": "all"}),
 }
 KEY = (
-    *("model", "tokens", "learning rate", "batch", "seed", "evaluated", "text", "epochs", "generated", "dtype"),
-    "embeddings",
+    *("model", "effort", "pruned by generated", "tokens", "learning rate", "batch", "seed", "evaluated", "text"),
+    *("epochs", "generated", "piece", "dtype", "embeddings"),
 )
-DEFAULTS = {"text": "other articles", "epochs": 1, "generated": 0, "dtype": "float32", "embeddings": "trained"}
+DEFAULTS = {
+    **{"effort": "standard", "pruned by generated": 0, "text": "other articles", "epochs": 1, "generated": 0},
+    **{"piece": 0, "dtype": "float32", "embeddings": "trained"},
+}
 """of rows from before there were these fields"""
 
 
@@ -60,6 +63,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     known = [*dict.fromkeys(recipe for recipe, _ in CASES.values()), *CASES]
     parser.add_argument("--only", nargs="+", choices=known, help="of recipes, or single cases; all otherwise")
+    parser.add_argument("--effort", choices=("quick", "standard", "best"), default="standard", help="of pruning")
+    parser.add_argument("--prune-generated", type=int, default=0, help="written windows that pruning takes as well")
     parser.add_argument("--model", default="demo", help="the dense one")
     parser.add_argument("--tokens", type=int, default=200_000, help="of other articles")
     parser.add_argument("--own-text", action="store_true", help="heal on what was pruned by")
@@ -96,9 +101,11 @@ def run(options: argparse.Namespace) -> None:
         model = model if options.blocks is None else f"{model}, {options.blocks} blocks"
         evaluated = options.windows * options.seq_length
         tokens = options.samples * options.seq_length if options.own_text else options.tokens
-        told = "its own" if options.own_text else DEFAULTS["text"], options.epochs, options.generated, options.dtype
+        told = "its own" if options.own_text else DEFAULTS["text"], options.epochs, options.generated
+        written_in = PIECE if options.generated else 0
         tables = "kept" if options.keep_embeddings else "trained"
-        values = model, tokens, options.learning_rate, options.batch_size, options.seed, evaluated, *told, tables
+        how = options.effort, options.prune_generated, tokens, options.learning_rate, options.batch_size, options.seed
+        values = model, *how, evaluated, *told, written_in, options.dtype, tables
         key = dict(zip(KEY, values, strict=True))
         if (options.only and not {recipe, name} & set(options.only)) or any(
             key.items() <= row.items() for row in read()
@@ -107,7 +114,7 @@ def run(options: argparse.Namespace) -> None:
         if text is None:
             text = own_text(dense, documents, options) if options.own_text else others(tokenizer, documents, options)
             expected = score(dense, windows)
-        place = options.work / model.replace(" ", "-").replace("%", "").replace(",", "").replace(":", "-")
+        place = options.work / f"{_plain(model)}-{options.effort}-{options.prune_generated}-{options.seed}"
         student = pruned(place, recipe, {**settings, "seed": options.seed}, documents, options)
         row = {**key, **healed(student, dense, text, windows, expected, place, options), "machine": machine()}
         RESULTS.mkdir(exist_ok=True)
@@ -163,8 +170,12 @@ def pruned(
     if not folder.exists():
         loaded = whole(options)
         tokens = tokenise(tokenizer_of(loaded), documents)
-        batches = calibration_batches(tokens, options.samples, options.seq_length, options.seed)
-        chosen = load_recipe(recipe, settings)
+        batches = list[Tensor](calibration_batches(tokens, options.samples, options.seq_length, options.seed))
+        chosen = load_recipe(recipe, settings, effort=options.effort)
+        if options.prune_generated:
+            windows = generated_windows(loaded.model, batches, options.prune_generated, seed=options.seed)
+            held_out = getattr(chosen.refit, "held_out", 0.0)
+            batches = with_generated(batches, windows, held_out=held_out, seed=options.seed)
         report = prune(loaded.model, batches, chosen)
         save_model(loaded, folder, report=report, recipe=chosen, check_tokens=batches[0][:1])
     return load_model(folder, dtype="float32")
@@ -220,6 +231,7 @@ def healed(
         "divergence, healed": report.after.divergence,
         "zeros and widths the same": same,
         "steps": f"{report.after.step} of {report.steps_planned}",
+        "seconds of pruning": read_report(place / "pruned").seconds,
         "seconds": report.seconds + writing,
     }
 
@@ -247,6 +259,11 @@ def zeros(loaded: LoadedModel) -> dict[str, Tensor]:
     decoder = loaded.decoder()
     places = [(block, path) for block in range(len(decoder.blocks)) for path in decoder.paths(block)]
     return {decoder.name(*place): decoder.layer(*place).weight.detach() == 0 for place in places}
+
+
+def _plain(name: str) -> str:
+    """Return a name for a folder."""
+    return name.replace(" ", "-").replace("%", "").replace(",", "").replace(":", "-")
 
 
 def tell(event: Event) -> None:
