@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from optprune import Recipe
+from optprune.calibration.generated import TEMPERATURE, generated_windows, with_generated
 from optprune.models import LoadedModel, load_model, need_tokenizer
 from optprune.texts import calibration_batches, evaluation_windows, read_documents, tokenise
 
@@ -44,6 +46,16 @@ def setting(samples: int, seq_length: int, windows: int, seed: int, model: str =
 def tokenizer_of(loaded: LoadedModel) -> PreTrainedTokenizerBase:
     """The model's tokenizer, without which there is nothing to measure on."""
     return need_tokenizer(loaded.tokenizer, loaded.source)
+
+
+def with_written(
+    dense: PreTrainedModel, batches: Sequence[Tensor], count: int, recipe: Recipe, temperature: float = TEMPERATURE
+) -> list[Tensor]:
+    """Return calibration batches with `count` windows that the dense model writes, as `prune --generated` has them."""
+    if not count:
+        return list(batches)
+    windows = generated_windows(dense, batches, count, seed=recipe.seed, temperature=temperature)
+    return with_generated(batches, windows, held_out=getattr(recipe.refit, "held_out", 0.0), seed=recipe.seed)
 
 
 TEXTS = {"news": "demo:evaluation", "speeches": "demo:speeches"}

@@ -21,9 +21,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import evaluation_texts, machine, setting, tokenizer_of, with_earlier, write_table
+from benchmarks.common import evaluation_texts, machine, setting, tokenizer_of, with_earlier, with_written, write_table
 from optprune import load_recipe, prune
-from optprune.calibration.generated import generated_windows, with_generated
+from optprune.calibration.generated import generated_windows
 from optprune.measure import perplexity
 from optprune.measure.evaluate import negative_log_likelihood, perplexity_from_nll
 
@@ -97,11 +97,8 @@ def one(
     dense, batches, began = made.loaded.model.float(), list(made.batches), time.perf_counter()
     recipe, fields = CASES[case]
     chosen = load_recipe(recipe, {**fields, "seed": seed})
-    writing = 0.0
-    if text == "written" and count:
-        windows = generated_windows(dense, batches, count, seed=seed, temperature=temperature)
-        writing = time.perf_counter() - began
-        batches = with_generated(batches, windows, held_out=getattr(chosen.refit, "held_out", 0.0), seed=seed)
+    batches = with_written(dense, batches, count if text == "written" else 0, chosen, temperature)
+    writing = time.perf_counter() - began
     model = copy.deepcopy(dense)
     torch.manual_seed(seed)
     began = time.perf_counter()

@@ -27,15 +27,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from benchmarks.common import RESULTS, TEXTS, evaluation_texts, machine, markdown, tokenizer_of
+from benchmarks.common import RESULTS, TEXTS, evaluation_texts, machine, markdown, tokenizer_of, with_written
 from optprune import load_recipe, prune
 from optprune.calibration import hold_out
-from optprune.calibration.generated import PIECE, mixed, with_generated
+from optprune.calibration.generated import PIECE, mixed
 from optprune.export import save_model
 from optprune.healing import HealingFolder, HealingSettings, generated_windows, heal
 from optprune.healing.settings import LEARNING_RATE
 from optprune.measure import perplexity
 from optprune.models import LoadedModel, load_model
+from optprune.recipe.recipe import EFFORTS, STANDARD
 from optprune.report import DivergenceMeasured, Event, read_report
 from optprune.texts import Document, TrainingText, calibration_batches, read_documents, split_held_out, tokenise
 
@@ -63,7 +64,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     known = [*dict.fromkeys(recipe for recipe, _ in CASES.values()), *CASES]
     parser.add_argument("--only", nargs="+", choices=known, help="of recipes, or single cases; all otherwise")
-    parser.add_argument("--effort", choices=("quick", "standard", "best"), default="standard", help="of pruning")
+    parser.add_argument("--effort", choices=EFFORTS, default=STANDARD, help="of pruning")
     parser.add_argument("--prune-generated", type=int, default=0, help="written windows that pruning takes as well")
     parser.add_argument("--model", default="demo", help="the dense one")
     parser.add_argument("--tokens", type=int, default=200_000, help="of other articles")
@@ -170,12 +171,9 @@ def pruned(
     if not folder.exists():
         loaded = whole(options)
         tokens = tokenise(tokenizer_of(loaded), documents)
-        batches = list[Tensor](calibration_batches(tokens, options.samples, options.seq_length, options.seed))
+        drawn = calibration_batches(tokens, options.samples, options.seq_length, options.seed)
         chosen = load_recipe(recipe, settings, effort=options.effort)
-        if options.prune_generated:
-            windows = generated_windows(loaded.model, batches, options.prune_generated, seed=options.seed)
-            held_out = getattr(chosen.refit, "held_out", 0.0)
-            batches = with_generated(batches, windows, held_out=held_out, seed=options.seed)
+        batches = with_written(loaded.model, drawn, options.prune_generated, chosen)
         report = prune(loaded.model, batches, chosen)
         save_model(loaded, folder, report=report, recipe=chosen, check_tokens=batches[0][:1])
     return load_model(folder, dtype="float32")
@@ -242,7 +240,7 @@ def written(
     """The batches with windows that the dense model writes, which rows share as a file, and the seconds of writing."""
     if not options.generated:
         return batches, 0.0
-    name = f"{kind}-{options.generated}-{options.samples}-{options.seq_length}-{options.seed}.json"
+    name = f"{kind}-{options.generated}-{options.samples}-{options.seq_length}-{PIECE}-{options.seed}.json"
     file = options.work / f"written-{Path(options.model).name}-{name}"
     if not file.exists():
         began = time.perf_counter()
