@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from optprune import Recipe
 from optprune.calibration.generated import TEMPERATURE, generated_windows, with_generated
 from optprune.models import LoadedModel, load_model, need_tokenizer
-from optprune.texts import calibration_batches, evaluation_windows, read_documents, tokenise
+from optprune.texts import begin_tokens, calibration_batches, evaluation_windows, read_documents, tokenise
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -35,11 +35,11 @@ def setting(samples: int, seq_length: int, windows: int, seed: int, model: str =
     loaded = load_model(model)
     tokenizer = tokenizer_of(loaded)
     tokens = tokenise(tokenizer, read_documents("demo:calibration"))
-    held_out = tokenise(tokenizer, read_documents("demo:evaluation"))
+    held_out, begin = tokenise(tokenizer, read_documents("demo:evaluation")), begin_tokens(tokenizer)
     return Setting(
         loaded,
-        calibration_batches(tokens, samples, seq_length, seed),
-        evaluation_windows(held_out, seq_length, windows),
+        calibration_batches(tokens, samples, seq_length, seed, begin=begin),
+        evaluation_windows(held_out, seq_length, windows, begin),
     )
 
 
@@ -63,9 +63,10 @@ TEXTS = {"news": "demo:evaluation", "speeches": "demo:speeches"}
 
 
 def evaluation_texts(tokenizer: PreTrainedTokenizerBase, seq_length: int, windows: int) -> dict[str, Tensor]:
-    """The windows of every text."""
+    """The windows of every text, which begin as the tokenizer begins a text."""
+    begin = begin_tokens(tokenizer)
     return {
-        text: evaluation_windows(tokenise(tokenizer, read_documents(spec)), seq_length, windows)
+        text: evaluation_windows(tokenise(tokenizer, read_documents(spec)), seq_length, windows, begin)
         for text, spec in TEXTS.items()
     }
 

@@ -38,7 +38,15 @@ from optprune.measure import perplexity
 from optprune.models import LoadedModel, load_model
 from optprune.recipe.recipe import EFFORTS, STANDARD
 from optprune.report import DivergenceMeasured, Event, read_report
-from optprune.texts import Document, TrainingText, calibration_batches, read_documents, split_held_out, tokenise
+from optprune.texts import (
+    Document,
+    TrainingText,
+    begin_tokens,
+    calibration_batches,
+    read_documents,
+    split_held_out,
+    tokenise,
+)
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "fasp 30%": ("fasp", {"sparsity": 0.3}),
@@ -136,6 +144,7 @@ def others(tokenizer: Tokenizer, documents: list[Document], options: argparse.Na
         batch_size=options.batch_size,
         held_out=options.held_out,
         seed=options.seed,
+        begin=begin_tokens(tokenizer),
     )
 
 
@@ -144,8 +153,9 @@ def own_text(dense: LoadedModel, documents: list[Document], options: argparse.Na
 
     Where the dense model writes windows, others that it writes are held out: pruning has fitted its own text.
     """
-    tokens, at_once = tokenise(tokenizer_of(dense), documents), options.batch_size * options.seq_length
-    drawn = list[Tensor](calibration_batches(tokens, options.samples, options.seq_length, options.seed, at_once))
+    tokenizer, at_once = tokenizer_of(dense), options.batch_size * options.seq_length
+    tokens, begin = tokenise(tokenizer, documents), begin_tokens(tokenizer)
+    drawn = list[Tensor](calibration_batches(tokens, options.samples, options.seq_length, options.seed, at_once, begin))
     if options.generated:
         held_out = generated_windows(dense.model, drawn, options.held_out, seed=options.seed + 1)
         return TrainingText(drawn, held_out, 0)  # type: ignore[arg-type]  # of whole numbers
@@ -170,8 +180,9 @@ def pruned(
     folder = place / "pruned"
     if not folder.exists():
         loaded = whole(options)
-        tokens = tokenise(tokenizer_of(loaded), documents)
-        drawn = calibration_batches(tokens, options.samples, options.seq_length, options.seed)
+        tokenizer = tokenizer_of(loaded)
+        tokens, begin = tokenise(tokenizer, documents), begin_tokens(tokenizer)
+        drawn = calibration_batches(tokens, options.samples, options.seq_length, options.seed, begin=begin)
         chosen = load_recipe(recipe, settings, effort=options.effort)
         batches = with_written(loaded.model, drawn, options.prune_generated, chosen)
         report = prune(loaded.model, batches, chosen)

@@ -34,7 +34,7 @@ from optprune.measure import perplexity
 from optprune.measure.memory import memory_increase
 from optprune.models import load_model
 from optprune.report import Report
-from optprune.texts import calibration_batches, read_documents, tokenise
+from optprune.texts import begin_tokens, calibration_batches, read_documents, tokenise
 
 KEY = ("model", "digest", "seed", "tokens", "evaluated")
 
@@ -78,7 +78,7 @@ def run(cases: Iterable[tuple[str, Settings]], options: argparse.Namespace) -> N
     original = copy.deepcopy(model.state_dict())
     tokenizer = tokenizer_of(loaded)
     windows = evaluation_texts(tokenizer, options.seq_length, options.windows)
-    calibration = tokenise(tokenizer, read_documents("demo:calibration"))
+    calibration, begin = tokenise(tokenizer, read_documents("demo:calibration")), begin_tokens(tokenizer)
     tokens, evaluated = options.samples * options.seq_length, options.windows * options.seq_length
 
     def add(row: dict[str, Any]) -> None:
@@ -106,7 +106,7 @@ def run(cases: Iterable[tuple[str, Settings]], options: argparse.Namespace) -> N
             model.load_state_dict(original)
             # Pruned units change the shapes, so the run gets a model of its own.
             pruned = copy.deepcopy(model)
-            batches = calibration_batches(calibration, options.samples, options.seq_length, seed)
+            batches = calibration_batches(calibration, options.samples, options.seq_length, seed, begin=begin)
             try:
                 chosen = as_run(recipe, settings, seed)
                 if options.share is not None and common is None:

@@ -22,7 +22,7 @@ from optprune.healing import HealingSettings, heal
 from optprune.healing.heal import precision_of
 from optprune.models import LoadedModel, load_model
 from optprune.report import DivergenceMeasured, Event
-from optprune.texts import demo_articles, read_documents, read_texts, split_held_out, tokenise
+from optprune.texts import begin_tokens, demo_articles, read_documents, read_texts, split_held_out, tokenise
 from optprune.tokens import PushedTeacher, SmallerVocabulary, prune_vocabulary
 
 KEY = ["vocabulary", "predictions", "refitted on", "healed on"]
@@ -58,10 +58,21 @@ def healed(loaded: LoadedModel, dense: LoadedModel, tokens: int, rate: float) ->
     assert smaller is not None
     settings = HealingSettings(learning_rate=rate, dtype="bfloat16", every=16, embeddings=False)
     teacher = PushedTeacher(dense.model, smaller=smaller, precision=precision_of(settings, dense.model.device))
-    documents = read_documents("demo:calibration")
-    sizes = {"seq_length": LENGTH, "batch_size": 16, "held_out": 96, "tokens": tokens, "most": tokens, "seed": 0}
+    documents, tokenizer = read_documents("demo:calibration"), tokenizer_of(loaded)
+    sizes: dict[str, Any] = {
+        "seq_length": LENGTH,
+        "batch_size": 16,
+        "held_out": 96,
+        "tokens": tokens,
+        "most": tokens,
+        "seed": 0,
+    }
     text = split_held_out(
-        documents, lambda some: tokenise(tokenizer_of(loaded), some), **sizes, worth=teacher.push.inside
+        documents,
+        lambda some: tokenise(tokenizer, some),
+        **sizes,
+        worth=teacher.push.inside,
+        begin=begin_tokens(tokenizer),
     )
 
     def show(event: Event) -> None:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from optprune.recipe import Recipe, load_recipe
     from optprune.report import Audit, audit
     from optprune.solvers import choose, load_solution, save_solution, solve
-    from optprune.texts import calibration_batches, evaluation_windows, read_documents, tokenise
+    from optprune.texts import begin_tokens, calibration_batches, evaluation_windows, read_documents, tokenise
 
 _HOMES = {
     "Allocation": "optprune.allocation",
@@ -44,6 +44,7 @@ _HOMES = {
     "Recipe": "optprune.recipe",
     "Statistics": "optprune.calibration",
     "audit": "optprune.report",
+    "begin_tokens": "optprune.texts",
     "calibration_batches": "optprune.texts",
     "choose": "optprune.solvers",
     "collect": "optprune.pruning",
@@ -85,6 +86,7 @@ __all__ = [
     "Recipe",
     "Statistics",
     "audit",
+    "begin_tokens",
     "calibration_batches",
     "choose",
     "collect",

@@ -19,7 +19,7 @@ from optprune.system.wording import shown
 PIECE = 128
 """number of tokens, about, that are generated in a row: behind them the text of a small model drifts into nonsense"""
 PROMPT = 16
-"""number of tokens of the text that each piece begins with, at most half of it"""
+"""number of tokens that each piece begins with, at most half of it: those of the text, and BOS where windows have it"""
 TEMPERATURE = 1.0
 """temperature of sampling"""
 ALONE = SingleProcess()
@@ -50,7 +50,8 @@ def generated_windows(
     """Generate windows of token ids [count, length], as long as those of the first batch.
 
     A window consists of pieces of about `piece` tokens. Each begins with some tokens of the `batches`, token ids
-    [n, length], and continues with tokens sampled from the model's whole distribution, without the end-of-text token
+    [n, length], behind the first token if all their windows begin with the same one, such as BOS, and continues with
+    tokens sampled from the model's whole distribution, without the end-of-text token
     (after LLM-QAT, Liu et al., 2023, arXiv 2305.17888, where a window is one piece that begins with one random token).
     Every process generates a part, and all get the whole. `on_part` is called with the number of parts done and the
     number of all parts.
@@ -136,13 +137,21 @@ def _windows(content: Any) -> Tensor:
 def _prompts(batches: Sequence[Tensor], count: int, length: int, generator: torch.Generator) -> Tensor:
     """Draw prompts [count, length] from windows, with repetition."""
     windows = [window for batch in batches for window in batch if len(window) >= length]
+    begin = _shared_first(windows)
+    windows, length = [window[len(begin) :] for window in windows], length - len(begin)
     places = torch.randint(len(windows), (count,), generator=generator).tolist()
     starts = torch.rand(count, generator=generator).tolist()
     drawn = list[Tensor]()
     for place, start in zip(places, starts, strict=True):
         first = int(start * (len(windows[place]) - length + 1))
-        drawn.append(windows[place][first : first + length])
+        drawn.append(torch.cat([begin, windows[place][first : first + length]]))
     return torch.stack(drawn)
+
+
+def _shared_first(windows: Sequence[Tensor]) -> Tensor:
+    """Return the first token that all windows share, as [1]; [0] where they do not, or there is only one window."""
+    first = torch.stack([window[:1] for window in windows])
+    return first[0] if len(windows) > 1 and bool((first == first[0]).all()) else first[0, :0]
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from optprune.recipe import load_recipe
 from optprune.report import PhaseAdvanced, PhaseRecorder
 from optprune.report.phases import EVALUATIONS, LOADING, TOKENISING
 from optprune.report.progress import Reporter, duration
-from optprune.texts import calibration_batches, evaluation_windows, read_documents, tokenise
+from optprune.texts import begin_tokens, draw_windows, evaluation_windows, read_documents, read_texts, tokenise
 
 FOLDER = Path(".demo/smollm2-fasp")
 DEMO_NAME = "SmolLM2-135M-Instruct"
@@ -116,20 +116,18 @@ def run_demo(
         raise InputError(f"the demo needs a recipe with a uniform allocation, and {recipe} has another: choose another")
     check_output(output, overwrite)
     reporter.say("reading the texts and loading the model")
-    texts = [read_documents(calibration), read_documents(evaluation)]
+    fitted, held_out = read_texts(calibration), read_documents(evaluation)
     loaded = load_model(model)
     tokenizer = need_tokenizer(loaded.tokenizer, model)
-    tokens, held_out = (tokenise(tokenizer, documents) for documents in texts)
-    batches = calibration_batches(tokens, samples, seq_length, seed)
-    measured_on = evaluation_windows(held_out, seq_length, windows)
+    drawn = draw_windows(tokenizer, fitted, samples, seq_length, seed)
+    measured_on = evaluation_windows(tokenise(tokenizer, held_out), seq_length, windows, begin_tokens(tokenizer))
 
     program = resolve(loaded.decoder(), Request(recipe=chosen, samples=samples, seq_length=seq_length, whole=True))
     with reporter.events(_expected(program, measured_on.numel(), loaded.model.device)) as on_event:
         phases = PhaseRecorder(loaded.model.device, on_event)
         before = _measure(loaded.model, measured_on, EVALUATIONS[0], phases)
-        text = f"{calibration}, {samples} windows of {seq_length} tokens, seed {seed}"
-        every = check_batches(loaded.model.config, batches)
-        report = run_program(program, loaded.decoder(), every, on_event=on_event, source=model, calibration=text)
+        every, told = check_batches(loaded.model.config, drawn.batches), drawn.description
+        report = run_program(program, loaded.decoder(), every, on_event=on_event, source=model, calibration=told)
         after = _measure(loaded.model, measured_on, EVALUATIONS[1], phases)
         reporter.say(f"saving to {output}, and reloading it in a fresh process to compare logits")
         saved = save_model(

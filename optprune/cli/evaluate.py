@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from optprune.cli.evaluation import ModelEvaluation, TaskRun
-from optprune.cli.options import Architecture, Device, Dtype, JsonFile, Model, SeqLength
+from optprune.cli.options import Architecture, Device, Dtype, JsonFile, Model, PackedSequences, SeqLength
 from optprune.cli.outputs import check_json, echo, start, write_json
 from optprune.errors import InputError, check_at_least
 from optprune.system.files import json_text
@@ -57,6 +57,7 @@ def evaluate_command(
     ] = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    sequences: PackedSequences = "packed",
     architecture: Architecture = None,
     json_file: JsonFile = None,
 ) -> None:
@@ -68,9 +69,11 @@ def evaluate_command(
     reporter = start()
     from optprune.measure import read_questions
     from optprune.models import check_dtype, device_of
+    from optprune.texts import PACKED, check_sequences
 
     check_json(json_file, models=[model, *([] if against is None else [against])])
     check_dtype(dtype)
+    check_sequences(sequences, PACKED)
     device_of(device)
     for name, number, least in (("generations", generations, 0), ("limit", limit, 1), ("task-batch", task_batch, 1)):
         check_at_least(f"--{name}", number, least)
@@ -80,7 +83,7 @@ def evaluate_command(
         raise InputError("--generations continues a text: give one by --text")
     choices = [] if questions is None else read_questions(questions)
     named = _named_tasks(reporter, tasks, include_path)
-    places = {"device": device, "dtype": dtype, "architecture": architecture}
+    places = {"device": device, "dtype": dtype, "architecture": architecture, "sequences": sequences}
     evaluated = ModelEvaluation.loaded_for(reporter, model, against, text, seq_length, windows, **places)
     run = None if named is None else TaskRun(named, limit, task_batch)
     result, lines = evaluated.measured(choices, generations, run)

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from optprune.cli.tokens import check_alike, tokens_for
+from optprune.cli.tokens import begin_for, check_alike, tokens_for
 from optprune.system.wording import counted
 
 if TYPE_CHECKING:
@@ -44,6 +44,8 @@ class ModelEvaluation:
     windows: "Tensor | None"
     """the windows [n, length] of the text, where there is one"""
     text: str | None
+    begin: tuple[int, ...] = ()
+    """the token ids that each window begins with"""
 
     @classmethod
     def loaded_for(
@@ -58,6 +60,7 @@ class ModelEvaluation:
         device: str,
         dtype: str,
         architecture: Path | None = None,
+        sequences: str = "packed",
     ) -> "ModelEvaluation":
         """Return both models and the windows of a text; InputError, before loading, where they do not match.
 
@@ -67,10 +70,11 @@ class ModelEvaluation:
         from optprune.models.draft import draft_in
 
         config = load_config(model, architecture)
-        ids = _windows(reporter, model, config, against, text, seq_length, windows)
+        begin = () if text is None else tuple(begin_for(model, sequences))
+        ids = _windows(reporter, model, config, against, text, seq_length, windows, begin)
         loaded = _loaded(reporter, model, dtype, device, architecture)
         dense = None if against is None else _loaded(reporter, against, dtype, device, draft_in(config))
-        return cls(reporter, loaded, dense, ids, text)
+        return cls(reporter, loaded, dense, ids, text, begin)
 
     def measured(
         self, questions: "Sequence[Question]", generations: int, tasks: TaskRun | None = None
@@ -88,6 +92,7 @@ class ModelEvaluation:
         """Return the predictions on the text, if there is one."""
         from optprune.measure import bits_per_byte
         from optprune.models import need_tokenizer
+        from optprune.texts import begin_in_words
 
         if self.windows is None:
             return {}, []
@@ -97,11 +102,13 @@ class ModelEvaluation:
         if self.dense is not None:
             dense = replace(evaluation, perplexity=more["dense_perplexity"])
             more["dense_bits_per_byte"] = bits_per_byte(dense, self.windows, tokenizer)
+        begin = begin_in_words(tokenizer, self.begin)
+        start = f", each begun with {begin}" if begin else ""
         first = (
             f"perplexity {evaluation.perplexity:.4f}, {bits:.4f} bits per byte, over {evaluation.tokens} tokens "
-            f"({counted(evaluation.windows, 'window')} of {self.windows.shape[1]}) in {evaluation.seconds:.0f} s"
+            f"({counted(evaluation.windows, 'window')} of {self.windows.shape[1]}{start}) in {evaluation.seconds:.0f} s"
         )
-        about = {"text": self.text, "seq_length": self.windows.shape[1]}
+        about = {"text": self.text, "seq_length": self.windows.shape[1], "begin": begin}
         return {**about, **evaluation.to_dict(), "bits_per_byte": bits, **more}, [first, *text]
 
     def predictions(self, windows: "Tensor") -> "tuple[Evaluation, dict[str, Any], list[str]]":
@@ -161,7 +168,7 @@ class ModelEvaluation:
 
         if not count or self.windows is None:
             return {}, []
-        prompts = list(prompts_of(self.windows, count))
+        prompts = list(prompts_of(self.windows, count, len(self.begin)))
         tokenizer = need_tokenizer(self.loaded.tokenizer, self.loaded.source)
         texts = {key: generate(one.model, tokenizer, prompts) for key, one in self._both("text")}
         shown = [tokenizer.decode(prompt, skip_special_tokens=True) for prompt in prompts]
@@ -182,6 +189,7 @@ def _windows(
     text: str | None,
     seq_length: int,
     windows: int | None,
+    begin: Sequence[int],
 ) -> "Tensor | None":
     """Return the windows [count, length] of the text, if any; InputError where it cannot compare the models."""
     from optprune.models import load_config
@@ -199,17 +207,23 @@ def _windows(
     tokens = tokens_for(model, config, documents, most)
     if against is not None:
         check_alike(model, config, against, tokens, lambda other: tokens_for(against, other, documents, most))
-    return evaluation_windows(tokens, seq_length, windows)
+    return evaluation_windows(tokens, seq_length, windows, begin)
 
 
-def prompts_of(windows: "Tensor", count: int) -> "Iterator[Tensor]":
-    """Yield the first tokens of `count` windows [n, length], or of evenly spaced places if there are fewer."""
-    tokens, length = windows.flatten(), windows.shape[1]
+def prompts_of(windows: "Tensor", count: int, begin: int = 0) -> "Iterator[Tensor]":
+    """Yield the first tokens of `count` windows [n, length], or of evenly spaced places if there are fewer.
+
+    All windows begin with the same `begin` tokens, and so does each prompt.
+    """
+    import torch
+
+    own = windows[:, begin:]
+    tokens, length = own.flatten(), own.shape[1]
     if count > len(windows):
         count = min(count, max(1, len(tokens) // PROMPT))
         length = len(tokens) // count
-    for begin in range(0, count * length, length):
-        yield tokens[begin : begin + min(PROMPT, length)]
+    for place in range(0, count * length, length):
+        yield torch.cat([windows[0, :begin], tokens[place : place + min(PROMPT, length)]])
 
 
 def _loaded(

@@ -104,7 +104,7 @@ class GoalOptions:
         texts, documents = texts_apart(self.calibration, self.text)
         length = resolved.program.request.seq_length
         with tokenizer_of(resolved.model) as tokenizer:
-            windows = windows_to_evaluate(tokenizer, resolved.config, documents, length, self.windows)
+            windows = windows_to_evaluate(tokenizer, resolved.config, documents, length, self.windows, self.sequences)
         return list(calibration_of(resolved, texts, self.sequences).batches), windows
 
 

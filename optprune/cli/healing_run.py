@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from optprune.cli.outputs import started
 from optprune.cli.run_folder import Output, keep_or_delete
-from optprune.cli.tokens import check_alike, tokens_for
+from optprune.cli.tokens import begin_for, check_alike, tokens_for
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -86,12 +86,11 @@ class HealingRun:
             phases = PhaseRecorder(device_of(self.device), self._event_handler(reporter, on_event))
             with phases.step(TOKENISING, f"tokenising {self.text}"):
                 sizes = {"seq_length": seq_length, "batch_size": batch_size, "held_out": held_out}
-                drawn = {"tokens": tokens, "most": most, "seed": self.settings.seed}
+                drawn: dict[str, Any] = {"tokens": tokens, "most": most, "seed": self.settings.seed}
                 smaller, few = self._smaller_vocabulary(config, dense), documents[:8]
                 worth = None if smaller is None else PushForward(smaller, len(smaller.pieces)).inside
-                parts = split_held_out(
-                    documents, lambda some: tokens_for(self.model, config, some), **sizes, **drawn, worth=worth
-                )
+                drawn |= {"worth": worth, "begin": begin_for(self.model)}
+                parts = split_held_out(documents, lambda some: tokens_for(self.model, config, some), **sizes, **drawn)
                 if smaller is None:
                     check_alike(
                         self.model,

@@ -133,7 +133,17 @@ Sequences = Annotated[
     str,
     typer.Option(
         "--sequences",
-        help="packed: windows from anywhere in the joined documents; whole: each window is the start of one document.",
+        help="packed: windows from anywhere in the joined documents, each begun with BOS where the tokenizer does so; "
+        "packed-no-bos: without it, as in papers; whole: each window is the start of one document.",
+        rich_help_panel=ADVANCED,
+    ),
+]
+PackedSequences = Annotated[
+    str,
+    typer.Option(
+        "--sequences",
+        help="packed: each window begins with BOS where the tokenizer begins a text so; packed-no-bos: without it, as "
+        "in papers.",
         rich_help_panel=ADVANCED,
     ),
 ]

@@ -37,6 +37,14 @@ def tokens_for(
     return tokens
 
 
+def begin_for(model: str, sequences: str = "packed") -> list[int]:
+    """Return the token ids that windows begin with, by a model's tokenizer: see `begin_of`."""
+    from optprune.texts import begin_of
+
+    with tokenizer_of(model) as tokenizer:
+        return begin_of(tokenizer, sequences)
+
+
 def calibration_of(
     resolved: "Resolved",
     texts: "Sequence[Text]",

@@ -86,7 +86,7 @@ class FrontierRequest:
         documents = read_documents(self.text) if calibration is None else texts_apart(calibration, self.text)[1]
         tokenizer, config = need_tokenizer(load_tokenizer(self.model), self.model), load_config(self.model)
         with using_tokenizer(self.model):
-            return windows_to_evaluate(tokenizer, config, documents, self.seq_length, self.windows)
+            return windows_to_evaluate(tokenizer, config, documents, self.seq_length, self.windows, self.sequences)
 
     def facts(self, dense: LoadedModel, held: Tensor) -> dict[str, Any]:
         """Return the options that determine all results."""

@@ -19,12 +19,13 @@ from optprune.export import GgufFile, Importance, ModelSource, export
 from optprune.export.gguf_decoded import decode_into
 from optprune.export.gguf_types import TYPES
 from optprune.measure import Evaluation, SpeedWorkload, bits_per_byte, generate, measure_speed
-from optprune.measure.evaluate import negative_log_likelihood, passes, perplexity_from_nll
+from optprune.measure.evaluate import negative_log_likelihood, passes, perplexity_from_nll, without_begin
 from optprune.measure.llama_cpp import LlamaRequest, measure_in_turn
 from optprune.measure.memory import release
 from optprune.models import LoadedModel, load_config, load_model, load_tokenizer, need_tokenizer
 from optprune.models.sources import file_bytes
 from optprune.system.wording import either
+from optprune.texts import begin_tokens
 
 LLAMA, TRANSFORMERS = "llama.cpp", "transformers"
 AS_STORED = "as stored"
@@ -123,14 +124,19 @@ class FrontierSession:
         return need_tokenizer(load_tokenizer(self.models[DENSE]), str(self.models[DENSE]))
 
     @cached_property
+    def own_tokens(self) -> Tensor:
+        """The windows [n, length] without the special tokens that all begin with."""
+        return without_begin(self.windows, self.tokenizer)
+
+    @cached_property
     def chunks(self) -> list[str]:
         """The text of each window."""
-        return self.tokenizer.batch_decode(self.windows, clean_up_tokenization_spaces=False)
+        return self.tokenizer.batch_decode(self.own_tokens, clean_up_tokenization_spaces=False)
 
     @property
     def prompts(self) -> list[str]:
         """The beginnings of the first windows."""
-        starts = self.windows[: self.generations, :PROMPT]
+        starts = self.own_tokens[: self.generations, :PROMPT]
         return self.tokenizer.batch_decode(starts, clean_up_tokenization_spaces=False)
 
     def prompt_ids(self, model: str) -> list[Tensor]:
@@ -239,11 +245,14 @@ class _Variant:
         """Return bits per byte and the perplexity on the texts of the windows in the model's own tokens."""
         total, predictions, tokens = 0.0, 0, 0
         model = self.loaded.model
+        begun = self.session.own_tokens.shape != self.session.windows.shape
+        begin = begin_tokens(self._tokenizer) if begun else []
         for text in self.session.chunks:
-            ids = torch.tensor(self._tokenizer(text, add_special_tokens=False)["input_ids"])[None]
+            own = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+            ids = torch.tensor([*begin, *own])[None]
             for one, logits in passes(model, ids):
                 total = negative_log_likelihood(one, logits, total)
-            predictions, tokens = predictions + ids.numel() - 1, tokens + ids.numel()
+            predictions, tokens = predictions + ids.numel() - 1, tokens + len(own)
         size = sum(len(text.encode()) for text in self.session.chunks)
         perplexity = perplexity_from_nll(total, predictions)
         return total / predictions / math.log(2) * tokens / max(size, 1), perplexity

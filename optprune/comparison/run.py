@@ -33,6 +33,7 @@ from optprune.texts import (
     DrawnWindows,
     Text,
     WindowSampler,
+    begin_of,
     check_seq_length,
     check_sequences,
     check_vocabulary,
@@ -100,7 +101,7 @@ def compare(
     with using_tokenizer(source.source):
         # A text that is too short is refused before anything is loaded.
         drawn = _drawn(tokenizer, config, texts, sequences, samples, seq_length, grid.seeds)
-        held = windows_to_evaluate(tokenizer, config, documents, seq_length, windows)
+        held = windows_to_evaluate(tokenizer, config, documents, seq_length, windows, sequences)
     with ExitStack() as contexts:
         place = _folder(folder, contexts)
         say(f"loading {source.source}")
@@ -138,12 +139,20 @@ def _folder(folder: str | Path | None, contexts: ExitStack) -> ComparisonFolder:
 
 
 def windows_to_evaluate(
-    tokenizer: Tokenizer, config: PretrainedConfig, documents: list[Document], seq_length: int, windows: int | None
+    tokenizer: Tokenizer,
+    config: PretrainedConfig,
+    documents: list[Document],
+    seq_length: int,
+    windows: int | None,
+    sequences: str,
 ) -> Tensor:
-    """Return the first windows [n, seq_length] of the evaluation text, or all; only as many documents are tokenised."""
+    """Return the first windows [n, seq_length] of the evaluation text, or all; only as many documents are tokenised.
+
+    They begin as packed windows of the calibration do: see `begin_of`.
+    """
     tokens = tokenise(tokenizer, documents, None if windows is None else max(windows, 1) * seq_length)
     check_vocabulary(config, tokens)
-    return evaluation_windows(tokens, seq_length, windows)
+    return evaluation_windows(tokens, seq_length, windows, begin_of(tokenizer, sequences))
 
 
 def _drawn(

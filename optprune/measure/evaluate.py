@@ -89,13 +89,23 @@ def passes(model: PreTrainedModel, windows: Tensor) -> Iterator[tuple[Tensor, Te
         yield ids, model(input_ids=ids, use_cache=False).logits
 
 
+def without_begin(windows: Tensor, tokenizer: Tokenizer) -> Tensor:
+    """Return windows [n, length] without the special tokens that all of them begin with, such as BOS."""
+    special, begin = tokenizer.all_special_ids, 0
+    while begin < windows.shape[1] and int(windows[0, begin]) in special and windows[:, begin].unique().numel() == 1:
+        begin += 1
+    return windows[:, begin:]
+
+
 def bits_per_byte(evaluation: Evaluation, windows: Tensor, tokenizer: Tokenizer) -> float:
     """Return the mean negative log-likelihood of windows [n, length] in bits for each byte of their UTF-8 text.
 
-    Unlike perplexity it can be compared between models with different tokenizers.
+    Unlike perplexity it can be compared between models with different tokenizers. Special tokens that all windows
+    begin with, such as BOS, are no part of the text.
     """
-    (text,) = tokenizer.batch_decode(windows.flatten()[None], clean_up_tokenization_spaces=False)
-    return math.log2(evaluation.perplexity) * windows.numel() / max(len(text.encode()), 1)
+    own = without_begin(windows, tokenizer)
+    (text,) = tokenizer.batch_decode(own.flatten()[None], clean_up_tokenization_spaces=False)
+    return math.log2(evaluation.perplexity) * own.numel() / max(len(text.encode()), 1)
 
 
 def negative_log_likelihood(ids: Tensor, logits: Tensor, total: float = 0.0) -> float:

@@ -274,9 +274,10 @@ def _statuses(report: Report) -> list[str]:
 def _evaluated_on(found: EvaluationReport) -> str:
     beside, known = "" if found.against is None else f", beside {found.against}", found.standard_errors
     error = "" if known is None else f" ± is the standard error over {known.windows:,} windows, of differences paired."
+    start = f", each begun with {found.begin}" if found.begin else ""
     return (
-        f"{found.text}, {found.windows:,} windows of {found.seq_length:,} tokens, {found.tokens:,} predictions{beside}."
-        f"{error}"
+        f"{found.text}, {found.windows:,} windows of {found.seq_length:,} tokens{start}, {found.tokens:,} predictions"
+        f"{beside}.{error}"
     )
 
 

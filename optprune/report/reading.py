@@ -117,6 +117,8 @@ class EvaluationReport:
     dense_parameters: int | None = None
     dense_bytes: int | None = None
     """the size of the dense model's weights files"""
+    begin: str = ""
+    """the tokens that each window begins with, instead of its own first tokens"""
 
 
 @dataclass(frozen=True)

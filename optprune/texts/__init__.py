@@ -1,10 +1,13 @@
 """Texts: documents from files, data sets or the demo, tokenised once and cut into windows."""
 
 from optprune.texts.calibration import (
+    PACKED,
     SEQUENCES,
     DrawnWindows,
     Text,
     WindowSampler,
+    begin_in_words,
+    begin_of,
     check_sequences,
     draw_windows,
     read_texts,
@@ -21,11 +24,19 @@ from optprune.texts.documents import (
 )
 from optprune.texts.held_out import TrainingText, split_held_out
 from optprune.texts.records import DrawnRecords, Record, draw_records, read_records
-from optprune.texts.windows import calibration_batches, check_seq_length, check_vocabulary, evaluation_windows, tokenise
+from optprune.texts.windows import (
+    begin_tokens,
+    calibration_batches,
+    check_seq_length,
+    check_vocabulary,
+    evaluation_windows,
+    tokenise,
+)
 
 __all__ = [
     "FORMS",
     "NAMED_SETS",
+    "PACKED",
     "SEQUENCES",
     "Conversation",
     "Document",
@@ -36,6 +47,9 @@ __all__ = [
     "Text",
     "TrainingText",
     "WindowSampler",
+    "begin_in_words",
+    "begin_of",
+    "begin_tokens",
     "calibration_batches",
     "check_seq_length",
     "check_sequences",

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from optprune.errors import InputError, check_at_least
-from optprune.system.wording import counted, shown
+from optprune.system.wording import counted, either, shown
 from optprune.texts.documents import Document, read_documents
-from optprune.texts.windows import batched, drawn_windows, tokenise
+from optprune.texts.windows import batched, begin_tokens, drawn_windows, tokenise, with_begin
 
 if TYPE_CHECKING:  # torch and transformers take seconds to import
     from torch import IntTensor, LongTensor
@@ -97,8 +97,11 @@ def interleave(counts: Sequence[int]) -> list[tuple[int, int]]:
     return [(text, number) for _, text, number in sorted(places)]
 
 
-SEQUENCES = ("packed", "whole")
-"""packed: windows anywhere in the joined documents; whole: each window at the start of a document"""
+SEQUENCES = ("packed", "packed-no-bos", "whole")
+"""packed: windows anywhere in the joined documents, which begin as the tokenizer begins a text (BOS in most models);
+packed-no-bos: without that, as in papers; whole: each window at the start of a document"""
+PACKED = SEQUENCES[:2]
+"""the kinds of windows that an evaluation can have"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,10 +152,19 @@ def read_texts(spec: str) -> list[Text]:
     return [Text(text.name, read_documents(text.name), text.share) for text in read_shares(spec)]
 
 
-def check_sequences(sequences: str) -> None:
-    """Raise InputError unless `sequences` is in `SEQUENCES`."""
-    if sequences not in SEQUENCES:
-        raise InputError(f"--sequences cannot be {sequences!r}: use {' or '.join(SEQUENCES)}")
+def check_sequences(sequences: str, known: Sequence[str] = SEQUENCES) -> None:
+    """Raise InputError unless `sequences` is known."""
+    if sequences not in known:
+        raise InputError(f"--sequences cannot be {sequences!r}: use {either(known)}")
+
+
+def begin_of(tokenizer: "Tokenizer", sequences: str) -> list[int]:
+    """Return the token ids that windows begin with, where a tokenizer puts some before every text.
+
+    Packed windows of texts or conversations have them, as have those of an evaluation beside whole windows; only
+    packed-no-bos has none.
+    """
+    return [] if sequences == "packed-no-bos" else begin_tokens(tokenizer)
 
 
 def draw_windows(
@@ -167,10 +179,12 @@ def draw_windows(
 ) -> DrawnWindows:
     """Return `samples` random windows, from each text by its share; equal seeds give equal windows.
 
-    Packed windows lie anywhere in the documents as joined by `tokenise`, without overlap. A whole window is the
-    beginning of a document that is tokenised alone; each document has at most one, and a document shorter than a window
-    has none; only the needed documents are tokenised. The windows of a text do not depend on the other texts, and are
-    spread evenly over the batches. InputError where a text is too short, or its share is less than a window.
+    Packed windows lie anywhere in the documents as joined by `tokenise`, without overlap. Their first tokens are
+    replaced by those that the tokenizer puts before every text (see `with_begin`), unless `sequences` is packed-no-bos.
+    A whole window is the beginning of a document that is tokenised alone; each document has at most one, and a document
+    shorter than a window has none; only the needed documents are tokenised. The windows of a text do not depend on the
+    other texts, and are spread evenly over the batches. InputError where a text is too short, or its share is less than
+    a window.
     """
     return WindowSampler(tokenizer, texts, sequences).draw(samples, seq_length, seed, tokens_per_batch)
 
@@ -201,18 +215,23 @@ class WindowSampler:
             )
         import torch
 
+        begin = [] if self.sequences == "whole" else begin_of(self.tokenizer, self.sequences)
         several, drawn, firsts = len(texts) > 1, list[torch.Tensor](), list[torch.Tensor]()
         for text, count in zip(texts, counts, strict=True):
             what = f"calibration text {text.name}" if several else "calibration text"
-            if self.sequences == "packed":
-                tokens = self._tokens(text)
-                windows, first = drawn_windows(tokens, count, seq_length, seed, what), tokens[:seq_length].long()
-            else:
+            if self.sequences == "whole":
                 windows, first = _whole(self.tokenizer, text.documents, count, seq_length, seed, what)
+            else:
+                tokens = self._tokens(text)
+                drawn_here, first = drawn_windows(tokens, count, seq_length, seed, what), tokens[:seq_length].long()
+                windows = with_begin(drawn_here, begin)
             drawn.append(windows)
             firsts.append(first)
         mixed = torch.stack([drawn[text][number] for text, number in interleave(counts)])
-        description = _in_words(texts, counts, seq_length, seed, self.sequences)
+        start = ", each from the start of a document" if self.sequences == "whole" else ""
+        if begin:
+            start = f", each begun with {begin_in_words(self.tokenizer, begin)}"
+        description = _in_words(texts, counts, f"{seq_length} tokens{start}", seed)
         return DrawnWindows(batched(mixed, tokens_per_batch), firsts[0], counts, description)  # type: ignore[arg-type]
 
     def _tokens(self, text: Text) -> "IntTensor":
@@ -259,9 +278,13 @@ def _too_few(what: str, lengths: list[int], fitting: int, count: int, seq_length
     )
 
 
-def _in_words(texts: Sequence[Text], counts: Sequence[int], seq_length: int, seed: int, sequences: str) -> str:
-    start = "" if sequences == "packed" else ", each from the start of a document"
-    every = f"{counted(sum(counts), 'window')} of {seq_length} tokens{start}, seed {seed}"
+def begin_in_words(tokenizer: "Tokenizer", begin: Sequence[int]) -> str:
+    """Return the tokens that windows begin with, for a report."""
+    return " ".join(tokenizer.convert_ids_to_tokens(list(begin)))
+
+
+def _in_words(texts: Sequence[Text], counts: Sequence[int], size: str, seed: int) -> str:
+    every = f"{counted(sum(counts), 'window')} of {size}, seed {seed}"
     if len(texts) == 1:
         return f"{texts[0].name}, {every}"
     parts = [

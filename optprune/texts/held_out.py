@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from optprune.errors import InputError, check_at_least
 from optprune.system.wording import counted
 from optprune.texts.documents import Document, normalised_text
-from optprune.texts.windows import batched, drawn_windows, evaluation_windows
+from optprune.texts.windows import batched, drawn_windows, evaluation_windows, with_begin
 
 if TYPE_CHECKING:  # torch takes seconds to import
     from torch import LongTensor, Tensor
@@ -39,12 +39,14 @@ def split_held_out(
     held_out: int,
     seed: int,
     worth: "Callable[[Tensor], Tensor] | None" = None,
+    begin: Sequence[int] = (),
 ) -> TrainingText:
     """Split a text into training batches of `batch_size` windows, and `held_out` windows of other documents.
 
     Both are drawn by the seed. `tokens` is the number of training tokens: InputError where there are fewer; None means
     `most`, or all if there are fewer. A single document is held out at its end. `worth` returns a number for each of
-    the tokens [n]: the training windows are then those with the largest sums.
+    the tokens [n]: the training windows are then those with the largest sums. All windows begin with the ids `begin`:
+    see `with_begin`.
     """
     import torch
 
@@ -77,8 +79,8 @@ def split_held_out(
         )
     samples = min(there, (most if tokens is None else tokens) // seq_length)
     windows = drawn_windows(others, samples, seq_length, seed, worth=None if worth is None else worth(others))
-    batches = batched(windows, min(batch_size, samples) * seq_length)
-    return TrainingText(batches, evaluation_windows(own, seq_length, held_out), count)
+    batches = batched(with_begin(windows, begin), min(batch_size, samples) * seq_length)
+    return TrainingText(batches, evaluation_windows(own, seq_length, held_out, begin), count)
 
 
 def _enough(documents: Sequence[Document], tokenise: Tokenise, wanted: int) -> int:

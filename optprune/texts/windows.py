@@ -146,10 +146,41 @@ def tokenise(tokenizer: "Tokenizer", documents: Iterable[Document], most: int | 
     return torch.cat(pieces)  # type: ignore[return-value]  # IntTensor is only a name
 
 
-def evaluation_windows(tokens: "Tensor", seq_length: int, windows: int | None = None) -> "LongTensor":
+def begin_tokens(tokenizer: "Tokenizer") -> list[int]:
+    """Return the ids of the special tokens that a tokenizer puts before every text: BOS in most models, or none."""
+    try:
+        return list(_specials(tokenizer)[0])
+    except CannotSplit:
+        return []
+
+
+def with_begin(windows: "LongTensor", begin: Sequence[int]) -> "LongTensor":
+    """Return windows [n, length] with their first tokens replaced by the ids that begin a text.
+
+    A window from the middle of a text begins as a text does, at the same place and with the same length, so with one
+    such id all predicted tokens stay the same. InputError when the windows have no room for a token of the text.
+    """
+    import torch
+
+    if not begin:
+        return windows
+    if windows.shape[1] < len(begin) + 2:
+        raise InputError(
+            f"windows of {counted(windows.shape[1], 'token')} have no room for the {len(begin)} that begin a text and "
+            f"two more: raise --seq-length to {len(begin) + 2} or more"
+        )
+    replaced = windows.clone()
+    replaced[:, : len(begin)] = torch.tensor(begin, dtype=windows.dtype)
+    return replaced  # type: ignore[return-value]  # LongTensor is only a name
+
+
+def evaluation_windows(
+    tokens: "Tensor", seq_length: int, windows: int | None = None, begin: Sequence[int] = ()
+) -> "LongTensor":
     """Return the first `windows` (None: all) consecutive windows [n, seq_length]; the rest of the tokens is dropped.
 
-    InputError when the tokens are too few.
+    The first tokens of each window are replaced by `begin`, the ids of `begin_tokens`: see `with_begin`. InputError
+    when the tokens are too few.
     """
     check_at_least("--seq-length", seq_length, 2)
     if windows is not None:
@@ -158,17 +189,24 @@ def evaluation_windows(tokens: "Tensor", seq_length: int, windows: int | None = 
     wanted = fitting if windows is None else windows
     if fitting < max(wanted, 1):
         raise InputError(_too_short("evaluation text", len(tokens), fitting, max(wanted, 1), seq_length, "--windows"))
-    return tokens[: wanted * seq_length].view(wanted, seq_length).long()  # type: ignore[return-value]
+    found = tokens[: wanted * seq_length].view(wanted, seq_length).long()
+    return with_begin(found, begin)  # type: ignore[arg-type]  # LongTensor is only a name
 
 
 def calibration_batches(
-    tokens: "Tensor", samples: int, seq_length: int, seed: int, tokens_per_batch: int = 2048
+    tokens: "Tensor",
+    samples: int,
+    seq_length: int,
+    seed: int,
+    tokens_per_batch: int = 2048,
+    begin: Sequence[int] = (),
 ) -> "list[LongTensor]":
     """Return `samples` random windows without overlap, in batches of about `tokens_per_batch` tokens.
 
-    InputError when the tokens are too few.
+    The first tokens of each window are replaced by `begin`, the ids of `begin_tokens`: see `with_begin`. InputError
+    when the tokens are too few.
     """
-    return batched(drawn_windows(tokens, samples, seq_length, seed), tokens_per_batch)
+    return batched(with_begin(drawn_windows(tokens, samples, seq_length, seed), begin), tokens_per_batch)
 
 
 def drawn_windows(

@@ -16,7 +16,7 @@ from optprune.models import LoadedModel, need_tokenizer
 from optprune.report import Event, PhaseAdvanced, VocabularyChange
 from optprune.report.phases import VOCABULARY
 from optprune.texts import Text, tokenise
-from optprune.texts.windows import drawn_windows
+from optprune.texts.windows import begin_tokens, drawn_windows, with_begin
 from optprune.tokens.head import HeadMatching, match_head
 from optprune.tokens.rows import TokenRows, config_ids, keep_rows
 from optprune.tokens.states import States, expected_counts, read_states
@@ -92,17 +92,18 @@ class VocabularyPruning:
         rows, also = int(config.vocab_size), config_ids(config)
         check_keep(tokenizer, rows, keep, also=also)
         read = [(tokenise(tokenizer, text.documents), float(text.share)) for text in texts]
+        begin = begin_tokens(tokenizer)
         counts = weighted_counts(read, rows)
         length = min(LENGTH, getattr(config, "max_position_embeddings", None) or LENGTH)
         if expected is not None and predictions:
-            windows = _drawn(read, -(-predictions // length), length, seed)
+            windows = _drawn(read, -(-predictions // length), length, seed, begin)
             if len(windows):
                 # Rounded, so that no choice depends on the rounding of sums.
                 counts = counts + np.round(expected(windows) * (counts.sum() / windows.numel()), 2)
         vocabulary = choose_tokens(tokenizer, counts, keep, also=also)
         if not tokens or len(vocabulary.kept) == len(vocabulary.pieces):
             return cls(vocabulary, None, seed)
-        return cls(vocabulary, _windows(read, tokens // length, length, seed), seed)
+        return cls(vocabulary, _windows(read, tokens // length, length, seed, begin), seed)
 
     def apply(
         self, loaded: LoadedModel, on_event: Callable[[Event], None] = lambda event: None
@@ -173,9 +174,9 @@ def prune_vocabulary(
     return planned.apply(loaded)
 
 
-def _windows(read: Sequence[tuple[Tensor, float]], count: int, length: int, seed: int) -> Tensor:
+def _windows(read: Sequence[tuple[Tensor, float]], count: int, length: int, seed: int, begin: Sequence[int]) -> Tensor:
     """Return the windows of `_drawn` in a random order; InputError where there are fewer than two."""
-    windows = _drawn(read, count, length, seed)
+    windows = _drawn(read, count, length, seed, begin)
     if len(windows) < 2:
         raise InputError(
             f"the text is too short to refit the rows of the vocabulary, which takes at least two windows of {length} "
@@ -184,13 +185,13 @@ def _windows(read: Sequence[tuple[Tensor, float]], count: int, length: int, seed
     return windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))]
 
 
-def _drawn(read: Sequence[tuple[Tensor, float]], count: int, length: int, seed: int) -> Tensor:
+def _drawn(read: Sequence[tuple[Tensor, float]], count: int, length: int, seed: int, begin: Sequence[int]) -> Tensor:
     """Return about `count` windows [n, length] of texts of token ids [tokens] by their shares, or all there are."""
     found = [torch.zeros(0, length, dtype=torch.long)]
     for ids, share in read:
         samples = min(max(1, round(count * share)), len(ids) // length)
         if samples:
-            found.append(drawn_windows(ids, samples, length, seed))
+            found.append(with_begin(drawn_windows(ids, samples, length, seed), begin))
     return torch.cat(found)
 
 

@@ -72,6 +72,19 @@ def test_a_piece_may_begin_at_every_place_of_a_window() -> None:
     assert 70 <= first <= 130 and pieces[pieces[:, 0] == 1].unique().tolist() == [1, 2]
 
 
+def test_pieces_begin_with_the_token_that_all_windows_begin_with() -> None:
+    """As BOS: a model that was trained with it continues a text badly without."""
+    bos = 500
+    text = [torch.cat([torch.full((len(batch), 1), bos), batch[:, 1:]], dim=1) for batch in SHORT]
+    windows = written(40, text)
+    first = {tuple(one[at : at + PROMPT - 1].tolist()) for batch in text for one in batch for at in range(1, 50)}
+    assert windows.shape == (40, 64) and (windows[:, 0] == bos).all()
+    assert {tuple(window[1:PROMPT].tolist()) for window in windows} <= first
+    pieces = _prompts(text, 30, PROMPT, torch.Generator().manual_seed(0))
+    assert (pieces[:, 0] == bos).all() and (pieces[:, 1:] != bos).all()
+    assert len(_prompts([text[0][:1]], 30, PROMPT, torch.Generator().manual_seed(0))[:, 0].unique()) > 5, "one window"
+
+
 @pytest.mark.parametrize(
     "own", [None, GenerationConfig(do_sample=True, temperature=0.2, top_k=3, repetition_penalty=5.0)]
 )

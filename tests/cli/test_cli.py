@@ -242,7 +242,8 @@ def test_evaluate_measures_what_the_library_measures(
     code, out, err = run(command, capsys)
     assert code == 0, err
     result = json.loads(record.read_text())
-    assert set(result) == {"model", "text", "seq_length", "perplexity", "tokens", "windows", "seconds", "bits_per_byte"}
+    every = {"model", "text", "seq_length", "begin", "perplexity", "tokens", "windows", "seconds", "bits_per_byte"}
+    assert set(result) == every and result["begin"] == ""
     tokens = tokenise(load_tokenizer(source), read_documents(text))  # type: ignore[arg-type]
     expected = perplexity(load_model(source, device="cpu").model, evaluation_windows(tokens, 64, 5))
     assert result["perplexity"] == pytest.approx(expected.perplexity, rel=1e-6)

@@ -247,7 +247,7 @@ TOO_LITTLE = [
         8,
         "the share of the text text 1 is less than one of 1 window: raise --samples, or leave",
     ),
-    ([[99]], "padded", 1, 8, "--sequences cannot be 'padded': use packed or whole"),
+    ([[99]], "padded", 1, 8, "--sequences cannot be 'padded': use packed, packed-no-bos or whole"),
     ([[99]], "whole", 0, 8, "--samples cannot be 0"),
     ([[99]], "whole", 1, 1, "--seq-length cannot be 1"),
 ]

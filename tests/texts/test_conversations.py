@@ -8,10 +8,10 @@ import datasets
 import pyarrow
 import pytest
 from pyarrow import parquet
-from tokenizers import processors
 
 from optprune.errors import InputError
 from optprune.texts import Conversation, read_documents, tokenise
+from tests.helpers.begun_tokenizer import begun_tokenizer
 from tests.helpers.numbers_tokenizer import TEMPLATE
 from tests.helpers.tiny_models import tiny_tokenizer
 
@@ -81,9 +81,8 @@ def test_tokens_are_those_of_the_template_one_conversation_after_the_other() -> 
 
 def test_no_token_is_added_to_those_of_the_template() -> None:
     """A tokenizer that puts a token before every text does not do so to what the template wrote."""
-    tokenizer = tiny_tokenizer()
-    begin = tokenizer.convert_tokens_to_ids("<s>")
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing("<s> $A", "$A $B", [("<s>", begin)])
+    tokenizer = begun_tokenizer()
+    begin = tokenizer.bos_token_id
     tokenizer.chat_template = "<s>" + TEMPLATE
     assert tokenise(tokenizer, ["words"])[0] == begin
     assert tokenise(tokenizer, [Conversation(tuple(CHATS[0]))]).tolist().count(begin) == 1
