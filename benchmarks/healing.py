@@ -57,10 +57,6 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "structured_best 20%, coordinates": ("structured_best", {"sparsity": 0.2, "units": "all"}),
     "structured_best 30%, coordinates": ("structured_best", {"sparsity": 0.3, "units": "all"}),
 }
-KEY = (
-    *("model", "effort", "pruned by generated", "tokens", "learning rate", "batch", "seed", "evaluated", "text"),
-    *("epochs", "generated", "piece", "dtype", "embeddings"),
-)
 DEFAULTS = {
     **{"effort": "standard", "pruned by generated": 0, "text": "other articles", "epochs": 1, "generated": 0},
     **{"piece": 0, "dtype": "float32", "embeddings": "trained"},
@@ -108,14 +104,7 @@ def run(options: argparse.Namespace) -> None:
     for name, (recipe, settings) in CASES.items():
         model = name if options.model == "demo" else f"{name}, {Path(options.model).name}"
         model = model if options.blocks is None else f"{model}, {options.blocks} blocks"
-        evaluated = options.windows * options.seq_length
-        tokens = options.samples * options.seq_length if options.own_text else options.tokens
-        told = "its own" if options.own_text else DEFAULTS["text"], options.epochs, options.generated
-        written_in = PIECE if options.generated else 0
-        tables = "kept" if options.keep_embeddings else "trained"
-        how = options.effort, options.prune_generated, tokens, options.learning_rate, options.batch_size, options.seed
-        values = model, *how, evaluated, *told, written_in, options.dtype, tables
-        key = dict(zip(KEY, values, strict=True))
+        key = key_of(model, options)
         if (options.only and not {recipe, name} & set(options.only)) or any(
             key.items() <= row.items() for row in read()
         ):
@@ -131,6 +120,26 @@ def run(options: argparse.Namespace) -> None:
         data = json.dumps({"rows": [*read(), row]}, indent=1) + "\n"
         (RESULTS / "healing.json").write_text(data, encoding="utf-8")
         print(row, flush=True)
+
+
+def key_of(model: str, options: argparse.Namespace) -> dict[str, Any]:
+    """What decides a row."""
+    return {
+        "model": model,
+        "effort": options.effort,
+        "pruned by generated": options.prune_generated,
+        "tokens": options.samples * options.seq_length if options.own_text else options.tokens,
+        "learning rate": options.learning_rate,
+        "batch": options.batch_size,
+        "seed": options.seed,
+        "evaluated": options.windows * options.seq_length,
+        "text": "its own" if options.own_text else DEFAULTS["text"],
+        "epochs": options.epochs,
+        "generated": options.generated,
+        "piece": PIECE if options.generated else 0,
+        "dtype": options.dtype,
+        "embeddings": "kept" if options.keep_embeddings else "trained",
+    }
 
 
 def others(tokenizer: Tokenizer, documents: list[Document], options: argparse.Namespace) -> TrainingText:
@@ -287,12 +296,12 @@ def score(loaded: LoadedModel, windows: dict[str, Tensor]) -> dict[str, float]:
 def read() -> list[dict[str, Any]]:
     file = RESULTS / "healing.json"
     rows = json.loads(file.read_text(encoding="utf-8"))["rows"] if file.exists() else []
-    return [DEFAULTS | row for row in rows]
+    return [row | {key: value for key, value in DEFAULTS.items() if key not in row} for row in rows]
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     machines = sorted({row["machine"] for row in rows})
-    order = {key: None for row in rows for key in KEY} | {key: None for row in rows for key in row}
+    order = dict.fromkeys(key for row in reversed(rows) for key in row)  # the last row has all fields
     shown = [{key: _shown(key, row.get(key)) for key in order if key != "machine"} for row in rows]
     parts = ["# Healing", "", "`python -m benchmarks.healing`", "", *machines, "", markdown(shown)]
     return "\n".join(parts)
