@@ -314,6 +314,13 @@ def test_the_importance_stands_in_the_file_s_columns(family: str, tmp_path: Path
     assert fields["quantize.imatrix.dataset"].contents() == text
 
 
+def test_the_columns_that_fill_up_a_block_have_no_importance(tmp_path: Path) -> None:
+    folder = saved(tiny_llama(intermediate_size=40), tmp_path / "model")
+    targets = {target.name: target for target in GgufFile(kind="q4_0").targets(ModelSource(folder))}
+    found = targets["blk.0.ffn_down.weight"].importance({"model.layers.0.mlp.down_proj": torch.arange(1.0, 41)})
+    assert found is not None and found.tolist() == [*range(1, 41), *[0] * 24]
+
+
 def test_keys_of_latent_attention_have_no_importance(tmp_path: Path) -> None:
     """The columns of their matrix in the file are key dimensions, and those of the values' are the layer's inputs."""
     folder = saved(made("deepseek_v3"), tmp_path / "model")

@@ -1,5 +1,7 @@
 """Rows that take over the probability of removed tokens: the problem, its solver, and the text that is predicted."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -7,6 +9,7 @@ from torch import Tensor
 from optprune.texts import Text, demo_articles
 from optprune.tokens import HeadMatching, States, match_head, prune_vocabulary
 from tests.helpers.fewer_tokens import KEEP, bits_per_byte, loaded
+from tests.helpers.tiny_models import tiny_llama
 from tests.helpers.trained_tiny import trained
 
 TOKENS = 8192
@@ -23,6 +26,26 @@ def test_refitted_rows_predict_other_text_better() -> None:
     assert change.divergence_after < 0.8 * change.divergence_before
     without, refitted = bits_per_byte(plain, articles), bits_per_byte(fitted, articles)
     assert refitted - dense < 0.8 * (without - dense)
+
+
+def test_the_head_has_the_refitted_rows() -> None:
+    """They are those that the refit returns, and what a model without refit has elsewhere."""
+    texts, seen = [Text("news", demo_articles("calibration")[:4])], list[Tensor]()
+
+    def watched(*given: Any, **named: Any) -> Any:
+        found = match_head(*given, **named)
+        seen.append(found.rows)
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("optprune.tokens.prune.match_head", watched)
+        fitted, _ = prune_vocabulary(loaded(tiny_llama()), texts, KEEP, tokens=2048)
+    plain, _ = prune_vocabulary(loaded(tiny_llama()), texts, KEEP, tokens=0)
+    rows, before = (one.model.get_output_embeddings().weight.detach() for one in (fitted, plain))
+    changed = (rows != before).any(1)
+    (refitted,) = seen
+    assert 0 < int(changed.sum()) <= len(refitted) and refitted.shape[1] == rows.shape[1]
+    assert all((refitted == row).all(1).any() for row in rows[changed])
 
 
 def states(count: int, seed: int = 0) -> States:

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, processors
 from transformers import PreTrainedTokenizerFast
 
 from optprune.errors import InputError
 from optprune.texts import demo_articles, tokenise
 from optprune.tokens import SmallerVocabulary, choose_tokens
+from optprune.tokens.token_models import MergedTokens
 from optprune.tokens.tokenizer import weighted_counts
 from tests.helpers.token_kinds import KINDS, tokenizer_of
 
@@ -147,6 +148,28 @@ def test_special_tokens_and_the_template_stay(kind: str) -> None:
     again = after.apply_chat_template(messages, tokenize=False)
     assert again == before.apply_chat_template(messages, tokenize=False)
     assert after.bos_token_id in after.apply_chat_template(messages)["input_ids"]
+
+
+def test_a_token_before_every_text_has_its_new_id() -> None:
+    """As in Llama 3, whose special tokens are the last of the vocabulary."""
+    tokenizer = tokenizer_of("merged bytes")
+    tokenizer.add_special_tokens({"bos_token": "<begin>"})
+    old = len(tokenizer) - 1
+    rule = processors.TemplateProcessing("<begin> $A", "<begin> $A $B", [("<begin>", old)])
+    tokenizer.backend_tokenizer.post_processor = rule
+    vocabulary = chosen(tokenizer, demo_articles("calibration")[:20], 0.8)
+    new = vocabulary.new_ids[old]
+    assert new == len(vocabulary.kept) - 1 < old
+    assert vocabulary.tokenizer("x")["input_ids"][0] == new == vocabulary.tokenizer.bos_token_id
+
+
+def test_a_merged_token_needs_its_parts_whatever_the_order_of_merges() -> None:
+    """The merge of "ab" with "c" comes before that of "a" with "b", and both tokens are needed equally."""
+    vocab = {"a": 0, "b": 1, "c": 2, "abc": 3, "ab": 4}
+    model = MergedTokens({"model": {"vocab": vocab, "merges": [["ab", "c"], ["a", "b"]]}})
+    counts = np.array([0.0, 0, 0, 5, 0])
+    assert model.choose(counts, 4, model.always()) == [0, 1, 2, 4]
+    assert model.choose(counts, 5, model.always()) == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("kind", ["merged bytes", "merged pieces"])
