@@ -119,7 +119,8 @@ def test_prompts_of_a_frontier_begin_with_bos_once(place: Path) -> None:
 
 def test_bits_per_byte_do_not_count_bos(place: Path) -> None:
     model, tokenizer = load_model(place / "model").model, begun_tokenizer()
-    model.lm_head.weight.data.zero_()  # transformers may replace the functions of torch.nn.init, which leave loaded weights
+    # transformers may replace the functions of torch.nn.init by some that leave loaded weights as they are.
+    model.lm_head.weight.data.zero_()
     windows = windows_of(place, begun=True)
     text = tokenizer.decode(windows[:, 1:].flatten(), clean_up_tokenization_spaces=False)
     found = bits_per_byte(perplexity(model, windows), windows, tokenizer)
