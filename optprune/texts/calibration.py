@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from optprune.errors import InputError, check_at_least
 from optprune.system.wording import counted, either, shown
 from optprune.texts.documents import Document, read_documents
-from optprune.texts.windows import batched, begin_tokens, drawn_windows, tokenise, with_begin
+from optprune.texts.windows import batched, begin_tokens, drawn_windows, tokenise
 
 if TYPE_CHECKING:  # torch and transformers take seconds to import
     from torch import IntTensor, LongTensor
@@ -223,8 +223,8 @@ class WindowSampler:
                 windows, first = _whole(self.tokenizer, text.documents, count, seq_length, seed, what)
             else:
                 tokens = self._tokens(text)
-                drawn_here, first = drawn_windows(tokens, count, seq_length, seed, what), tokens[:seq_length].long()
-                windows = with_begin(drawn_here, begin)
+                windows = drawn_windows(tokens, count, seq_length, seed, what, begin=begin)
+                first = tokens[:seq_length].long()
             drawn.append(windows)
             firsts.append(first)
         mixed = torch.stack([drawn[text][number] for text, number in interleave(counts)])
@@ -279,7 +279,7 @@ def _too_few(what: str, lengths: list[int], fitting: int, count: int, seq_length
 
 
 def begin_in_words(tokenizer: "Tokenizer", begin: Sequence[int]) -> str:
-    """Return the tokens that windows begin with, for a report."""
+    """Return the texts of token ids that windows begin with, separated by spaces, for a report."""
     return " ".join(tokenizer.convert_ids_to_tokens(list(begin)))
 
 

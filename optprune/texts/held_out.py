@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from optprune.errors import InputError, check_at_least
 from optprune.system.wording import counted
 from optprune.texts.documents import Document, normalised_text
-from optprune.texts.windows import batched, drawn_windows, evaluation_windows, with_begin
+from optprune.texts.windows import batched, drawn_windows, evaluation_windows
 
 if TYPE_CHECKING:  # torch takes seconds to import
     from torch import LongTensor, Tensor
@@ -78,8 +78,9 @@ def split_held_out(
             "or give a longer text"
         )
     samples = min(there, (most if tokens is None else tokens) // seq_length)
-    windows = drawn_windows(others, samples, seq_length, seed, worth=None if worth is None else worth(others))
-    batches = batched(with_begin(windows, begin), min(batch_size, samples) * seq_length)
+    worths = None if worth is None else worth(others)
+    windows = drawn_windows(others, samples, seq_length, seed, worth=worths, begin=begin)
+    batches = batched(windows, min(batch_size, samples) * seq_length)
     return TrainingText(batches, evaluation_windows(own, seq_length, held_out, begin), count)
 
 

@@ -206,7 +206,7 @@ def calibration_batches(
     The first tokens of each window are replaced by `begin`, the ids of `begin_tokens`: see `with_begin`. InputError
     when the tokens are too few.
     """
-    return batched(with_begin(drawn_windows(tokens, samples, seq_length, seed), begin), tokens_per_batch)
+    return batched(drawn_windows(tokens, samples, seq_length, seed, begin=begin), tokens_per_batch)
 
 
 def drawn_windows(
@@ -216,6 +216,7 @@ def drawn_windows(
     seed: int,
     what: str = "calibration text",
     worth: "Tensor | None" = None,
+    begin: Sequence[int] = (),
 ) -> "LongTensor":
     """Return the windows [samples, seq_length] of `calibration_batches`; fewer samples are the first of more.
 
@@ -238,7 +239,7 @@ def drawn_windows(
         sums = worth[inside].view(fitting, seq_length).sum(1)[order]
         best = sums.argsort(descending=True, stable=True)[:samples]
         order = order[best.sort().values]
-    return windows[order[:samples]].long()  # type: ignore[return-value]
+    return with_begin(windows[order[:samples]].long(), begin)  # type: ignore[arg-type]
 
 
 def batched(windows: "LongTensor", tokens_per_batch: int = 2048) -> "list[LongTensor]":

@@ -16,7 +16,7 @@ from optprune.models import LoadedModel, need_tokenizer
 from optprune.report import Event, PhaseAdvanced, VocabularyChange
 from optprune.report.phases import VOCABULARY
 from optprune.texts import Text, tokenise
-from optprune.texts.windows import begin_tokens, drawn_windows, with_begin
+from optprune.texts.windows import begin_tokens, drawn_windows
 from optprune.tokens.head import HeadMatching, match_head
 from optprune.tokens.rows import TokenRows, config_ids, keep_rows
 from optprune.tokens.states import States, expected_counts, read_states
@@ -191,7 +191,7 @@ def _drawn(read: Sequence[tuple[Tensor, float]], count: int, length: int, seed: 
     for ids, share in read:
         samples = min(max(1, round(count * share)), len(ids) // length)
         if samples:
-            found.append(with_begin(drawn_windows(ids, samples, length, seed), begin))
+            found.append(drawn_windows(ids, samples, length, seed, begin=begin))
     return torch.cat(found)
 
 
