@@ -5,7 +5,7 @@ from typing import Any
 
 from benchmarks.common import markdown
 from benchmarks.models import read
-from benchmarks.studies import DENSE, STUDIES, Case, rows_of
+from benchmarks.studies import BEFORE, DENSE, STUDIES, Case, rows_of
 
 TOKENS = 8192
 """the calibration tokens"""
@@ -23,7 +23,8 @@ class Families:
         lines = [{"removed": "", "recipe": "the dense model"} | {MODELS[name]: f"{dense[name]:.1f}" for name in MODELS}]
         for recipe, settings in STUDIES["families"]:
             cells = {MODELS[name]: _cell(_news(name, (recipe, settings)), dense[name]) for name in MODELS}
-            lines.append({"removed": _removed(settings), "recipe": f"`{recipe}`"} | cells)
+            label = f"`{recipe}`" + (", coordinates, gradients not clipped" if settings.keys() >= BEFORE.keys() else "")
+            lines.append({"removed": _removed(settings), "recipe": label} | cells)
         return markdown(lines).rstrip("\n")
 
 

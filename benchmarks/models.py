@@ -37,6 +37,7 @@ from optprune.report import Report
 from optprune.texts import begin_tokens, calibration_batches, read_documents, tokenise
 
 KEY = ("model", "digest", "seed", "tokens", "evaluated")
+MEASURED = ("mean layer error", "seconds", "run / floor", "memory, MiB")
 
 
 def main() -> None:
@@ -197,10 +198,9 @@ def _line(same: list[dict[str, Any]]) -> dict[str, Any]:
         **{text: _with_spread(mean(row[text] for row in same), spread[text]) for text in TEXTS},
         "seeds": len(same),
         "reached": mean(row["sparsity reached"] for row in same),
-        "mean layer error": mean(row["mean layer error"] for row in same),
         # Runs that were suspended for a while have no times; some rows under stage by stage policies are from before
-        # their floor was right.
-        **{key: _mean_of_known(row.get(key) for row in same) for key in ("seconds", "run / floor", "memory, MiB")},
+        # their floor was right; a row made by a script beside this one has the perplexities alone.
+        **{key: _mean_of_known(row.get(key) for row in same) for key in MEASURED},
         "calibration tokens": first["tokens"],
     }
 

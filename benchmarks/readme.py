@@ -19,6 +19,7 @@ from benchmarks.models import read
 from benchmarks.published import Published
 from benchmarks.reference_pages import KINDS, command_page, field_table, recipe_table, unit_table
 from benchmarks.studies import (
+    BEFORE,
     BELIEVED,
     CHOSEN_RIDGE,
     COORDINATES,
@@ -28,6 +29,7 @@ from benchmarks.studies import (
     HALF,
     NOT_RESTORED,
     PAIRS,
+    UNCLIPPED,
     Case,
     Settings,
     paired,
@@ -125,7 +127,7 @@ def _two(label: str, metric: Settings) -> tuple[str, Cells]:
     return label, (half, half_intra, ("sparse_best", pairs), pairs_intra)
 
 
-ON_MLPS = {"units": "mlp"} | BELIEVED
+ON_MLPS = {"units": "mlp"} | BELIEVED | UNCLIPPED
 SMOLLM2, SMALL = "SmolLM2-135M-Instruct", "small-qwen2"
 HALF_STEPS, SIXTY_STEPS = steps("sparse_best", HALF), steps("sparse_best", {"sparsity": 0.6})
 PAIR_STEPS = paired("sparse_best")
@@ -176,9 +178,10 @@ TABLES = (
     Table(
         ("recipe", "10%", "20%", "30%"),
         (
-            _units("`structured_best`, value dimensions too", "structured_best"),
-            _units("`structured_best`, value dimensions as coordinates", "structured_best", COORDINATES),
-            _units("`structured_best`, MLP units only, without probes", "structured_best", ON_MLPS),
+            _units("`structured_best`", "structured_best"),
+            _units("`structured_best`, gradients of tokens not clipped", "structured_best", UNCLIPPED),
+            _units("`structured_best`, value dimensions as coordinates, not clipped", "structured_best", BEFORE),
+            _units("`structured_best`, MLP units only, without probes, not clipped", "structured_best", ON_MLPS),
             _units("`structured_uniform_best`", "structured_uniform_best"),
             _units("`spap_plus`", "spap_plus"),
             _units("`fasp`, MLP units only, with the chosen ridge", "fasp", CHOSEN_RIDGE),
@@ -223,14 +226,18 @@ TABLES = (
             *(_step(label, step) for label, step in STEPS),
             (
                 "value dimensions and probes, without recovery",
-                (*_units("", "structured_best", COORDINATES)[1], None, None, None),
+                (*_units("", "structured_best", BEFORE)[1], None, None, None),
             ),
             (
                 "and recovery",
-                (*_units("", "structured_best", COORDINATES | {"refit.recovery": 1})[1], None, None, None),
+                (*_units("", "structured_best", BEFORE | {"refit.recovery": 1})[1], None, None, None),
             ),
             (
-                "value dimensions as directions, without recovery (`structured_best`)",
+                "value dimensions as directions, without recovery",
+                (*_units("", "structured_best", UNCLIPPED)[1], None, None, None),
+            ),
+            (
+                "and gradients of tokens clipped (`structured_best`)",
                 (*_units("", "structured_best")[1], None, None, None),
             ),
         ),
@@ -241,9 +248,10 @@ TABLES = (
     Table(
         ("MLP units removed", *(f"{share:.0%}" for share in SHARES)),
         (
-            _units("`structured_best`, value dimensions too", "structured_best"),
-            _units("`structured_best`, value dimensions as coordinates", "structured_best", COORDINATES),
-            _units("`structured_best`, MLP units only, without probes", "structured_best", ON_MLPS),
+            _units("`structured_best`", "structured_best"),
+            _units("`structured_best`, gradients of tokens not clipped", "structured_best", UNCLIPPED),
+            _units("`structured_best`, value dimensions as coordinates, not clipped", "structured_best", BEFORE),
+            _units("`structured_best`, MLP units only, without probes, not clipped", "structured_best", ON_MLPS),
             *(_units(f"`{name}`", name) for name in ("structured_uniform_best", "spap_plus", "osscar", "spap")),
             _units("`fasp`, MLP units only", "fasp"),
             _units("`fasp`, value dimensions too, as published", "fasp", COORDINATES),

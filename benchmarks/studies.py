@@ -19,6 +19,10 @@ STRUCTURED = ("random", "magnitude", "flap", "fasp", "spap", "osscar", "spap_plu
 """here all of MLP units"""
 MLP: Settings = {"units": "mlp"}
 COORDINATES: Settings = {"units": "all"}
+UNCLIPPED: Settings = {"metric.clip": None}
+"""gradients of single tokens as they are"""
+BEFORE: Settings = COORDINATES | UNCLIPPED
+"""`structured_best` as it was before directions and clipped gradients"""
 OF_FAMILIES = ("wanda", "sparsegpt", "alps", "sparse_best")
 OTHER_UNITS = ("random", "magnitude", "fasp")
 """recipes that prune something else by themselves"""
@@ -58,7 +62,7 @@ def half(recipe: str, policy: str | None = None) -> tuple[str, Settings]:
 
 def steps(recipe: str, settings: Settings) -> list[tuple[str, Settings]]:
     """A loss-aware recipe without its parts, one after another; costs are believed, and units are those of MLPs."""
-    settings = settings | BELIEVED
+    settings = settings | BELIEVED | UNCLIPPED
     plain = {"metric": "none", "allocation": "uniform", "metric.damping": 0.01}
     full = {"metric": "full", "metric.damping": 0.1}
     parts = (plain, plain | DIAGONAL, plain | full, plain | DIAGONAL | GLOBAL, plain | full | GLOBAL)
@@ -100,12 +104,12 @@ STUDIES: dict[str, list[tuple[str, Settings]]] = {
     ]
     + [("spap_plus", {"sparsity": sparsity, **GIVEN_RIDGE}) for sparsity in (0.2, 0.1, 0.3)],
     "rotated": [
-        ("structured_best", {"sparsity": sparsity, "units": units})
+        ("structured_best", {"sparsity": sparsity, "units": units, **UNCLIPPED})
         for sparsity, pair in ((0.3, ALL), (0.2, ALL), (0.1, ALL), (0.03125, VALUES))
         for units in pair
     ],
     "heads": [
-        ("structured_best", {"sparsity": sparsity, "units": units, "allocation.least": least})
+        ("structured_best", {"sparsity": sparsity, "units": units, "allocation.least": least, **UNCLIPPED})
         for sparsity, least in ((0.3, 0.45), (0.2, 0.45), (0.3, 0.0))
         for units in ("all", "all-heads")
     ],
@@ -116,7 +120,7 @@ STUDIES: dict[str, list[tuple[str, Settings]]] = {
     ],
     "families": [
         *(structured(recipe, 0.2) for recipe in ("fasp", "spap")),
-        ("structured_best", {"sparsity": 0.2, **COORDINATES}),
+        *(("structured_best", {"sparsity": 0.2, **more}) for more in ({}, BEFORE)),
         *(half(recipe) for recipe in OF_FAMILIES),
         *(under_intra((recipe, PAIRS)) for recipe in OF_FAMILIES),
     ],
@@ -131,8 +135,8 @@ STUDIES: dict[str, list[tuple[str, Settings]]] = {
             *(
                 ("structured_best", {"sparsity": sparsity, **more})
                 for more in (
-                    *({}, COORDINATES, MLP, COORDINATES | BELIEVED, COORDINATES | {"refit.recovery": 1}),
-                    *(MLP | PROBED, COORDINATES | PROBED),
+                    *({}, UNCLIPPED, BEFORE, MLP | UNCLIPPED, BEFORE | BELIEVED, BEFORE | {"refit.recovery": 1}),
+                    *(MLP | UNCLIPPED | PROBED, BEFORE | PROBED),
                 )
             ),
         )

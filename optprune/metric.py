@@ -168,6 +168,18 @@ class OutputMetric:
         return sums.metric()
 
 
+def clipped(gradients: Float[Tensor, "*sequences tokens out"], clip: float) -> Float[Tensor, "*sequences tokens out"]:
+    """Return the gradients of tokens with norms of at most `clip` times the median norm of their sequence.
+
+    Longer ones keep their direction. Tokens without a gradient do not count in the median.
+    """
+    if clip == math.inf or gradients.numel() == 0:  # no token of a group may be sent to an expert
+        return gradients
+    norms = gradients.square().sum(dim=-1, keepdim=True).sqrt()
+    middle = torch.nanquantile(norms.masked_fill(norms == 0, math.nan), 0.5, dim=-2, keepdim=True)
+    return gradients * (clip * middle / norms).clamp(max=1).nan_to_num(nan=1)
+
+
 class MetricSums:
     """Sums of an OutputMetric over batches, in the gradients' float dtype; the sums of all layers are in memory.
 

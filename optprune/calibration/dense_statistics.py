@@ -173,6 +173,7 @@ class DenseStatistics:
         seed: int,
         full: Collection[str],
         widest: float,
+        clip: float,
         on_pass: Callable[[int, int], None],
         partial_sums: PartialSums | None = None,
     ) -> Metrics:
@@ -180,7 +181,14 @@ class DenseStatistics:
         batches, partial_sums = list(batches), partial_sums or PartialSums()
         labels = sampled(seed, positions_before(batches, partial_sums))
         return collect_metrics(
-            decoder, batches, labels, full=full, widest=widest, on_pass=on_pass, partial_sums=partial_sums
+            decoder,
+            batches,
+            labels,
+            full=full,
+            widest=widest,
+            clip=clip,
+            on_pass=on_pass,
+            partial_sums=partial_sums,
         )
 
     def removal(self, problem: LinkedLeastSquares, batch: int) -> Removal:
@@ -240,17 +248,19 @@ class Statistics(DenseStatistics):
         seed: int,
         full: Collection[str],
         widest: float,
+        clip: float,
         on_pass: Callable[[int, int], None],
         partial_sums: PartialSums | None = None,
     ) -> Metrics:
         batches, partial_sums = list(batches), partial_sums or PartialSums()
         source = self._present or Source.of(decoder, batches, partial_sums)
         tokens, device = fingerprint(batches), decoder.model.device
-        scope = ("metric", source.digest, tokens, str(device), seed, *sorted(full), float(widest), partial_sums.count)
+        limits = float(widest), float(clip), partial_sums.count
+        scope = ("metric", source.digest, tokens, str(device), seed, *sorted(full), *limits)
         names = [decoder.name(index, path) for index in range(len(decoder.blocks)) for path in decoder.paths(index)]
         if not all(self._cache.has((*scope, name)) for name in names):
             began = time.perf_counter()
-            found = super().metrics(decoder, batches, seed, full, widest, on_pass, partial_sums)
+            found = super().metrics(decoder, batches, seed, full, widest, clip, on_pass, partial_sums)
             seconds = (time.perf_counter() - began) / max(1, len(names))
             for name in names:
                 self._cache.put((*scope, name), CacheEntry(found.sums(name), seconds), SUMS)

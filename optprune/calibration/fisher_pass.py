@@ -32,7 +32,7 @@ from optprune.calibration.stream import (
 )
 from optprune.errors import InputError, NumericalError
 from optprune.measure.memory import release
-from optprune.metric import Metrics, MetricSums
+from optprune.metric import Metrics, MetricSums, clipped
 from optprune.models import Decoder
 from optprune.models.places import States
 from optprune.work import Work
@@ -86,6 +86,7 @@ def collect_metrics(
     *,
     full: Collection[str] = (),
     widest: float = math.inf,
+    clip: float = math.inf,
     on_pass: Callable[[int, int], None] = lambda done, total: None,
     partial_sums: PartialSums | None = None,
 ) -> Metrics:
@@ -93,10 +94,11 @@ def collect_metrics(
 
     `batches` are token ids [batch, length] without padding. g is the gradient of the negative log-likelihood, summed
     over the predictions of a sequence; E[g g^T] is the average over all its tokens. Layers whose path within a block
-    is in `full` get a matrix, if they have at most `widest` outputs; all others get its diagonal. The model does not
-    change. `on_pass` is called with the number of block passes done and with their total; a backward pass counts as
-    several. The sums are added in `partial_sums` over groups of sequences, of which this process runs its own;
-    `positions_before` says where its labels begin.
+    is in `full` get a matrix, if they have at most `widest` outputs; all others get its diagonal. Gradients of single
+    tokens are shortened to `clip` medians (see `clipped`). The model does not change. `on_pass` is called with the
+    number of block passes done and with their total; a backward pass counts as several. The sums are added in
+    `partial_sums` over groups of sequences, of which this process runs its own; `positions_before` says where its
+    labels begin.
     """
     unknown = set(full) - set(decoder.architecture.layers)
     if unknown:
@@ -107,7 +109,7 @@ def collect_metrics(
     if not groups:
         raise InputError("there are no batches for the output metric: give at least one tensor of ids [batch, length]")
     share = (partial_sums or PartialSums()).share(len(groups))
-    groups, sums = share.of(groups), _LayerSums(decoder, full, widest, share)
+    groups, sums = share.of(groups), _LayerSums(decoder, full, widest, clip, share)
     # The sums of a layer grow group by group in both cases, so they are the same.
     together = 1 if decoder.store is None else max(1, len(groups))
     sweeps, done = range(0, len(groups), together), 0
@@ -132,8 +134,8 @@ def collect_metrics(
 class _LayerSums:
     """The partial sums of all layers."""
 
-    def __init__(self, decoder: Decoder, full: Collection[str], widest: float, share: Share) -> None:
-        self._decoder, self._share, self._names = decoder, share, list[str]()
+    def __init__(self, decoder: Decoder, full: Collection[str], widest: float, clip: float, share: Share) -> None:
+        self._decoder, self._clip, self._share, self._names = decoder, clip, share, list[str]()
         self._sums: dict[str, OrderedSum[MetricSums]] = {}
         self._done: dict[str, MetricSums] = {}
         for index in range(len(decoder.blocks)):
@@ -148,7 +150,9 @@ class _LayerSums:
 
     def add(self, first: int, index: int, path: str, group: int, gradients: Tensor) -> None:
         """Add the gradients of the `group`-th group after the `first` of its sweep."""
-        self._sums[self._decoder.name(index, path)].at(self._share.part(first + group)).add(gradients)
+        self._sums[self._decoder.name(index, path)].at(self._share.part(first + group)).add(
+            clipped(gradients, self._clip)
+        )
 
     def finish(self, index: int) -> None:
         """Add up the partial sums of a block, which is complete."""

@@ -113,6 +113,8 @@ class FisherMetric(Group):
     """most outputs of a layer with a full metric; wider layers have its diagonal"""
     damping: float = Field(default=0.01, ge=0)
     """damping added to the metric's diagonal, as a share of its mean"""
+    clip: float | None = Field(default=None, gt=0)
+    """largest norm of a token's gradient, in median norms of its sequence, to which longer ones are shortened"""
 
 
 class Recovery(Group):

@@ -153,6 +153,24 @@ def test_batches_may_be_cut_in_any_way(monkeypatch):
         assert torch.allclose(metric.average, whole[name].average, rtol=1e-10)
 
 
+@pytest.mark.parametrize("batch", [1, 3, 4])
+def test_long_gradients_are_shortened_sequence_by_sequence(batch, monkeypatch):
+    decoder, ids, clip = Decoder(tiny_llama().double()), tokens(4), 0.8
+    layers = decoder.architecture.layers
+    monkeypatch.setattr("optprune.calibration.fisher_pass.TOKENS_AT_ONCE", 20)
+    found = collect_metrics(decoder, list(ids.split(batch)), sampled(3), full=layers, clip=clip)
+    for name, g in gradients_of_the_whole_model(decoder, ids, sampled(3)).items():
+        shorter = []
+        for sequence in g.reshape(*ids.shape, -1):
+            norms = sequence.norm(dim=1)
+            limit = clip * norms[norms > 0].quantile(0.5)
+            shorter.append(sequence * torch.where(norms > limit, limit / norms, 1)[:, None])
+        kept = torch.cat(shorter)
+        expected = kept.T @ kept / len(g)
+        assert (found[name].average - expected).abs().max() <= 1e-9 * expected.abs().max()
+        assert expected.trace() < 0.9 * (g.T @ g / len(g)).trace()
+
+
 @pytest.mark.parametrize("trainable", [True, False])
 def test_the_model_is_left_as_it_was(trainable):
     model = tiny_llama().requires_grad_(trainable).train()

@@ -93,6 +93,7 @@ PLAIN = {"metric": "none", "allocation.probe_tokens": 0}
 PAIRS: dict[str, tuple[dict, dict]] = {
     "what is kept apart": ({**PLAIN, "refit.held_out": 0.25}, {**PLAIN, "refit.held_out": 0.5}),
     "the widest metric": ({"metric.width": 32}, {"metric.width": 64}),
+    "clipped gradients": ({"metric.clip": 1.0}, {"metric.clip": 2.0}),
     "what is computed in": (PLAIN, {"allocation.probe_tokens": 0}),
 }
 

@@ -719,6 +719,27 @@ FAULTS = [
         "vocabulary/test_moments.py",
     ),
     Fault(
+        "metric: gradients of tokens are not clipped",
+        "metric.py",
+        "    return gradients * (clip * middle / norms).clamp(max=1).nan_to_num(nan=1)",
+        "    return gradients",
+        "calibration/test_fisher.py",
+    ),
+    Fault(
+        "metric: a recipe's clip is not used",
+        "pruning/run.py",
+        "program.metric.clip or math.inf",
+        "math.inf",
+        "pruning/test_metric_pipeline.py",
+    ),
+    Fault(
+        "metric: the median counts tokens of all sequences",
+        "metric.py",
+        ", 0.5, dim=-2, keepdim=True)",
+        ", 0.5)",
+        "calibration/test_fisher.py",
+    ),
+    Fault(
         "generated text: windows of it are held out",
         "calibration/generated.py",
         "torch.cat([fitted, real[len(real) - apart :]])",

@@ -64,6 +64,18 @@ def test_the_metric_is_damped_as_the_recipe_says(kind, damping):
         assert metric.damping.tolist() == pytest.approx([damping * mean] * metric.width, rel=1e-6)
 
 
+def test_gradients_are_clipped_as_the_recipe_says():
+    settings = {"objective": "sparse", "solver": ["admm", "conjugate_gradients"], "metric": "full", "seed": 7}
+    decoder = Decoder(tiny_llama(num_hidden_layers=1))
+    expected = collect_metrics(decoder, batches(), sampled(7), full=decoder.architecture.layers, clip=0.5)
+    problems, _ = problems_of(Recipe({**SPARSE, **settings, "metric.clip": 0.5}), tiny_llama(num_hidden_layers=1))
+    plain, _ = problems_of(Recipe({**SPARSE, **settings}), tiny_llama(num_hidden_layers=1))
+    for name, problem in problems.items():
+        metric = problem.loss.metric
+        assert torch.allclose(metric.average, expected[name].average, rtol=1e-5, atol=1e-12)
+        assert metric.average.trace() < plain[name].loss.metric.average.trace()
+
+
 def test_a_solver_that_cannot_couple_rows_says_so():
     recipe = load_recipe("alps_plus", {"metric": "full"})
     with pytest.raises(NoSolver, match="take its diagonal"):
@@ -114,3 +126,5 @@ def test_bad_fields_are_refused():
         Recipe({"metric.damping": -1})
     with pytest.raises(InputError, match=r"metric\.width"):
         Recipe({"metric.width": 0})
+    with pytest.raises(InputError, match=r"metric\.clip"):
+        Recipe({"metric.clip": 0})

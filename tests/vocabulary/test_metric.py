@@ -1,6 +1,7 @@
 """The output metric, and the loss that it weighs: averages, damping, and the exact Kronecker quadratic form."""
 
 import importlib
+import math
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from optprune.errors import InputError, NumericalError
-from optprune.metric import MetricSums, OutputMetric
+from optprune.metric import MetricSums, OutputMetric, clipped
 from optprune.moments import InputMoments
 from optprune.patterns import RowWise, Unstructured
 from optprune.problems import ChannelGroups, LayerLoss, MaskedLeastSquares, SparseLeastSquares, StructuredLeastSquares
@@ -58,6 +59,40 @@ def test_merged_metrics_are_those_of_one_pass(drawn, full):
         assert merged.tokens == whole.tokens
         assert torch.allclose(merged.average, whole.average, rtol=1e-12, atol=1e-12)
         assert not merged.damping.any()
+
+
+def test_long_gradients_are_shortened_to_medians_of_their_own_sequence():
+    lengths = torch.tensor([[1.0, 2.0, 3.0, 100.0, 0.0], [10.0, 10.0, 10.0, 1000.0, 50.0]])
+    gradients = lengths[..., None] * torch.tensor([0.6, -0.8])
+    found = clipped(gradients, 4.0)
+    # The medians are 2.5, as a token without a gradient does not count, and 10.
+    expected = torch.tensor([[1.0, 2.0, 3.0, 10.0, 0.0], [10.0, 10.0, 10.0, 40.0, 40.0]])
+    torch.testing.assert_close(found, expected[..., None] * torch.tensor([0.6, -0.8]))
+    assert found[0, :3].equal(gradients[0, :3])
+    assert clipped(gradients, math.inf).equal(gradients)
+    for nothing in (torch.zeros(2, 3), torch.zeros(0, 3)):
+        assert clipped(nothing, 1.0).equal(nothing)
+
+
+@given(st.integers(1, 4).flatmap(samples), st.floats(0.1, 10))
+def test_shortened_gradients_keep_their_direction(drawn, clip):
+    gradients = drawn.inputs
+    found, norms = clipped(gradients, clip), gradients.norm(dim=-1)
+    if not bool(norms.any()):
+        return
+    limit = clip * norms[norms > 0].quantile(0.5)
+    rounded = 1e-12 * norms.max()
+    assert bool((found.norm(dim=-1) <= limit + rounded).all())
+    # Each is a multiple of what it was: the cross products of the two vectors vanish.
+    cross = found[:, :, None] * gradients[:, None, :]
+    assert torch.allclose(cross, cross.mT, atol=float(1e-12 * norms.max() ** 2))
+    short = norms <= limit * (1 - 1e-12)
+    assert found[short].equal(gradients[short])
+
+
+def test_damaged_gradients_stay_visible():
+    gradients = torch.tensor([[1.0, 0.0], [math.nan, 0.0], [2.0, 0.0], [math.inf, 0.0]])
+    assert not bool(torch.isfinite(clipped(gradients, 1.0)[[1, 3]]).all(1).any())
 
 
 def test_damping_is_a_fraction_of_the_mean_diagonal_and_replaces_itself():
