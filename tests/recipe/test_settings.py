@@ -128,7 +128,7 @@ def test_the_command_takes_paths(attempt: Attempt) -> None:
 
 def test_what_overrides_goes_into_the_group_field_by_field() -> None:
     recipe = load_recipe("structured_best", {"metric.width": 64, "refit.recovery": 1, "allocation.most": 0.9})
-    assert recipe.metric == FisherMetric(kind="full", tokens=8192, damping=0.1, width=64)
+    assert recipe.metric == FisherMetric(kind="full", tokens=8192, damping=0.1, clip=2, width=64)
     assert recipe.allocation == GlobalBudget(probe_tokens=512, least=0.45, most=0.9)
     before = load_recipe("structured_best").refit
     assert before is not None and recipe.refit == before.model_copy(update={"recovery": Recovery(rounds=1)})
@@ -137,7 +137,8 @@ def test_what_overrides_goes_into_the_group_field_by_field() -> None:
 def test_another_kind_keeps_what_both_kinds_have() -> None:
     narrow = load_recipe("structured_best", {"allocation.multiple": 4}).to_dict()
     assert Recipe(narrow, {"allocation": "uniform"}).allocation == UniformShares(multiple=4)
-    assert Recipe(narrow, {"metric": "diagonal"}).metric == FisherMetric(kind="diagonal", tokens=8192, damping=0.1)
+    diagonal = FisherMetric(kind="diagonal", tokens=8192, damping=0.1, clip=2)
+    assert Recipe(narrow, {"metric": "diagonal"}).metric == diagonal
     plain = Recipe(narrow, {"metric": "none", "refit": "none"})
     assert plain.metric is None and plain.refit is None
     assert Recipe({"allocation.multiple": 4}, allocation="global").allocation == GlobalBudget(multiple=4)
