@@ -174,14 +174,18 @@ SHORT = Table(
     8192,
     count=3,
 )
+STRUCTURED_BEST = (
+    _units("`structured_best`", "structured_best"),
+    _units("`structured_best`, gradients of tokens not clipped", "structured_best", UNCLIPPED),
+    _units("`structured_best`, value dimensions as coordinates, not clipped", "structured_best", BEFORE),
+    _units("`structured_best`, MLP units only, without probes, not clipped", "structured_best", ON_MLPS),
+)
+"""the recipe as it is, and without its later parts"""
 TABLES = (
     Table(
         ("recipe", "10%", "20%", "30%"),
         (
-            _units("`structured_best`", "structured_best"),
-            _units("`structured_best`, gradients of tokens not clipped", "structured_best", UNCLIPPED),
-            _units("`structured_best`, value dimensions as coordinates, not clipped", "structured_best", BEFORE),
-            _units("`structured_best`, MLP units only, without probes, not clipped", "structured_best", ON_MLPS),
+            *STRUCTURED_BEST,
             _units("`structured_uniform_best`", "structured_uniform_best"),
             _units("`spap_plus`", "spap_plus"),
             _units("`fasp`, MLP units only, with the chosen ridge", "fasp", CHOSEN_RIDGE),
@@ -248,10 +252,7 @@ TABLES = (
     Table(
         ("MLP units removed", *(f"{share:.0%}" for share in SHARES)),
         (
-            _units("`structured_best`", "structured_best"),
-            _units("`structured_best`, gradients of tokens not clipped", "structured_best", UNCLIPPED),
-            _units("`structured_best`, value dimensions as coordinates, not clipped", "structured_best", BEFORE),
-            _units("`structured_best`, MLP units only, without probes, not clipped", "structured_best", ON_MLPS),
+            *STRUCTURED_BEST,
             *(_units(f"`{name}`", name) for name in ("structured_uniform_best", "spap_plus", "osscar", "spap")),
             _units("`fasp`, MLP units only", "fasp"),
             _units("`fasp`, value dimensions too, as published", "fasp", COORDINATES),

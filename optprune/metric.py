@@ -168,12 +168,12 @@ class OutputMetric:
         return sums.metric()
 
 
-def clipped(gradients: Float[Tensor, "*sequences tokens out"], clip: float) -> Float[Tensor, "*sequences tokens out"]:
-    """Return the gradients of tokens with norms of at most `clip` times the median norm of their sequence.
+def clipped(gradients: Float[Tensor, "*sequences tokens out"], clip: float | None) -> Tensor:
+    """Return the gradients with each token's norm limited to `clip` times the median norm of its sequence.
 
-    Longer ones keep their direction. Tokens without a gradient do not count in the median.
+    Longer ones keep their direction. Tokens without a gradient do not count in the median. Without a clip all stay.
     """
-    if clip == math.inf or gradients.numel() == 0:  # no token of a group may be sent to an expert
+    if clip is None or gradients.numel() == 0:  # no token of a group may be sent to an expert
         return gradients
     norms = gradients.square().sum(dim=-1, keepdim=True).sqrt()
     middle = torch.nanquantile(norms.masked_fill(norms == 0, math.nan), 0.5, dim=-2, keepdim=True)

@@ -173,7 +173,7 @@ class DenseStatistics:
         seed: int,
         full: Collection[str],
         widest: float,
-        clip: float,
+        clip: float | None,
         on_pass: Callable[[int, int], None],
         partial_sums: PartialSums | None = None,
     ) -> Metrics:
@@ -248,15 +248,15 @@ class Statistics(DenseStatistics):
         seed: int,
         full: Collection[str],
         widest: float,
-        clip: float,
+        clip: float | None,
         on_pass: Callable[[int, int], None],
         partial_sums: PartialSums | None = None,
     ) -> Metrics:
         batches, partial_sums = list(batches), partial_sums or PartialSums()
         source = self._present or Source.of(decoder, batches, partial_sums)
         tokens, device = fingerprint(batches), decoder.model.device
-        limits = float(widest), float(clip), partial_sums.count
-        scope = ("metric", source.digest, tokens, str(device), seed, *sorted(full), *limits)
+        settings = seed, *sorted(full), float(widest), clip, partial_sums.count
+        scope = ("metric", source.digest, tokens, str(device), *settings)
         names = [decoder.name(index, path) for index in range(len(decoder.blocks)) for path in decoder.paths(index)]
         if not all(self._cache.has((*scope, name)) for name in names):
             began = time.perf_counter()

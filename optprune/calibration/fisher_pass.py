@@ -86,7 +86,7 @@ def collect_metrics(
     *,
     full: Collection[str] = (),
     widest: float = math.inf,
-    clip: float = math.inf,
+    clip: float | None = None,
     on_pass: Callable[[int, int], None] = lambda done, total: None,
     partial_sums: PartialSums | None = None,
 ) -> Metrics:
@@ -134,7 +134,9 @@ def collect_metrics(
 class _LayerSums:
     """The partial sums of all layers."""
 
-    def __init__(self, decoder: Decoder, full: Collection[str], widest: float, clip: float, share: Share) -> None:
+    def __init__(
+        self, decoder: Decoder, full: Collection[str], widest: float, clip: float | None, share: Share
+    ) -> None:
         self._decoder, self._clip, self._share, self._names = decoder, clip, share, list[str]()
         self._sums: dict[str, OrderedSum[MetricSums]] = {}
         self._done: dict[str, MetricSums] = {}
@@ -150,9 +152,8 @@ class _LayerSums:
 
     def add(self, first: int, index: int, path: str, group: int, gradients: Tensor) -> None:
         """Add the gradients of the `group`-th group after the `first` of its sweep."""
-        self._sums[self._decoder.name(index, path)].at(self._share.part(first + group)).add(
-            clipped(gradients, self._clip)
-        )
+        sums = self._sums[self._decoder.name(index, path)].at(self._share.part(first + group))
+        sums.add(clipped(gradients, self._clip))
 
     def finish(self, index: int) -> None:
         """Add up the partial sums of a block, which is complete."""

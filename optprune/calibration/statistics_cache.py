@@ -25,7 +25,7 @@ from optprune.system.files import read_json, write_whole
 from optprune.system.wording import shown
 
 Value = TypeVar("Value")
-Key = tuple[str | int | float, ...]
+Key = tuple[str | int | float | None, ...]
 """the key of a statistic: plain data, the same in every process"""
 FACTS_FILE = "statistics.json"
 FORMAT = 2

@@ -257,14 +257,14 @@ class BlockProbe:
         setting = self.program.metric
         if setting is None:
             return Metrics({}), 0.0, 0.0
-        one, widest, clip = self.alone(), setting.width or math.inf, setting.clip or math.inf
+        one, widest = self.alone(), setting.width or math.inf
         full = self.program.whole_metric
         used = first_tokens(self.batches, 4 * TOKENS_AT_ONCE)
         small = [used[0][:1]]
 
         def measured(ids: list[Tensor]) -> tuple[Metrics, float]:
             began = clock(self.device)
-            found = collect_metrics(one, ids, sampled(0), full=full, widest=widest, clip=clip)
+            found = collect_metrics(one, ids, sampled(0), full=full, widest=widest, clip=setting.clip)
             return found, clock(self.device) - began
 
         measured(small)

@@ -335,13 +335,15 @@ def undamped_metrics(
 ) -> Metrics:
     """Return the output metrics of a program that uses them, without damping."""
     assert program.metric is not None
-    widest, clip = program.metric.width or math.inf, program.metric.clip or math.inf
-    used = first_tokens(batches, program.metric.tokens)
+    setting, used = program.metric, first_tokens(batches, program.metric.tokens)
+    widest = setting.width or math.inf
 
     def on_pass(done: int, total: int) -> None:
         on_event(PhaseAdvanced(METRIC, "measuring the output metric", "pass", done, total))
 
-    return statistics.metrics(decoder, used, program.seed, program.whole_metric, widest, clip, on_pass, partial_sums)
+    return statistics.metrics(
+        decoder, used, program.seed, program.whole_metric, widest, setting.clip, on_pass, partial_sums
+    )
 
 
 def measured_metrics(

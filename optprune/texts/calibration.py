@@ -279,7 +279,7 @@ def _too_few(what: str, lengths: list[int], fitting: int, count: int, seq_length
 
 
 def begin_in_words(tokenizer: "Tokenizer", begin: Sequence[int]) -> str:
-    """Return the texts of token ids that windows begin with, separated by spaces, for a report."""
+    """Return the tokens with the ids `begin`, joined by spaces, for a report."""
     return " ".join(tokenizer.convert_ids_to_tokens(list(begin)))
 
 

@@ -1,6 +1,5 @@
 """Partial sums: added in order by any number of processes, and equal to one pass over all batches."""
 
-import math
 from collections.abc import Sequence
 
 import pytest
@@ -156,7 +155,7 @@ def test_each_process_draws_the_labels_of_its_own_positions() -> None:
     def measure(peers: ThreadPeers):
         own = Decoder(tiny_llama().double())
         return DenseStatistics().metrics(
-            own, tokens, 7, full, 1e9, math.inf, lambda done, total: None, PartialSums(3, peers)
+            own, tokens, 7, full, 1e9, None, lambda done, total: None, PartialSums(3, peers)
         )
 
     for metrics in together(3, measure):

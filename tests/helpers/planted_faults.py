@@ -728,8 +728,8 @@ FAULTS = [
     Fault(
         "metric: a recipe's clip is not used",
         "pruning/run.py",
-        "program.metric.clip or math.inf",
-        "math.inf",
+        "widest, setting.clip, on_pass",
+        "widest, None, on_pass",
         "pruning/test_metric_pipeline.py",
     ),
     Fault(
