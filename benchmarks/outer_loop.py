@@ -1,10 +1,11 @@
-"""Second-order steps on the divergence of the whole model, and masks that move, beside plain training of its weights.
+"""Steps of other kinds on the divergence of the whole model, and masks that move, beside plain training of its weights.
 
     .venv/bin/python -m benchmarks.train_small qwen2 small-qwen2
     .venv/bin/python -m benchmarks.outer_loop small-qwen2                    # about half an hour on one core
     .venv/bin/python -m benchmarks.outer_loop small-qwen2 --only adam
+    .venv/bin/python -m benchmarks.outer_loop small-qwen2 --only adam factored --generated 192
 
-A model is pruned on 16 windows of news, and all three train it on these and on windows that the dense model writes.
+A model is pruned on 16 windows of news, and all methods train it on these and on windows that the dense model writes.
 
 - `adam` is healing: AdamW with fixed zeros (`optprune.heal`).
 - `second-order` takes the gradient G of KL(dense || pruned) for every layer, the Gram matrix A of its inputs and the
@@ -14,6 +15,10 @@ A model is pruned on 16 windows of news, and all three train it on these and on 
 - `moving masks` is healing whose mask is chosen anew every ten steps, until three quarters of them are done: in each
   group of four the kept weight whose removal costs least, A_jj S_ii w^2, gives way to the pruned one that gains most,
   g^2 / (A_jj S_ii), in the share of the groups that gain most by it, which falls to zero.
+- `factored` is healing for one pass whose steps of matrices take account of both sides of a matrix: `eigenbasis` is
+  Adam in the eigenbases of A and S (as SOAP, Vyas et al., 2024, with the bases of the pruned model), `orthogonal` makes
+  all singular values of the mean gradient equal (Muon, Jordan et al., 2024), and `natural` multiplies it by the
+  inverses of the damped A and S (K-FAC).
 
 A window costs 1 for a forward pass: `adam` 4 with the dense model's, a second-order step 6, its trials not counted.
 """
@@ -47,6 +52,12 @@ ITERATIONS = 60
 """the most iterations of conjugate gradients"""
 SHARE, EVERY, DECAY = 0.01, 10, 0.95
 """the share of groups that change at first, the steps between changes, and the decay rate of the mean gradient"""
+RATES = (5e-4, 1e-3, 2e-3)
+FACTORED = {"eigenbasis": RATES, "orthogonal": RATES, "natural": (1e-3, 3e-3, 1e-2)}
+"""the learning rates of each kind of steps for matrices"""
+BETAS = (0.9, 0.95)
+FACTOR_DAMPING = 0.1
+"""of A and S in natural steps, as a share of the mean diagonal"""
 
 
 @dataclass(frozen=True)
@@ -72,7 +83,7 @@ def main() -> None:
     parser.add_argument("--generated", type=int, default=64, help="windows that the dense model writes")
     parser.add_argument("--steps", type=int, default=6, help="second-order steps")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", nargs="+", choices=("adam", "second-order", "moving masks"))
+    parser.add_argument("--only", nargs="+", choices=("adam", "second-order", "moving masks", "factored"))
     options = parser.parse_args()
     torch.set_num_threads(1)
     task = made(options.model, options.generated, options.seed)
@@ -81,6 +92,7 @@ def main() -> None:
         "adam": lambda: trained(task),
         "second-order": lambda: second_order(task, options.steps),
         "moving masks": lambda: [moved(task)],
+        "factored": lambda: factored(task),
     }
     for kind, run in kinds.items():
         if options.only and kind not in options.only:
@@ -91,7 +103,7 @@ def main() -> None:
             rows.append(of | found | {"machine": machine()})
             print(rows[-1], flush=True)
             every = with_earlier("outer_loop", rows, ("method", "rate", "passes", "generated", "seed"))
-            write_table("outer_loop", "The whole model at once: second-order steps and moving masks", every)
+            write_table("outer_loop", "The whole model at once: steps of other kinds, and moving masks", every)
 
 
 def made(source: str, generated: int, seed: int) -> Task:
@@ -249,6 +261,85 @@ def calls_of(own: dict[str, nn.Linear]) -> Iterator[tuple[dict[str, Tensor], dic
     finally:
         for handle in handles:
             handle.remove()
+
+
+# -- healing with other steps
+
+
+class Direction:
+    """The steps of one matrix, from its gradients one after another."""
+
+    def __init__(self, kind: str, quadratic: Quadratic) -> None:
+        self.kind, self.count = kind, 0
+        self.mean, self.square = torch.zeros_like(quadratic.gradient), torch.zeros_like(quadratic.gradient)
+        self.left, self.right = (self._factor(matrix) for matrix in (quadratic.metric, quadratic.gram))
+
+    def _factor(self, matrix: Tensor) -> Tensor:
+        """The eigenvectors of a matrix, or the inverse of the damped one."""
+        if self.kind == "eigenbasis":
+            return torch.linalg.eigh(matrix).eigenvectors
+        return torch.linalg.inv(matrix + FACTOR_DAMPING * matrix.diagonal().mean() * torch.eye(len(matrix)))
+
+    def of(self, gradient: Tensor) -> Tensor:
+        """The step against a gradient, before the learning rate."""
+        self.count += 1
+        self.mean = BETAS[0] * self.mean + (1 - BETAS[0]) * gradient
+        mean = self.mean / (1 - BETAS[0] ** self.count)
+        if self.kind == "natural":
+            return self.left @ mean @ self.right
+        if self.kind == "orthogonal":
+            return 0.2 * math.sqrt(max(mean.shape)) * orthogonal(mean)  # of about the size of a step of Adam
+        turned = self.left.mT @ gradient @ self.right
+        self.square = BETAS[1] * self.square + (1 - BETAS[1]) * turned * turned
+        size = (self.square / (1 - BETAS[1] ** self.count)).sqrt() + 1e-10
+        return self.left @ (self.left.mT @ mean @ self.right / size) @ self.right.mT
+
+
+def orthogonal(matrix: Tensor) -> Tensor:
+    """A matrix with the singular vectors of another and singular values of about 1, by Muon's five iterations."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.mT
+    found = wide / (wide.norm() + 1e-12)
+    for _ in range(5):
+        square = found @ found.mT
+        found = a * found + (b * square + c * square @ square) @ found
+    return found if wide is matrix else found.mT
+
+
+def factored(task: Task) -> Iterator[dict[str, Any]]:
+    """Healing for one pass with each kind of steps for matrices, and AdamW for all other parameters."""
+    found, steps = quadratics(task, task.pruned), len(batches_of(task))
+    for kind, rate in ((kind, rate) for kind, rates in FACTORED.items() for rate in rates):
+        model, began = copy.deepcopy(task.pruned), time.perf_counter()
+        own = layers(model)
+        kept = {name: layer.weight != 0 for name, layer in own.items()}
+        directions = {name: Direction(kind, quadratic) for name, quadratic in found.items()}
+        matrices = {id(layer.weight) for layer in own.values()}
+        others = [each for each in model.parameters() if id(each) not in matrices]
+        optimizer = torch.optim.AdamW(others, betas=BETAS, weight_decay=0.0)
+        settings = HealingSettings(learning_rate=1.0)
+        for number, ids in enumerate(batches_of(task)):
+            share = settings.rate(number, steps)
+            for group in optimizer.param_groups:
+                group["lr"] = 5e-4 * share
+            model.zero_grad()
+            (divergence(task.dense, model, ids)[0] / (len(ids) * (LENGTH - 1))).backward()
+            for name, layer in own.items():
+                assert layer.weight.grad is not None
+                layer.weight.grad *= kept[name]
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            for name, layer in own.items():
+                assert layer.weight.grad is not None
+                layer.weight.data -= rate * share * directions[name].of(layer.weight.grad) * kept[name]
+        yield {
+            "method": kind,
+            "rate": rate,
+            "passes": 4 * len(task.windows),
+            "held out": task.divergence(model, task.held_out),
+            "tested": task.divergence(model, task.tested),
+            "seconds": time.perf_counter() - began,
+        }
 
 
 # -- masks that move
