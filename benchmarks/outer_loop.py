@@ -40,6 +40,7 @@ from transformers import PreTrainedModel
 from benchmarks.common import machine, with_earlier, write_table
 from optprune import HealingSettings, heal, load_model, load_recipe, prune
 from optprune.calibration.generated import generated_windows
+from optprune.healing.training import BETAS
 from optprune.models import Decoder
 from optprune.texts import calibration_batches, evaluation_windows, read_documents, tokenise
 
@@ -55,7 +56,6 @@ SHARE, EVERY, DECAY = 0.01, 10, 0.95
 RATES = (5e-4, 1e-3, 2e-3)
 FACTORED = {"eigenbasis": RATES, "orthogonal": RATES, "natural": (1e-3, 3e-3, 1e-2)}
 """the learning rates of each kind of steps for matrices"""
-BETAS = (0.9, 0.95)
 FACTOR_DAMPING = 0.1
 """of A and S in natural steps, as a share of the mean diagonal"""
 
@@ -128,6 +128,12 @@ def divergence(dense: PreTrainedModel, model: PreTrainedModel, ids: Tensor) -> t
     return (target.exp() * (target - own)).sum(), own
 
 
+def set_gradients(task: Task, model: PreTrainedModel, ids: Tensor) -> None:
+    """Set the gradients of a model to those of its mean divergence on some windows."""
+    model.zero_grad()
+    (divergence(task.dense, model, ids)[0] / (len(ids) * (LENGTH - 1))).backward()
+
+
 def layers(model: PreTrainedModel) -> dict[str, nn.Linear]:
     """The linear layers of all blocks, by their names."""
     decoder = Decoder(model)
@@ -176,10 +182,7 @@ class Quadratic:
 
     def step(self, support: Tensor, damping: float) -> Tensor:
         """The D on the support that minimises <G, D> + 1/2 tr(S D A D^T), with both factors damped."""
-        gram, metric = (
-            matrix + math.sqrt(damping) * matrix.diagonal().mean() * torch.eye(len(matrix))
-            for matrix in (self.gram, self.metric)
-        )
+        gram, metric = (damped(matrix, math.sqrt(damping)) for matrix in (self.gram, self.metric))
         scale = torch.outer(metric.diagonal(), gram.diagonal())
         found, residual = torch.zeros_like(self.gradient), -self.gradient * support
         along = residual / scale
@@ -193,6 +196,11 @@ class Quadratic:
                 break
             along = residual / scale + size / before * along
         return found
+
+
+def damped(matrix: Tensor, share: float) -> Tensor:
+    """A matrix with this share of its mean diagonal added to the diagonal."""
+    return matrix + share * matrix.diagonal().mean() * torch.eye(len(matrix))
 
 
 def second_order(task: Task, steps: int) -> Iterator[dict[str, Any]]:
@@ -269,16 +277,10 @@ def calls_of(own: dict[str, nn.Linear]) -> Iterator[tuple[dict[str, Tensor], dic
 class Direction:
     """The steps of one matrix, from its gradients one after another."""
 
-    def __init__(self, kind: str, quadratic: Quadratic) -> None:
-        self.kind, self.count = kind, 0
-        self.mean, self.square = torch.zeros_like(quadratic.gradient), torch.zeros_like(quadratic.gradient)
-        self.left, self.right = (self._factor(matrix) for matrix in (quadratic.metric, quadratic.gram))
-
-    def _factor(self, matrix: Tensor) -> Tensor:
-        """The eigenvectors of a matrix, or the inverse of the damped one."""
-        if self.kind == "eigenbasis":
-            return torch.linalg.eigh(matrix).eigenvectors
-        return torch.linalg.inv(matrix + FACTOR_DAMPING * matrix.diagonal().mean() * torch.eye(len(matrix)))
+    def __init__(self, kind: str, factors: tuple[Tensor, Tensor]) -> None:
+        self.kind, (self.left, self.right) = kind, factors
+        self.mean = self.square = torch.zeros(())
+        self.count = 0
 
     def of(self, gradient: Tensor) -> Tensor:
         """The step against a gradient, before the learning rate."""
@@ -295,6 +297,13 @@ class Direction:
         return self.left @ (self.left.mT @ mean @ self.right / size) @ self.right.mT
 
 
+def factor(kind: str, matrix: Tensor) -> Tensor:
+    """What a kind of steps needs of A or S: its eigenvectors, its damped inverse, or, as it is, nothing."""
+    if kind == "eigenbasis":
+        return torch.linalg.eigh(matrix).eigenvectors
+    return torch.linalg.inv(damped(matrix, FACTOR_DAMPING)) if kind == "natural" else matrix
+
+
 def orthogonal(matrix: Tensor) -> Tensor:
     """A matrix with the singular vectors of another and singular values of about 1, by Muon's five iterations."""
     a, b, c = 3.4445, -4.7750, 2.0315
@@ -308,38 +317,45 @@ def orthogonal(matrix: Tensor) -> Tensor:
 
 def factored(task: Task) -> Iterator[dict[str, Any]]:
     """Healing for one pass with each kind of steps for matrices, and AdamW for all other parameters."""
-    found, steps = quadratics(task, task.pruned), len(batches_of(task))
-    for kind, rate in ((kind, rate) for kind, rates in FACTORED.items() for rate in rates):
-        model, began = copy.deepcopy(task.pruned), time.perf_counter()
-        own = layers(model)
-        kept = {name: layer.weight != 0 for name, layer in own.items()}
-        directions = {name: Direction(kind, quadratic) for name, quadratic in found.items()}
-        matrices = {id(layer.weight) for layer in own.values()}
-        others = [each for each in model.parameters() if id(each) not in matrices]
-        optimizer = torch.optim.AdamW(others, betas=BETAS, weight_decay=0.0)
-        settings = HealingSettings(learning_rate=1.0)
-        for number, ids in enumerate(batches_of(task)):
-            share = settings.rate(number, steps)
-            for group in optimizer.param_groups:
-                group["lr"] = 5e-4 * share
-            model.zero_grad()
-            (divergence(task.dense, model, ids)[0] / (len(ids) * (LENGTH - 1))).backward()
-            for name, layer in own.items():
-                assert layer.weight.grad is not None
-                layer.weight.grad *= kept[name]
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            for name, layer in own.items():
-                assert layer.weight.grad is not None
-                layer.weight.data -= rate * share * directions[name].of(layer.weight.grad) * kept[name]
-        yield {
-            "method": kind,
-            "rate": rate,
-            "passes": 4 * len(task.windows),
-            "held out": task.divergence(model, task.held_out),
-            "tested": task.divergence(model, task.tested),
-            "seconds": time.perf_counter() - began,
-        }
+    found = quadratics(task, task.pruned)
+    for kind, rates in FACTORED.items():
+        factors = {name: (factor(kind, each.metric), factor(kind, each.gram)) for name, each in found.items()}
+        for rate in rates:
+            began = time.perf_counter()
+            model = stepped(task, {name: Direction(kind, own) for name, own in factors.items()}, rate)
+            yield {
+                "method": kind,
+                "rate": rate,
+                "passes": 4 * len(task.windows),
+                "held out": task.divergence(model, task.held_out),
+                "tested": task.divergence(model, task.tested),
+                "seconds": time.perf_counter() - began,
+            }
+
+
+def stepped(task: Task, directions: dict[str, Direction], rate: float) -> PreTrainedModel:
+    """The pruned model after one pass with these steps of its matrices, its zeros as they were."""
+    model = copy.deepcopy(task.pruned)
+    own = layers(model)
+    kept = {name: layer.weight != 0 for name, layer in own.items()}
+    matrices = {id(layer.weight) for layer in own.values()}
+    others = [each for each in model.parameters() if id(each) not in matrices]
+    optimizer = torch.optim.AdamW(others, betas=BETAS, weight_decay=0.0)
+    settings, batches = HealingSettings(learning_rate=1.0), batches_of(task)
+    for number, ids in enumerate(batches):
+        share = settings.rate(number, len(batches))
+        for group in optimizer.param_groups:
+            group["lr"] = 5e-4 * share
+        set_gradients(task, model, ids)
+        for name, layer in own.items():
+            assert layer.weight.grad is not None
+            layer.weight.grad *= kept[name]
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        for name, layer in own.items():
+            assert layer.weight.grad is not None
+            layer.weight.data -= rate * share * directions[name].of(layer.weight.grad) * kept[name]
+    return model
 
 
 # -- masks that move
@@ -355,13 +371,12 @@ def moved(task: Task, rate: float = 5e-4, epochs: int = 3) -> dict[str, Any]:
     mean = {name: torch.zeros_like(layer.weight) for name, layer in own.items()}
     matrices, others = ([each for each in model.parameters() if (each.ndim > 1) == wanted] for wanted in (True, False))
     groups = [{"params": matrices, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
+    optimizer = torch.optim.AdamW(groups, betas=BETAS)
     settings, steps, changed = HealingSettings(learning_rate=rate), epochs * len(batches_of(task)), 0
     for number, ids in enumerate(batches_of(task) * epochs):
         for group in optimizer.param_groups:
             group["lr"] = settings.rate(number, steps)
-        optimizer.zero_grad()
-        (divergence(task.dense, model, ids)[0] / (len(ids) * (LENGTH - 1))).backward()
+        set_gradients(task, model, ids)
         for name, layer in own.items():
             assert layer.weight.grad is not None
             mean[name] = DECAY * mean[name] + (1 - DECAY) * layer.weight.grad

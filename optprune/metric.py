@@ -168,7 +168,9 @@ class OutputMetric:
         return sums.metric()
 
 
-def clipped(gradients: Float[Tensor, "*sequences tokens out"], clip: float | None) -> Tensor:
+def clipped(
+    gradients: Float[Tensor, "*sequences tokens out"], clip: float | None
+) -> Float[Tensor, "*sequences tokens out"]:
     """Return the gradients with each token's norm limited to `clip` times the median norm of its sequence.
 
     Longer ones keep their direction. Tokens without a gradient do not count in the median. Without a clip all stay.
