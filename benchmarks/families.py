@@ -5,7 +5,7 @@ from typing import Any
 
 from benchmarks.common import markdown
 from benchmarks.models import read
-from benchmarks.studies import BEFORE, DENSE, STUDIES, Case, rows_of
+from benchmarks.studies import DENSE, STUDIES, Case, rows_of
 
 TOKENS = 8192
 """the calibration tokens"""
@@ -23,7 +23,8 @@ class Families:
         lines = [{"removed": "", "recipe": "the dense model"} | {MODELS[name]: f"{dense[name]:.1f}" for name in MODELS}]
         for recipe, settings in STUDIES["families"]:
             cells = {MODELS[name]: _cell(_news(name, (recipe, settings)), dense[name]) for name in MODELS}
-            label = f"`{recipe}`" + (", coordinates, gradients not clipped" if settings.keys() >= BEFORE.keys() else "")
+            older = {"rotated-all": ", rotary pairs stay", "all": ", coordinates, gradients not clipped"}
+            label = f"`{recipe}`" + older.get(settings.get("units", ""), "")
             lines.append({"removed": _removed(settings), "recipe": label} | cells)
         return markdown(lines).rstrip("\n")
 

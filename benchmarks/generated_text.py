@@ -30,6 +30,8 @@ from optprune.measure.evaluate import negative_log_likelihood, perplexity_from_n
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "50%": ("sparse_best", {"sparsity": 0.5}),
     "2:4": ("sparse_best", {"sparsity": 0.5, "units.weights": "2:4"}),
+    "50%, clipped gradients": ("sparse_best", {"sparsity": 0.5, "metric.clip": 2}),
+    "2:4, clipped gradients": ("sparse_best", {"sparsity": 0.5, "units.weights": "2:4", "metric.clip": 2}),
     "20% of units": ("structured_best", {"sparsity": 0.2}),
     "30% of units": ("structured_best", {"sparsity": 0.3}),
 }

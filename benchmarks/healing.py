@@ -28,7 +28,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from benchmarks.common import RESULTS, TEXTS, evaluation_texts, machine, markdown, tokenizer_of, with_written
-from benchmarks.studies import BEFORE, UNCLIPPED
+from benchmarks.studies import BEFORE, DIRECTIONS, UNCLIPPED
 from optprune import load_recipe, prune
 from optprune.calibration import hold_out
 from optprune.calibration.generated import PIECE, mixed
@@ -55,8 +55,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "sparse_best 50%": ("sparse_best", {"sparsity": 0.5}),
     "structured_best 20%": ("structured_best", {"sparsity": 0.2}),
     "structured_best 30%": ("structured_best", {"sparsity": 0.3}),
-    "structured_best 20%, unclipped": ("structured_best", {"sparsity": 0.2} | UNCLIPPED),
-    "structured_best 30%, unclipped": ("structured_best", {"sparsity": 0.3} | UNCLIPPED),
+    "structured_best 20%, pairs stay": ("structured_best", {"sparsity": 0.2} | DIRECTIONS),
+    "structured_best 30%, pairs stay": ("structured_best", {"sparsity": 0.3} | DIRECTIONS),
+    "structured_best 20%, unclipped": ("structured_best", {"sparsity": 0.2} | DIRECTIONS | UNCLIPPED),
+    "structured_best 30%, unclipped": ("structured_best", {"sparsity": 0.3} | DIRECTIONS | UNCLIPPED),
     "structured_best 20%, coordinates": ("structured_best", {"sparsity": 0.2} | BEFORE),
     "structured_best 30%, coordinates": ("structured_best", {"sparsity": 0.3} | BEFORE),
 }

@@ -25,6 +25,7 @@ from benchmarks.studies import (
     COORDINATES,
     DENSE,
     DIAGONAL,
+    DIRECTIONS,
     GIVEN_RIDGE,
     HALF,
     NOT_RESTORED,
@@ -176,7 +177,8 @@ SHORT = Table(
 )
 STRUCTURED_BEST = (
     _units("`structured_best`", "structured_best"),
-    _units("`structured_best`, gradients of tokens not clipped", "structured_best", UNCLIPPED),
+    _units("`structured_best`, rotary pairs stay", "structured_best", DIRECTIONS),
+    _units("`structured_best`, rotary pairs stay, not clipped", "structured_best", DIRECTIONS | UNCLIPPED),
     _units("`structured_best`, value dimensions as coordinates, not clipped", "structured_best", BEFORE),
     _units("`structured_best`, MLP units only, without probes, not clipped", "structured_best", ON_MLPS),
 )
@@ -238,10 +240,14 @@ TABLES = (
             ),
             (
                 "value dimensions as directions, without recovery",
-                (*_units("", "structured_best", UNCLIPPED)[1], None, None, None),
+                (*_units("", "structured_best", DIRECTIONS | UNCLIPPED)[1], None, None, None),
             ),
             (
-                "and gradients of tokens clipped (`structured_best`)",
+                "and gradients of tokens clipped",
+                (*_units("", "structured_best", DIRECTIONS)[1], None, None, None),
+            ),
+            (
+                "and rotary pairs (`structured_best`)",
                 (*_units("", "structured_best")[1], None, None, None),
             ),
         ),

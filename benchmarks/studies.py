@@ -21,8 +21,10 @@ MLP: Settings = {"units": "mlp"}
 COORDINATES: Settings = {"units": "all"}
 UNCLIPPED: Settings = {"metric.clip": None}
 """gradients of single tokens as they are"""
+DIRECTIONS: Settings = {"units": "rotated-all"}
+"""queries and keys as they are"""
 BEFORE: Settings = COORDINATES | UNCLIPPED
-"""`structured_best` as it was before directions and clipped gradients"""
+"""`structured_best` as it was before directions, clipped gradients and rotary pairs"""
 OF_FAMILIES = ("wanda", "sparsegpt", "alps", "sparse_best")
 OTHER_UNITS = ("random", "magnitude", "fasp")
 """recipes that prune something else by themselves"""
@@ -103,6 +105,9 @@ STUDIES: dict[str, list[tuple[str, Settings]]] = {
         for more in (NOT_RESTORED, CHOSEN_RIDGE)
     ]
     + [("spap_plus", {"sparsity": sparsity, **GIVEN_RIDGE}) for sparsity in (0.2, 0.1, 0.3)],
+    "qk": [
+        ("structured_best", {"sparsity": sparsity, **more}) for sparsity in (0.2, 0.1, 0.3) for more in ({}, DIRECTIONS)
+    ],
     "rotated": [
         ("structured_best", {"sparsity": sparsity, "units": units, **UNCLIPPED})
         for sparsity, pair in ((0.3, ALL), (0.2, ALL), (0.1, ALL), (0.03125, VALUES))
@@ -120,7 +125,7 @@ STUDIES: dict[str, list[tuple[str, Settings]]] = {
     ],
     "families": [
         *(structured(recipe, 0.2) for recipe in ("fasp", "spap")),
-        *(("structured_best", {"sparsity": 0.2, **more}) for more in ({}, BEFORE)),
+        *(("structured_best", {"sparsity": 0.2, **more}) for more in ({}, DIRECTIONS, BEFORE)),
         *(half(recipe) for recipe in OF_FAMILIES),
         *(under_intra((recipe, PAIRS)) for recipe in OF_FAMILIES),
     ],
@@ -135,7 +140,15 @@ STUDIES: dict[str, list[tuple[str, Settings]]] = {
             *(
                 ("structured_best", {"sparsity": sparsity, **more})
                 for more in (
-                    *({}, UNCLIPPED, BEFORE, MLP | UNCLIPPED, BEFORE | BELIEVED, BEFORE | {"refit.recovery": 1}),
+                    *(
+                        {},
+                        DIRECTIONS,
+                        DIRECTIONS | UNCLIPPED,
+                        BEFORE,
+                        MLP | UNCLIPPED,
+                        BEFORE | BELIEVED,
+                        BEFORE | {"refit.recovery": 1},
+                    ),
                     *(MLP | UNCLIPPED | PROBED, BEFORE | PROBED),
                 )
             ),
@@ -161,6 +174,7 @@ NAMES = {
     "policies-2:4": "2:4 under every propagation policy",
     "structured": "Whole units",
     "rotated": "Value dimensions that are removed as coordinates, and as directions",
+    "qk": "Rotary pairs of queries and keys in the budget of values and MLP units",
     "heads": "KV heads beside value dimensions in one budget, and sub-blocks that may go whole",
     "efforts": "Recipes with less and with more effort",
     "families": "Models of several families side by side",

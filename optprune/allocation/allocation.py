@@ -50,7 +50,8 @@ class Allocation:
         if attention and not any(block.shape.kv_heads for block in self.blocks):
             raise InputError("the allocation keeps no attention: keep at least one")
         for index, (block, shape) in enumerate(zip(self.blocks, shapes, strict=True)):
-            for name, kept in asdict(block.shape).items():
+            _check_pairs(index, block.shape, shape, decoder.heads.dim // 2)
+            for name, kept in asdict(replace(block.shape, pairs=0)).items():
                 there = asdict(shape)[name]
                 if not 0 <= kept <= there or (name == "value_dim" and block.shape.kv_heads and not kept):
                     raise InputError(f"the allocation keeps {name} {shown(kept)} in block {index}, which has {there}")
@@ -58,10 +59,13 @@ class Allocation:
                     request = f"the allocation keeps {name} {kept} in block {index}, which has {there}"
                     decoder.architecture.check_kept(name, kept, request)
             _check_handed_on(index, block.shape, shape, index in needed)
-            if 0 < block.shape.kv_heads < shape.kv_heads and block.shape.value_dim < shape.value_dim:
-                raise InputError(
-                    f"the allocation removes KV heads and value dimensions of block {index}: choose one of the two"
-                )
+            fewer = {
+                "value dimensions": block.shape.value_dim < shape.value_dim,
+                "pairs": block.shape.pairs != shape.pairs,
+            }
+            if 0 < block.shape.kv_heads < shape.kv_heads and any(fewer.values()):
+                other = next(name for name, less in fewer.items() if less)
+                raise InputError(f"the allocation removes KV heads and {other} of block {index}: choose one of the two")
             for path, share in block.shares.items():
                 if path not in decoder.paths(index):
                     raise InputError(
@@ -86,6 +90,9 @@ class Allocation:
         counts = [asdict(block.shape) for block in self.blocks]
         paths = dict.fromkeys(path for block in self.blocks for path in block.shares)
         numbers = {name: [str(count[name]) for count in counts] for name in counts[0]}
+        numbers["pairs"] = [str(count["pairs"] or "all") if count["kv_heads"] else "0" for count in counts]
+        if "all" not in numbers["pairs"] or set(numbers["pairs"]) == {"all", "0"}:
+            del numbers["pairs"]
         numbers |= {f"kept of {path}": [f"{block.share(path):.0%}" for block in self.blocks] for path in paths}
         return [f"{what} by block: {' '.join(each)}" for what, each in numbers.items() if len(set(each)) > 1]
 
@@ -123,6 +130,18 @@ class Allocation:
             return cls(tuple(blocks), float(data["sparsity"]), str(data.get("saves", "")))
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             raise InputError(f"{NO_ALLOCATION}: {one_line(error)}") from error
+
+
+def _check_pairs(index: int, kept: BlockShape, shape: BlockShape, every: int) -> None:
+    """Raise InputError where a block cannot keep so many rotary pairs, of which a head of the dense model has `every`.
+
+    Zero stands for all of them.
+    """
+    there, count = shape.pairs or every, kept.pairs or every
+    if not kept.pairs and (not kept.kv_heads or not shape.pairs):
+        return
+    if not 0 < count <= there or not kept.kv_heads:
+        raise InputError(f"the allocation keeps pairs {count} in block {index}, which has {there}")
 
 
 def _check_handed_on(index: int, kept: BlockShape, shape: BlockShape, needed: bool) -> None:

@@ -199,9 +199,8 @@ class ByCost(MeasuredBudget):
                 moments = dense_pass.visit(index).moments
                 for target in candidates[index]:
                     layer, name = decoder.layer(index, target.path), decoder.name(index, target.path)
-                    fit_bias = self.fit_bias and layer.bias is not None
-                    loss = LayerLoss.of(
-                        layer.weight, moments[target.tap], self.damping, fit_bias=fit_bias, metric=metrics.get(name)
+                    loss = target.loss(
+                        layer, moments[target.tap], self.damping, fit_bias=self.fit_bias, metric=metrics.get(name)
                     )
                     try:
                         costs.add(index, target, loss)

@@ -63,8 +63,12 @@ class WidthBudget(CostBudget):
             for kind in self.units.kinds:
                 there, multiple = kind.there(shape), kind.multiple(shape, self.multiple)
                 fewest = min(multiple * math.ceil(self.least * there / multiple), there)
+                if not fewest and kind.by_rows:
+                    if any(other.part == kind.part and other is not kind for other in self.units.kinds):
+                        continue  # the sub-block can go as a whole
+                    fewest = multiple
                 saved = prices.whole[index] - prices.narrowed(index, kind, fewest)
-                most[index, kind.part] = max(most.get((index, kind.part), 0.0), saved)
+                most[index, kind.rivals] = max(most.get((index, kind.rivals), 0.0), saved)
         self.check_most(sum(most.values()) / sum(prices.whole), prices.unit)
 
     def check_most(self, most: float, unit: str) -> None:
@@ -78,7 +82,7 @@ class WidthBudget(CostBudget):
     def changes(self, targets: Sequence[Target]) -> int:
         # The units of each kind, and each sub-block that may be removed whole.
         kinds = {target.kind for target in targets if target.kind is not None}
-        return len(kinds) + (0 if self.least else len({kind.part for kind in kinds}))
+        return len(kinds) + (0 if self.least else len({kind.part for kind in kinds if not kind.by_rows}))
 
     def costs(self, decoder: Decoder, statistics: DenseStatistics, probe: Probe | None, in_nats: bool) -> Costs:
         return WidthCosts(self, decoder, statistics, probe, in_nats)
@@ -86,7 +90,7 @@ class WidthBudget(CostBudget):
     def layer_work(self, shapes: Decoder, block: int, target: Target) -> Work:
         assert target.kind is not None
         multiple = target.kind.multiple(shapes.shape(block), self.multiple)
-        outputs, inputs = shapes.layer(block, target.path).weight.shape
+        outputs, inputs = target.sizes(shapes.layer(block, target.path))
         curve = removal_curve_work(outputs, inputs, multiple)
         return curve + best_basis_work(outputs, inputs) if target.kind.rotated else curve
 
@@ -106,8 +110,8 @@ class WidthCurve:
 
     @property
     def part(self) -> tuple[int, str]:
-        """The sub-block, which may have units of several kinds."""
-        return self.block, self.kind.part
+        """The block and the name of its rival kinds: a sub-block, which may have units of several, or "pairs"."""
+        return self.block, self.kind.rivals
 
     def rescaled(self, measured: Mapping[int, float]) -> "WidthCurve":
         """Return the curve rescaled to a probe's divergences at some numbers of units, interpolated between."""
@@ -130,7 +134,7 @@ class WidthCurve:
 
 @dataclass(frozen=True)
 class Kept:
-    """Choice of a sub-block: units of one kind that it keeps, with all of other kinds; with none it is removed."""
+    """Choice among rival kinds: units of one kind that stay, with all of the others; with none a sub-block goes."""
 
     kind: LinkedUnits
     count: int
@@ -243,7 +247,9 @@ class WidthCosts(Costs):
         )
         # Entry removed * slots - 1 is the loss after every slot has lost `removed` units.
         after = {there - removed: loss for removed, loss in enumerate(losses[slots - 1 :: slots].tolist(), start=1)}
-        found, tried = {count: loss for count, loss in after.items() if count % multiple == 0}, None
+        # Without pairs there would be no scores, so some stay.
+        found = {count: loss for count, loss in after.items() if count % multiple == 0 and (count or not kind.by_rows)}
+        tried = None
         between = [count for count in found if count]
         if self.probe is not None and between:
             count = min(between, key=lambda count: abs(count - (1 - self.budget.sparsity) * there))
@@ -252,7 +258,9 @@ class WidthCosts(Costs):
             restored = MaskedLeastSquares(stated.plain, link.column_mask(kept, loss.weight.shape[1]))
             value = answer(restored, Restore(), restored.start())
             value = value if rotation is None else rotation.back(value)
-            tried = count, Change.of(self.decoder.layer(block, target.path), value, loss)
+            own = self.decoder.layer(block, target.path)
+            weight, bias = target.read(value, loss, own)
+            tried = count, Change(own, weight.to(own.weight.dtype), bias)
         return _Layer(found, loss.moments.tokens, tried), notes
 
     def _curve(self, block: int, kind: LinkedUnits, layers: list[_Layer]) -> WidthCurve:
@@ -269,9 +277,10 @@ class WidthCosts(Costs):
         if tried:
             probe.try_out([change for _, change in tried])
             self.tried.append((width.part, width.kind, tried[0][0]))
-        if not self.budget.least and (width.part, None, 0) not in self.tried:
-            probe.try_without(width.block, width.kind.part)
-            self.tried.append((width.part, None, 0))
+        part = width.block, width.kind.part
+        if not self.budget.least and 0 in width.losses and (part, None, 0) not in self.tried:
+            probe.try_without(*part)
+            self.tried.append((part, None, 0))
 
     def _rescale(self, divergences: Sequence[float]) -> None:
         found = list(zip(self.tried, divergences, strict=True))
@@ -307,12 +316,13 @@ class WidthCosts(Costs):
     def _chosen(self, prices: Prices) -> dict[tuple[int, str], Kept]:
         """Return the choice of each sub-block.
 
-        Where unit kinds compete, the greedy division may lose more than one without one of them: the best is returned.
+        Where a sub-block has units of several kinds, the greedy division may lose more than one without one of them:
+        the best is returned.
         """
         kinds, total = list(dict.fromkeys(width.kind for width in self.widths)), sum(prices.whole)
         due = self.budget.sparsity * total
-        rivals = [kind for kind in kinds if any(kind != other and kind.part == other.part for other in kinds)]
-        fewer = [self._choices([other for other in kinds if other != kind], prices) for kind in rivals]
+        several = [kind for kind in kinds if any(kind != other and kind.part == other.part for other in kinds)]
+        fewer = [self._choices([other for other in kinds if other != kind], prices) for kind in several]
         ways = [self._choices(kinds, prices), *(choices for choices in fewer if most_saved(choices) >= due)]
         found = [self._divided(choices, due, total, prices.unit) for choices in ways]
         return min(found, key=lambda chosen: sum(kept.loss for kept in chosen.values()))
@@ -321,6 +331,12 @@ class WidthCosts(Costs):
         """Return the choice of each sub-block that saves `due` together; InputError where no choices save as much."""
         self.budget.check_most(most_saved(choices) / total, unit)
         chosen = least_lost(choices, due)
+        gone = {block for (block, part), kept in chosen.items() if part == "attention" and not kept.count}
+        pairs = [each for each in choices if each.part[1] == "pairs" and each.part[0] in gone and len(each.kept) > 1]
+        if pairs:
+            # What goes with the attention saves nothing more.
+            left = [replace(each, kept=each.kept[-1:]) if each in pairs else each for each in choices]
+            return self._divided(left, due, total, unit)
         attention = [each for each in choices if each.part[1] == "attention"]
         if attention and not any(chosen[each.part].count for each in attention):
             # At least one attention must stay, so the most costly one does.

@@ -88,6 +88,7 @@ class ModelCard:
         decoder = Decoder(self.model)
         weights = [sum(map(decoder.weights_of, shapes)) for shapes in (before, after)]
         further = FURTHER if any(shape.recurrent for shape in before) else {}
+        further |= PAIRS if any(shape.pairs for shape in after) else {}
         lines = [
             ("decoder blocks", *(str(sum(1 for shape in shapes if shape.parts)) for shapes in (before, after))),
             ("linear weights in them", *(f"{count:,}" for count in weights)),
@@ -159,11 +160,18 @@ class ModelCard:
 
 FIELDS = {"mlp_width": "MLP width", "kv_heads": "KV heads", "value_dim": "value dimensions of a head"}
 """names of the fields of a block's shape"""
+PAIRS = {"pairs": "rotary pairs of a head of queries and keys"}
+"""one more, of models in which a block lacks some"""
 
 
 def _range(shapes: list[BlockShape], field: str) -> str:
     """Return the minimum and the maximum of a field over all blocks that are not removed, as text."""
-    counts = sorted({getattr(shape, field) for shape in shapes if shape.parts})
+    counts = sorted(
+        {getattr(shape, field) for shape in shapes if shape.parts and (shape.kv_heads or field not in PAIRS)}
+    )
+    if field in PAIRS and counts:
+        every = [str(count) for count in counts if count] + (["all"] if 0 in counts else [])
+        return " to ".join(dict.fromkeys((every[0], every[-1])))
     return " to ".join(str(count) for count in dict.fromkeys((counts[0], counts[-1]))) if counts else "0"
 
 

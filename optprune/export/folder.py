@@ -355,7 +355,7 @@ def cast(model: PreTrainedModel, dtype: torch.dtype, store: BlockStore | None = 
 
 
 def _rounded(name: str, parameter: Tensor, dtype: torch.dtype) -> Tensor:
-    value = parameter.detach().to(dtype)
+    value = parameter.detach().to(dtype) if parameter.is_floating_point() else parameter.detach()
     if not value.is_meta and not bool(torch.isfinite(value).all()):
         raise InputError(f"{name} holds values beyond {dtype}: save in bfloat16 or float32")
     return value

@@ -247,6 +247,10 @@ class _Content:
         found = list(self.family.rounded(config))
         if any(shape.kv_heads and self.tensors.missing(shape) for shape in shapes):
             found.append("removed value dimensions are filled with zeros, so they do not make the file smaller")
+        if any(shape.pairs for shape in shapes):
+            found.append(
+                "removed pairs of queries and keys are filled with zeros, so they do not make the file smaller"
+            )
         file, width = self.tensors.file, self.tensors.width
         odd = sorted({shape.mlp_width for shape in shapes if width(shape.mlp_width) != shape.mlp_width})
         if odd:

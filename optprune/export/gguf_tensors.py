@@ -177,7 +177,7 @@ class Tensors:
         Raises InputError where a tensor is missing, or its shape differs from the config's.
         """
         known = dict(self.decoder.model.named_parameters())
-        named = with_model_names(self.decoder.model, self.checkpoint).tensors
+        named = self._named
         missing = sorted(known.keys() - named.keys())
         if missing:
             raise InputError(f"the weights of {self.checkpoint.source} lack {missing[0]}: fetch them again")
@@ -187,8 +187,17 @@ class Tensors:
                     f"{name} of {self.checkpoint.source} is {list(named[name].shape)} in the weights and "
                     f"{list(weight.shape)} by config.json: fetch the folder again"
                 )
-        # Older files hold masks as well.
-        return {name: stored for name, stored in named.items() if name in known}
+        # Older files hold masks as well. The kept pairs say where the rows of queries and keys go.
+        return {
+            name: named[name]
+            for name in named
+            if name in known and not name.endswith(f".{self.decoder.architecture.kept_pairs}")
+        }
+
+    @cached_property
+    def _named(self) -> Mapping[str, InFiles]:
+        """The stored tensors by their names in the model."""
+        return with_model_names(self.decoder.model, self.checkpoint).tensors
 
     def _embeddings(self, found: dict[str, InFiles]) -> tuple[str, InFiles] | None:
         """Return the embeddings, by name, where they are also the head and llama.cpp needs a separate head."""
@@ -271,6 +280,7 @@ class Tensors:
         path, block = self._path(name)
         target = Target(known_as, stored.shape, ((name, stored),))
         if block is not None:
+            target = self._of_pairs(path, block, target)
             target = self._of_mlp(path, self._of_heads(path, self.decoder.shape(block), target))
             target = self._of_states(name, self.decoder.shape(block), target)
         if len(target.shape) == 3:  # a convolution of each channel for itself
@@ -362,6 +372,22 @@ class Tensors:
             found.append(rows)
         return torch.cat(found)
 
+    def _of_pairs(self, path: str, block: int, target: Target) -> Target:
+        """Return a tensor with rows of zeros for the rotary pairs that the heads of queries and keys lack."""
+        architecture, heads, shape = self.decoder.architecture, self.decoder.heads, target.shape
+        if path not in (architecture.query, architecture.key) or not self.decoder.shape(block).pairs:
+            return target
+        pairs = self._named[self.decoder.name(block, architecture.kept_pairs)].read()
+        if path == architecture.query:
+            pairs = pairs.repeat_interleave(heads.group, dim=0)
+        first = heads.dim * torch.arange(len(pairs))[:, None] + pairs
+        places, count = torch.cat([first, first + heads.dim // 2], dim=1).flatten(), heads.dim * len(pairs)
+
+        def spread(tensor: Tensor) -> Tensor:
+            return tensor.new_zeros(count, *tensor.shape[1:]).index_copy(0, places, tensor)
+
+        return replace(target, shape=(count, *shape[1:]), rows=spread)
+
     def _of_heads(self, path: str, own: BlockShape, target: Target) -> Target:
         """Return a tensor with the rows or columns of heads in llama.cpp's layout."""
         architecture, heads, shape = self.decoder.architecture, self.decoder.heads, target.shape
@@ -385,7 +411,7 @@ class Tensors:
             value = torch.arange(shape[0]).view(own.kv_heads, own.value_dim)
         else:
             turned = self.family.neighbours and path in (architecture.query, architecture.key)
-            return replace(target, rows=_turned(shape[0] // heads.dim)) if turned else target
+            return replace(target, rows=_then(target.rows, _turned(shape[0] // heads.dim))) if turned else target
 
         def gathered(tensor: Tensor) -> Tensor:
             values = tensor[value]  # [kv_heads, value_dim, ...]

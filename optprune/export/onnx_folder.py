@@ -150,8 +150,10 @@ def program_of(model: PreTrainedModel, cache: bool) -> torch.onnx.ONNXProgram:
     if cache:
         dims = Decoder(model).heads.dim
         inputs["past"] = [
-            (torch.zeros(batch, shape.kv_heads, before, dims), torch.zeros(batch, shape.kv_heads, before, each))
-            for shape, each in ((shape, shape.value_dim) for shape in shapes)
+            tuple(
+                torch.zeros(batch, shape.kv_heads, before, each) for each in (2 * shape.pairs or dims, shape.value_dim)
+            )
+            for shape in shapes
         ]
         axes["attention_mask"] = {0: "batch", 1: "before_and_tokens"}
         axes["past"] = [({0: "batch", 2: "before"},) * 2 for _ in shapes]

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 
 from optprune.errors import InputError
 from optprune.models import Decoder
+from optprune.models.surgery import as_buffers
 from optprune.system.wording import counted
 
 
@@ -112,6 +113,7 @@ def masks(model: PreTrainedModel) -> Masks:
     for block in range(len(decoder.blocks)):
         for path in decoder.paths(block):
             weights[f"{decoder.name(block, path)}.weight"] = decoder.layer(block, path).weight
+        as_buffers(decoder.blocks[block], (decoder.architecture.kept_pairs,))  # which are not trained
     kept = {name: weight.detach() != 0 for name, weight in weights.items()}
     sparse = {name: mask for name, mask in kept.items() if not bool(mask.all())}
     return Masks({name: weights[name] for name in sparse}, sparse)

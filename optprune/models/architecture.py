@@ -18,6 +18,8 @@ PARTS = {"attention": "kv_heads", "recurrent": "recurrent", "mlp": "mlp_width"}
 """the sub-blocks of a block, which can be removed whole, each with the field of a shape that is zero without it"""
 GATED = ("gate_proj", "up_proj", "down_proj")
 """the layers of a gated MLP"""
+KEPT_PAIRS = "kept_pairs"
+"""the tensor of an attention module whose heads lack some rotary pairs: the pairs that each KV head keeps"""
 PART_FIELD = "optprune_part_of"
 """the config field, in memory only, that names the vision-language model that a text model is the language part of"""
 DENSE, SPARSE = "dense", "sparse"
@@ -43,7 +45,9 @@ class Heads:
 
     def of(self, shape: "BlockShape") -> "Heads":
         """Return the head layout of a block of a shape."""
-        return replace(self, kv=shape.kv_heads or self.kv, dim=shape.value_dim) if self.by_block else self
+        if self.by_block:
+            return replace(self, kv=shape.kv_heads or self.kv, dim=shape.value_dim)
+        return replace(self, dim=2 * shape.pairs, values=self.value_dim) if shape.pairs else self
 
     def query_rows(self, value_dim: int) -> int:
         """Return the rows of the query layer for a KV head with so many value dimensions."""
@@ -81,6 +85,8 @@ class BlockShape:
     attention or beside it; zero where the block has none"""
     lacking: int = 0
     """the layers that its attention lacks: 1 where keys are values too, 2 where it reads those of an earlier block"""
+    pairs: int = 0
+    """the rotary pairs that a head of queries and keys keeps, two dimensions each; zero for all of them"""
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -89,7 +95,7 @@ class BlockShape:
 
     def without(self, part: str) -> "BlockShape":
         """Return the shape without a sub-block, "attention", "recurrent" or "mlp"."""
-        further = {"attention": {"value_dim": 0, "lacking": 0}, "mlp": {"experts": 0}}.get(part, {})
+        further = {"attention": {"value_dim": 0, "lacking": 0, "pairs": 0}, "mlp": {"experts": 0}}.get(part, {})
         return replace(self, **{PARTS[part]: 0}, **further)
 
     def counts(self, always: Collection[str] = ()) -> dict[str, int]:
@@ -584,6 +590,16 @@ class Architecture:
         return name
 
     @property
+    def kept_pairs(self) -> str:
+        """The name in a block of the tensor that lists the rotary pairs of heads that lack some."""
+        return f"{self.attention}.{KEPT_PAIRS}"
+
+    @property
+    def pairs_kept_by_head(self) -> bool:
+        """Whether the heads of queries and keys may keep some rotary pairs, each KV head its own."""
+        return self.pruned is not None and getattr(self.pruned.attention, "by_pairs", False) and not self.alike
+
+    @property
     def model_types(self) -> tuple[str, ...]:
         """The model_type that config.json has, of models as they are and of pruned ones."""
         return (self.model_type,) if self.pruned is None else (self.model_type, self.pruned.config.model_type)
@@ -732,6 +748,7 @@ def rows_of_heads(joined: str, heads: Heads, shape: BlockShape, device: torch.de
     for one layer with one KV head after the other, and "kv" for a layer of queries and one with the keys and the values
     of one head after the other. The factors of a gated head are among the rows of its queries.
     """
+    heads = heads.of(shape)
     widths = (heads.query_rows(shape.value_dim), heads.key_rows, shape.value_dim)
     head = torch.arange(shape.kv_heads, device=device)[:, None]
     before = [0, *accumulate(widths)]

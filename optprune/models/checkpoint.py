@@ -15,6 +15,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file
 
 from optprune.errors import InputError
+from optprune.models.architecture import KEPT_PAIRS
 from optprune.numerics.tensors import NAMES
 from optprune.system.files import read_json
 from optprune.system.wording import shown
@@ -32,8 +33,8 @@ BESIDE = "hf_quant_config.json"
 
 
 def is_plain(name: str, dtype: torch.dtype) -> bool:
-    """Return whether a tensor with a name in the files is of a dtype of plain weights."""
-    return dtype in PLAIN
+    """Return whether a tensor with a name in the files is of a dtype of plain weights, or lists rotary pairs."""
+    return dtype in PLAIN or (dtype == torch.int64 and name.endswith(f".{KEPT_PAIRS}"))
 
 
 class InFiles(Protocol):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from optprune.errors import InputError
-from optprune.models.architecture import GATED, BlockShape, Classes, counts_of_heads
+from optprune.models.architecture import GATED, KEPT_PAIRS, BlockShape, Classes, counts_of_heads
 from optprune.models.images import ImageFeatures
 from optprune.models.mixture import SeparateExperts, experts_in, join, keep_experts, only_experts, separate
 from optprune.models.places import InFile, OnDevice, Place
@@ -25,6 +25,7 @@ from optprune.models.surgery import (
     keep_entries,
     keep_inputs,
     keep_outputs,
+    keep_pairs,
     numbers_of,
     parameters_in,
     put_parameters,
@@ -36,13 +37,17 @@ from optprune.problems import Link
 
 @dataclass(frozen=True, eq=False)
 class LinkedLayers:
-    """Layers of one block that share a choice of units, with the `Link` between their columns and rows."""
+    """Layers of one block that share a choice of units, with the `Link` between their columns and rows.
+
+    Where units are rows of all layers (`by_rows`), the link's columns are the rows of the first one, the consumer.
+    """
 
     consumer: str
     producers: tuple[str, ...]
     link: Link
     vectors: Mapping[str, Tensor] = field(default_factory=dict)
     """the entries [units, n] of vectors that go with the units, by the names of these parameters in the block"""
+    by_rows: bool = False
 
 
 class Decoder:
@@ -191,7 +196,7 @@ class Decoder:
 
     def rounded(self, weight: Tensor) -> Tensor:
         """Return a weight in the dtype that it is stored in."""
-        return weight if self.computes_in is None else weight.to(self.model.dtype)
+        return weight if self.computes_in is None or not weight.is_floating_point() else weight.to(self.model.dtype)
 
     def paths(self, block: int) -> tuple[str, ...]:
         """Return the linear layers that a block has, in the order of the forward pass."""
@@ -220,7 +225,13 @@ class Decoder:
             recurrent = mixer.heads_of(self.model.config, self.layer(block, mixer.output).in_features)
         made = {self.architecture.key, self.architecture.value}
         lacking = sum(not self._has(block, path) for path in made) if attention else 0
-        return BlockShape(width, *heads, experts, recurrent, lacking)
+        pairs = self.kept_pairs(block)
+        return BlockShape(width, *heads, experts, recurrent, lacking, 0 if pairs is None else pairs.shape[1])
+
+    def kept_pairs(self, block: int) -> Tensor | None:
+        """Return the rotary pairs [kv_heads, pairs] that the heads of a block keep; None where they keep all."""
+        place = self.architecture.attention
+        return self.blocks[block].get_submodule(place)._parameters.get(KEPT_PAIRS) if self._has(block, place) else None
 
     def _mlp_counts(self, block: int) -> tuple[int, int]:
         """Return the units of a block's MLP, or of each expert, and the number of experts (zero for one MLP)."""
@@ -240,7 +251,9 @@ class Decoder:
             attention: Any = self.blocks[block].get_submodule(names.attention)
             dim = self.layer(block, names.output).in_features // self.heads.query
             return self.heads.query // attention.num_key_value_groups, dim
-        keys, output = self.layer(block, names.key), self.layer(block, names.output)
+        keys, output, pairs = self.layer(block, names.key), self.layer(block, names.output), self.kept_pairs(block)
+        if pairs is not None:
+            return len(pairs), output.in_features // (len(pairs) * self.heads.group)
         return counts_of_heads(names.joined, self.heads, keys.out_features, output.in_features)
 
     def handed_on(self) -> frozenset[int]:
@@ -286,18 +299,30 @@ class Decoder:
         """Delete the columns and rows of all other units; `choice` is a bool mask over the link's units."""
         link = layers.link
         consumer = self.layer(block, layers.consumer)
-        keep_inputs(consumer, link.column_mask(choice, consumer.in_features)[0])
+        if layers.by_rows:
+            self._list_pairs(block)
+            keep_outputs(consumer, link.column_mask(choice, consumer.out_features)[0])
+        else:
+            keep_inputs(consumer, link.column_mask(choice, consumer.in_features)[0])
         for path, rows in zip(layers.producers, link.rows, strict=True):
             producer = self.layer(block, path)
             mask = torch.ones(producer.out_features, dtype=torch.bool, device=rows.device)
             mask[rows[~choice].reshape(-1)] = False
             keep_outputs(producer, mask)
         for name, entries in layers.vectors.items():
-            keep_entries(self.blocks[block], name, entries[choice].reshape(-1).sort().values)
+            keep = keep_pairs if name == self.architecture.kept_pairs else keep_entries
+            keep(self.blocks[block], name, entries[choice].reshape(-1).sort().values)
         mixer = self.architecture.recurrent
         if mixer is not None and layers.consumer == mixer.output:
             self._fit_mixer(block)
         self.take_classes(self.architecture.pruned, block)
+
+    def _list_pairs(self, block: int) -> None:
+        """Give the attention of a block the list of its rotary pairs, if it has none: all of every KV head."""
+        if self.kept_pairs(block) is None:
+            every = torch.arange(self.heads.dim // 2, device=self.layer(block, self.architecture.key).weight.device)
+            pairs = every.repeat(self.shape(block).kv_heads, 1)
+            put_parameters(self.blocks[block], {self.architecture.kept_pairs: pairs})
 
     def _fit_mixer(self, block: int) -> None:
         """Give the recurrent mixer of a block, if it has one, the sizes that its class holds beside the weights."""
@@ -347,7 +372,11 @@ class Decoder:
                 self.remove(block, part)
         if shape.experts < self.shape(block).experts:
             self.keep_experts(block, torch.arange(before.experts) < shape.experts)
-        wide = {name: weight.to(self.computes_in or weight.dtype) for name, weight in weights.items()}
+        computed = self.computes_in
+        wide = {
+            name: weight.to(computed) if computed and weight.is_floating_point() else weight
+            for name, weight in weights.items()
+        }
         put_parameters(self.blocks[block], wide)
         self._fit_mixer(block)
         if shape != before:
@@ -381,6 +410,7 @@ class Decoder:
             yield
         finally:
             for place, parameters, numbers in before:
+                place._parameters.clear()
                 place._parameters.update(parameters)
                 vars(place).update(numbers)
             set_classes(classes)
@@ -459,13 +489,13 @@ class Decoder:
             own = [shape for shape in shapes if kind.describes(shape)]
             if not all(kind.stock_holds(self.model.config, shape) for shape in own):
                 return False
-        attention = {(shape.kv_heads, shape.value_dim) for shape in shapes if shape.kv_heads}
+        attention = {(shape.kv_heads, shape.value_dim, shape.pairs) for shape in shapes if shape.kv_heads}
         alike = self.architecture.alike_beside_attention(self.model.config, shapes)
         whole = all(shape.parts in self.architecture.whole for shape in shapes)
         if heads.by_block:
             return alike and whole
         alike = len(attention) == 1 and alike
-        if not alike or not whole or first.value_dim != heads.value_dim:
+        if not alike or not whole or first.value_dim != heads.value_dim or first.pairs:
             return False
         # The stock configs require heads that divide the hidden size, though head_dim gives their width.
         divides = first.kv_heads > 0 and self.model.config.hidden_size % (first.kv_heads * heads.group) == 0

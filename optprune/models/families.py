@@ -45,7 +45,17 @@ from transformers.models.qwen3_next import modeling_qwen3_next
 from transformers.models.seed_oss import modeling_seed_oss
 from transformers.models.smollm3 import modeling_smollm3
 
-from optprune.models.architecture import GATED, Architecture, Classes, ExpertTensors, Heads, Latent, Mixture, Shared
+from optprune.models.architecture import (
+    GATED,
+    KEPT_PAIRS,
+    Architecture,
+    Classes,
+    ExpertTensors,
+    Heads,
+    Latent,
+    Mixture,
+    Shared,
+)
 from optprune.models.pruned import (
     modeling_pruned_deepseek_v2,
     modeling_pruned_deepseek_v3,
@@ -258,6 +268,7 @@ LLAMA = Architecture(
         ("self_attn", ("self_attn.v_proj", "self_attn.o_proj")),
         ("mlp", ("mlp.up_proj", "mlp.down_proj")),
     ),
+    buffers=(f"self_attn.{KEPT_PAIRS}",),
     **classes("Llama", modeling_llama, modeling_pruned_llama),
 )
 # A sliding window over every block where the config has one.

@@ -68,10 +68,13 @@ def one_block_model(
     model = skeleton(config, dtype)
     generator = torch.Generator(device).manual_seed(0)
     for name, weight in model.named_parameters():
+        parent, _, own = name.rpartition(".")
+        if not weight.is_floating_point():  # of rotary pairs any will do
+            model.get_submodule(parent)._parameters[own] = nn.Parameter(torch.zeros_like(weight, device=device), False)
+            continue
         value = torch.ones(weight.shape, dtype=dtype, device=device)
         if weight.ndim > 1:
             value.normal_(0, 0.02, generator=generator)
-        parent, _, own = name.rpartition(".")
         model.get_submodule(parent)._parameters[own] = nn.Parameter(value)
     model.tie_weights()
     return model.eval()

@@ -133,14 +133,19 @@ class BlockStore:
     def _load(self, block: nn.Module) -> None:
         prefix = self._names[block]
         # A part that was removed is not read.
-        names = [name for name, _ in block.named_parameters()]
-        found = None if self._sink is None else self._sink.read(prefix, names)
+        dtypes = {name: self._dtype(name, weight) for name, weight in block.named_parameters()}
+        found = None if self._sink is None else self._sink.read(prefix, dtypes)
         if found is None:
-            wide = [name for name in names if name in self._float32]
-            found = self.checkpoint.read(prefix, [name for name in names if name not in wide], self.dtype)
-            found |= self.checkpoint.read(prefix, wide, torch.float32) if wide else {}
-        dtypes = {name: torch.float32 if name in self._float32 else self.dtype for name in names}
-        put_parameters(block, {name: found[name].to(self.device, dtypes[name]) for name in names})
+            found = {}
+            for dtype in dict.fromkeys(dtypes.values()):
+                found |= self.checkpoint.read(prefix, [name for name, own in dtypes.items() if own == dtype], dtype)
+        put_parameters(block, {name: found[name].to(self.device, dtype) for name, dtype in dtypes.items()})
+
+    def _dtype(self, name: str, weight: Tensor) -> torch.dtype:
+        """Return the dtype in memory of a block's parameter: whole numbers keep theirs."""
+        if not weight.is_floating_point():
+            return weight.dtype
+        return torch.float32 if name in self._float32 else self.dtype
 
     def mark_written(self, block: nn.Module) -> None:
         """Read a block from the sink from now on, where an earlier run wrote it; it has those shapes already."""

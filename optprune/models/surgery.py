@@ -23,11 +23,12 @@ def write(layer: nn.Linear, weight: Tensor, bias: Tensor | None = None) -> None:
 
 
 def put_parameters(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Give a module these parameters, by their names inside it, whatever their shapes."""
+    """Give a module these parameters, by their names inside it, whatever their shapes; new ones have no gradients."""
     for name, weight in weights.items():
         path, _, own = name.rpartition(".")
         parent = module.get_submodule(path)
-        parent._parameters[own] = nn.Parameter(weight, parent._parameters[own].requires_grad)  # type: ignore[union-attr]
+        before = parent._parameters.get(own)
+        parent._parameters[own] = nn.Parameter(weight, before is not None and before.requires_grad)
         if isinstance(parent, nn.Linear) and own == "weight":
             parent.out_features, parent.in_features = weight.shape
 
@@ -52,22 +53,39 @@ def keep_entries(module: nn.Module, name: str, entries: Tensor) -> None:
     put_parameters(module, {name: vector.detach()[entries]})
 
 
+def keep_pairs(module: nn.Module, name: str, entries: Tensor) -> None:
+    """Keep only these entries of a matrix that lists the rotary pairs of each KV head, in place.
+
+    Entries are counted row by row. Heads without one go, and the others keep equally many.
+    """
+    pairs = module.get_parameter(name).detach()
+    heads = (entries // pairs.shape[1]).unique()
+    put_parameters(module, {name: pairs.flatten()[entries].view(len(heads), -1)})
+
+
 def as_parameters(module: nn.Module, names: Iterable[str]) -> None:
     """Make buffers of a module parameters without gradients: what reads and writes its parameters does these too."""
-    for name in names:
-        if name in module._buffers:
-            value = module.get_buffer(name)
-            del module._buffers[name]
-            module.register_parameter(name, nn.Parameter(value, requires_grad=False))
+    for parent, own in _places(module, names):
+        value = parent._buffers.pop(own, None)
+        if value is not None:
+            parent.register_parameter(own, nn.Parameter(value, requires_grad=False))
 
 
 def as_buffers(module: nn.Module, names: Iterable[str]) -> None:
     """Make such parameters of a module buffers again."""
+    for parent, own in _places(module, names):
+        value = parent._parameters.pop(own, None)
+        if value is not None:
+            parent.register_buffer(own, value.detach())
+
+
+def _places(module: nn.Module, names: Iterable[str]) -> Iterator[tuple[nn.Module, str]]:
+    """Yield the sub-module and the name in it for each of these names, as far as the module has the sub-module."""
+    there = dict(module.named_modules())
     for name in names:
-        if name in module._parameters:
-            value = module.get_parameter(name).detach()
-            del module._parameters[name]
-            module.register_buffer(name, value)
+        path, _, own = name.rpartition(".")
+        if path in there:
+            yield there[path], own
 
 
 def classes_of(module: nn.Module) -> list[tuple[nn.Module, type]]:
@@ -85,11 +103,15 @@ def set_classes(classes: list[tuple[nn.Module, type]]) -> None:
 def parameters_in(dtype: torch.dtype | None, *modules: nn.Module) -> Iterator[None]:
     """Convert the parameters of modules to a dtype within the context, and round them to their own dtype after it.
 
-    Parameters that have the dtype already, as within another such context, stay as they are; None converts nothing. In
-    a wider dtype unchanged numbers come back bit for bit.
+    Whole numbers stay, and so do parameters that have the dtype already, as within another such context; None converts
+    nothing. In a wider dtype unchanged numbers come back bit for bit.
     """
     own = [
-        {name: each.dtype for name, each in module.named_parameters() if dtype not in (None, each.dtype)}
+        {
+            name: each.dtype
+            for name, each in module.named_parameters()
+            if each.is_floating_point() and dtype not in (None, each.dtype)
+        }
         for module in modules
     ]
     try:

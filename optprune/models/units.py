@@ -6,14 +6,23 @@ from dataclasses import dataclass, replace
 from typing import Self, final
 
 import torch
+from torch import Tensor, nn
 
 from optprune.errors import InputError
 from optprune.grids import Grid
-from optprune.models.architecture import Architecture, BlockAllocation, BlockShape, rows_of_gates, rows_of_heads
+from optprune.metric import OutputMetric
+from optprune.models.architecture import (
+    Architecture,
+    BlockAllocation,
+    BlockShape,
+    rows_of_gates,
+    rows_of_heads,
+)
 from optprune.models.decoder import Decoder, LinkedLayers
 from optprune.models.recurrent import Runs
+from optprune.moments import InputMoments
 from optprune.patterns import ANYWHERE, Pattern, PatternFamily
-from optprune.problems import Link
+from optprune.problems import LayerLoss, Link, loss_of_rows
 from optprune.system.wording import counted
 from optprune.work import Work
 
@@ -52,6 +61,41 @@ class Target:
     def rotated(self) -> bool:
         """Whether its columns are directions, so that it is solved for rotated inputs too."""
         return self.kind is not None and self.kind.rotated
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether its units are rows, so that its problem is that of the transposed weight."""
+        return self.kind is not None and self.kind.by_rows
+
+    def sizes(self, layer: nn.Linear) -> tuple[int, int]:
+        """Return the outputs and inputs of the weight in the layer's problem."""
+        if self.by_rows:
+            return layer.in_features + (layer.bias is not None), layer.out_features
+        return layer.out_features, layer.in_features
+
+    def loss(
+        self,
+        layer: nn.Linear,
+        moments: InputMoments,
+        damping: float,
+        *,
+        fit_bias: bool = False,
+        metric: OutputMetric | None = None,
+    ) -> LayerLoss:
+        """Return the loss of a layer in its problem: that of `LayerLoss.of`, or of `loss_of_rows`."""
+        if self.by_rows:
+            return loss_of_rows(layer.weight, layer.bias, moments, damping, metric)
+        return LayerLoss.of(layer.weight, moments, damping, fit_bias=fit_bias and layer.bias is not None, metric=metric)
+
+    def read(self, value: Tensor, loss: LayerLoss, layer: nn.Linear) -> tuple[Tensor, Tensor | None]:
+        """Return the layer's weight, and its bias where that changes, from the answer of its problem."""
+        if self.by_rows:
+            weight = value.T[:, : layer.in_features]
+            return weight, None if layer.bias is None else value[-1]
+        if layer.bias is None or not loss.fit_bias:
+            return value, None
+        change = loss.bias_change(value.to(loss.weight))
+        return value, layer.bias.detach().to(change.device) + change
 
     def keep(self, outputs: int, inputs: int, wanted: BlockAllocation) -> int:
         """Return the number of units or weights that an allocation keeps of the weight [outputs, inputs]."""
@@ -92,14 +136,17 @@ class Units(ABC):
         The solver, and the search for a basis of `rotated` units, declare their own.
         """
 
-    def within(self, decoder: Decoder) -> Self:
-        """Return the units that a model allows: coordinates in place of directions where its heads are gated."""
+    def within(self, decoder: Decoder, *, coupled: bool = True) -> Self:
+        """Return the units that a model allows: coordinates in place of directions where its heads are gated.
+
+        `coupled` says whether a full output metric weighs the outputs; without one a composite leaves out its pairs.
+        """
         return self
 
     @property
     def compete(self) -> bool:
-        """Whether a sub-block has units of several kinds, of which each block is narrowed in the cheapest."""
-        return len({kind.part for kind in self.kinds}) < len(self.kinds)
+        """Whether there are units of several kinds, of which each block is narrowed in the cheapest."""
+        return len({kind.rivals for kind in self.kinds}) < len(self.kinds)
 
     def candidates(self, decoder: Decoder, block: int) -> list[Target]:
         """Return the layers of a block that may be pruned, in the forward order, once for each unit kind."""
@@ -114,7 +161,7 @@ class Units(ABC):
         """
         before, after = decoder.shape(block), wanted.shape
         changed = [kind for kind in self._every() if kind.there(after) < kind.there(before)]
-        changed += self.kinds if drifted else ()
+        changed += [kind for kind in self.kinds if not kind.by_rows] if drifted else []
         # A layer has units of one kind: kinds that the allocation narrows precede those that are only corrected.
         chosen = {path: kind for kind in reversed(changed) for path in kind.consumers(decoder.architecture)}
         return _in_order(decoder, after, chosen.items())
@@ -123,13 +170,21 @@ class Units(ABC):
         """Raise InputError where an allocation asks something of a block that these units cannot do."""
         if wanted.shares:
             raise InputError(f"the allocation removes single weights in block {block}: use a recipe with units weights")
+        fewer = wanted.shape.kv_heads and wanted.shape.pairs != decoder.shape(block).pairs
+        if fewer and not any(isinstance(kind, Pairs) for kind in self.kinds):
+            raise InputError(
+                f"the allocation removes pairs of queries and keys in block {block}: use a recipe with units qk or "
+                "rotated-all-qk, and a full metric"
+            )
 
     def check_multiple(self, shapes: Sequence[BlockShape], multiple: int | None, *, alike: bool) -> None:
         """Raise InputError where a multiple is requested and no count of these units would be one."""
         having = [(kind, shape) for kind in self.kinds for shape in shapes if kind.there(shape)]
-        if multiple is None or any(not kind.multiple(shape, multiple, alike) % multiple for kind, shape in having):
+        if multiple is None or any(
+            not kind.size * kind.multiple(shape, multiple, alike) % multiple for kind, shape in having
+        ):
             return
-        counts = sorted({kind.there(shape) for kind, shape in having}) or [0]
+        counts = sorted({kind.size * kind.there(shape) for kind, shape in having}) or [0]
         there = " to ".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
         raise InputError(
             f"a width multiple of {multiple} has no effect on units {self.name!r}, of which a block has {there}: "
@@ -160,6 +215,15 @@ class LinkedUnits(Units):
     """the sub-block that is removed when none is left"""
     rotated: bool = False
     """whether they are directions, taken from a rotated basis of each slot, and not coordinates"""
+    by_rows: bool = False
+    """whether they are rows of that layer and of the other ones, and no columns"""
+    size: int = 1
+    """the dimensions of a head that a unit has, which multiples of counts are multiples of"""
+
+    @property
+    def rivals(self) -> str:
+        """The name that kinds share of which a block is narrowed in one: those of one sub-block, by default."""
+        return self.part
 
     @property
     def kinds(self) -> "tuple[LinkedUnits, ...]":
@@ -257,7 +321,7 @@ class Values(LinkedUnits):
     def consumers(self, architecture: Architecture) -> tuple[str, ...]:
         return (architecture.output,)
 
-    def within(self, decoder: Decoder) -> Self:
+    def within(self, decoder: Decoder, *, coupled: bool = True) -> Self:
         # A gate has a factor for each value dimension, which directions would mix.
         return replace(self, rotated=self.rotated and not decoder.heads.gated)
 
@@ -316,15 +380,91 @@ class KvGroups(LinkedUnits):
         width = heads.group * shape.value_dim
         columns = unit[:, None] * width + torch.arange(width, device=device)
         rows = rows_of_heads(architecture.joined, heads, shape, device)
+        vectors = dict[str, Tensor]()
+        if shape.pairs:
+            pairs = torch.arange(shape.kv_heads * shape.pairs, device=device)
+            vectors[architecture.kept_pairs] = pairs.view(shape.kv_heads, -1)
         made: dict[str, list[torch.Tensor]] = {}
         for path, own in zip((architecture.query, architecture.key, architecture.value), rows, strict=True):
             made.setdefault(path, []).append(own)  # one layer may make them all
         link = Link(columns, torch.zeros_like(unit), tuple(torch.cat(own, 1) for own in made.values()))
         queries = torch.arange(shape.kv_heads * heads.group, device=device).reshape(-1, heads.group)
-        return LinkedLayers(consumer, tuple(made), link, dict.fromkeys(architecture.per_head, queries))
+        return LinkedLayers(consumer, tuple(made), link, dict.fromkeys(architecture.per_head, queries) | vectors)
 
     def multiple(self, shape: BlockShape, asked: int | None, alike: bool = False) -> int:
         return 1
+
+    def work(self, outputs: int, inputs: int) -> Work:
+        return Work()
+
+
+@final
+@dataclass(frozen=True)
+class Pairs(LinkedUnits):
+    """The rotary pairs of queries and keys: a slot for each KV head, whose query heads lose the same pairs.
+
+    A pair is two rows of a key head, which the rotary embedding rotates together, and two of each query head that reads
+    it. Without a pair every attention score lacks its term, which the rows of the other pairs can make up for: the
+    problem is that of the transposed query layer (`loss_of_rows`).
+    """
+
+    every: int = 0
+    """the pairs of a head of the dense model, known once the units are `within` one"""
+    name = "qk"
+    description = "rotary pairs of queries and keys"
+    field = "pairs"
+    part = "attention"
+    by_rows = True
+    size = 2
+
+    @property
+    def rivals(self) -> str:
+        return self.field
+
+    def within(self, decoder: Decoder, *, coupled: bool = True) -> Self:
+        return replace(self, every=decoder.heads.dim // 2)
+
+    def check_possible(self, decoder: Decoder) -> None:
+        architecture = decoder.architecture
+        if not architecture.pairs_kept_by_head:
+            raise InputError(
+                f"units {self.name} remove rotary pairs of queries and keys, but a {architecture.model_type} model "
+                "needs whole heads of them: choose others, such as --units all"
+            )
+
+    def consumers(self, architecture: Architecture) -> tuple[str, ...]:
+        return (architecture.query,) if architecture.pairs_kept_by_head else ()
+
+    def linked(self, decoder: Decoder, block: int, consumer: str) -> LinkedLayers:
+        architecture, heads, shape = decoder.architecture, decoder.heads, decoder.shape(block)
+        device, pairs = decoder.layer(block, consumer).weight.device, self.there(shape)
+        query, key, _ = rows_of_heads(architecture.joined, heads, shape, device)
+
+        def halves(rows: Tensor) -> Tensor:
+            """Return the rows of each pair [kv_heads pairs, n] from those of heads [kv_heads, heads dim]."""
+            return rows.unflatten(1, (-1, 2, pairs)).permute(0, 3, 1, 2).reshape(shape.kv_heads * pairs, -1)
+
+        unit = torch.arange(shape.kv_heads * pairs, device=device)
+        link = Link(halves(query), unit // pairs, (halves(key),))
+        kept = {architecture.kept_pairs: unit[:, None]}
+        return LinkedLayers(consumer, (architecture.key,), link, kept, by_rows=True)
+
+    def there(self, shape: BlockShape) -> int:
+        return (shape.pairs or self.every) if shape.kv_heads else 0
+
+    def total(self, shape: BlockShape) -> int:
+        return self.there(shape) * shape.kv_heads
+
+    def with_count(self, shape: BlockShape, count: int) -> BlockShape:
+        if not count:
+            return shape.without(self.part)
+        return replace(shape, pairs=0 if count == self.every else count) if shape.kv_heads else shape
+
+    def multiple(self, shape: BlockShape, asked: int | None, alike: bool = False) -> int:
+        dim = 2 * self.there(shape)
+        asked = asked or _multiple_of_heads(dim)  # dimensions, as for the values of a head
+        coarse = asked % 2 == 0 and dim % asked == 0 and (not alike or dim >= STEPS * asked)
+        return asked // 2 if coarse else 1
 
     def work(self, outputs: int, inputs: int) -> Work:
         return Work()
@@ -388,7 +528,10 @@ def _in_order(decoder: Decoder, shape: BlockShape, consumers: Iterable[tuple[str
 @final
 @dataclass(frozen=True)
 class Composite(Units):
-    """Units of several kinds. Kinds of one sub-block compete, block by block (`Units.compete`)."""
+    """Units of several kinds. Those of one sub-block compete, block by block (`Units.compete`).
+
+    Pairs do not compete with the others. They are left out where the family or the metric does not allow them.
+    """
 
     name: str
     of: tuple[LinkedUnits, ...]
@@ -402,8 +545,10 @@ class Composite(Units):
     def description(self) -> str:
         return "; ".join(kind.description for kind in self.of)
 
-    def within(self, decoder: Decoder) -> Self:
-        return replace(self, of=tuple(kind.within(decoder) for kind in self.of))
+    def within(self, decoder: Decoder, *, coupled: bool = True) -> Self:
+        possible = coupled and decoder.architecture.pairs_kept_by_head
+        of = [kind.within(decoder) for kind in self.of if possible or not isinstance(kind, Pairs)]
+        return replace(self, of=tuple(of))
 
     def work(self, outputs: int, inputs: int) -> Work:
         return sum((kind.work(outputs, inputs) for kind in self.of), Work())
@@ -523,8 +668,9 @@ class Blocks(Units):
 UNITS: dict[str, Units] = {
     units.name: units
     for units in (
-        *(Mlp(), Values(), Values(rotated=True), KvGroups(), RecurrentHeads()),
+        *(Mlp(), Values(), Values(rotated=True), Pairs(), KvGroups(), RecurrentHeads()),
         *(Composite("all", (Values(), Mlp())), Composite("rotated-all", (Values(rotated=True), Mlp()))),
+        Composite("rotated-all-qk", (Pairs(), Values(rotated=True), Mlp())),
         *(
             Composite("all-heads", (Values(), KvGroups(), Mlp())),
             Composite("rotated-all-heads", (Values(rotated=True), KvGroups(), Mlp())),

@@ -5,7 +5,7 @@ from optprune.problems.cvxpy_model import CvxpyModel, to_cvxpy
 from optprune.problems.experts import ExpertChoice
 from optprune.problems.files import load_problem, origin_of, save_problem
 from optprune.problems.gridded import GridLeastSquares
-from optprune.problems.linked import Link, LinkedLeastSquares
+from optprune.problems.linked import Link, LinkedLeastSquares, loss_of_rows
 from optprune.problems.loss import LayerLoss
 from optprune.problems.masked import MaskedLeastSquares, SelectionProblem
 from optprune.problems.penalised import PenalisedLeastSquares
@@ -33,6 +33,7 @@ __all__ = [
     "StructuredLeastSquares",
     "StructuredProblem",
     "load_problem",
+    "loss_of_rows",
     "origin_of",
     "save_problem",
     "to_cvxpy",

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from typing import ClassVar, final
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from optprune.errors import InputError
+from optprune.metric import OutputMetric
+from optprune.moments import InputMoments
 from optprune.problems.loss import LayerLoss
 from optprune.problems.structured import Channels, StructuredProblem
 
@@ -68,3 +70,40 @@ class LinkedLeastSquares(StructuredProblem):
     @property
     def channels(self) -> Link:
         return self.link
+
+
+def loss_of_rows(
+    weight: Float[Tensor, "out in"],
+    bias: Float[Tensor, " out"] | None,
+    moments: InputMoments,
+    damping: float,
+    metric: OutputMetric | None,
+) -> LayerLoss:
+    """Return the loss of a layer as a function of its transposed weight [in, out], whose columns are its outputs.
+
+        f(V) = 1/2 tr(S (V - W) A (V - W)^T) = 1/2 tr(A (V - W)^T S (V - W))
+
+    so the metric S of the outputs takes the place of the Gram matrix and A, that of the inputs, takes the place of the
+    metric: problems whose units are columns, and their solvers, serve where units are rows. `damping` is that of A as a
+    share of its mean diagonal. A bias is one more column of W, of an input that is always 1, and so the last row of the
+    transposed weight. W is compared with itself on the inputs x* that the layer will get. Without a metric outputs have
+    weight 1, and nothing is refitted.
+    """
+    gram, own = moments.gram, weight.detach().to(moments.mean)
+    if bias is not None:
+        mean = moments.mean[:, None]
+        gram = torch.cat([torch.cat([gram, mean], 1), torch.cat([mean, torch.ones_like(mean[:1])]).T])
+        own = torch.cat([own, bias.detach().to(own)[:, None]], 1)
+    # Averages that were summed here need no check of definiteness, also with one more input.
+    known = moments.proved is moments.covariance
+    inputs = OutputMetric(gram, torch.zeros_like(gram[0]), moments.tokens, gram if known else None).damped(damping)
+    count = own.shape[0]
+    if metric is None:
+        outputs, level, tokens, known = torch.eye(count).to(own), own.new_zeros(count), moments.tokens, True
+    else:
+        given = metric.to(own.dtype).to(own.device)
+        outputs, level, tokens = given.average, given.damping, given.tokens
+        known = given.proved is given.average
+        outputs = outputs if given.full else torch.diag(outputs)
+    squares = InputMoments(outputs, own.new_zeros(count), tokens, proved=outputs if known else None)
+    return LayerLoss(own.T.contiguous(), squares, level, metric=inputs)

@@ -289,9 +289,11 @@ class LayerLoss:
 
     def relative_error(self, weight: Float[Tensor, "out in"]) -> float:
         """Return E|V x* - W x|^2 / E|W x|^2 without damping and metric, of centred outputs if the bias is fitted."""
-        if self.metric is not None:
-            return self.plain.relative_error(weight)
-        scale, (error, _) = self.signal, self._measuring.measured(weight)
+        return self.plain.weighed_error(weight)
+
+    def weighed_error(self, weight: Float[Tensor, "out in"]) -> float:
+        """Return E|V x* - W x|^2 / E|W x|^2 in the metric, without damping."""
+        error, scale = self._measuring.measured(weight)[0], self.signal
         return error / scale if scale > 0 else float(error > 0)
 
     @property

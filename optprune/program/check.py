@@ -50,6 +50,11 @@ def check(program: Program) -> tuple[str, ...]:
     _check_alike(program)
     for kind in program.units.kinds:
         kind.check_possible(decoder)
+        metric = program.request.recipe.metric
+        if kind.by_rows and (metric is None or metric.kind != "full"):
+            raise InputError(
+                f"units {kind.name} need a full output metric, by which rows make up for others: set metric to full"
+            )
     program.allocator.check(decoder)
     if isinstance(program.units, Experts):
         refusal = method.expert_solver.refusal([shape.experts for shape in decoder.shapes()])
@@ -131,7 +136,8 @@ def _check_alike(program: Program) -> None:
 
 def _coordinates(program: Program) -> tuple[str, ...]:
     """Return a note where directions were asked for and coordinates are removed."""
-    if program.units.kinds == program.request.recipe.units.kinds:
+    rotated = [any(kind.rotated for kind in units.kinds) for units in (program.units, program.request.recipe.units)]
+    if rotated[0] == rotated[1]:
         return ()
     family = program.decoder.architecture.model_type
     return (f"value dimensions are removed as coordinates, because those of a {family} model have a factor each",)

@@ -300,8 +300,8 @@ class Program:
         shape, kept = self.decoder.shape(index), 1 - self.sparsity
         if self.units.family is not None:
             return BlockAllocation(shape, dict.fromkeys(self.decoder.paths(index), kept))
-        # Of kinds that compete for a sub-block one is narrowed.
-        for kind in {kind.part: kind for kind in reversed(self.units.kinds)}.values():
+        # Of rival kinds one is narrowed.
+        for kind in {kind.rivals: kind for kind in reversed(self.units.kinds)}.values():
             there = kind.there(shape)
             shape = kind.with_count(shape, max(1, round(kept * there)) if there else 0)
         return BlockAllocation(shape)
@@ -367,12 +367,19 @@ class Program:
 
     def layer_bytes(self, target: Target) -> int:
         """Return the bytes of the workspace of a layer's solve, or of the search for its basis, with its metric."""
-        layer, coupled = self.decoder.layer(self.largest, target.path), self.coupled(target.path)
-        out, width = layer.out_features, layer.in_features
+        layer, coupled = self.decoder.layer(self.largest, target.path), target.by_rows or self.coupled(target.path)
+        out, width = target.sizes(layer)
         work = self.solver(coupled, (out, width)).work(out, width, coupled=coupled) + self.extra_work(
             target, out, width
         )
-        return round(work.bytes) + (AVERAGE * out**2 if coupled else 0)
+        return round(work.bytes) + self.metric_bytes(target)
+
+    def metric_bytes(self, target: Target) -> int:
+        """Return the bytes of the matrices of a layer's problem that are no moments of its inputs."""
+        out, width = target.sizes(self.decoder.layer(self.largest, target.path))
+        if target.by_rows:  # the metric in place of the Gram matrix, and a copy of the moments
+            return AVERAGE * (out**2 + width**2)
+        return AVERAGE * out**2 if self.coupled(target.path) else 0
 
     def extra_work(self, target: Target, outputs: int, inputs: int) -> Work:
         """Return the work beside the solve of a layer: of choosing units and directions, and of the grid."""
@@ -386,7 +393,7 @@ class Program:
     def spectra_bytes(self, stage: Sequence[Target], target: Target) -> int:
         """Return the bytes that solvers keep with the moments of other layers while a layer of a stage is solved."""
         layer = self.decoder.layer(self.largest, target.path)
-        solver = self.solver(self.coupled(target.path), (layer.out_features, layer.in_features))
+        solver = self.solver(target.by_rows or self.coupled(target.path), target.sizes(layer))
         before = stage[: stage.index(target)]
         return solver.cached_bytes * sum(width**2 for tap, width in self.taps(before).items() if tap != target.tap)
 
@@ -402,10 +409,10 @@ class Program:
     def cost_bytes(self, target: Target) -> int:
         """Return the bytes of computing the costs of removal of a layer, where a budget is divided by them."""
         layer = self.decoder.layer(self.largest, target.path)
-        out, width = layer.out_features, layer.in_features
-        coupled = self.coupled(target.path)
+        out, width = target.sizes(layer)
+        coupled = target.by_rows or self.coupled(target.path)
         measure = entry_costs_work if target.kind is None else removal_curve_work
-        return round(measure(out, width, coupled=coupled).bytes) + (AVERAGE * out**2 if coupled else 0)
+        return round(measure(out, width, coupled=coupled).bytes) + self.metric_bytes(target)
 
     @property
     def all_costs_bytes(self) -> int:

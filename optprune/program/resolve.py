@@ -20,7 +20,7 @@ def resolve(shapes: Decoder, request: Request) -> Program:
     InputError where the two do not go together, and NoSolver where the solver refuses the problems of the layers.
     """
     asked = request.recipe.resolved()
-    recipe = asked.model_copy(update={"units": asked.units.within(shapes)})
+    recipe = asked.within(shapes)
     allocation = request.allocation or recipe.given
     # Without anything to change there is nothing to measure, weigh or refit.
     idle = not recipe.sparsity and allocation is None and recipe.bits is None

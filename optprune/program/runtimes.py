@@ -15,6 +15,7 @@ from optprune.models import (
     Decoder,
     Experts,
     Mlp,
+    Pairs,
     Values,
     Weights,
     is_stock,
@@ -117,7 +118,7 @@ class Runtime:
         wrong = self.refuses(decoder, _expected(recipe, decoder, allocation))
         if wrong:
             raise InputError(f"the target {self.name} does not take {wrong}")
-        if any(isinstance(kind, Values) for kind in recipe.units.kinds) and self.of_values:
+        if any(isinstance(kind, Values | Pairs) for kind in recipe.units.kinds) and self.of_values:
             notes.append(self.of_values)
         if isinstance(recipe.units, Weights) and self.of_zeros:
             notes.append(self.of_zeros)
@@ -149,6 +150,8 @@ class Runtime:
             return f"blocks without attention or without an MLP: {LAYERS}"
         having = [shape for shape in left if shape.kv_heads]
         by_block = before.heads.by_block
+        if any(shape.pairs for shape in having):
+            return f"heads with fewer dimensions of queries and keys: {NARROW_MLPS}"
         if not by_block and any(shape.value_dim != before.heads.value_dim for shape in having):
             return f"heads with fewer value dimensions than key dimensions: {NARROW_MLPS}"
         several = not by_block and len({shape.kv_heads for shape in having}) > 1
@@ -229,7 +232,7 @@ class Runtime:
         wrong = (
             f"the target {self.name} does not take blocks of different shapes, as the recipe {recipe.name} makes them"
         )
-        if any(isinstance(kind, Values) for kind in recipe.units.kinds):
+        if any(isinstance(kind, Values | Pairs) for kind in recipe.units.kinds):
             raise InputError(f"{wrong}: {NARROW_MLPS}")
         if asked.currency != "parameters":
             raise InputError(f"{wrong} for a budget of {asked.currency}: {ALIKE}")
@@ -257,6 +260,7 @@ class Runtime:
 
 def _expected(recipe: Recipe, decoder: Decoder, allocation: Allocation | None) -> tuple[BlockShape, ...]:
     """Return the shapes of the blocks as far as they are known before the run; undivided parts keep the model's."""
+    recipe = recipe.within(decoder)
     allocator = allocator_of(recipe, allocation)
     allocation = allocation or recipe.given
     if allocation is None and isinstance(allocator, Uniform):

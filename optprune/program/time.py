@@ -183,8 +183,8 @@ def block_solves(program: Program, index: int, tokens: int) -> Work:
     """Return the work of the solves of a block, and of the choice of its experts by so many tokens."""
     total = program.expert_work(index, tokens)
     for target in program.units.candidates(program.decoder, index):
-        layer, coupled = program.decoder.layer(index, target.path), program.coupled(target.path, index)
-        shape = layer.out_features, layer.in_features
+        layer = program.decoder.layer(index, target.path)
+        shape, coupled = target.sizes(layer), target.by_rows or program.coupled(target.path, index)
         total += program.solver(coupled, shape).work(*shape, coupled=coupled)
         total += program.extra_work(target, *shape)
     return total

@@ -62,9 +62,8 @@ class LayerTask:
     def context(self, moments: InputMoments) -> LayerContext:
         """Return the context of the objective, with the moments of the layer's inputs and on their device."""
         layer, method, units = self.layer, self.method, self.units
-        fit_bias = method.fit_bias and layer.bias is not None
         metric = self.metrics.get(self.name)
-        loss = LayerLoss.of(layer.weight, moments, method.damping, fit_bias=fit_bias, metric=metric)
+        loss = self.target.loss(layer, moments, method.damping, fit_bias=method.fit_bias, metric=metric)
         sizes = layer.out_features, layer.in_features, self.wanted
         link = None if units is None else units.link.to(moments.mean.device)
         return LayerContext(self.name, self.block, loss, self.target.keep(*sizes), link, self.target.pattern(*sizes))
@@ -78,8 +77,8 @@ class SolvedLayer:
     """the answer, in the layer's dtype"""
     bias: Float[Tensor, " out"] | None
     """the new bias; None if it is unchanged"""
-    reads: Bool[Tensor, " in"]
-    """the inputs that the answer may need"""
+    reads: Bool[Tensor, " _"]
+    """the inputs that the answer may need, or the outputs where units are rows"""
     keep: int
     """number of units or weights that the budget leaves"""
     report: LayerReport
@@ -112,18 +111,17 @@ def solve_layer(task: LayerTask, moments: InputMoments, held_out: InputMoments |
     its pattern.
     """
     began, layer = time.perf_counter(), task.layer
-    context = task.context(moments)
-    answer, basis = _best_answer(task, context, held_out)
+    context, by_rows = task.context(moments), task.target.by_rows
+    # Held-out inputs say nothing about a loss whose Gram matrix is that of outputs.
+    answer, basis = _best_answer(task, context, None if by_rows else held_out)
     value = task.decoder.rounded(answer.solution.value).to(layer.weight.dtype)
-    bias = None
-    if layer.bias is not None and answer.problem.loss.fit_bias:
-        change = answer.problem.loss.bias_change(value.to(context.loss.weight))
-        bias = task.decoder.rounded(layer.bias.detach().to(change.device) + change)
+    weight, bias = task.target.read(value, answer.problem.loss, layer)
     # Inputs with a nonzero weight stay whatever the problem says, because the outputs must not change here.
     reads = (value != 0).any(0)
     if task.target.kind is not None:
         reads = answer.problem.inputs(answer.solution.value) | reads
-    return SolvedLayer(value, bias, reads, context.keep, _report(task, answer, value, began), basis)
+    bias = None if bias is None else task.decoder.rounded(bias)
+    return SolvedLayer(weight, bias, reads, context.keep, _report(task, answer, value, began), basis)
 
 
 def write_layer(task: LayerTask, solved: SolvedLayer) -> PrunedLayer:
@@ -278,11 +276,13 @@ def _report(task: LayerTask, answer: _Answer, value: Tensor, began: float) -> La
     problem, solution, solver = answer.problem, answer.solution, task.method.solver
     loss = problem.loss
     written = value.to(loss.weight)
+    error = loss.weighed_error(written) if task.target.by_rows else loss.relative_error(written)
+    dead = 0 if task.target.by_rows else answer.dead
     return LayerReport(
         name=task.name,
         kind=problem.kind,
         solver=solver.label if solver else "chosen by the problem",
-        relative_error=loss.relative_error(written),
+        relative_error=error,
         held_out_error=answer.error_apart(written),
         status=solution.status.name.lower(),
         objective=solution.objective,
@@ -293,16 +293,20 @@ def _report(task: LayerTask, answer: _Answer, value: Tensor, began: float) -> La
         seconds=time.perf_counter() - began,
         kept=int((value != 0).sum()),
         units=value.numel(),
-        dead_inputs=answer.dead,
-        notes=_notes(loss, solution, answer.dead),
+        dead_inputs=dead,
+        notes=_notes(solution) if task.target.by_rows else _notes(solution) + _notes_on_inputs(loss, dead),
         stages=tuple(asdict(record) for record in solution.history),
     )
 
 
-def _notes(loss: LayerLoss, solution: Solution, dead: int) -> tuple[str, ...]:
-    notes = list(solution.notes)
-    if solution.status is not Status.CONVERGED:
-        notes.append(solution.status.value)
+def _notes(solution: Solution) -> tuple[str, ...]:
+    """Return the notes on an answer."""
+    return (*solution.notes, *((solution.status.value,) if solution.status is not Status.CONVERGED else ()))
+
+
+def _notes_on_inputs(loss: LayerLoss, dead: int) -> tuple[str, ...]:
+    """Return the notes on the statistics of a layer's inputs."""
+    notes = list[str]()
     if dead:
         notes.append(f"{counted(dead, 'input was', 'inputs were')} zero on every calibration token")
     if loss.moments.tokens < loss.moments.width:

@@ -55,7 +55,7 @@ class ModuleLoss:
 
     def numbers(self, calls: Calls, *shapes: tuple[int, ...]) -> OrderedSum[TensorSums]:
         """Return empty sums over calls: a number in float64, and tensors of these shapes in the dtype of the module."""
-        like = next(self.module.parameters())
+        like = next(weight for weight in self.module.parameters() if weight.is_floating_point())
 
         def fresh() -> TensorSums:
             number = like.new_zeros((), dtype=torch.float64, requires_grad=False)

@@ -105,7 +105,8 @@ class _SolvedHeader:
     def empty(self, task: LayerTask) -> SolvedLayer:
         """Return the solved layer with uninitialised tensors."""
         weight = torch.empty(task.layer.weight.shape, dtype=task.layer.weight.dtype, device=task.layer.weight.device)
-        reads = torch.empty(weight.shape[1], dtype=torch.bool, device=weight.device)
+        units = weight.shape[0 if task.target.by_rows else 1]
+        reads = torch.empty(units, dtype=torch.bool, device=weight.device)
         bias = None if self.bias is None else torch.empty(weight.shape[0], dtype=self.bias, device=weight.device)
         basis = None if self.basis is None else self.basis.to(weight.device)
         return SolvedLayer(weight, bias, reads, self.keep, self.report, basis)

@@ -81,8 +81,8 @@ class GivenBlocks(Group):
     kind: Literal["given"] = "given"
     """given: a list of what every block keeps, as in `--allocation FILE.json`"""
     blocks: tuple[dict[str, Any], ...]
-    """for each block mlp_width, kv_heads, value_dim, optionally experts, and optionally shares of single weights by
-    layer, as in report.json"""
+    """for each block mlp_width, kv_heads, value_dim, optionally experts, pairs (of queries and keys; 0 for all), and
+    shares of single weights by layer, as in report.json"""
     saves: str = ""
     """saving in the budget that the allocation was made for, in words"""
 

@@ -23,7 +23,7 @@ from optprune.allocation.weight_costs import WeightBudget
 from optprune.allocation.width_costs import WidthBudget
 from optprune.calibration import POLICIES, Propagation
 from optprune.errors import InputError
-from optprune.models import UNITS, Experts, Units
+from optprune.models import UNITS, Decoder, Experts, Units
 from optprune.objectives import OBJECTIVES, LayerContext, Objective
 from optprune.patterns import InGroups
 from optprune.problems import Problem
@@ -87,10 +87,10 @@ class Recipe(Displayed, BaseModel):
     """solver of the problems: a name, {name: {option: value}}, or a list of those; null lets optprune choose by the
     problem"""
     units: Annotated[Units, BeforeValidator(read_units), PlainSerializer(write_units)] = UNITS["mlp"]
-    """units to remove: MLP units, value dimensions (rotated: directions in place of coordinates), KV heads with their
-    query heads, heads of recurrent mixers, MLP units and value dimensions (all-heads: or KV heads in place of a block's
-    value dimensions; all-recurrent: and heads of recurrent mixers), single weights of every linear layer, with a
-    pattern as in {weights: 2:4}, whole experts, or whole sub-blocks"""
+    """units to remove: MLP units, value dimensions (rotated: directions in place of coordinates), rotary pairs of
+    queries and keys (qk), KV heads with their query heads, heads of recurrent mixers, MLP units and value dimensions
+    (all-heads: or KV heads in place of a block's value dimensions; all-recurrent: and heads of recurrent mixers),
+    single weights of every linear layer, with a pattern as in {weights: 2:4}, whole experts, or whole sub-blocks"""
     propagation: Annotated[
         Propagation | None, BeforeValidator(read_propagation), PlainSerializer(write_propagation)
     ] = POLICIES["pruned"]
@@ -260,6 +260,11 @@ class Recipe(Displayed, BaseModel):
     def resolved(self) -> "Recipe":
         """Return the recipe with the propagation policy that it leaves to the pattern."""
         return self.model_copy(update={"propagation": self.policy})
+
+    def within(self, decoder: Decoder) -> "Recipe":
+        """Return the recipe with the units that a model and the metric allow."""
+        coupled = self.metric is not None and self.metric.kind == "full"
+        return self.model_copy(update={"units": self.units.within(decoder, coupled=coupled)})
 
     @property
     def given(self) -> Allocation | None:

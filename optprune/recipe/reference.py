@@ -124,7 +124,7 @@ COSTS = {
     "spap": 3.1,
     "sparse_best": 11.0,
     "sparsegpt": 2.1,
-    "structured_best": 8.3,
+    "structured_best": 10.0,
     "structured_uniform_best": 5.8,
     "spap_plus": 3.6,
     "wanda": 1.4,

@@ -1,10 +1,10 @@
 """Values of a report by block: widths, shares of weights, and solved layers."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from optprune.models import ARCHITECTURES
+from optprune.models import ARCHITECTURES, BlockShape
 from optprune.report.records import LayerReport, Report
 
 FIELDS = {"mlp_width": "MLP units", "kv_heads": "KV heads", "value_dim": "value dimensions of a head"}
@@ -21,6 +21,8 @@ RECURRENT = frozenset(
 """the paths of layers of recurrent mixers"""
 ATTENTION = frozenset(path for one in ARCHITECTURES.values() for path in (one.query, one.key, one.value, one.output))
 """the paths of layers of attention"""
+QUERIES = frozenset(one.query for one in ARCHITECTURES.values())
+"""the paths of layers of queries"""
 PLACE = re.compile(r"(?:.*\.)?(\d+)\.(.+)")
 """the name of a layer: the number of its block, and its path within the block"""
 
@@ -40,8 +42,8 @@ class BlockValues:
 
 
 def widths(report: Report) -> tuple[BlockValues, ...]:
-    """Return the MLP units, KV heads and value dimensions of every block; none where the report lists no blocks."""
-    return tuple(
+    """Return the MLP units, KV heads and such of every block; none where the report lists no blocks."""
+    return _pairs(report) + tuple(
         BlockValues(
             what,
             tuple(float(getattr(change.before, field)) for change in report.blocks),
@@ -50,6 +52,25 @@ def widths(report: Report) -> tuple[BlockValues, ...]:
         for field, what in (FIELDS | FURTHER).items()
         if report.blocks and (field in FIELDS or any(getattr(change.before, field) for change in report.blocks))
     )
+
+
+def _pairs(report: Report) -> tuple[BlockValues, ...]:
+    """Return the rotary pairs of a head of queries and keys by block; none where no pair was removed.
+
+    The shape of a block with all of them does not say how many: as many as the blocks with fewer had.
+    """
+    every = 0
+    for path, layers in layers_by_path(report).items():
+        for number, layer in layers.items() if path in QUERIES else ():
+            change = report.blocks[number] if report.blocks else None
+            if change is not None and change.after.kv_heads and change.after.pairs != change.before.pairs:
+                every = max(every, layer.units // change.before.kv_heads)
+
+    def kept(shapes: Iterable[BlockShape]) -> tuple[float, ...]:
+        return tuple(float(shape.pairs or every) if shape.kv_heads else 0.0 for shape in shapes)
+
+    before, after = ([getattr(change, when) for change in report.blocks] for when in ("before", "after"))
+    return (BlockValues("rotary pairs of queries and keys", kept(before), kept(after)),) if every else ()
 
 
 def shares(report: Report) -> tuple[BlockValues, ...]:

@@ -24,7 +24,7 @@ class LayerReport:
     """the chain of solvers"""
     relative_error: float
     """E|V x* - W x|^2 / E|W x|^2 on the calibration tokens, without damping, when the layer was solved; the errors
-    after recovery are in `Report.recovered`"""
+    after recovery are in `Report.recovered`. Where rotary pairs are removed, outputs are weighed by the metric"""
     held_out_error: float | None
     """the relative error on held-out tokens, where the recipe holds some out"""
     status: str

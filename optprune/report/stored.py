@@ -1,8 +1,9 @@
 """Stored models: their tensors, their agreement with the config, the original model, and code that loads them."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -191,8 +192,7 @@ def original_from_report(decoder: Decoder, folder: str) -> Original | None:
         report = json.loads((Path(folder) / "report.json").read_text(encoding="utf-8"))
         before, after = ([_shape(block[when]) for block in report["blocks"]] for when in ("before", "after"))
         left = tuple(index for index, shape in enumerate(after) if shape.parts)
-        pairs = zip(map(_counts, before), map(_counts, after), strict=True)
-        grown = any(new > old for pair in pairs for old, new in zip(*pair, strict=True))
+        grown = any(_grown(was, now) for was, now in zip(before, after, strict=True))
         if grown or tuple(after[index] for index in left) != decoder.shapes():
             return None
         return Original(str(report["model"]), tuple(before), left)
@@ -250,7 +250,7 @@ def config_faults(before: StoredModel, stored: StoredModel) -> list[Fault]:
     else:
         for index, (number, shape) in enumerate(zip(original.left, stored.decoder.shapes(), strict=True)):
             was = original.shapes[number]
-            if any(new > old for old, new in zip(_counts(was), _counts(shape), strict=True)):
+            if _grown(was, shape):
                 faults.append(f"block {index} holds {shape}, more than the {was} of {before.source}")
     return [Fault("original", "config.json", sentence) for sentence in faults]
 
@@ -285,6 +285,12 @@ def _shape(counts: Mapping[str, Any]) -> BlockShape:
 
 def _counts(shape: BlockShape) -> tuple[int, ...]:
     return tuple(asdict(shape).values())
+
+
+def _grown(before: BlockShape, after: BlockShape) -> bool:
+    """Return whether a block has more of something than before; zero pairs are all of them."""
+    counts = zip(_counts(replace(before, pairs=0)), _counts(replace(after, pairs=0)), strict=True)
+    return any(new > old for old, new in counts) or 0 < before.pairs < (after.pairs or math.inf)
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,7 @@ def test_costs_of_weights_that_a_probe_scales_are_as_they_were_for_the_next_run(
         assert all(torch.equal(value, alone[0][name]) for name, value in weights.items())
 
 
-ALL = ["metrics"] + ["removal"] * 4
+ALL = ["metrics"] + ["removal"] * 6
 
 
 def test_recipes_share_what_does_not_depend_on_their_difference(asked: list[str]) -> None:
@@ -80,7 +80,7 @@ def test_recipes_share_what_does_not_depend_on_their_difference(asked: list[str]
     for settings, expected in (
         ({}, ALL),
         ({"sparsity": 0.3}, []),
-        ({"damping": 0.02}, ["removal"] * 4),
+        ({"damping": 0.02}, ["removal"] * 6),
         ({"seed": 1}, ALL),
         ({"damping": 0.02}, []),
     ):

@@ -15,6 +15,7 @@ from optprune.models import (
     LinkedUnits,
     LoadedModel,
     Mlp,
+    Pairs,
     RecurrentHeads,
     Values,
     load_model,
@@ -43,6 +44,9 @@ def mixed(model: PreTrainedModel) -> PreTrainedModel:
     if "value_dim" not in stays:
         [values] = Values().layers(decoder, second)
         decoder.keep_units(second, values, torch.arange(values.link.units) % 16 < 5)
+    if decoder.architecture.pairs_kept_by_head:
+        [pairs] = Pairs().within(decoder).layers(decoder, second)
+        decoder.keep_units(second, pairs, (torch.arange(pairs.link.units) + pairs.link.slots) % 8 < 5)
     recurrent = [index for index, shape in enumerate(decoder.shapes()) if shape.recurrent > 1]
     if recurrent and "recurrent" not in stays:
         [heads] = RecurrentHeads().layers(decoder, recurrent[-1])

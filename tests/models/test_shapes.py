@@ -164,7 +164,7 @@ def test_the_file_is_short_and_imports_torch_and_transformers_only(name: str) ->
         homes = {home.partition(".")[0] for home in imported(part)}
         assert homes <= {"copy", "torch", "transformers", ""} and (part != file or "transformers" in homes)
         lengths.append(len(part.read_text().splitlines()))
-    assert max(lengths) < 180 and lengths[0] < (120 if name in ("opt", "gpt_neox", "gpt2", "gemma4_text") else 65)
+    assert max(lengths) < 205 and lengths[0] < (120 if name in ("opt", "gpt_neox", "gpt2", "gemma4_text") else 65)
 
 
 def imported(file: Path) -> set[str]:

@@ -139,8 +139,8 @@ def test_units_are_spelled_as_before(name: str) -> None:
 
 @pytest.mark.parametrize("wrong", ["heads", 3, None, ["mlp"]])
 def test_units_that_are_not_known(wrong: object) -> None:
-    known = "all, all-heads, all-recurrent, blocks, experts, kv-groups, mlp, recurrent-heads, rotated-all, "
-    known += "rotated-all-heads, rotated-vo, vo, weights"
+    known = "all, all-heads, all-recurrent, blocks, experts, kv-groups, mlp, qk, recurrent-heads, rotated-all, "
+    known += "rotated-all-heads, rotated-all-qk, rotated-vo, vo, weights"
     with pytest.raises(InputError, match=f"use one of {known}"):
         Recipe({"units": wrong})
 

@@ -17,6 +17,7 @@ class PrunedGraniteAttention(PrunedAttention, stock.GraniteAttention):
     """Attention with any number of heads and value dimensions."""
 
     stock = stock
+    by_pairs = True
 
 
 class PrunedGraniteDecoderLayer(PrunedBlock, stock.GraniteDecoderLayer):

@@ -17,6 +17,7 @@ class PrunedLlamaAttention(PrunedAttention, stock.LlamaAttention):
     """Attention with any number of heads and value dimensions."""
 
     stock = stock
+    by_pairs = True
 
 
 class PrunedLlamaDecoderLayer(PrunedBlock, stock.LlamaDecoderLayer):

@@ -17,6 +17,7 @@ class PrunedMinistral3Attention(PrunedAttention, stock.Ministral3Attention):
     """Attention with any number of heads and value dimensions."""
 
     stock = stock
+    by_pairs = True
 
     def positioned(self, query, key, position_embeddings, position_ids):
         query, key = super().positioned(query, key, position_embeddings, position_ids)

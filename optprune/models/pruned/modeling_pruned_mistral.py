@@ -17,6 +17,7 @@ class PrunedMistralAttention(PrunedAttention, stock.MistralAttention):
     """Attention with any number of heads and value dimensions."""
 
     stock = stock
+    by_pairs = True
 
     def options(self):
         return {"sliding_window": getattr(self.config, "sliding_window", None)}

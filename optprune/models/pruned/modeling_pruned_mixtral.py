@@ -18,6 +18,7 @@ class PrunedMixtralAttention(PrunedAttention, stock.MixtralAttention):
     """Attention with any number of heads and value dimensions."""
 
     stock = stock
+    by_pairs = True
 
     def options(self):
         return {"sliding_window": getattr(self.config, "sliding_window", None)}

@@ -17,6 +17,7 @@ class PrunedQwen2Attention(PrunedAttention, stock.Qwen2Attention):
     """Attention with any number of heads and value dimensions."""
 
     stock = stock
+    by_pairs = True
 
     def options(self):
         return {"sliding_window": self.sliding_window}

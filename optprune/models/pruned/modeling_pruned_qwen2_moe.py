@@ -18,6 +18,7 @@ class PrunedQwen2MoeAttention(PrunedAttention, stock.Qwen2MoeAttention):
     """Attention with any number of heads and value dimensions."""
 
     stock = stock
+    by_pairs = True
 
 
 class PrunedQwen2MoeDecoderLayer(PrunedMixtureBlock, stock.Qwen2MoeDecoderLayer):

@@ -18,6 +18,7 @@ class PrunedSeedOssAttention(PrunedAttention, stock.SeedOssAttention):
     """Attention with any number of heads and value dimensions."""
 
     stock = stock
+    by_pairs = True
 
     def forward(self, *args, **kwargs):
         mixed, weights = super().forward(*args, **kwargs)

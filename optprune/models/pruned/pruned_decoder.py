@@ -2,9 +2,12 @@
 
 `optprune_shapes` of the config, or of its text_config, lists each block's shape: {"mlp_width": 1024, "kv_heads": 2,
 "value_dim": 48}. A block with kv_heads 0 has no attention, one with mlp_width 0 no MLP; one with experts also has their
-number, one with a recurrent mixer that of its key heads or groups. Other fields are those of the stock config.
+number, one with a recurrent mixer that of its key heads or groups, and one whose heads of queries and keys lack some
+rotary pairs that of those they keep, which the tensor kept_pairs lists for each KV head. Other fields are those of the
+stock config.
 """
 
+import torch
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -22,6 +25,8 @@ class PrunedAttention:
     """the extent of a norm of queries and keys, if there is one: "head", or "row" for all heads together"""
     use_rope = True
     """whether queries and keys are rotated"""
+    by_pairs = False
+    """whether the heads of queries and keys may lack rotary pairs, each KV head other ones"""
 
     def options(self):
         """Return further arguments of the family's attention function."""
@@ -33,8 +38,23 @@ class PrunedAttention:
 
     def positioned(self, query, key, position_embeddings, position_ids):
         """Return the queries and keys with the positions of their tokens."""
-        rotated = self.stock.apply_rotary_pos_emb
-        return rotated(query, key, *position_embeddings) if self.use_rope else (query, key)
+        rotated, pairs = self.stock.apply_rotary_pos_emb, self.pairs
+        if not self.use_rope:
+            return query, key
+        if pairs is None:
+            return rotated(query, key, *position_embeddings)
+        # The first dimensions of all pairs come before the second ones; [batch, tokens, dim] to [batch, kv, tokens, n].
+        dims = torch.cat([pairs, pairs + self.head_dim // 2], dim=1)
+        cos, sin = (table[..., dims].transpose(1, 2) for table in position_embeddings)
+        # The query heads of a KV head come first, so that its tables serve them all.
+        query, key = query.unflatten(1, (len(pairs), -1)).transpose(1, 2), key[:, None]
+        query, key = rotated(query, key, cos, sin)
+        return query.transpose(1, 2).flatten(1, 2), key[:, 0]
+
+    @property
+    def pairs(self):
+        """The rotary pairs [kv_heads, n] that the heads keep; None where they keep all."""
+        return getattr(self, "kept_pairs", None)
 
     def shrink(self, queries, keys, values, mixed):
         """Replace the layers by layers of these numbers of outputs, and of `mixed` inputs for the last one."""
@@ -50,7 +70,8 @@ class PrunedAttention:
         query, key, value, *factors = self.projected(hidden_states)
         if self.norms == "row":
             query, key = self.q_norm(query), self.k_norm(key)
-        query, key = (states.view(*shape, -1, self.head_dim) for states in (query, key))
+        dim = self.head_dim if self.pairs is None else 2 * self.pairs.shape[1]
+        query, key = (states.view(*shape, -1, dim) for states in (query, key))
         if self.norms == "head":
             query, key = self.q_norm(query), self.k_norm(key)
         value = value.view(*shape, key.shape[-2], -1).transpose(1, 2)
@@ -117,7 +138,10 @@ class PrunedBlock:
         attention, kv_heads = self.self_attn, shape["kv_heads"]
         if kv_heads:
             attention.__class__ = self.attention_class
-            keys, values = kv_heads * attention.head_dim, kv_heads * shape["value_dim"]
+            dim = 2 * shape["pairs"] if "pairs" in shape else attention.head_dim
+            if "pairs" in shape:
+                attention.register_buffer("kept_pairs", torch.zeros(kv_heads, shape["pairs"], dtype=torch.int64))
+            keys, values = kv_heads * dim, kv_heads * shape["value_dim"]
             attention.shrink(group * keys, keys, values, group * values)
         else:
             self.remove("self_attn", *self.attention_norms)
