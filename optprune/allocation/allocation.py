@@ -59,12 +59,9 @@ class Allocation:
                     request = f"the allocation keeps {name} {kept} in block {index}, which has {there}"
                     decoder.architecture.check_kept(name, kept, request)
             _check_handed_on(index, block.shape, shape, index in needed)
-            fewer = {
-                "value dimensions": block.shape.value_dim < shape.value_dim,
-                "pairs": block.shape.pairs != shape.pairs,
-            }
-            if 0 < block.shape.kv_heads < shape.kv_heads and any(fewer.values()):
-                other = next(name for name, less in fewer.items() if less)
+            narrower = block.shape.value_dim < shape.value_dim
+            if 0 < block.shape.kv_heads < shape.kv_heads and (narrower or block.shape.pairs != shape.pairs):
+                other = "value dimensions" if narrower else "pairs"
                 raise InputError(f"the allocation removes KV heads and {other} of block {index}: choose one of the two")
             for path, share in block.shares.items():
                 if path not in decoder.paths(index):

@@ -86,7 +86,7 @@ class BlockShape:
     lacking: int = 0
     """the layers that its attention lacks: 1 where keys are values too, 2 where it reads those of an earlier block"""
     pairs: int = 0
-    """the rotary pairs that a head of queries and keys keeps, two dimensions each; zero for all of them"""
+    """the rotary pairs (two dimensions each) that each head of queries and keys has left; zero means all"""
 
     @property
     def parts(self) -> tuple[str, ...]:

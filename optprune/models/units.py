@@ -82,7 +82,7 @@ class Target:
         fit_bias: bool = False,
         metric: OutputMetric | None = None,
     ) -> LayerLoss:
-        """Return the loss of a layer in its problem: that of `LayerLoss.of`, or of `loss_of_rows`."""
+        """Return the loss that the layer's problem minimises: of its transposed weight where units are rows."""
         if self.by_rows:
             return loss_of_rows(layer.weight, layer.bias, moments, damping, metric)
         return LayerLoss.of(layer.weight, moments, damping, fit_bias=fit_bias and layer.bias is not None, metric=metric)
@@ -145,7 +145,7 @@ class Units(ABC):
 
     @property
     def compete(self) -> bool:
-        """Whether there are units of several kinds, of which each block is narrowed in the cheapest."""
+        """Whether there are rival kinds of units, so that a block loses units of the cheapest kind only."""
         return len({kind.rivals for kind in self.kinds}) < len(self.kinds)
 
     def candidates(self, decoder: Decoder, block: int) -> list[Target]:
@@ -216,13 +216,13 @@ class LinkedUnits(Units):
     rotated: bool = False
     """whether they are directions, taken from a rotated basis of each slot, and not coordinates"""
     by_rows: bool = False
-    """whether they are rows of that layer and of the other ones, and no columns"""
+    """whether a unit is rows of all of its layers, and not columns of the last one"""
     size: int = 1
     """the dimensions of a head that a unit has, which multiples of counts are multiples of"""
 
     @property
     def rivals(self) -> str:
-        """The name that kinds share of which a block is narrowed in one: those of one sub-block, by default."""
+        """The name of a group of kinds: a block loses units of one kind of each group. By default the sub-block."""
         return self.part
 
     @property
@@ -409,7 +409,7 @@ class Pairs(LinkedUnits):
     """
 
     every: int = 0
-    """the pairs of a head of the dense model, known once the units are `within` one"""
+    """the rotary pairs of a head of the dense model; zero until `within` sets it"""
     name = "qk"
     description = "rotary pairs of queries and keys"
     field = "pairs"

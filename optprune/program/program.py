@@ -365,9 +365,13 @@ class Program:
         layer = self.decoder.layer(self.largest if block is None else block, path)
         return layer.out_features <= (asked.width or math.inf)
 
+    def weighed(self, target: Target, block: int | None = None) -> bool:
+        """Return whether the outputs of a target's problem are coupled: by a whole metric, or as its units are rows."""
+        return target.by_rows or self.coupled(target.path, block)
+
     def layer_bytes(self, target: Target) -> int:
         """Return the bytes of the workspace of a layer's solve, or of the search for its basis, with its metric."""
-        layer, coupled = self.decoder.layer(self.largest, target.path), target.by_rows or self.coupled(target.path)
+        layer, coupled = self.decoder.layer(self.largest, target.path), self.weighed(target)
         out, width = target.sizes(layer)
         work = self.solver(coupled, (out, width)).work(out, width, coupled=coupled) + self.extra_work(
             target, out, width
@@ -393,7 +397,7 @@ class Program:
     def spectra_bytes(self, stage: Sequence[Target], target: Target) -> int:
         """Return the bytes that solvers keep with the moments of other layers while a layer of a stage is solved."""
         layer = self.decoder.layer(self.largest, target.path)
-        solver = self.solver(target.by_rows or self.coupled(target.path), target.sizes(layer))
+        solver = self.solver(self.weighed(target), target.sizes(layer))
         before = stage[: stage.index(target)]
         return solver.cached_bytes * sum(width**2 for tap, width in self.taps(before).items() if tap != target.tap)
 
@@ -410,7 +414,7 @@ class Program:
         """Return the bytes of computing the costs of removal of a layer, where a budget is divided by them."""
         layer = self.decoder.layer(self.largest, target.path)
         out, width = target.sizes(layer)
-        coupled = target.by_rows or self.coupled(target.path)
+        coupled = self.weighed(target)
         measure = entry_costs_work if target.kind is None else removal_curve_work
         return round(measure(out, width, coupled=coupled).bytes) + self.metric_bytes(target)
 

@@ -184,7 +184,7 @@ def block_solves(program: Program, index: int, tokens: int) -> Work:
     total = program.expert_work(index, tokens)
     for target in program.units.candidates(program.decoder, index):
         layer = program.decoder.layer(index, target.path)
-        shape, coupled = target.sizes(layer), target.by_rows or program.coupled(target.path, index)
+        shape, coupled = target.sizes(layer), program.weighed(target, index)
         total += program.solver(coupled, shape).work(*shape, coupled=coupled)
         total += program.extra_work(target, *shape)
     return total

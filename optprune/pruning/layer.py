@@ -305,7 +305,7 @@ def _notes(solution: Solution) -> tuple[str, ...]:
 
 
 def _notes_on_inputs(loss: LayerLoss, dead: int) -> tuple[str, ...]:
-    """Return the notes on the statistics of a layer's inputs."""
+    """Return warnings about a layer's calibration inputs: inputs that are always zero, too few tokens."""
     notes = list[str]()
     if dead:
         notes.append(f"{counted(dead, 'input was', 'inputs were')} zero on every calibration token")

@@ -22,7 +22,7 @@ RECURRENT = frozenset(
 ATTENTION = frozenset(path for one in ARCHITECTURES.values() for path in (one.query, one.key, one.value, one.output))
 """the paths of layers of attention"""
 QUERIES = frozenset(one.query for one in ARCHITECTURES.values())
-"""the paths of layers of queries"""
+"""the paths of the query layers"""
 PLACE = re.compile(r"(?:.*\.)?(\d+)\.(.+)")
 """the name of a layer: the number of its block, and its path within the block"""
 

@@ -288,7 +288,7 @@ def _counts(shape: BlockShape) -> tuple[int, ...]:
 
 
 def _grown(before: BlockShape, after: BlockShape) -> bool:
-    """Return whether a block has more of something than before; zero pairs are all of them."""
+    """Return whether any size of a block is larger than before; zero pairs means all."""
     counts = zip(_counts(replace(before, pairs=0)), _counts(replace(after, pairs=0)), strict=True)
     return any(new > old for old, new in counts) or 0 < before.pairs < (after.pairs or math.inf)
 

@@ -248,8 +248,8 @@ FAULTS = [
     Fault(
         "pairs: outputs have weight 1 in the problem",
         "problems/linked.py",
-        "outputs, level, tokens = given.average, given.damping, given.tokens",
-        "outputs, level, tokens = torch.eye(count).to(own), given.damping, given.tokens",
+        "outputs = given.average if given.full else torch.diag(given.average)",
+        "outputs = torch.eye(len(own)).to(own)",
         "models/test_rotary_pairs.py",
     ),
     Fault(
