@@ -301,7 +301,7 @@ def test_progress_of_the_budget_reaches_its_end(recipe: str) -> None:
     assert shares == sorted(shares) and (shares[0], shares[-1]) == (0.0, 1.0)
     blocks, changes = ([event for event in told if event.unit == unit] for unit in ("block", "change"))
     assert [event.done for event in blocks] == [0, 1, 2, 3]
-    assert [event.done for event in changes] == list(range(1 + (6 if recipe == "structured_best" else 3)))
+    assert [event.done for event in changes] == list(range(1 + (9 if recipe == "structured_best" else 3)))
     first, second, third = (later.share - before.share for before, later in itertools.pairwise(blocks))
     assert 0 < first < second < third
     assert changes[0].share == blocks[-1].share < 1

@@ -49,7 +49,11 @@ def test_a_plan_is_printed_and_written(attempt: Attempt, capsys: pytest.CaptureF
     assert lines[-4].count("at most") == 1 and lines[-3].startswith("the most is in ")
     assert lines[-2].startswith("recipe structured_best, policy ") and "mlp.down_proj" in lines[-1]
     blocks = written["program"]["blocks"]
-    assert len(blocks) == 2 and blocks[0]["stages"][-1]["layers"] == ["self_attn.o_proj", "mlp.down_proj"]
+    assert len(blocks) == 2 and blocks[0]["stages"][-1]["layers"] == [
+        "self_attn.q_proj",
+        "self_attn.o_proj",
+        "mlp.down_proj",
+    ]
     assert attempt.model.stat().st_mtime_ns == before
 
 
