@@ -41,7 +41,7 @@ PROBED: Settings = {"allocation.probe_tokens": 1024}
 MANY_RIDGES: Settings = {"refit.held_out": 0.125, "refit.dampings": [0.01, 0.03, 0.1, 0.3, 1.0]}
 RECOVERY: Settings = {"refit.recovery": 1, "refit.held_out": 0.0625}
 CROSS: Settings = {"propagation": "cross"}
-POLICIES = ("dense", "pruned", "intra", "cross", "local")
+POLICIES = ("dense", "pruned", "intra", "cross", "partial", "local")
 ALL, VALUES = ("all", "rotated-all"), ("vo", "rotated-vo")
 """the units of the same shapes, by coordinates and by directions"""
 LATER: Settings = {"allocation.currency": "parameters", "allocation.tokens": 512, "fit_bias": True}

@@ -8,7 +8,7 @@ conventions.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -191,6 +191,14 @@ class InputMoments:
             self.drift.cross[:, constant] = 0
             self.drift.cross[clear_small(self.drift.covariance, self.drift.mean)] = 0
         return self
+
+    def with_drift(self, share: float) -> "InputMoments":
+        """Return the moments with a share of the drift: those of x* and of the dense inputs x* - share (x* - x)."""
+        drift = self.drift
+        if drift is None or share == 1:
+            return self
+        drift = Drift(drift.cross * share, drift.covariance * share**2, drift.mean * share)
+        return replace(self, drift=drift)
 
     def times(self, factor: float) -> "InputMoments":
         """Return the moments of the inputs times a factor."""

@@ -40,15 +40,17 @@ def collect(
     taps: Sequence[str],
     *,
     reference: tuple[nn.Module, Stream] | None = None,
+    correction: float = 1.0,
     held_out: int = 0,
     output: Stream | None = None,
     to_end: bool = False,
 ) -> Collected:
     """Return the moments of the inputs x* of the tapped layers of a block over all batches, added in partial sums.
 
-    `reference` is the dense block with its stream, which gives the dense inputs x of the same tokens. The last
-    `held_out` batches have moments of their own. An `output` stream is advanced through the block in the same pass; it
-    may be the stream itself. A pass ends at the last tap, unless there is an `output` or `to_end` is set.
+    `reference` is the dense block with its stream, which gives the dense inputs x of the same tokens; the moments have
+    the share `correction` of the drift x* - x. The last `held_out` batches have moments of their own. An `output`
+    stream is advanced through the block in the same pass; it may be the stream itself. A pass ends at the last tap,
+    unless there is an `output` or `to_end` is set.
     """
     count, device, share = len(stream.hidden), stream.hidden.device, stream.share
     first_apart = count - share.apart(count, held_out)
@@ -81,8 +83,8 @@ def collect(
     if output is not None:
         output.past(output.hidden)
     # Popped, so that no more than one layer's sums and averages are in memory together.
-    moments = {path: fitted.pop(path).total().moments_or_zeros() for path in list(fitted)}
-    held = {path: apart.pop(path).total().moments_or_zeros() for path in list(apart) if held_out}
+    moments = {path: fitted.pop(path).total().moments_or_zeros().with_drift(correction) for path in list(fitted)}
+    held = {path: apart.pop(path).total().moments_or_zeros().with_drift(correction) for path in list(apart) if held_out}
     return Collected(moments, held, gram_seconds, forward_seconds)
 
 

@@ -51,6 +51,9 @@ class Propagation(ABC):
     dense_target: bool
     """whether the target is the output of the dense block, not of the original weight for the pruned block's inputs;
     then layers that keep all their units are corrected too"""
+    correction: float = 1.0
+    """with a dense target, the share of the drift of the inputs that it makes up for: 1 for the output of the dense
+    block, 0 for that of the original weight on the inputs that arrive, and between them a mix of both"""
 
     @abstractmethod
     def start(self, stream: Stream) -> "Path":
@@ -82,6 +85,7 @@ class TwoPaths(Propagation):
     independent: bool
     sequential: bool
     dense_target: bool
+    correction: float = 1.0
 
     def start(self, stream: Stream) -> "Path":
         return Path(self, stream, stream.copy())
@@ -94,6 +98,7 @@ POLICIES: dict[str, Propagation] = {
         OnePath("pruned", independent=False, sequential=False, dense_target=False),
         OnePath("intra", independent=True, sequential=True, dense_target=True),
         TwoPaths("cross", independent=False, sequential=True, dense_target=True),
+        TwoPaths("partial", independent=False, sequential=True, dense_target=True, correction=0.5),
         OnePath("local", independent=False, sequential=True, dense_target=True),
     )
 }
@@ -212,6 +217,7 @@ class Visit:
                 actual,
                 taps,
                 reference=(self._original, dense) if dense is not None and drifted else None,
+                correction=policy.correction,
                 held_out=self.held_out,
                 output=output,
                 to_end=bool(fresh),

@@ -114,8 +114,8 @@ class Layers(Serial):
     """One block after the other, in this process, with several layers of a block solved at a time.
 
     For policies that follow the pruned model, whose blocks cannot be pruned in parallel. With single weights all layers
-    of a block are solved together under `pruned`, and those that read the same input under `cross` and `local`; with
-    units there are two layers.
+    of a block are solved together under `pruned`, and those that read the same input under `cross`, `partial` and
+    `local`; with units there are two layers.
     """
 
     several = True

@@ -26,7 +26,7 @@ from tests.helpers.tiny_models import save_tiny, tiny_llama, tiny_opt
 from tests.helpers.token_batches import batches
 
 RECIPES = ("fasp", "alps", "sparse_best", "structured_best", "wanda")
-POLICIES = ("pruned", "dense", "intra", "cross", "local")
+POLICIES = ("pruned", "dense", "intra", "cross", "partial", "local")
 CASES = [(name, policy) for policy in ("pruned", "dense") for name in RECIPES] + [("structured_best", "intra")]
 REST = [(name, policy) for policy in POLICIES for name in RECIPES if (name, policy) not in CASES]
 

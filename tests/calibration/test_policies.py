@@ -1,4 +1,4 @@
-"""Propagation policies: the meaning of each of the five, stated literally and measured on models made by hand."""
+"""Propagation policies: the meaning of each of the six, stated literally and measured on models made by hand."""
 
 import copy
 from dataclasses import replace
@@ -27,16 +27,19 @@ FACTS = {
     "pruned": (False, False, False, False),
     "intra": (True, True, True, False),
     "cross": (False, True, True, True),
+    "partial": (False, True, True, True),
     "local": (False, True, True, False),
 }
 FIRST, LAST = "model.layers.1.self_attn.o_proj", "model.layers.1.mlp.down_proj"
 SEES = {
     # What is pruned where the layer's inputs are taken from, and where its targets are: nothing, the block before
-    # ("before"), the attention of the layer's own block ("within"), or both.
+    # ("before"), the attention of the layer's own block ("within"), or both; or targets are half way between those
+    # of the layer's inputs and of a model in which nothing is pruned ("halfway").
     "dense": {FIRST: ("nothing", "nothing"), LAST: ("nothing", "nothing")},
     "pruned": {FIRST: ("before", "before"), LAST: ("before", "before")},
     "intra": {FIRST: ("nothing", "nothing"), LAST: ("within", "nothing")},
     "cross": {FIRST: ("before", "nothing"), LAST: ("both", "nothing")},
+    "partial": {FIRST: ("before", "halfway"), LAST: ("both", "halfway")},
     "local": {FIRST: ("before", "before"), LAST: ("both", "before")},
 }
 
@@ -78,6 +81,8 @@ def test_the_second_block_sees_what_its_policy_says(policy: str) -> None:
         seen = {what: inputs_of(put_together(dense, pruned, what), layer) for what in ("nothing", "before")}
         if layer == LAST:
             seen |= {what: inputs_of(put_together(dense, pruned, what), layer) for what in ("within", "both")}
+        if "halfway" in said:
+            seen["halfway"] = (seen[said[0]] + seen["nothing"]) / 2
         found = loss.gram.double(), loss.target.double()
         for inputs in seen:
             for targets in seen:

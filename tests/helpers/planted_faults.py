@@ -570,6 +570,20 @@ FAULTS = [
         "vocabulary/test_moments.py",
     ),
     Fault(
+        "moments: the drift is not shortened",
+        "moments.py",
+        "drift.mean * share)",
+        "drift.mean)",
+        "vocabulary/test_moments.py",
+    ),
+    Fault(
+        "calibration: a policy corrects for the whole drift",
+        "calibration/propagation.py",
+        "correction=policy.correction,",
+        "correction=1.0,",
+        "calibration/test_policies.py",
+    ),
+    Fault(
         "metric: no damping",
         "metric.py",
         "torch.addcmul(self.average @ change, self.damping[:, None], change)",

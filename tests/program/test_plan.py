@@ -54,7 +54,7 @@ def test_what_stays_and_a_block_are_counted_as_the_model_has_them(make: Any) -> 
     assert part(whole, "the block") == 0 < part(parts_of(work, "pruning", 0, 0), "the block")
 
 
-@pytest.mark.parametrize("policy", ["dense", "pruned", "intra", "cross", "local"])
+@pytest.mark.parametrize("policy", ["dense", "pruned", "intra", "cross", "partial", "local"])
 def test_hidden_states_are_counted_as_often_as_a_policy_holds_them(policy: str) -> None:
     model, given = tiny_llama(num_hidden_layers=3), batches()
     shapes = {(*batch.shape, model.config.hidden_size) for batch in given}

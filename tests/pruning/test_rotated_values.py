@@ -16,7 +16,7 @@ from tests.helpers.heard_calls import heard
 from tests.helpers.tiny_models import ALL_MODELS, TINY_MODELS
 from tests.helpers.token_batches import batches
 
-POLICIES = ("dense", "pruned", "intra", "cross", "local")
+POLICIES = ("dense", "pruned", "intra", "cross", "partial", "local")
 ROWS_OF_ONE_LAYER = TINY_MODELS | {name: ALL_MODELS[name] for name in ("phi3", "gpt_neox")}
 by_model = pytest.mark.parametrize("make", TINY_MODELS.values(), ids=TINY_MODELS)
 

@@ -68,6 +68,12 @@ def test_moments_times_a_factor_are_those_of_inputs_times_it(drawn):
     agree(drawn.moments().times(0.25), InputMoments.from_samples(drawn.inputs * 0.25, dense), 1e-12)
 
 
+@given(samples(), st.sampled_from([0.0, 0.25, 0.5, 1.0]))
+def test_a_share_of_the_drift_is_that_of_dense_inputs_nearer_to_the_real_ones(drawn, share):
+    dense = None if drawn.dense is None else drawn.inputs + share * (drawn.dense - drawn.inputs)
+    agree(drawn.moments().with_drift(share), InputMoments.from_samples(drawn.inputs, dense), 1e-12)
+
+
 @given(samples())
 def test_averages_that_are_not_centred_make_the_same_moments(drawn):
     whole = drawn.moments()
