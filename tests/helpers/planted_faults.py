@@ -581,7 +581,7 @@ FAULTS = [
         "calibration/propagation.py",
         "correction=policy.correction,",
         "correction=1.0,",
-        "calibration/test_policies.py",
+        "pruning/test_pipeline.py",
     ),
     Fault(
         "metric: no damping",
