@@ -32,6 +32,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "2:4": ("sparse_best", {"sparsity": 0.5, "units.weights": "2:4"}),
     "50%, clipped gradients": ("sparse_best", {"sparsity": 0.5, "metric.clip": 2}),
     "2:4, clipped gradients": ("sparse_best", {"sparsity": 0.5, "units.weights": "2:4", "metric.clip": 2}),
+    "50%, intra": ("sparse_best", {"sparsity": 0.5, "propagation": "intra"}),
+    "50%, intra, clipped gradients": ("sparse_best", {"sparsity": 0.5, "propagation": "intra", "metric.clip": 2}),
     "20% of units": ("structured_best", {"sparsity": 0.2}),
     "30% of units": ("structured_best", {"sparsity": 0.3}),
 }

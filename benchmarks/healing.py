@@ -53,6 +53,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "fasp 30%": ("fasp", {"sparsity": 0.3}),
     "sparse_best 2:4": ("sparse_best", {"sparsity": 0.5, "units.weights": "2:4"}),
     "sparse_best 50%": ("sparse_best", {"sparsity": 0.5}),
+    "sparse_best 50%, intra, clipped": ("sparse_best", {"sparsity": 0.5, "propagation": "intra", "metric.clip": 2}),
     "structured_best 20%": ("structured_best", {"sparsity": 0.2}),
     "structured_best 30%": ("structured_best", {"sparsity": 0.3}),
     "structured_best 20%, pairs stay": ("structured_best", {"sparsity": 0.2} | DIRECTIONS),
