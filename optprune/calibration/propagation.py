@@ -52,8 +52,8 @@ class Propagation(ABC):
     """whether the target is the output of the dense block, not of the original weight for the pruned block's inputs;
     then layers that keep all their units are corrected too"""
     correction: float = 1.0
-    """with a dense target, the share of the drift of the inputs that it makes up for: 1 for the output of the dense
-    block, 0 for that of the original weight on the inputs that arrive, and between them a mix of both"""
+    """share of the drift of the inputs that a dense target makes up for: 1 for the output of the dense block, 0 for
+    that of the original weight on the inputs that arrive, and between them a mix of both"""
 
     @abstractmethod
     def start(self, stream: Stream) -> "Path":
