@@ -193,7 +193,7 @@ class InputMoments:
         return self
 
     def with_drift(self, share: float) -> "InputMoments":
-        """Return the moments with a share of the drift: those of x* and of the dense inputs x* - share (x* - x)."""
+        """Return the moments with the drift d = x* - x scaled: those for the dense inputs x* - share d."""
         drift = self.drift
         if drift is None or share == 1:
             return self

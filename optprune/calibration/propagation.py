@@ -52,7 +52,7 @@ class Propagation(ABC):
     """whether the target is the output of the dense block, not of the original weight for the pruned block's inputs;
     then layers that keep all their units are corrected too"""
     correction: float = 1.0
-    """share of the drift of the inputs that a dense target makes up for: 1 for the output of the dense block, 0 for
+    """share of the drift of the inputs that a dense target corrects for: 1 for the output of the dense block, 0 for
     that of the original weight on the inputs that arrive, and between them a mix of both"""
 
     @abstractmethod
