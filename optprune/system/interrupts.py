@@ -1,10 +1,12 @@
 """Ctrl-C and SIGTERM: each raises KeyboardInterrupt, and is recorded until a step of the work sees it.
 
-Python ignores errors that are raised in a finaliser, so the next step raises such an interrupt again. Interrupts are
-delayed during steps that must not be left half done.
+Python ignores errors that are raised in a finaliser or in the callback of a weak reference, and prints them: it does
+not print such an interrupt, and the next step raises it again. Interrupts are delayed during steps that must not be
+left half done.
 """
 
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -33,7 +35,17 @@ def raise_on_signals() -> Callable[[], None]:
     numbers = [signal.SIGTERM] if signal.getsignal(signal.SIGINT) == signal.SIG_IGN else [signal.SIGINT, signal.SIGTERM]
     before = {number: signal.signal(number, interrupt) for number in numbers}
 
+    print_ignored = sys.unraisablehook
+
+    def print_others(ignored: "sys.UnraisableHookArgs") -> None:
+        if not (_RECEIVED and ignored.exc_type is KeyboardInterrupt):
+            print_ignored(ignored)
+
+    sys.unraisablehook = print_others
+
     def restore() -> None:
+        sys.unraisablehook = print_ignored
+        _RECEIVED.clear()
         for number, handler in before.items():
             _handle(number, handler)
 

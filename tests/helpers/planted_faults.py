@@ -1009,6 +1009,13 @@ FAULTS = [
         "system/test_folders.py",
     ),
     Fault(
+        "interrupts: one that Python ignores is printed",
+        "system/interrupts.py",
+        "        if not (_RECEIVED and ignored.exc_type is KeyboardInterrupt):",
+        "        if True:",
+        "system/test_interrupts.py",
+    ),
+    Fault(
         "folders: a foreign file is written over",
         "system/folders.py",
         "if name not in files or not is_own_file(file):",

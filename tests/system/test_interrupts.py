@@ -7,6 +7,7 @@ import signal
 import stat
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
@@ -25,7 +26,14 @@ from optprune.cli.outputs import write_json
 from optprune.errors import InputError, OptpruneError
 from optprune.export import save_model
 from optprune.recipe import load_recipe
-from optprune.system.interrupts import done_sentence, forget_done, interrupts_held, record_done
+from optprune.system.interrupts import (
+    check_interrupted,
+    done_sentence,
+    forget_done,
+    interrupts_held,
+    raise_on_signals,
+    record_done,
+)
 from tests.helpers.tiny_models import tiny_llama
 
 SENT: list[int] = []
@@ -325,6 +333,33 @@ def test_handlers_are_back_wherever_holding_itself_is_interrupted() -> None:
         is_intact()
         lines += 1
     assert lines > 15
+
+
+def test_an_interrupt_that_python_ignores_is_not_printed_and_is_raised_by_the_next_step(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Key:
+        pass
+
+    def lose(error: str) -> None:
+        key = Key()
+        reference = weakref.ref(key, lambda _: signal.raise_signal(signal.SIGTERM) if error == "signal" else 1 / 0)
+        del key
+        assert reference() is None
+
+    monkeypatch.setattr(sys, "unraisablehook", sys.__unraisablehook__)
+    restore = raise_on_signals()
+    try:
+        lose("signal")
+        assert capsys.readouterr().err == ""
+        with pytest.raises(KeyboardInterrupt):
+            check_interrupted()
+        lose("error")
+        assert "ZeroDivisionError" in capsys.readouterr().err
+    finally:
+        restore()
+    assert sys.unraisablehook is sys.__unraisablehook__
+    is_intact()
 
 
 def test_another_thread_holds_nothing() -> None:
