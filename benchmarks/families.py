@@ -11,7 +11,7 @@ TOKENS = 8192
 """the calibration tokens"""
 MODELS = {"SmolLM2-135M-Instruct": "SmolLM2-135M-Instruct", "gemma-3-270m.gguf": "Gemma 3 270M"}
 """the models by the names of their rows, and what they are called"""
-UNITS, HALF, PAIRS = "whole units, 20%", "weights, 50%", "weights, 2:4, `intra`"
+UNITS, HALF, PAIRS = "whole units, 20%", "weights, 50%", "weights, 2:4"
 
 
 class Families:
@@ -23,9 +23,7 @@ class Families:
         lines = [{"removed": "", "recipe": "the dense model"} | {MODELS[name]: f"{dense[name]:.1f}" for name in MODELS}]
         for recipe, settings in STUDIES["families"]:
             cells = {MODELS[name]: _cell(_news(name, (recipe, settings)), dense[name]) for name in MODELS}
-            older = {"rotated-all": ", rotary pairs stay", "all": ", coordinates, gradients not clipped"}
-            label = f"`{recipe}`" + older.get(settings.get("units", ""), "")
-            lines.append({"removed": _removed(settings), "recipe": label} | cells)
+            lines.append({"removed": _removed(settings), "recipe": f"`{recipe}`{_changed(settings)}"} | cells)
         return markdown(lines).rstrip("\n")
 
 
@@ -36,6 +34,14 @@ def _news(model: str, case: Case) -> float | None:
 
 def _cell(perplexity: float | None, dense: float) -> str:
     return "" if perplexity is None else f"{perplexity:.1f} ({math.log(perplexity / dense):.2f})"
+
+
+def _changed(settings: dict[str, Any]) -> str:
+    """In which settings a case differs from its recipe."""
+    units = {"rotated-all": ", rotary pairs stay", "all": ", coordinates"}
+    clipped = ", not clipped" if "metric.clip" in settings else ""
+    policy = f", under `{settings['propagation']}`" if "propagation" in settings else ""
+    return units.get(settings.get("units", ""), "") + clipped + policy
 
 
 def _removed(settings: dict[str, Any]) -> str:

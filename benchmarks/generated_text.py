@@ -22,19 +22,24 @@ from typing import Any
 import torch
 
 from benchmarks.common import evaluation_texts, machine, setting, tokenizer_of, with_earlier, with_written, write_table
+from benchmarks.studies import DIRECTIONS, HALF, INTRA, PAIRS, PRUNED, UNCLIPPED
 from optprune import load_recipe, prune
 from optprune.calibration.generated import generated_windows
 from optprune.measure import perplexity
 from optprune.measure.evaluate import negative_log_likelihood, perplexity_from_nll
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    "50%": ("sparse_best", {"sparsity": 0.5}),
-    "2:4": ("sparse_best", {"sparsity": 0.5, "units.weights": "2:4"}),
-    "50%, clipped gradients": ("sparse_best", {"sparsity": 0.5, "metric.clip": 2}),
-    "2:4, clipped gradients": ("sparse_best", {"sparsity": 0.5, "units.weights": "2:4", "metric.clip": 2}),
-    "50%, intra": ("sparse_best", {"sparsity": 0.5, "propagation": "intra"}),
-    "50%, intra, clipped gradients": ("sparse_best", {"sparsity": 0.5, "propagation": "intra", "metric.clip": 2}),
+    "50%": ("sparse_best", HALF),
+    "50%, intra": ("sparse_best", HALF | INTRA),
+    "50%, intra, not clipped": ("sparse_best", HALF | UNCLIPPED | INTRA),
+    "50%, pruned": ("sparse_best", HALF | PRUNED),
+    "50%, pruned, not clipped": ("sparse_best", HALF | UNCLIPPED),
+    "2:4": ("sparse_best", PAIRS),
+    "2:4, intra": ("sparse_best", PAIRS | INTRA),
+    "2:4, intra, not clipped": ("sparse_best", PAIRS | UNCLIPPED | INTRA),
     "20% of units": ("structured_best", {"sparsity": 0.2}),
+    "20% of units, pruned": ("structured_best", {"sparsity": 0.2} | PRUNED),
+    "20% of units, pairs stay": ("structured_best", {"sparsity": 0.2} | DIRECTIONS),
     "30% of units": ("structured_best", {"sparsity": 0.3}),
 }
 KEYS = ("case", "text", "windows more", "temperature", "seeds")
@@ -43,7 +48,7 @@ KEYS = ("case", "text", "windows more", "temperature", "seeds")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
-    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
+    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=["50%", "2:4", "20% of units"])
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--seq-length", type=int, default=256)
     parser.add_argument("--windows", type=int, default=32, help="of each text that is evaluated on")

@@ -28,7 +28,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from benchmarks.common import RESULTS, TEXTS, evaluation_texts, machine, markdown, tokenizer_of, with_written
-from benchmarks.studies import BEFORE, DIRECTIONS, UNCLIPPED
+from benchmarks.studies import BEFORE, DIRECTIONS, HALF, INTRA, PAIRS, UNCLIPPED
 from optprune import load_recipe, prune
 from optprune.calibration import hold_out
 from optprune.calibration.generated import PIECE, mixed
@@ -51,9 +51,11 @@ from optprune.texts import (
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "fasp 30%": ("fasp", {"sparsity": 0.3}),
-    "sparse_best 2:4": ("sparse_best", {"sparsity": 0.5, "units.weights": "2:4"}),
-    "sparse_best 50%": ("sparse_best", {"sparsity": 0.5}),
-    "sparse_best 50%, intra, clipped": ("sparse_best", {"sparsity": 0.5, "propagation": "intra", "metric.clip": 2}),
+    "sparse_best 2:4": ("sparse_best", PAIRS),
+    "sparse_best 2:4, intra, not clipped": ("sparse_best", PAIRS | UNCLIPPED | INTRA),
+    "sparse_best 50%": ("sparse_best", HALF),
+    "sparse_best 50%, intra": ("sparse_best", HALF | INTRA),
+    "sparse_best 50%, pruned, not clipped": ("sparse_best", HALF | UNCLIPPED),
     "structured_best 20%": ("structured_best", {"sparsity": 0.2}),
     "structured_best 30%": ("structured_best", {"sparsity": 0.3}),
     "structured_best 20%, pairs stay": ("structured_best", {"sparsity": 0.2} | DIRECTIONS),

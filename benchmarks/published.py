@@ -9,15 +9,14 @@ from statistics import mean
 
 from benchmarks.common import markdown
 from benchmarks.models import read
-from benchmarks.studies import DENSE, HALF, PAIRS, Case, Settings, rows_of, under_intra
+from benchmarks.studies import DENSE, HALF, PAIRS, PRUNED, Case, rows_of
 
 MODEL, TOKENS = "SmolLM2-135M-Instruct", 8192
-PRUNED: Settings = {"propagation": "pruned"}
 ROWS: tuple[tuple[str, Case | None, Case | None, float | None, float | None], ...] = (
     ("SparseGPT", ("sparsegpt", HALF | PRUNED), ("sparsegpt", PAIRS | PRUNED), 0.717, 1.313),
     ("Wanda", ("wanda", HALF | {"units.weights": "rows"}), ("wanda", PAIRS), 0.896, 2.230),
     ("SparseGPT behind DenoiseRotator's rotations", None, None, math.log(12.86 / 9.75), math.log(18.1 / 9.75)),
-    ("`sparse_best` (ours; 2:4 under `intra`)", ("sparse_best", HALF), under_intra(("sparse_best", PAIRS)), None, None),
+    ("`sparse_best` (ours)", ("sparse_best", HALF), ("sparse_best", PAIRS), None, None),
 )
 """what is pruned by, the cases of 50 percent and of 2:4 here, and the logarithms that are published for them"""
 
@@ -38,11 +37,11 @@ class Published:
 
 
 def added(case: Case | None) -> str:
-    """What a case adds to the dense model's, on news, by the mean perplexity of its seeds."""
+    """What a case adds to the dense model's, on news, by the mean perplexity of its seeds; empty where it was not run."""
     if case is None:
         return ""
     dense, found = ([row["news"] for row in rows_of(read(), MODEL, one, TOKENS)] for one in (DENSE, case))
-    return shown(math.log(mean(found) / mean(dense)))
+    return shown(math.log(mean(found) / mean(dense)) if found else None)
 
 
 def shown(value: float | None) -> str:

@@ -28,8 +28,11 @@ from benchmarks.studies import (
     DIRECTIONS,
     GIVEN_RIDGE,
     HALF,
+    INTRA,
     NOT_RESTORED,
     PAIRS,
+    PARTIAL,
+    PRUNED,
     UNCLIPPED,
     Case,
     Settings,
@@ -45,7 +48,6 @@ SHARES = (0.1, 0.2, 0.3)
 Cells = tuple[Case | None, ...]
 """the cases of a row; None is a cell that is not asked for"""
 UNIFORM: Settings = {"allocation": "uniform"}
-PRUNED: Settings = {"propagation": "pruned"}
 
 
 @dataclass(frozen=True)
@@ -115,17 +117,17 @@ def _units(label: str, recipe: str, more: Settings | None = None) -> tuple[str, 
 
 
 def _sparse(label: str, recipe: str, half: Settings, pairs: Settings | None = None) -> tuple[str, Cells]:
-    """A recipe for single weights at 50 percent and 2:4, under two policies."""
+    """A recipe for single weights at 50 percent and 2:4, under three policies."""
     first, second = HALF | half, PAIRS | (half if pairs is None else pairs)
-    cases = ((recipe, first), (recipe, second))
-    return label, tuple(one for case in cases for one in (case, under_intra(case)))
+    policies: tuple[Settings, ...] = ({}, INTRA, PARTIAL)
+    return label, tuple((recipe, case | policy) for case in (first, second) for policy in policies)
 
 
-def _two(label: str, metric: Settings) -> tuple[str, Cells]:
-    """`sparse_best` with a metric; at 2:4 as the ablation, which has more seeds, has it: without a budget to divide."""
-    half, half_intra, _, pairs_intra = _sparse(label, "sparse_best", metric)[1]
-    pairs = PAIRS | UNIFORM | PRUNED | metric
-    return label, (half, half_intra, ("sparse_best", pairs), pairs_intra)
+def _unclipped(label: str, metric: Settings) -> tuple[str, Cells]:
+    """`sparse_best` as it was; at 2:4 as the ablation, which has more seeds, has it: without a budget to divide."""
+    cells = list(_sparse(label, "sparse_best", UNCLIPPED | metric)[1])
+    cells[3] = "sparse_best", PAIRS | UNIFORM | UNCLIPPED | metric
+    return label, tuple(cells)
 
 
 ON_MLPS = {"units": "mlp"} | BELIEVED | UNCLIPPED
@@ -155,19 +157,19 @@ def _step(label: str, step: int) -> tuple[str, Cells]:
 
 
 def _both(label: str, units: str | None, weights: str | None, half: Settings) -> tuple[str, Cells]:
-    """A recipe for units at 20 percent beside one for single weights at 50 percent and at 2:4."""
-    cases = _sparse("", weights, half, {})[1] if weights else (None,) * 4
-    return label, (None if units is None else structured(units, 0.2), cases[0], cases[3])
+    """A recipe for units at 20 percent beside one for single weights at 50 percent and at 2:4, under `partial`."""
+    cases = _sparse("", weights, half, {})[1] if weights else (None,) * 6
+    return label, (None if units is None else structured(units, 0.2), cases[2], cases[5])
 
 
 SHORT = Table(
-    ("perplexity on held-out news", "whole units, 20%", "single weights, 50%", "2:4, `intra`"),
+    ("perplexity on held-out news", "whole units, 20%", "single weights, 50%", "2:4"),
     (
         ("the dense model", (DENSE, DENSE, DENSE)),
         _both("`structured_best`, `sparse_best` (ours)", "structured_best", "sparse_best", {}),
         _both("`structured_uniform_best` (ours)", "structured_uniform_best", None, {}),
-        _both("OSSCAR, ALPS", "osscar", "alps", PRUNED),
-        _both("FASP (MLP units), SparseGPT", "fasp", "sparsegpt", PRUNED),
+        _both("OSSCAR, ALPS", "osscar", "alps", {}),
+        _both("FASP (MLP units), SparseGPT", "fasp", "sparsegpt", {}),
         _both("FLAP, Wanda", "flap", "wanda", {"units.weights": "rows"}),
         _both("optipfair 0.4.2", "optipfair", None, {}),
     ),
@@ -177,6 +179,7 @@ SHORT = Table(
 )
 STRUCTURED_BEST = (
     _units("`structured_best`", "structured_best"),
+    _units("`structured_best`, under `pruned`", "structured_best", PRUNED),
     _units("`structured_best`, rotary pairs stay", "structured_best", DIRECTIONS),
     _units("`structured_best`, rotary pairs stay, not clipped", "structured_best", DIRECTIONS | UNCLIPPED),
     _units("`structured_best`, value dimensions as coordinates, not clipped", "structured_best", BEFORE),
@@ -207,20 +210,24 @@ TABLES = (
         count=3,
     ),
     Table(
-        ("recipe", "50%", "50%, `intra`", "2:4", "2:4, `intra`"),
+        ("recipe", "50%", "50%, `intra`", "50%, `partial`", "2:4", "2:4, `intra`", "2:4, `partial`"),
         (
-            _two("`sparse_best`", {}),
+            ("`sparse_best`", (None, None, ("sparse_best", HALF), None, None, ("sparse_best", PAIRS))),
+            _unclipped("`sparse_best`, not clipped", {}),
             (
-                "`sparse_best` and recovery",
-                (HALF_STEPS[RECOVERED], None, PAIR_STEPS[RECOVERED], under_intra(PAIR_STEPS[RECOVERED])),
+                "and recovery",
+                (
+                    *(HALF_STEPS[RECOVERED], None, None),
+                    *(PAIR_STEPS[RECOVERED], under_intra(PAIR_STEPS[RECOVERED]), None),
+                ),
             ),
-            _two("`sparse_best`, rows weighed by the diagonal", DIAGONAL),
+            _unclipped("`sparse_best`, not clipped, rows weighed by the diagonal", DIAGONAL),
             *(
                 _sparse(f"`{name}`", name, PRUNED)
                 for name in ("alps_plus", "alps", "fistapruner_plus", "fistapruner", "sparsegpt")
             ),
             _sparse("`wanda` (at 50 percent the same count in every row)", "wanda", {"units.weights": "rows"}, {}),
-            ("`wanda` over the matrix", (("wanda", HALF), None, None, None)),
+            ("`wanda` over the matrix", (("wanda", HALF), *(None,) * 5)),
             _sparse("`magnitude`", "magnitude", {}),
         ),
         SMOLLM2,
@@ -247,8 +254,12 @@ TABLES = (
                 (*_units("", "structured_best", DIRECTIONS)[1], None, None, None),
             ),
             (
-                "and rotary pairs (`structured_best`)",
-                (*_units("", "structured_best")[1], None, None, None),
+                "and rotary pairs",
+                (*_units("", "structured_best", PRUNED)[1], None, None, None),
+            ),
+            (
+                "and half of the drift corrected for (`structured_best`, `sparse_best` with clipped gradients)",
+                (*_units("", "structured_best")[1], ("sparse_best", HALF), None, ("sparse_best", PAIRS)),
             ),
         ),
         SMOLLM2,
@@ -274,8 +285,12 @@ TABLES = (
         (
             _weights("ADMM and a refit", 0),
             *(_weights(label, step) for label, step in STEPS[1:4]),
-            _weights("the whole of S, one budget (`sparse_best`)", 4),
+            _weights("the whole of S, one budget", 4),
             _weights("and recovery", RECOVERED),
+            (
+                "half of the drift corrected for, clipped (`sparse_best`)",
+                (("sparse_best", HALF), None, ("sparse_best", PAIRS)),
+            ),
         ),
         SMALL,
         8192,

@@ -37,7 +37,7 @@ def main() -> None:
     ratios = []
     for _ in range(options.rounds):
         seconds, spent, found = [], [], []
-        for workers in (workers_of(recipe.policy), workers_of(recipe.policy, options.workers)):
+        for workers in (workers_of(recipe.propagation), workers_of(recipe.propagation, options.workers)):
             found.append(copy.deepcopy(dense))
             began, busy = time.perf_counter(), processors()
             prune(found[-1], batches, recipe, workers=workers)

@@ -19,12 +19,14 @@ STRUCTURED = ("random", "magnitude", "flap", "fasp", "spap", "osscar", "spap_plu
 """here all of MLP units"""
 MLP: Settings = {"units": "mlp"}
 COORDINATES: Settings = {"units": "all"}
-UNCLIPPED: Settings = {"metric.clip": None}
+PRUNED: Settings = {"propagation": "pruned"}
+"""targets that correct for nothing"""
+UNCLIPPED: Settings = {"metric.clip": None} | PRUNED
 """gradients of single tokens as they are"""
-DIRECTIONS: Settings = {"units": "rotated-all"}
+DIRECTIONS: Settings = {"units": "rotated-all"} | PRUNED
 """queries and keys as they are"""
 BEFORE: Settings = COORDINATES | UNCLIPPED
-"""`structured_best` as it was before directions, clipped gradients and rotary pairs"""
+"""`structured_best` as it was before directions, clipped gradients, rotary pairs and the policy `partial`"""
 OF_FAMILIES = ("wanda", "sparsegpt", "alps", "sparse_best")
 OTHER_UNITS = ("random", "magnitude", "fasp")
 """recipes that prune something else by themselves"""
@@ -41,6 +43,8 @@ PROBED: Settings = {"allocation.probe_tokens": 1024}
 MANY_RIDGES: Settings = {"refit.held_out": 0.125, "refit.dampings": [0.01, 0.03, 0.1, 0.3, 1.0]}
 RECOVERY: Settings = {"refit.recovery": 1, "refit.held_out": 0.0625}
 CROSS: Settings = {"propagation": "cross"}
+INTRA: Settings = {"propagation": "intra"}
+PARTIAL: Settings = {"propagation": "partial"}
 POLICIES = ("dense", "pruned", "intra", "cross", "partial", "local")
 ALL, VALUES = ("all", "rotated-all"), ("vo", "rotated-vo")
 """the units of the same shapes, by coordinates and by directions"""
@@ -80,23 +84,31 @@ def paired(recipe: str) -> list[tuple[str, Settings]]:
 
 def under_intra(case: tuple[str, Settings]) -> tuple[str, Settings]:
     """The same under the policy `intra`."""
-    return case[0], {**case[1], "propagation": "intra"}
+    return case[0], case[1] | INTRA
+
+
+def under_policies(settings: Settings) -> list[tuple[str, Settings]]:
+    """`sparse_best` without clipped gradients and with either metric, under every policy."""
+    return [
+        ("sparse_best", {**settings, **metric, **UNCLIPPED, "propagation": policy})
+        for policy in POLICIES
+        for metric in ({}, DIAGONAL)
+    ]
 
 
 STUDIES: dict[str, list[tuple[str, Settings]]] = {
     "sparse": [
         *(half(recipe) for recipe in SPARSE),
         ("wanda", HALF),
-        ("sparse_best", HALF | DIAGONAL),
+        ("sparse_best", HALF | DIAGONAL | UNCLIPPED),
         *((recipe, PAIRS) for recipe in SPARSE),
-        ("sparse_best", PAIRS | DIAGONAL),
+        ("sparse_best", PAIRS | DIAGONAL | UNCLIPPED | INTRA),
         ("fistapruner_wanda", HALF),
         ("fistapruner_wanda", PAIRS),
     ],
-    "policies": [half(name, policy) for policy in POLICIES for name in SPARSE[1:]]
-    + [("sparse_best", {**HALF, **DIAGONAL, "propagation": policy}) for policy in POLICIES],
+    "policies": [half(name, policy) for policy in POLICIES for name in SPARSE[1:]] + under_policies(HALF),
     "policies-2:4": [(name, {**PAIRS, "propagation": policy}) for policy in POLICIES for name in SPARSE[1:]]
-    + [("sparse_best", {**PAIRS, **DIAGONAL, "propagation": policy}) for policy in POLICIES],
+    + under_policies(PAIRS),
     "structured": [structured(recipe, sparsity) for sparsity in (0.2, 0.1, 0.3) for recipe in STRUCTURED]
     + [(recipe, {"sparsity": sparsity}) for recipe in ("structured_best", "fasp") for sparsity in (0.2, 0.1, 0.3)]
     + [
@@ -106,7 +118,9 @@ STUDIES: dict[str, list[tuple[str, Settings]]] = {
     ]
     + [("spap_plus", {"sparsity": sparsity, **GIVEN_RIDGE}) for sparsity in (0.2, 0.1, 0.3)],
     "qk": [
-        ("structured_best", {"sparsity": sparsity, **more}) for sparsity in (0.2, 0.1, 0.3) for more in ({}, DIRECTIONS)
+        ("structured_best", {"sparsity": sparsity, **more})
+        for sparsity in (0.2, 0.1, 0.3)
+        for more in ({}, PRUNED, DIRECTIONS)
     ],
     "rotated": [
         ("structured_best", {"sparsity": sparsity, "units": units, **UNCLIPPED})
@@ -125,9 +139,11 @@ STUDIES: dict[str, list[tuple[str, Settings]]] = {
     ],
     "families": [
         *(structured(recipe, 0.2) for recipe in ("fasp", "spap")),
-        *(("structured_best", {"sparsity": 0.2, **more}) for more in ({}, DIRECTIONS, BEFORE)),
+        *(("structured_best", {"sparsity": 0.2, **more}) for more in ({}, PRUNED, DIRECTIONS, BEFORE)),
         *(half(recipe) for recipe in OF_FAMILIES),
-        *(under_intra((recipe, PAIRS)) for recipe in OF_FAMILIES),
+        *(under_intra((recipe, PAIRS)) for recipe in OF_FAMILIES[:-1]),
+        ("sparse_best", PAIRS),
+        *(("sparse_best", pattern | UNCLIPPED | policy) for pattern, policy in ((HALF, PRUNED), (PAIRS, INTRA))),
     ],
     "recovery": [
         ("spap_plus", {"sparsity": sparsity, **more}) for sparsity in (0.2, 0.1, 0.3) for more in ({}, RECOVERY)
@@ -142,6 +158,7 @@ STUDIES: dict[str, list[tuple[str, Settings]]] = {
                 for more in (
                     *(
                         {},
+                        PRUNED,
                         DIRECTIONS,
                         DIRECTIONS | UNCLIPPED,
                         BEFORE,
@@ -162,10 +179,10 @@ STUDIES: dict[str, list[tuple[str, Settings]]] = {
         *(
             ("sparse_best", settings | more)
             for settings in (HALF, {"sparsity": 0.6})
-            for more in (BELIEVED | DIAGONAL | RECOVERY, DIAGONAL | PROBED)
+            for more in (BELIEVED | DIAGONAL | RECOVERY | UNCLIPPED, DIAGONAL | PROBED | UNCLIPPED)
         ),
         ("sparse_best", {**steps("sparse_best", {"sparsity": 0.6})[1][1], "metric.damping": 0.1}),
-        ("sparse_best", HALF | BELIEVED | DIAGONAL | MANY_RIDGES),
+        ("sparse_best", HALF | BELIEVED | DIAGONAL | MANY_RIDGES | UNCLIPPED),
     ],
 }
 NAMES = {
@@ -208,7 +225,7 @@ def digest(recipe: str, settings: Settings, tokens: int) -> str:
 
 @cache
 def _digest(recipe: str, settings: str, tokens: int) -> str:
-    fields = dict(_leaves(load_recipe(recipe, json.loads(settings)).resolved().to_dict()))
+    fields = dict(_leaves(load_recipe(recipe, json.loads(settings)).to_dict()))
     if "allocation.multiple" in fields and fields["allocation.multiple"] is None:
         fields["allocation.multiple"] = MULTIPLE
     told = {key: value for key, value in fields.items() if key not in ("name", "summary", "source", "seed")}

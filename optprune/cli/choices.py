@@ -29,7 +29,7 @@ UNITS = (
     "experts",
     "blocks",
 )
-POLICIES = ("dense", "pruned", "intra", "cross", "partial", "local", "auto")
+POLICIES = ("dense", "pruned", "intra", "cross", "partial", "local")
 BITS = ("none", "q4_0", "q5_0", "q8_0", "w4a16", "w4a16_shifted")
 RUNTIMES = ("transformers", "vllm", "gguf", "onnx")
 STATES = ("auto", "device", "host", "disk")

@@ -73,7 +73,7 @@ def prune_model(
         output=Output(Path(output), overwrite, resume),
         save_dtype=save_dtype,
         max_shard_size=max_shard_size,
-        workers=workers_of(chosen.policy, workers, None),
+        workers=workers_of(chosen.propagation, workers, None),
         states=options.states,
         generated=generated,
     )

@@ -159,8 +159,7 @@ Propagation = Annotated[
     str | None,
     typer.Option(
         "--propagation",
-        help=f"Path of the statistics: {either(choices.POLICIES)} (intra under N:M, cross with bits, else pruned). "
-        "[default: the recipe's]",
+        help=f"Path of the statistics: {either(choices.POLICIES)}. [default: the recipe's]",
         rich_help_panel=ADVANCED,
     ),
 ]

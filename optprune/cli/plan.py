@@ -122,7 +122,7 @@ def plan_command(
     chosen = options.chosen()
     if not chosen.sparsity and chosen.given is None and chosen.bits is None and chosen.vocabulary is None:
         raise InputError("a sparsity of 0 needs no plan, because the model is copied unchanged: give a larger one")
-    workers_of(chosen.policy, workers, ray)
+    workers_of(chosen.propagation, workers, ray)
     check_json(json_file, models=[model])
     for name in (dtype, save_dtype):
         check_dtype(name)

@@ -165,7 +165,7 @@ def prune_command(
         output=Output(output, overwrite, resume, restart),
         save_dtype=save_dtype,
         max_shard_size=max_shard_size,
-        workers=workers_of(chosen.policy, workers, ray),
+        workers=workers_of(chosen.propagation, workers, ray),
         states=states,
         architecture=architecture,
         generated=generated,

@@ -19,8 +19,7 @@ def resolve(shapes: Decoder, request: Request) -> Program:
 
     InputError where the two do not go together, and NoSolver where the solver refuses the problems of the layers.
     """
-    asked = request.recipe.resolved()
-    recipe = asked.within(shapes)
+    recipe = request.recipe.within(shapes)
     allocation = request.allocation or recipe.given
     # Without anything to change there is nothing to measure, weigh or refit.
     idle = not recipe.sparsity and allocation is None and recipe.bits is None
@@ -41,11 +40,11 @@ def resolve(shapes: Decoder, request: Request) -> Program:
     if recipe.bits is not None and isinstance(units, Weights):
         units = replace(units, grid=recipe.bits.grid.within(request.dtype))
     program = Program(
-        request=replace(request, recipe=asked, allocation=allocation),
+        request=replace(request, allocation=allocation),
         decoder=shapes,
         allocator=allocator_of(recipe, allocation),
         units=units,
-        policy=POLICIES["dense"] if idle else recipe.policy,
+        policy=POLICIES["dense"] if idle else recipe.propagation,
         method=method,
         sparsity=recipe.sparsity,
         seed=recipe.seed,

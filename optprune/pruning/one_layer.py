@@ -47,7 +47,7 @@ def layer_loss(
     before = now if dense is None else Decoder(dense)
     block, path = place_of(before, name)
     _check_same(now, before, block, path)
-    policy = Recipe({"propagation": policy}).policy
+    policy = Recipe({"propagation": policy}).propagation
     batches = check_batches(before.model.config, batches)
     tap, original = before.architecture.taps[path], before.blocks[block]
     # All layers of a block that is solved in one stage get the dense block's inputs, without its removed sub-blocks.
@@ -83,7 +83,7 @@ def layer_problem(
     """
     block, path = place_of(Decoder(model), name)
     every = check_batches(model.config, batches)
-    independent = recipe.policy.independent
+    independent = recipe.propagation.independent
     own = Decoder(_with_own_blocks(model, range(block if independent else 0, block + 1)))
     program = resolve(own, Request(recipe=recipe, allocation=allocation))
     phases = PhaseRecorder(own.model.device)

@@ -47,8 +47,6 @@ SOLVERS: dict[str, type[Solver] | type[ExpertSolver]] = {
     "swaps": solvers.Swaps,
     "wanda": solvers.Wanda,
 }
-AUTO = "auto"
-"""the propagation policy that the pattern decides"""
 NONE = "none"
 """the name for a group that is off"""
 SOLVER_DTYPES = {"float32": torch.float32, "float64": torch.float64}
@@ -114,13 +112,13 @@ def write_units(units: Units) -> str | dict[str, str]:
 
 
 def read_propagation(value: Any) -> Any:
-    """Return the policy of a name, None for "auto"; anything else is returned as it is."""
-    return _known("propagation policy", POLICIES | {AUTO: None}, value) if isinstance(value, str) else value
+    """Return the policy of a name; anything else is returned as it is."""
+    return _known("propagation policy", POLICIES, value) if isinstance(value, str) else value
 
 
-def write_propagation(policy: Propagation | None) -> str:
+def write_propagation(policy: Propagation) -> str:
     """Return the name of a propagation policy."""
-    return AUTO if policy is None else policy.name
+    return policy.name
 
 
 def read_dampings(value: Any) -> Any:

@@ -91,10 +91,10 @@ class Recipe(Displayed, BaseModel):
     queries and keys (qk), KV heads with their query heads, heads of recurrent mixers, MLP units and value dimensions
     (all-heads: or KV heads in place of a block's value dimensions; all-recurrent: and heads of recurrent mixers),
     single weights of every linear layer, with a pattern as in {weights: 2:4}, whole experts, or whole sub-blocks"""
-    propagation: Annotated[
-        Propagation | None, BeforeValidator(read_propagation), PlainSerializer(write_propagation)
-    ] = POLICIES["pruned"]
-    """propagation policy of the hidden states; auto is intra under N:M, cross with bits, and pruned elsewhere"""
+    propagation: Annotated[Propagation, BeforeValidator(read_propagation), PlainSerializer(write_propagation)] = (
+        POLICIES["pruned"]
+    )
+    """propagation policy of the hidden states"""
     sparsity: float = Field(default=0.2, ge=0, lt=1)
     """share of the decoder blocks' linear weights to remove; 0 leaves the model as it is"""
     damping: float = Field(default=0.01, ge=0)
@@ -247,20 +247,6 @@ class Recipe(Displayed, BaseModel):
         """The share of a layer that the pattern keeps; None where it may be any, and for whole units."""
         return None if self.units.family is None else self.units.family.only_share
 
-    @property
-    def policy(self) -> Propagation:
-        """The propagation policy of a run."""
-        if self.propagation is not None:
-            return self.propagation
-        if self.only_share is not None:
-            return POLICIES["intra"]
-        # Rounding moves every weight, so errors add up from block to block unless the dense outputs are the targets.
-        return POLICIES["pruned" if self.bits is None else "cross"]
-
-    def resolved(self) -> "Recipe":
-        """Return the recipe with the propagation policy that it leaves to the pattern."""
-        return self.model_copy(update={"propagation": self.policy})
-
     def within(self, decoder: Decoder) -> "Recipe":
         """Return the recipe with the units that a model and the metric allow."""
         coupled = self.metric is not None and self.metric.kind == "full"
@@ -281,12 +267,11 @@ class Recipe(Displayed, BaseModel):
         return self.model_copy(update={"sparsity": sparsity})
 
     def as_run(self, reported: Mapping[str, Any]) -> "Recipe":
-        """Return the resolved recipe, with the listed allocation of the recipe in a report where that has one."""
-        recipe = self.resolved() if self.propagation is None else self
+        """Return the recipe, with the listed allocation of the recipe in a report where that has one."""
         allocation = reported.get("allocation")
         if not isinstance(allocation, dict) or allocation.get("kind") != "given":
-            return recipe
-        return recipe.with_given(Allocation.from_dict(allocation | {"sparsity": reported["sparsity"]}))
+            return self
+        return self.with_given(Allocation.from_dict(allocation | {"sparsity": reported["sparsity"]}))
 
     @property
     def divides(self) -> bool:

@@ -13,7 +13,7 @@ from optprune.models import UNITS, Weights
 from optprune.objectives import OBJECTIVES
 from optprune.patterns import ANYWHERE
 from optprune.recipe.groups import GROUPS, DepthSearch, UniformShares
-from optprune.recipe.names import AUTO, NONE, write_solver
+from optprune.recipe.names import NONE, write_solver
 from optprune.recipe.recipe import Recipe, load_recipe, recipe_names
 from optprune.solvers import Solver
 from optprune.system.wording import either
@@ -23,7 +23,7 @@ NAMED = {
     "objective": f"null, {', '.join(OBJECTIVES)} or a function",
     "solver": "null, a solver or a list of solvers",
     "units": f"{', '.join(UNITS)} or {{{Weights.name}: PATTERN}}",
-    "propagation": f"{', '.join(POLICIES)} or {AUTO}",
+    "propagation": either(tuple(POLICIES)),
     "bits.solver": "a solver or a list of solvers",
     "allocation.blocks": "a list with an entry for each block",
 }

@@ -15,7 +15,7 @@ from optprune.texts import demo_articles
 from tests.helpers.tiny_models import save_tiny, tiny_llama
 
 ROOT = Path(optprune.__file__).parent
-ONCE = ("program/resolve.py:resolve", "recipe/recipe.py:Recipe.resolved", "recipe/recipe.py:allocator_of")
+ONCE = ("program/resolve.py:resolve", "recipe/recipe.py:Recipe.within", "recipe/recipe.py:allocator_of")
 STAGES = "program/method.py:BlockProgram.of"
 COMMAND_MODULES = 120
 """the most modules of which the command of a small run may call a function"""

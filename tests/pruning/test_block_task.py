@@ -37,7 +37,7 @@ def test_blocks_of_independent_policies_can_be_pruned_in_any_order(make, policy:
     for index in range(last, -1, -1):
         decoder = Decoder(copy.deepcopy(dense))  # in which every other block is as it was
         with calibrating(decoder):
-            path = settings.policy.start(entering(decoder, index))
+            path = settings.propagation.start(entering(decoder, index))
             result = prune_block(decoder, task_of(decoder, settings, index, path), lambda event: None)
         pruned = Decoder(whole)
         assert result.record.shape == pruned.shape(index)
@@ -60,7 +60,7 @@ def test_a_block_of_a_policy_that_drifts_goes_on_from_the_path_before_it(policy:
     whole, decoder = copy.deepcopy(dense), Decoder(dense)
     prune(whole, batches(), settings)
     with calibrating(decoder):
-        path = settings.policy.start(entering(decoder, 0))
+        path = settings.propagation.start(entering(decoder, 0))
         first = prune_block(decoder, task_of(Decoder(TINY_MODELS["llama"]()), settings, 0, path), lambda event: None)
         apart = Decoder(copy.deepcopy(dense))
         task = task_of(Decoder(TINY_MODELS["llama"]()), settings, 1, first.path)
@@ -74,7 +74,7 @@ def test_nothing_travels_past_the_last_block_that_has_something_to_solve() -> No
     decoder = Decoder(TINY_MODELS["llama"]())
     recipe = load_recipe("magnitude")
     with calibrating(decoder):
-        path = recipe.policy.start(entering(decoder, 0))
+        path = recipe.propagation.start(entering(decoder, 0))
         task = task_of(decoder, recipe, 0, path)
         untouched = BlockProgram(0, BlockAllocation(decoder.shape(0)))
         dense = replace(task, block=untouched, onwards=False)

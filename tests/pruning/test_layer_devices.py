@@ -125,4 +125,4 @@ def test_gpus_after_the_models_own_are_taken_in_turn(monkeypatch) -> None:
 
 @pytest.mark.parametrize("policy", ["pruned", "cross", "local"])
 def test_workers_share_layers_where_blocks_hang_on_each_other(policy: str) -> None:
-    assert workers_of(load_recipe("alps", {"propagation": policy}).policy, 2) == Layers(2)
+    assert workers_of(load_recipe("alps", {"propagation": policy}).propagation, 2) == Layers(2)

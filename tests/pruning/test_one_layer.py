@@ -233,7 +233,7 @@ def test_one_tensor_is_one_batch() -> None:
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"policy": "backwards"}, "'backwards' is not known: use one of auto, cross"),
+        ({"policy": "backwards"}, "'backwards' is not known: use one of cross, dense"),
         ({"damping": -1.0}, "damping fraction must be finite and not negative"),
         ({"dense": tiny_opt()}, "the model is a llama of 2 blocks and `dense` a opt of 2 blocks"),
         ({"dense": tiny_llama(num_hidden_layers=3)}, "and `dense` a llama of 3 blocks"),

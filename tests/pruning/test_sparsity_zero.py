@@ -39,7 +39,7 @@ def test_no_recipe_does_anything(name: str) -> None:
     assert report.layers == report.removed == report.recovered == ()
     assert all(block.before == block.after for block in report.blocks)
     assert report.notes == (NOTE,)
-    assert report.recipe == recipe.resolved().to_dict()
+    assert report.recipe == recipe.to_dict()
     assert report.floor_seconds == 0
 
 

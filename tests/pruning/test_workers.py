@@ -231,7 +231,7 @@ def test_every_block_is_passed_through_once_to_get_on_wherever_that_is(policy: s
 @pytest.mark.parametrize("policy", [name for name in POLICIES if name not in INDEPENDENT])
 def test_a_policy_that_lets_blocks_depend_on_each_other_is_refused(policy: str) -> None:
     with pytest.raises(InputError, match=f"under the policy {policy} every block depends .* dense or intra"):
-        workers_of(load_recipe("fasp", {"propagation": policy}).policy, 2, ray="local")
+        workers_of(load_recipe("fasp", {"propagation": policy}).propagation, 2, ray="local")
 
 
 def test_what_stops_a_worker_stops_the_run_with_its_sentence() -> None:
@@ -258,14 +258,14 @@ def test_a_worker_that_would_round_otherwise_is_refused() -> None:
 @pytest.mark.parametrize("ray", [None, "local"])
 def test_no_worker_at_all_is_refused(count: int, ray: str | None) -> None:
     with pytest.raises(InputError, match=f"the number of workers cannot be {count}"):
-        workers_of(load_recipe("fasp", {"propagation": "dense"}).policy, count, ray)
+        workers_of(load_recipe("fasp", {"propagation": "dense"}).propagation, count, ray)
 
 
 @pytest.mark.parametrize("count", [1001, 1_000_000, 10**30])
 @pytest.mark.parametrize(("policy", "ray"), [("dense", None), ("dense", "local"), ("pruned", None)])
 def test_more_workers_than_any_run_has_use_for_are_refused(count: int, policy: str, ray: str | None) -> None:
     with pytest.raises(InputError, match="the number of workers cannot be 10"):
-        workers_of(load_recipe("fasp", {"propagation": policy}).policy, count, ray)
+        workers_of(load_recipe("fasp", {"propagation": policy}).propagation, count, ray)
 
 
 def test_no_more_threads_are_started_than_there_are_layers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -188,35 +188,20 @@ def test_wanda_by_row_is_wanda_under_a_pattern_over_the_matrix(keep: int) -> Non
 # -- the policy that goes by the pattern
 
 
-@pytest.mark.e2e
-@pytest.mark.parametrize(
-    ("settings", "policy"),
-    [
-        ({}, "pruned"),
-        ({"units.weights": "rows"}, "pruned"),
-        ({"units.weights": "2:4"}, "intra"),
-        ({"units.weights": "2:4", "propagation": "pruned"}, "pruned"),
-        ({"propagation": "cross"}, "cross"),
-    ],
-)
-def test_sparse_best_takes_intra_under_n_of_m(settings: dict, policy: str) -> None:
+@pytest.mark.parametrize("settings", [{}, {"units.weights": "2:4"}, {"bits": "q4_0"}], ids=str)
+def test_sparse_best_corrects_for_half_of_the_drift_whatever_is_pruned(settings: dict) -> None:
     recipe = load_recipe("sparse_best", settings)
-    assert recipe.policy is POLICIES[policy]
+    assert recipe.propagation is POLICIES["partial"]
     assert Recipe(recipe.to_dict()) == recipe
-    assert recipe.resolved().to_dict() == {**recipe.to_dict(), "propagation": policy}
-    report = prune(tiny_llama(), batches(), recipe)
-    assert report.recipe["propagation"] == policy
+    assert load_recipe("sparse_best", {**settings, "propagation": "cross"}).propagation is POLICIES["cross"]
 
 
-def test_the_policy_of_the_pattern_is_the_policy_itself() -> None:
-    first, second = tiny_llama(), tiny_llama()
-    prune(first, batches(), load_recipe("sparse_best", {"units.weights": "2:4"}))
-    prune(second, batches(), load_recipe("sparse_best", {"units.weights": "2:4", "propagation": "intra"}))
-    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+def test_structured_best_corrects_for_half_of_the_drift() -> None:
+    assert load_recipe("structured_best").propagation is POLICIES["partial"]
 
 
 def test_policies_default_to_pruned() -> None:
-    assert Recipe(units={"weights": "2:4"}, sparsity=0.5).policy is POLICIES["pruned"]
+    assert Recipe(units={"weights": "2:4"}, sparsity=0.5).propagation is POLICIES["pruned"]
 
 
 # -- the digest of a benchmark's row
@@ -226,9 +211,7 @@ def test_a_digest_sees_what_is_done_and_not_how_it_is_said() -> None:
     def of(recipe: str, **settings: object) -> str:
         return digest(recipe, {"sparsity": 0.5, **settings}, 8192)
 
-    pairs = {"units.weights": "2:4"}
-    assert of("sparse_best", **pairs) == of("sparse_best", **pairs, propagation="intra")
-    assert of("sparse_best", **pairs) != of("sparse_best", **pairs, propagation="pruned")
+    assert of("sparse_best") == of("sparse_best", propagation="partial") != of("sparse_best", propagation="pruned")
     assert of("sparse_best") == of("sparse_best", fit_bias=True) != of("sparse_best", fit_bias=False)
     assert of("fasp", units="mlp") != of("fasp")
 
