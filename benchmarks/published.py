@@ -37,7 +37,7 @@ class Published:
 
 
 def added(case: Case | None) -> str:
-    """What a case adds to the dense model's, on news, by the mean perplexity of its seeds; empty where it was not run."""
+    """What a case adds to the dense model's, on news, by the mean of its seeds; empty where it was not run."""
     if case is None:
         return ""
     dense, found = ([row["news"] for row in rows_of(read(), MODEL, one, TOKENS)] for one in (DENSE, case))
