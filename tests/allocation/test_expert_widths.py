@@ -20,7 +20,7 @@ from tests.helpers.token_batches import batches
 
 SETTINGS: dict[str, Any] = {
     **{"units": "mlp", "metric": "none", "allocation.multiple": 8, "damping": 0, "refit": "none"},
-    **{"solver": [{"greedy_obs": {"batch": 8}}, "restore"], "sparsity": 0.25},
+    **{"solver": [{"greedy_obs": {"batch": 8}}, "restore"], "sparsity": 0.25, "propagation": "pruned"},
 }
 
 

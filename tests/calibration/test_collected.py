@@ -112,7 +112,8 @@ def test_the_costs_of_a_budget_are_measured_once(
     dense: PreTrainedModel, passes: list[nn.Module], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chosen = [
-        recipe(name, **{"sparsity": 0.2, "allocation.probe_tokens": 0}) for name in ("structured_best", "sparse_best")
+        recipe(name, **{"sparsity": 0.2, "allocation.probe_tokens": 0, "propagation": "pruned"})
+        for name in ("structured_best", "sparse_best")
     ]
     statistics = optprune.collect(dense, batches(), recipes=chosen)
 
@@ -124,7 +125,7 @@ def test_the_costs_of_a_budget_are_measured_once(
     monkeypatch.setattr("optprune.allocation.weight_costs.entry_costs", again)
     for one in chosen:
         passes.clear()
-        other = optprune.load_recipe(one.name, {"sparsity": 0.4, "allocation.probe_tokens": 0})
+        other = one.with_sparsity(0.4)
         optprune.prune(copy.deepcopy(dense), batches(), other, statistics=statistics)
         # On the pruned path: on from the first block, and through the second to solve it and to its end.
         fitted, _ = hold_out(batches(), 0.0 if one.refit is None else one.refit.held_out)

@@ -24,7 +24,7 @@ def test_the_copies_are_the_tables() -> None:
     assert tuple(recipe_names()) == choices.RECIPES
     assert tuple(UNITS) == choices.UNITS
     assert EFFORTS == choices.EFFORTS
-    assert (*POLICIES, "auto") == choices.POLICIES
+    assert tuple(POLICIES) == choices.POLICIES
     assert tuple(RUNTIMES) == choices.RUNTIMES
     assert tuple(STATES) == choices.STATES
     assert (NONE, *GROUPS["bits"].kinds) == choices.BITS

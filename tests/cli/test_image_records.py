@@ -18,7 +18,7 @@ from optprune.export import save_model
 from optprune.models import load_model, open_model
 from optprune.models.vision import language_name
 from optprune.recipe import load_recipe
-from optprune.report import Event, LayerSolved
+from optprune.report import BlockFinished, BlockStarted, Event
 from optprune.texts import draw_records, read_records
 from tests.helpers.image_records import FAMILIES, save_with_processor, write_records
 from tests.helpers.tiny_vision import stock
@@ -94,13 +94,12 @@ def test_shared_statistics_of_records_give_the_same_weights(tmp_path: Path) -> N
 
 
 def test_a_stopped_run_on_records_is_continued(tmp_path: Path) -> None:
-    words, solved = words_of("llava", tmp_path), list[Event]()
+    words = words_of("llava", tmp_path)
     optprune.prune_model(**words)
     whole = (words["output"] / WEIGHTS).read_bytes()
 
     def stop(event: Event) -> None:
-        solved.extend([event] if isinstance(event, LayerSolved) else [])
-        if len(solved) == 2:
+        if isinstance(event, BlockStarted) and event.block == 1:
             raise RuntimeError("stopped")
 
     again = words | {"output": tmp_path / "again"}
@@ -116,7 +115,7 @@ def test_a_stopped_run_on_records_is_continued(tmp_path: Path) -> None:
     events = list[Event]()
     optprune.prune_model(**again, resume=True, on_event=events.append)
     assert (again["output"] / WEIGHTS).read_bytes() == whole
-    assert len([1 for each in events if isinstance(each, LayerSolved)]) < 2
+    assert [each.block for each in events if isinstance(each, BlockFinished)] == [1]
 
 
 @pytest.mark.parametrize(
