@@ -19,7 +19,10 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.e2e
-@pytest.mark.parametrize("more", [{}, {"vocabulary": 400}], ids=["all tokens", "fewer tokens"])
+@pytest.mark.parametrize(
+    "more",
+    [pytest.param({}, id="all tokens", marks=pytest.mark.slow), pytest.param({"vocabulary": 400}, id="fewer tokens")],
+)
 def test_two_processes_write_the_folder_that_one_writes(more: dict, attempt: Attempt, monkeypatch) -> None:
     one, two = attempt.folder / "one", attempt.folder / "two"
     options = {"recipe": "sparsegpt", "device": "cpu"} | more
