@@ -36,6 +36,7 @@ from benchmarks.studies import (
     UNCLIPPED,
     Case,
     Settings,
+    half,
     paired,
     rows_of,
     steps,
@@ -156,22 +157,29 @@ def _step(label: str, step: int) -> tuple[str, Cells]:
     return label, (*units, *_weights(label, step)[1])
 
 
-def _both(label: str, units: str | None, weights: str | None, half: Settings) -> tuple[str, Cells]:
-    """A recipe for units at 20 percent beside one for single weights at 50 percent and at 2:4, under `partial`."""
-    cases = _sparse("", weights, half, {})[1] if weights else (None,) * 6
-    return label, (None if units is None else structured(units, 0.2), cases[2], cases[5])
+def _both(label: str, units: str, weights: Case | None = None, pairs: Case | None = None) -> tuple[str, Cells]:
+    """A recipe for units at 20 percent beside one for single weights at 50 percent and at 2:4."""
+    return label, (structured(units, 0.2), weights, pairs)
+
+
+def _other(label: str, units: str, weights: str) -> tuple[str, Cells]:
+    """Recipes that are not ours; for single weights under `intra`, which is better for each of them than `pruned`."""
+    return _both(label, units, under_intra(half(weights)), under_intra((weights, PAIRS)))
 
 
 SHORT = Table(
     ("perplexity on held-out news", "whole units, 20%", "single weights, 50%", "2:4"),
     (
         ("the dense model", (DENSE, DENSE, DENSE)),
-        _both("`structured_best`, `sparse_best` (ours)", "structured_best", "sparse_best", {}),
-        _both("`structured_uniform_best` (ours)", "structured_uniform_best", None, {}),
-        _both("OSSCAR, ALPS", "osscar", "alps", {}),
-        _both("FASP (MLP units), SparseGPT", "fasp", "sparsegpt", {}),
-        _both("FLAP, Wanda", "flap", "wanda", {"units.weights": "rows"}),
-        _both("optipfair 0.4.2", "optipfair", None, {}),
+        _both(
+            *("`structured_best`, `sparse_best` (ours)", "structured_best"),
+            *(("sparse_best", HALF), ("sparse_best", PAIRS)),
+        ),
+        _both("`structured_uniform_best` (ours)", "structured_uniform_best"),
+        _other("OSSCAR, ALPS", "osscar", "alps"),
+        _other("FASP (MLP units), SparseGPT", "fasp", "sparsegpt"),
+        _other("FLAP, Wanda", "flap", "wanda"),
+        _both("optipfair 0.4.2", "optipfair"),
     ),
     SMOLLM2,
     8192,
