@@ -22,9 +22,9 @@ COORDINATES: Settings = {"units": "all"}
 PRUNED: Settings = {"propagation": "pruned"}
 """targets that correct for nothing"""
 UNCLIPPED: Settings = {"metric.clip": None} | PRUNED
-"""gradients of single tokens as they are"""
+"""gradients of single tokens as they are, and targets that correct for nothing"""
 DIRECTIONS: Settings = {"units": "rotated-all"} | PRUNED
-"""queries and keys as they are"""
+"""queries and keys as they are, and targets that correct for nothing"""
 BEFORE: Settings = COORDINATES | UNCLIPPED
 """`structured_best` as it was before directions, clipped gradients, rotary pairs and the policy `partial`"""
 OF_FAMILIES = ("wanda", "sparsegpt", "alps", "sparse_best")

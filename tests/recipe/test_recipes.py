@@ -185,7 +185,7 @@ def test_wanda_by_row_is_wanda_under_a_pattern_over_the_matrix(keep: int) -> Non
     assert bool(((fewer != 0) <= (found != 0)).all() and ((found != 0) <= (more != 0)).all())
 
 
-# -- the policy that goes by the pattern
+# -- the propagation policy
 
 
 @pytest.mark.parametrize("settings", [{}, {"units.weights": "2:4"}, {"bits": "q4_0"}], ids=str)
