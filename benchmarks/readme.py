@@ -117,9 +117,9 @@ def _units(label: str, recipe: str, more: Settings | None = None) -> tuple[str, 
     return label, tuple((name, {**settings, **(more or {})}) for name, settings in cases)
 
 
-def _sparse(label: str, recipe: str, half: Settings, pairs: Settings | None = None) -> tuple[str, Cells]:
+def _sparse(label: str, recipe: str, weights: Settings, pairs: Settings | None = None) -> tuple[str, Cells]:
     """A recipe for single weights at 50 percent and 2:4, under three policies."""
-    first, second = HALF | half, PAIRS | (half if pairs is None else pairs)
+    first, second = HALF | weights, PAIRS | (weights if pairs is None else pairs)
     policies: tuple[Settings, ...] = ({}, INTRA, PARTIAL)
     return label, tuple((recipe, case | policy) for case in (first, second) for policy in policies)
 
