@@ -5,10 +5,10 @@ import signal
 
 import jaxtyping
 
-from tests.helpers.checked_shapes import but_closures
+from tests.helpers.checked_shapes import only_with_shapes
 
 # Before anything imports optprune: every shape in an annotation becomes an assertion.
-jaxtyping.jaxtyped = but_closures(jaxtyping.jaxtyped)
+jaxtyping.jaxtyped = only_with_shapes(jaxtyping.jaxtyped)
 jaxtyping.install_import_hook(
     [
         "optprune.metric",
