@@ -1,7 +1,9 @@
 """Set-up of the whole suite: shapes are checked at run time, random tests are the same on every run."""
 
+import multiprocessing
 import os
 import signal
+from types import SimpleNamespace
 
 import jaxtyping
 
@@ -93,6 +95,16 @@ def the_reload_check_need_not_import_each_time(reloads):
     """But where the process is the subject, and in processes that tests start."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("optprune.export.check.run_alongside", reloads)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def workers_need_not_import_each_time(warnings_are_errors_in_other_processes):
+    """Fork the workers of runs from a process with their imports, but in processes that tests start."""
+    forking = multiprocessing.get_context("forkserver")
+    forking.set_forkserver_preload(["optprune.pruning.workers", "transformers.models.llama.modeling_llama"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("optprune.pruning.workers.multiprocessing", SimpleNamespace(get_context=lambda _: forking))
         yield
 
 

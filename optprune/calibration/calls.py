@@ -157,6 +157,17 @@ def calls_of(block: nn.Module, path: str, stream: Stream, wanted: Wanted = EVERY
     return calls[path]
 
 
+@torch.no_grad()
+def towards(calls: Calls, module: nn.Module, dense: States[Tensor], share: float) -> Calls:
+    """Return calls with targets on the way from a dense module's outputs for them (share 0) to `dense` (share 1).
+
+    The targets take the place of `dense`.
+    """
+    for number, (_, args, kwargs, _) in enumerate(calls.each()):
+        dense[number] = torch.lerp(first_output(module(*args, **kwargs)), dense[number], share)
+    return replace(calls, targets=dense)
+
+
 def _tensors(value: Any) -> set[int]:
     """Return the `id`s of the tensors in nested values."""
     if isinstance(value, Tensor):

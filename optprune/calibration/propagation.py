@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from torch import nn
 
-from optprune.calibration.calls import EVERY, Calls, Wanted, calls_of, catching
+from optprune.calibration.calls import EVERY, Calls, Wanted, calls_of, catching, towards
 from optprune.calibration.dense_statistics import BlockMoments
 from optprune.calibration.moments_pass import Collected, collect
 from optprune.calibration.stream import Stream, advance
@@ -250,8 +250,11 @@ class Visit:
         """Return the calls of a sub-module on the path for the selected batches, with its target outputs."""
         if self._reference is None:
             return self._caught[place]
-        ideal = calls_of(self._original, place, self._reference, self._wanted)
-        return replace(calls_of(self.block, place, self.path.actual, self._wanted), targets=ideal.targets)
+        dense = calls_of(self._original, place, self._reference, self._wanted).targets
+        found = calls_of(self.block, place, self.path.actual, self._wanted)
+        if self.path.policy.correction == 1:
+            return replace(found, targets=dense)
+        return towards(found, self._original.get_submodule(place), dense, self.path.policy.correction)
 
     def close(self) -> None:
         """Move the path on to the next block."""

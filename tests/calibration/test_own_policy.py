@@ -9,9 +9,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from optprune.calibration import OnePath, Path, Propagation, Stream, advance, calibrating, first_inputs, hold_out
+from optprune.calibration import (
+    OnePath,
+    Path,
+    Propagation,
+    Stream,
+    TwoPaths,
+    advance,
+    calibrating,
+    first_inputs,
+    hold_out,
+)
 from optprune.calibration.calls import calls_of
 from optprune.models import Decoder
+from optprune.numerics.tensors import first_output
 from optprune.objectives import LayerContext, linked
 from optprune.problems import LayerLoss, Problem
 from optprune.pruning import prune
@@ -105,4 +116,32 @@ def test_recovery_aims_at_the_targets_of_a_policy_of_other_facts(name: str, part
                 float((one - two).square().sum()) for one, two in zip(calls.targets[-count:], targets, strict=True)
             )
             signal = sum(float(target.square().sum()) for target in targets)
+            assert recovered[decoder.name(1, path)].held_out_after == pytest.approx(change / signal, rel=1e-4)
+
+
+@pytest.mark.parametrize("share", [0.25, 1.0])
+def test_recovery_corrects_for_the_share_of_the_drift_that_layers_correct_for(share: float) -> None:
+    """The target is between the dense sub-module's output on what arrives and its output in the dense model."""
+    dense = tiny_llama()
+    model = copy.deepcopy(dense)
+    policy = TwoPaths("a share", independent=False, sequential=True, dense_target=True, correction=share)
+    settings = {"sparsity": 0.5, "propagation": policy, "refit.held_out": 0.25, "refit.recovery": 1}
+    report = prune(model, batches(), load_recipe("sparsegpt", settings))
+    decoder, original = Decoder(model), Decoder(dense)
+    used, count = hold_out(batches(), 0.25)
+    recovered = {part.name: part for part in report.recovered}
+    with calibrating(decoder):
+        arriving, undisturbed = first_inputs(decoder, used), first_inputs(original, used)
+        advance(decoder.blocks[0], arriving)
+        advance(original.blocks[0], undisturbed)
+        for path in ("self_attn", "mlp"):
+            calls = calls_of(decoder.blocks[1], path, arriving)
+            ideal = calls_of(original.blocks[1], path, undisturbed).targets
+            module = original.blocks[1].get_submodule(path)
+            change = signal = 0.0
+            last = (calls.arguments[-count:], calls.targets[-count:], ideal[-count:])
+            for (args, kwargs), output, goal in zip(*last, strict=True):
+                target = (1 - share) * first_output(module(*args, **kwargs)) + share * goal
+                change += float((output - target).square().sum())
+                signal += float(target.square().sum())
             assert recovered[decoder.name(1, path)].held_out_after == pytest.approx(change / signal, rel=1e-4)

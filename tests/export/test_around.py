@@ -28,7 +28,7 @@ from optprune.recipe import load_recipe
 from optprune.texts import demo_articles
 from tests.helpers.mixed_models import mixed
 from tests.helpers.tiny_models import save_tiny, tiny_llama
-from tests.helpers.tiny_vision import answer, by_vision_family, save_vision, stock, tiny_vision, with_image
+from tests.helpers.tiny_vision import CONFIGS, answer, by_vision_family, save_vision, stock, tiny_vision, with_image
 from tests.helpers.token_batches import batches
 
 CHECK_TOKENS = torch.arange(10, 42)[None]
@@ -270,30 +270,38 @@ sys.modules["optprune"] = None  # importing it is an error
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
-folder, inputs, output = sys.argv[1:]
-try:
-    AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=False)
-    sys.exit("it loads without its code")
-except ValueError as error:
-    assert "trust_remote_code" in str(error)
-model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True).eval()
-given = load_file(inputs)
-with torch.no_grad():
-    logits = model(**given).logits
-    ids = model.generate(**given, max_new_tokens=6, do_sample=False)
-    slow = model.generate(**given, max_new_tokens=6, do_sample=False, use_cache=False)
-save_file({"logits": logits.contiguous(), "ids": ids, "slow": slow}, output)
+for folder in sys.argv[1:]:
+    try:
+        AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=False)
+        sys.exit("it loads without its code")
+    except ValueError as error:
+        assert "trust_remote_code" in str(error)
+    model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True).eval()
+    given = load_file(folder + "-inputs.safetensors")
+    with torch.no_grad():
+        logits = model(**given).logits
+        ids = model.generate(**given, max_new_tokens=6, do_sample=False)
+        slow = model.generate(**given, max_new_tokens=6, do_sample=False, use_cache=False)
+    save_file({"logits": logits.contiguous(), "ids": ids, "slow": slow}, folder + "-outputs.safetensors")
 """
 
 
-def without_optprune(folder: Path, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What a process without optprune answers to inputs with an image."""
-    given, output = folder.parent / "inputs.safetensors", folder.parent / "outputs.safetensors"
-    save_file({name: value.contiguous() for name, value in inputs.items()}, given)
-    environment = {**os.environ, "HF_MODULES_CACHE": str(folder.parent / "modules"), "PYTHONWARNINGS": "ignore"}
-    words = [sys.executable, "-c", PROGRAM, str(folder), str(given), str(output)]
+@pytest.fixture(scope="module")
+def without_optprune(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of each family, pruned to blocks of different shapes, and what one process without optprune answers."""
+    place = tmp_path_factory.mktemp("without")
+    for family in CONFIGS:
+        folder = save_vision(tiny_vision(family, num_hidden_layers=4), place / f"{family}-model")
+        loaded = load_model(folder)
+        mixed(loaded.model)
+        saved = save_model(loaded, place / family, check_tokens=CHECK_TOKENS)
+        assert not saved.stock and saved.logits_difference == 0
+        inputs = {name: value.contiguous() for name, value in with_image(stock(folder).config).items()}
+        save_file(inputs, place / f"{family}-inputs.safetensors")
+    environment = {**os.environ, "HF_MODULES_CACHE": str(place / "modules"), "PYTHONWARNINGS": "ignore"}
+    words = [sys.executable, "-c", PROGRAM, *(str(place / family) for family in CONFIGS)]
     subprocess.run(words, check=True, env=environment, capture_output=True)
-    return load_file(output)
+    return place
 
 
 def mixed_by_zeros(model: PreTrainedModel) -> PreTrainedModel:
@@ -311,16 +319,15 @@ def mixed_by_zeros(model: PreTrainedModel) -> PreTrainedModel:
 
 
 @by_vision_family
-def test_blocks_of_different_shapes_are_zeroed_columns_without_optprune(family: str, tmp_path: Path) -> None:
-    folder = save_vision(tiny_vision(family, num_hidden_layers=4), tmp_path / "model")
-    loaded, out = load_model(folder), tmp_path / "out"
+def test_blocks_of_different_shapes_are_zeroed_columns_without_optprune(
+    family: str, without_optprune: Path, tmp_path: Path
+) -> None:
+    folder, out = without_optprune / f"{family}-model", without_optprune / family
+    found = load_file(without_optprune / f"{family}-outputs.safetensors")
+    loaded, zeroed = load_model(folder), mixed_by_zeros(stock(folder))
     mixed(loaded.model)
-    saved = save_model(loaded, out, check_tokens=CHECK_TOKENS)
-    assert not saved.stock and saved.logits_difference == 0
-    inputs, zeroed = with_image(stock(folder).config), mixed_by_zeros(stock(folder))
-    found = without_optprune(out, inputs)
     with torch.no_grad():
-        expected = zeroed(**inputs).logits
+        expected = zeroed(**with_image(stock(folder).config)).logits
     assert (found["logits"] - expected).abs().max() <= rounding(expected, blocks=4)
     assert torch.equal(found["ids"], found["slow"]) and found["ids"][0].tolist() == answer(zeroed)[1]
     check_rest(folder, out)

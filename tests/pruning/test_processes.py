@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -46,7 +46,11 @@ class Lasting(ParallelWorkers):
 
 @pytest.fixture(scope="module")
 def two() -> Iterator[Lasting]:
-    with Processes(2).pool(WorkerContext.of(Decoder(tiny()))) as pool:
+    with ExitStack() as last:
+        with pytest.MonkeyPatch.context() as patch:
+            # Processes that begin with nothing, as users have them.
+            patch.setattr("optprune.pruning.workers.multiprocessing", multiprocessing)
+            pool = last.enter_context(Processes(2).pool(WorkerContext.of(Decoder(tiny()))))
         yield Lasting(pool)
 
 
