@@ -584,6 +584,13 @@ FAULTS = [
         "pruning/test_pipeline.py",
     ),
     Fault(
+        "calibration: recovery corrects for the whole drift",
+        "calibration/propagation.py",
+        "if self.path.policy.correction == 1:",
+        "if self.path.policy.correction <= 1:",
+        "calibration/test_own_policy.py",
+    ),
+    Fault(
         "metric: no damping",
         "metric.py",
         "torch.addcmul(self.average @ change, self.damping[:, None], change)",
