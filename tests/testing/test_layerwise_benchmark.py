@@ -35,7 +35,7 @@ def copied(tmp_path):
     return tmp_path
 
 
-@pytest.mark.e2e
+@pytest.mark.slow
 def test_it_passes_the_tests_of_benchopt(copied):
     done = benchopt("test", "layerwise", "--skip-install", folder=copied)
     assert done.returncode == 0, done.stdout[-3000:]

@@ -161,7 +161,7 @@ def nothing_solved(self, blocks, right):
 
 
 @pytest.mark.e2e
-@pytest.mark.parametrize("fault", [rounding_inverted, nothing_solved])
+@pytest.mark.parametrize("fault", [pytest.param(rounding_inverted, marks=pytest.mark.slow), nothing_solved])
 def test_faults_where_a_block_is_singular_are_noticed(fault, monkeypatch):
     monkeypatch.setattr(ScaledGram, "solve_singular", fault)
     with pytest.raises((AssertionError, torch.linalg.LinAlgError)):

@@ -10,7 +10,7 @@ SEEDS = {
     **{"fewer tokens": 4, "heal": 6, "compare": 5, "export gguf": 4, "export onnx": 3},
 }
 """how often each command is ended: 45 times in all"""
-QUICK = {("fasp in shards", 0): KILL, ("structured_best", 0): INTERRUPT, ("export gguf", 0): KILL}
+QUICK = {("fasp in shards", 0): KILL, ("export gguf", 0): KILL}
 EVERY = [(name, seed) for name in LONG for seed in range(SEEDS[name])]
 
 
