@@ -23,7 +23,9 @@ def serve(script: str, place: str, ready: int) -> None:
     import safetensors.torch  # noqa: F401
     import torch  # noqa: F401
     from transformers import LlamaForCausalLM, OPTForCausalLM, Qwen2ForCausalLM  # noqa: F401
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
+    get_checkpoint_conversion_mapping("llama")  # compiles thousands of patterns, which it keeps
     code = compile(Path(script).read_text(encoding="utf-8"), script, "exec")
     server = socket.socket(socket.AF_UNIX)
     server.bind(place)
