@@ -122,6 +122,7 @@ COSTS = {
     "magnitude": 1.4,
     "osscar": 1.9,
     "spap": 3.1,
+    "sparse_best": 12.0,
     "sparsegpt": 2.1,
     "structured_best": 11.0,
     "structured_uniform_best": 5.8,

@@ -15,6 +15,7 @@ from optprune.calibration.calls import Calls, calls_of
 from optprune.errors import InputError, StrictError
 from optprune.metric import OutputMetric
 from optprune.models import BlockAllocation, Decoder
+from optprune.models.places import States
 from optprune.pruning import prune, refinement
 from optprune.pruning.refinement import InnerLayer, ModuleLoss, OutputLayer, recover
 from optprune.recipe import load_recipe
@@ -275,7 +276,10 @@ def test_recovery_sees_what_a_block_without_its_attention_passes_on(policy: str)
         calls = calls_of(bare.blocks[0], "mlp", first_inputs(bare, used))
         if POLICIES[policy].dense_target:
             whole = Decoder(dense)
-            calls = Calls(calls.arguments, calls_of(whole.blocks[0], "mlp", first_inputs(whole, used)).targets)
+            goals = calls_of(whole.blocks[0], "mlp", first_inputs(whole, used)).targets
+            share = POLICIES[policy].correction
+            mixed = [(1 - share) * own + share * goal for own, goal in zip(calls.targets, goals, strict=True)]
+            calls = Calls(calls.arguments, States(goals.place, mixed))
         for found, error in zip(calls.split(count), (part.error_after, part.held_out_after), strict=True):
             expected = torch.cat([target.reshape(-1) for target in found.targets])
             change = answers(model.model.layers[0].mlp, found) - expected
