@@ -158,10 +158,10 @@ def calls_of(block: nn.Module, path: str, stream: Stream, wanted: Wanted = EVERY
 
 
 @torch.no_grad()
-def towards(calls: Calls, module: nn.Module, dense: States[Tensor], share: float) -> Calls:
-    """Return calls with targets on the way from a dense module's outputs for them (share 0) to `dense` (share 1).
+def with_mixed_targets(calls: Calls, module: nn.Module, dense: States[Tensor], share: float) -> Calls:
+    """Return the calls with the targets (1 - share) y + share `dense`, where y is the output of `module` for a call.
 
-    The targets take the place of `dense`.
+    `dense` holds the targets afterwards.
     """
     for number, (_, args, kwargs, _) in enumerate(calls.each()):
         dense[number] = torch.lerp(first_output(module(*args, **kwargs)), dense[number], share)

@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from torch import nn
 
-from optprune.calibration.calls import EVERY, Calls, Wanted, calls_of, catching, towards
+from optprune.calibration.calls import EVERY, Calls, Wanted, calls_of, catching, with_mixed_targets
 from optprune.calibration.dense_statistics import BlockMoments
 from optprune.calibration.moments_pass import Collected, collect
 from optprune.calibration.stream import Stream, advance
@@ -254,7 +254,7 @@ class Visit:
         found = calls_of(self.block, place, self.path.actual, self._wanted)
         if self.path.policy.correction == 1:
             return replace(found, targets=dense)
-        return towards(found, self._original.get_submodule(place), dense, self.path.policy.correction)
+        return with_mixed_targets(found, self._original.get_submodule(place), dense, self.path.policy.correction)
 
     def close(self) -> None:
         """Move the path on to the next block."""

@@ -1,4 +1,4 @@
-"""Shapes that are checked at run time, for less than what they are checked in costs."""
+"""Check the shapes in signatures at run time, once a call and only where there are any."""
 
 import functools
 import inspect

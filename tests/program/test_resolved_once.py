@@ -22,7 +22,6 @@ COMMAND_MODULES = 120
 COUNTER = """
 import collections, json, sys
 from pathlib import Path
-import torch, transformers.models.llama.modeling_llama
 import optprune
 root, calls = str(Path(optprune.__file__).parent), collections.Counter()
 
