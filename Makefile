@@ -27,9 +27,10 @@ setup: .venv/installed
 demo: setup
 	$(BIN)/optprune demo
 
-# Units, laws and one end-to-end test of each kind.
+# Units, laws and one end-to-end test of each kind. SELECT="not slow" adds those of test-e2e, in the same processes.
+SELECT ?= not slow and not e2e
 test: setup
-	$(TESTS) -m "not slow and not e2e"
+	$(TESTS) -m "$(SELECT)"
 
 # The other end-to-end tests, notebooks and pages; a family or recipe of a structure that `make test` has runs once.
 test-e2e: setup

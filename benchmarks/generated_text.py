@@ -42,7 +42,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "20% of units, pairs stay": ("structured_best", {"sparsity": 0.2} | DIRECTIONS),
     "30% of units": ("structured_best", {"sparsity": 0.3}),
 }
-KEYS = ("case", "text", "windows more", "temperature", "seeds")
+KEYS = ("case", "text", "windows more", "temperature", "evaluated", "seeds")
 
 
 def main() -> None:
@@ -66,7 +66,8 @@ def main() -> None:
         kinds = [("written", count, degree) for count in options.generated for degree in options.temperatures]
         for text, count, degree in [*kinds, *(("real", count, 1.0) for count in options.real)]:
             found = [one(options, case, text, count, degree, seed) for seed in options.seeds]
-            of = {"case": case, "text": text, "windows more": count, "temperature": degree, "seeds": len(found)}
+            of = {"case": case, "text": text, "windows more": count, "temperature": degree}
+            of |= {"evaluated": options.windows * options.seq_length, "seeds": ", ".join(map(str, options.seeds))}
             rows.append({**of, **{key: spread([each[key] for each in found]) for key in found[0]}})
             print(rows[-1], machine(), flush=True)
             windows = f"{options.samples} windows of {options.seq_length} tokens and more"

@@ -1,5 +1,6 @@
 """Set-up of the whole suite: shapes are checked at run time, random tests are the same on every run."""
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -71,6 +72,12 @@ def pytest_collection_modifyitems(items):
 
     if any(item.path.parent.name in ROOMS for item in items):
         split(items, names_of())
+
+
+def pytest_collection_finish():
+    """Leave modules and tests out of garbage collection, which would go through all of them every time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

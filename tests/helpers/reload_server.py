@@ -3,6 +3,7 @@
 usage: python -P reload_server.py SCRIPT SOCKET READY
 """
 
+import gc
 import json
 import os
 import select
@@ -30,6 +31,7 @@ def serve(script: str, place: str, ready: int) -> None:
     server = socket.socket(socket.AF_UNIX)
     server.bind(place)
     server.listen()
+    gc.freeze()  # no child goes through the modules
     os.write(ready, b"1")
     while server in select.select([server, sys.stdin], [], [])[0]:
         line, _ = server.accept()

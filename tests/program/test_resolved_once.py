@@ -1,7 +1,6 @@
 """A run is resolved once: recipe, allocator and stages are made a single time, by the library and by the command."""
 
-import json
-import subprocess
+import inspect
 import sys
 from collections import Counter
 from pathlib import Path
@@ -10,6 +9,7 @@ import pytest
 import torch
 
 import optprune
+from optprune.cli import main
 from optprune.pruning import PartialSums
 from optprune.texts import demo_articles
 from tests.helpers.tiny_models import save_tiny, tiny_llama
@@ -19,33 +19,16 @@ ONCE = ("program/resolve.py:resolve", "recipe/recipe.py:Recipe.within", "recipe/
 STAGES = "program/method.py:BlockProgram.of"
 COMMAND_MODULES = 120
 """the most modules of which the command of a small run may call a function"""
-COUNTER = """
-import collections, json, sys
-from pathlib import Path
-import optprune
-root, calls = str(Path(optprune.__file__).parent), collections.Counter()
-
-def count(frame, event, argument):
-    code = frame.f_code
-    # A class body has no optimised locals: it is not a function.
-    if event == "call" and code.co_flags & 1 and code.co_filename.startswith(root):
-        calls[f"{code.co_filename[len(root) + 1:]}:{code.co_qualname}"] += 1
-
-sys.setprofile(count)
-from optprune.cli import main
-status = main(sys.argv[2:])
-sys.setprofile(None)
-Path(sys.argv[1]).write_text(json.dumps(calls))
-sys.exit(status)
-"""
 
 
 def counted(run) -> Counter[str]:
     calls: Counter[str] = Counter()
 
     def count(frame, event, argument) -> None:
-        if event == "call" and frame.f_code.co_filename.startswith(str(ROOT)):
-            calls[f"{Path(frame.f_code.co_filename).relative_to(ROOT)}:{frame.f_code.co_qualname}"] += 1
+        code = frame.f_code
+        # A class body has no optimised locals: it is not a function.
+        if event == "call" and code.co_flags & inspect.CO_OPTIMIZED and code.co_filename.startswith(str(ROOT)):
+            calls[f"{code.co_filename[len(str(ROOT)) + 1 :]}:{code.co_qualname}"] += 1
 
     sys.setprofile(count)
     try:
@@ -67,12 +50,13 @@ def test_the_library_resolves_a_run_once() -> None:
 @pytest.mark.e2e
 def test_the_command_resolves_a_run_once(tmp_path: Path) -> None:
     """The memory check, the time left, the run and the report read one program."""
-    model, text, calls_file = save_tiny(tiny_llama(), tmp_path / "model"), tmp_path / "text.txt", tmp_path / "calls"
+    model, text = save_tiny(tiny_llama(), tmp_path / "model"), tmp_path / "text.txt"
     text.write_text("\n\n".join(demo_articles("calibration")[:20]), encoding="utf-8")
     words = ["prune", str(model), "--output", str(tmp_path / "out"), "--recipe", "structured_best", "--device", "cpu"]
     words += ["--calibration", str(text), "--samples", "16", "--seq-length", "32", "--sparsity", "0.2"]
-    subprocess.run([sys.executable, "-c", COUNTER, str(calls_file), *words], check=True, capture_output=True)
-    calls = json.loads(calls_file.read_text())
+    status = list[int]()
+    calls = counted(lambda: status.append(main(words)))
+    assert status == [0]
     assert [calls[name] for name in ONCE] == [1, 1, 1]
     # One more of a block whose widths are expected ones, for the plan of its memory and time.
     assert calls[STAGES] == tiny_llama().config.num_hidden_layers + 1

@@ -6,6 +6,7 @@ It reads a line of JSON for each call from its standard input, and answers each 
 """
 
 import ctypes
+import gc
 import importlib
 import io
 import json
@@ -49,6 +50,7 @@ def serve() -> None:
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
+    gc.freeze()  # no child goes through the modules
     print("ready", file=answers, flush=True)
     for line in sys.stdin:
         asked = json.loads(line)
