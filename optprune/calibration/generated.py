@@ -9,7 +9,7 @@ from pydantic import TypeAdapter
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from optprune.calibration.peers import Peers, SingleProcess
+from optprune.calibration.peers import Peers, SingleProcess, from_first
 from optprune.calibration.stream import held_out_count
 from optprune.errors import InputError
 from optprune.measure.evaluate import evaluating
@@ -57,10 +57,9 @@ def generated_windows(
     number of all parts.
     """
     length = batches[0].shape[1]
-    pieces = max(1, round(length / piece))
-    size = -(-length // pieces)
+    pieces, size = pieces_of(length, piece)
     prompts = _prompts(batches, count * pieces, min(PROMPT, size // 2), torch.Generator().manual_seed(seed))
-    parts = prompts.split(max(1, TOKENS_AT_ONCE // size))
+    parts = prompts.split(pieces_at_once(size))
     own = dict[int, list[list[int]]]()
     devices = [model.device] if model.device.type == "cuda" else []
     with _sampling(model, temperature), evaluating(model), torch.random.fork_rng(devices):
@@ -78,6 +77,17 @@ def generated_windows(
         every |= part
     drawn = torch.tensor([row for number in range(len(parts)) for row in every[number]])
     return drawn.view(count, pieces * size)[:, :length]
+
+
+def pieces_of(length: int, piece: int = PIECE) -> tuple[int, int]:
+    """Return the number of pieces of about `piece` tokens in a window of so many tokens, and the tokens of each."""
+    pieces = max(1, round(length / piece))
+    return pieces, -(-length // pieces)
+
+
+def pieces_at_once(size: int) -> int:
+    """Return how many pieces of so many tokens are generated at once."""
+    return max(1, TOKENS_AT_ONCE // size)
 
 
 def mixed(batches: Sequence[Tensor], windows: Tensor, seed: int) -> list[Tensor]:
@@ -105,12 +115,17 @@ def check_held_out(real: int, generated: int, share: float) -> int:
     """Return how many windows a share of all holds out; InputError where generated ones would be among them."""
     every = real + generated
     apart = held_out_count(every, share)
-    if generated and apart > real:
+    if not holds_out_text(real, generated, share):
         raise InputError(
             f"{apart} of {every} windows are held out, and only {real} are from the text: give more samples, or fewer "
             "generated windows"
         )
     return apart
+
+
+def holds_out_text(real: int, generated: int, share: float) -> bool:
+    """Return whether a share of all windows can be held out without generated ones among them."""
+    return not generated or held_out_count(real + generated, share) <= real
 
 
 def check_count(count: int) -> None:
@@ -121,11 +136,10 @@ def check_count(count: int) -> None:
 
 def kept_or_new(folder: ManifestFolder | None, generate: Callable[[], Tensor], peers: Peers) -> Tensor:
     """Return the windows that a run folder keeps, or generate and keep them; only the first process has a folder."""
-    windows = peers.all_gather(None if folder is None else folder.kept(FILE, _windows))[0]
+    windows = from_first(peers, lambda: None if folder is None else folder.kept(FILE, _windows))
     if windows is None:
-        windows = generate()
-        if folder is not None:
-            folder.write(FILE, windows.tolist())
+        windows = new = generate()
+        from_first(peers, lambda: None if folder is None else folder.write(FILE, new.tolist()))
     return windows
 
 

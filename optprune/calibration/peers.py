@@ -2,16 +2,16 @@
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed
 
-from optprune.errors import InputError, WorkerError
+from optprune.errors import InputError, OptpruneError, WorkerError
 from optprune.system.environment import started_by_torchrun
 
 Value = TypeVar("Value")
@@ -73,6 +73,20 @@ class SingleProcess(Peers):
 
     def all_gather(self, value: Value) -> list[Value]:
         return [value]
+
+
+def from_first(peers: Peers, make: Callable[[], Value]) -> Value:
+    """Return in all processes what the first one makes; an OptpruneError of the first is raised in all."""
+    made: Value | OptpruneError | None = None
+    if peers.rank == 0:
+        try:
+            made = make()
+        except OptpruneError as error:
+            made = error
+    found: Any = peers.all_gather(made)[0]
+    if isinstance(found, OptpruneError):
+        raise found
+    return found
 
 
 class TorchPeers(Peers):

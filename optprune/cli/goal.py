@@ -54,6 +54,7 @@ class GoalOptions:
 
     def reached(self, resolved: "Resolved", whole: "WholeRun", say: Callable[[str], None]) -> "GoalReached":
         """Return the sparsity for the goal: that of the run that is continued, or else one that is searched for."""
+        from optprune.calibration.peers import SingleProcess
         from optprune.models import DTYPES, load_model
         from optprune.pruning import Journal
         from optprune.pruning.goal import QualityGoal, Search
@@ -65,6 +66,8 @@ class GoalOptions:
         batches, windows = list["Tensor"](), None
         if isinstance(self.goal, QualityGoal):
             batches, windows = self._data(resolved)
+            # Those that the run will have, which generates them again.
+            batches = list(whole.with_generated(resolved.program, batches, SingleProcess()))
 
         def load() -> "PreTrainedModel":
             say(f"loading {whole.model}")

@@ -245,7 +245,8 @@ def run_on_text(
     with joined(whole.device) as peers:
         device = device_of(whole.device)
         if planned:
-            own = replace(request, samples=-(-request.samples // peers.size))
+            share = {"samples": request.samples, "generated": request.generated}
+            own = replace(request, **{name: -(-count // peers.size) for name, count in share.items()})
             reporter.say(check_room(replace(program, request=own), Room.measured(device, whole.output.folder)))
         expected = expected_seconds(program, characters, device, started=started)
         with reporter.events(expected) as show:

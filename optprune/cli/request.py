@@ -195,8 +195,9 @@ class Options:
         )
         program = resolve(shapes, request)
         if self.generated:
-            from optprune.calibration.generated import check_held_out
+            from optprune.calibration.generated import check_count, check_held_out
 
+            check_count(self.generated)
             check_held_out(self.samples, self.generated, program.held_out)
         method = None if quantised is None else quantised.method
         return Resolved(self.model, program, config, runtime, notes, method, self.records, self.device)

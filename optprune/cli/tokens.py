@@ -106,9 +106,9 @@ def vocabulary_for(
         return None
     from pydantic import TypeAdapter
 
+    from optprune.calibration.peers import from_first
     from optprune.models.store import NullSink
     from optprune.pruning.journal import CHOSEN_TOKENS
-    from optprune.pruning.shared import from_first
     from optprune.report.phases import CHOOSING
     from optprune.tokens import VocabularyPruning
     from optprune.tokens.prune import ChosenTokens

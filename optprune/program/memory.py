@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from optprune.allocation import Depth
 from optprune.calibration.fisher_pass import POSITIONS_AT_ONCE, TOKENS_AT_ONCE
-from optprune.calibration.generated import TOKENS_AT_ONCE as TOKENS_AT_ONCE_GENERATED
+from optprune.calibration.generated import pieces_at_once, pieces_of
 from optprune.models import Target, reorderable
 from optprune.moments import AT_ONCE
 from optprune.numerics.gram import packed_size
@@ -95,10 +95,11 @@ def _loading(program: Program) -> Iterator[Part]:
 def _generating(program: Program) -> Iterator[Part]:
     """Yield the uses of memory of the whole dense model and of the keys and values of the windows that it generates."""
     yield Part("the dense model", (program.resident_numbers + sum(program.block_numbers)) * program.itemsize)
-    windows = min(program.request.generated, max(1, TOKENS_AT_ONCE_GENERATED // program.length))
+    pieces, size = pieces_of(program.length)
+    rows = min(program.request.generated * pieces, pieces_at_once(size))
     # At most as wide as the hidden states; logits, their softmax and cumulated sums.
-    keys = 2 * program.block_count * program.hidden * program.length
-    yield Part("keys, values and logits", windows * (keys * program.itemsize + 12 * program.vocabulary))
+    keys = 2 * program.block_count * program.hidden * size
+    yield Part("keys, values and logits", rows * (keys * program.itemsize + 12 * program.vocabulary))
 
 
 def _choice_of_tokens(program: Program) -> Iterator[Part]:

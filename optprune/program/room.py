@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from optprune.calibration import POLICIES
+from optprune.calibration.generated import holds_out_text
 from optprune.errors import InputError
 from optprune.measure.memory import free_memory, held_bytes
 from optprune.program.memory import DEVICE, DISK, HOST
@@ -99,8 +100,12 @@ def alternatives(program: Program) -> Iterator[tuple[str, Program]]:
         yield "--states disk", asked(states="disk")
     if request.workers > 1:
         yield "--workers 1", asked(workers=1)
-    fewer = request.samples // 2
+    fewer = request.generated // 4
     while fewer >= FEWEST:
+        yield f"--generated {fewer}", asked(generated=fewer)
+        fewer //= 4
+    fewer = request.samples // 2
+    while fewer >= FEWEST and holds_out_text(fewer, request.generated, program.held_out):
         yield f"--samples {fewer}", asked(samples=fewer, lengths=request.lengths[:fewer])
         fewer //= 4
     if program.streams > 1 or program.keeps_original:

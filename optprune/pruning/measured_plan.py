@@ -122,7 +122,8 @@ def _check_probe_fits(program: Program, batches: int, base: int) -> None:
     """Raise InputError where one block and a few batches take far more memory than is free, by shapes."""
     free, request = free_memory(), program.request
     samples = min(request.samples, batches * (program.batch_tokens // program.length))
-    small = replace(program, request=replace(request, samples=samples, lengths=request.lengths[:samples], workers=1))
+    fewer = replace(request, samples=samples, generated=0, lengths=request.lengths[:samples], workers=1)
+    small = replace(program, request=fewer)
     phases = planned_memory(small, base, 0).phases
     needed = next(phase.host_bytes for phase in phases if phase.name == "pruning") - base
     if free is not None and needed > MARGIN * free:

@@ -15,7 +15,7 @@ from torch import Tensor
 from optprune.allocation import Division
 from optprune.calibration import DenseStatistics
 from optprune.calibration.moments_pass import Collected
-from optprune.calibration.peers import Peers
+from optprune.calibration.peers import Peers, from_first
 from optprune.errors import InputError, OptpruneError
 from optprune.metric import Metrics, MetricSums
 from optprune.models import Decoder
@@ -28,20 +28,6 @@ from optprune.system.environment import differences
 from optprune.system.wording import shown
 
 Value = TypeVar("Value")
-
-
-def from_first(peers: Peers, make: Callable[[], Value]) -> Value:
-    """Return in all processes what the first one makes; an OptpruneError of the first is raised in all."""
-    made: Value | OptpruneError | None = None
-    if peers.rank == 0:
-        try:
-            made = make()
-        except OptpruneError as error:
-            made = error
-    found: Any = peers.all_gather(made)[0]
-    if isinstance(found, OptpruneError):
-        raise found
-    return found
 
 
 def check_alike(peers: Peers, facts: Mapping[str, Any]) -> None:

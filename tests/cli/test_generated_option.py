@@ -8,13 +8,17 @@ import torch
 from torch import Tensor
 
 import optprune
+from optprune import pruning
 from optprune.calibration import generated
-from optprune.calibration.generated import with_generated
+from optprune.calibration.generated import kept_or_new, with_generated
+from optprune.calibration.peers import SingleProcess
 from optprune.cli import main
 from optprune.errors import InputError
-from optprune.pruning import executors
-from optprune.texts import draw_windows, read_texts
-from tests.helpers.attempts import Attempt
+from optprune.pruning import executors, goal
+from optprune.texts import demo_articles, draw_windows, read_texts
+from tests.helpers.attempts import Attempt, snapshot
+from tests.helpers.tiny_models import save_tiny
+from tests.helpers.trained_tiny import trained
 
 REAL = list(torch.arange(12).view(6, 2).split(4))
 NEW = -torch.arange(1, 21).view(10, 2)
@@ -55,8 +59,9 @@ def test_the_run_is_that_of_prune_on_the_mixed_windows(attempt: Attempt) -> None
     assert all(torch.equal(weight, there[name]) for name, weight in loaded.model.state_dict().items())
 
 
-def test_a_run_that_goes_on_does_not_generate_again(attempt: Attempt, monkeypatch: pytest.MonkeyPatch) -> None:
-    words = ("--recipe", "fasp", "--generated", "4")
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """The windows of every call that generates some."""
     honest, made = generated.generated_windows, list[Tensor]()
 
     def counted(*arguments, **more) -> Tensor:
@@ -64,17 +69,63 @@ def test_a_run_that_goes_on_does_not_generate_again(attempt: Attempt, monkeypatc
         return made[-1]
 
     monkeypatch.setattr(generated, "generated_windows", counted)
-    solved, solve = list[str](), executors.solve_layer
+    return made
+
+
+def stopped_in_block_1(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    solve = executors.solve_layer
 
     def stops(task, *moments):
-        solved.append(task.name)
         if ".1." in task.name:
             raise KeyboardInterrupt
         return solve(task, *moments)
 
     with monkeypatch.context() as patch:
         patch.setattr(executors, "solve_layer", stops)
-        assert main(attempt.command(*words)) == 130
+        assert main(command) == 130
+
+
+@pytest.mark.parametrize(("before", "now"), [(4, 40), (0, 4), (4, 0)])
+def test_a_run_goes_on_with_as_many_windows_only(
+    before: int, now: int, attempt: Attempt, made: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopped_in_block_1(attempt.command("--recipe", "fasp", "--generated", str(before)), monkeypatch)
+    made.clear()
+    left = snapshot(attempt.folder)
+    attempt.capsys.readouterr()
+    assert main(attempt.command("--recipe", "fasp", "--generated", str(now), "--resume")) == 2
+    assert "the number of generated windows" in attempt.capsys.readouterr().err
+    assert snapshot(attempt.folder) == left and not made
+
+
+def test_a_quality_is_tried_on_the_windows_that_the_run_has(
+    attempt: Attempt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_tiny(trained(), tmp_path / "trained")
+    other = tmp_path / "other.txt"
+    other.write_text("\n".join(demo_articles("evaluation")[:20]))
+    seen = list[Tensor]()
+    for module in (goal, pruning):
+        honest = module.run_program
+
+        def noted(program, decoder, batches, *arguments, honest=honest, **more):
+            seen.append(torch.cat(list(batches)))
+            return honest(program, decoder, batches, *arguments, **more)
+
+        monkeypatch.setattr(module, "run_program", noted)
+    words = ["--to-quality", "1.04", "--text", str(other), "--windows", "4", "--set", "allocation.multiple=1"]
+    command = attempt.command("--recipe", "fasp", "--units", "mlp", "--generated", "4", *words)
+    command[1] = str(tmp_path / "trained")
+    assert main(command) == 0
+    assert len(seen) > 1 and all(torch.equal(windows, seen[-1]) for windows in seen)
+    assert len(seen[-1]) == 12
+
+
+def test_a_run_that_goes_on_does_not_generate_again(
+    attempt: Attempt, made: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("--recipe", "fasp", "--generated", "4")
+    stopped_in_block_1(attempt.command(*words), monkeypatch)
     assert main(attempt.command(*words, "--resume")) == 0
     assert len(made) == 1
     first = (attempt.output / "model.safetensors").read_bytes()
@@ -87,6 +138,7 @@ def test_a_run_that_goes_on_does_not_generate_again(attempt: Attempt, monkeypatc
     ("more", "sentence"),
     [
         (["--generated", "-1"], "--generated cannot be -1: it is at least 0"),
+        (["--generated", "2000000"], "the dense model cannot generate 2000000 windows: give 0 to 1000000"),
         (["--generated", "4", "--vocabulary", "0.5"], "in tokens that --vocabulary removes: leave out one of them"),
         (
             ["--generated", "40", "--set", "refit.held_out=0.5"],
@@ -98,6 +150,15 @@ def test_what_does_not_go_together_is_refused_before_the_model_is_read(
     attempt: Attempt, more: list[str], sentence: str
 ) -> None:
     assert sentence in attempt.fails(attempt.command(*more))
+
+
+def test_an_error_in_the_run_folder_of_the_first_process_is_raised_in_all(tmp_path: Path) -> None:
+    class Second(SingleProcess):
+        def all_gather(self, value):
+            return [InputError("the windows in the run folder are damaged"), value]
+
+    with pytest.raises(InputError, match="damaged"):
+        kept_or_new(None, lambda: NEW, Second(rank=1, size=2))
 
 
 def test_the_plan_has_a_phase_for_it(tmp_path: Path, attempt: Attempt) -> None:

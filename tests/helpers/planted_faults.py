@@ -859,6 +859,20 @@ FAULTS = [
         "cli/test_generated_option.py",
     ),
     Fault(
+        "generated text: a run goes on with another number of windows",
+        "program/program.py",
+        "self.request.generated or None",
+        "None",
+        "cli/test_generated_option.py",
+    ),
+    Fault(
+        "generated text: a quality is tried without it",
+        "cli/goal.py",
+        "batches = list(whole.with_generated(resolved.program, batches, SingleProcess()))",
+        "batches = list(batches)",
+        "cli/test_generated_option.py",
+    ),
+    Fault(
         "swaps: coupled rows are not refused",
         "solvers/swaps.py",
         "if problem.loss.coupled:",

@@ -41,6 +41,7 @@ def serve(script: str, place: str, ready: int) -> None:
         with suppress(ChildProcessError):
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass
+    server.close()
 
 
 def handle(line: socket.socket, code: CodeType) -> int:

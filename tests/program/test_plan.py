@@ -14,16 +14,17 @@ import pytest
 import torch
 
 from optprune.calibration import first_inputs
+from optprune.calibration.generated import generated_windows
 from optprune.errors import InputError
 from optprune.export.check import logits_of
 from optprune.models import Decoder
-from optprune.program import Program
+from optprune.program import Program, resolve
 from optprune.program.memory import Part, parts_of
 from optprune.program.plan import planned_memory
 from optprune.program.room import Room, alternatives, check_room
 from optprune.program.time import Rates, Surroundings, block_passes, seconds_of
 from optprune.pruning import Measuring, plan, prune
-from optprune.pruning.measured_plan import BlockProbe
+from optprune.pruning.measured_plan import BlockProbe, _check_probe_fits
 from optprune.recipe import load_recipe
 from optprune.report import Event, LayerSolved
 from tests.helpers.memory import told
@@ -276,6 +277,26 @@ def test_a_block_that_cannot_fit_is_not_measured(tmp_path: Path) -> None:
     assert of_it(measuring=None).host_bytes > 10**13
 
 
+def test_windows_that_are_generated_are_not_in_a_measured_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("optprune.pruning.measured_plan.free_memory", lambda: GB)
+    work = program_of("fasp", samples=8)
+    few, many = (replace(work, request=replace(work.request, generated=count)) for count in (0, 10**6))
+    assert [_check_probe_fits(each, 2, 0) for each in (few, many)] == [None, None]
+
+
+@pytest.mark.parametrize("length", [32, 2048])
+def test_the_logits_of_all_pieces_that_are_generated_at_once_are_counted(length: int) -> None:
+    rows, planned = list[int](), list[int]()
+    for words in (64, 128):
+        decoder = Decoder(tiny_llama(max_position_embeddings=4096, vocab_size=words))
+        request = program_of(decoder=decoder, length=length, generated=520).request
+        planned.append(part(parts_of(resolve(decoder, request), "generating", 0, 0), "keys, values and logits"))
+    decoder.model.get_output_embeddings().register_forward_hook(lambda _, __, logits: rows.append(len(logits)))
+    generated_windows(decoder.model, [torch.randint(1, 60, (2, length))], 520 if length == 32 else 9)
+    # Float32 logits, their softmax and its cumulated sum.
+    assert planned[1] - planned[0] == max(rows) * 3 * 4 * 64
+
+
 @pytest.mark.parametrize(
     ("room", "what"),
     [(Room(host=GB), "GB of memory"), (Room(process=GB), "(ulimit -v)"), (Room(disk=1000), "MB of the disk")],
@@ -302,6 +323,16 @@ def test_a_refusal_proposes_what_fits_and_nothing_else() -> None:
             check_room(other, room)
     assert fits
     assert "--set metric=diagonal" not in proposed
+
+
+def test_fewer_generated_windows_are_proposed_and_never_so_little_text_that_they_are_held_out() -> None:
+    work = program_of("alps", samples=64, generated=800_000, propagation="cross")
+    with pytest.raises(InputError, match=r"--generated \d+ would fit"):
+        check_room(work, Room(host=5 * GB))
+    work = program_of("spap_plus", samples=64, generated=100)
+    assert round((100 + 8) * work.held_out) > 8
+    proposed = {words for words, _ in alternatives(work) if words.startswith("--samples")}
+    assert proposed == {"--samples 32"}
 
 
 def test_another_policy_is_proposed_where_that_is_enough() -> None:
