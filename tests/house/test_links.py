@@ -136,8 +136,8 @@ def test_the_pages_count_notebooks_and_floors_right() -> None:
         "contracts"
     ][0]
     assert f"{WORDED[len(CELLS)]} notebooks are stored".capitalize() in TEXTS["docs/index.md"]
-    assert f"There are {WORDED[len(contract['layers'])]} floors" in TEXTS["docs/explanation/design.md"]
-    assert f"{WORDED[len(contract['layers'])]} floors, held by".capitalize() in TEXTS["README.md"]
+    assert f"form {WORDED[len(contract['layers'])]} floors" in TEXTS["docs/explanation/design.md"]
+    assert f"{WORDED[len(contract['layers'])]} floors, checked by".capitalize() in TEXTS["README.md"]
 
 
 def test_the_picture_of_the_readme_is_that_of_the_first_page() -> None:
