@@ -116,16 +116,16 @@ def moments_bytes(decoder: Decoder, index: int, taps: Collection[str]) -> int:
 
 @contextmanager
 def same_routes(block: nn.Module, reference: nn.Module) -> Iterator[None]:
-    """Make each pass of the `reference` route tokens to the experts that the block's last pass routed them to.
+    """Make each pass of the `reference` route tokens to the experts that the block's first pass here routed them to.
 
     So the inputs of an expert belong to the same tokens in both. By its own router the reference would send some of
-    them elsewhere, since its hidden states differ.
+    them elsewhere, since its hidden states differ. The reference may be the block itself, which runs first.
     """
     routes: dict[str, Tensor] = {}
 
     def note(path: str) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-            routes[path] = args[1]
+            routes.setdefault(path, args[1])
 
         return hook
 

@@ -118,7 +118,7 @@ def resolve_for(
 
     InputError, before anything is loaded, where the recipe or --sparsity leave no sparsity to choose.
     """
-    if options.fields["sparsity"] is not None:
+    if "sparsity" in options.fields:
         raise InputError(f"the goal {goal.goal.asked} decides the sparsity: leave out --sparsity, or the goal")
     if options.experts is not None:
         raise InputError(f"the goal {goal.goal.asked} decides the sparsity: leave out --experts, or the goal")

@@ -1,7 +1,6 @@
 """One call that prunes a model on a text and writes it to a folder, as the command `prune` does."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +62,7 @@ def prune_model(
     }
     given |= {"sequences": sequences, "generated": generated, "device": device, "dtype": dtype, "target": target}
     given |= {"save_dtype": save_dtype, "workers": workers, "max_shard_size": max_shard_size, "states": "auto"}
-    options = Options.of(NOT_GIVEN | given)
-    options = replace(options, fields={**options.fields, **(fields or {})})
+    options = Options.of(NOT_GIVEN | given).with_fields(fields or {})
     chosen = options.chosen()
     whole = WholeRun(
         model=options.model,

@@ -74,12 +74,12 @@ def check_file(file: Path | None, kind: str, *, output: Path | None = None, mode
         return
     if file.is_dir():
         raise InputError(f"the {kind} {file} is a folder: name a file")
-    from optprune.export.place import MODEL_FILES
+    from optprune.export.place import may_be_of_model
 
     place = real_path(file)
     within = output is not None and place.parent == real_path(output)
     read = [model for model in models if Path(os.path.realpath(model)) in (place, place.parent)]
-    if (read and place.exists()) or ((read or within) and MODEL_FILES.fullmatch(place.name)):
+    if (read and place.exists()) or ((read or within) and may_be_of_model(place.name)):
         model = read[0] if read else output
         raise InputError(f"the {kind} {file} has a name that a file of the model in {model} may have: choose another")
     if _is_special(file):

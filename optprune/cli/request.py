@@ -37,7 +37,7 @@ class Options:
     model: str
     recipe: str
     fields: Mapping[str, Any]
-    """recipe fields that have their own option; None where it is not given"""
+    """recipe fields that are given by their own option, or by name in Python"""
     settings: Sequence[str]
     """recipe fields as KEY=VALUE"""
     allocation: str | None
@@ -79,7 +79,18 @@ class Options:
             raise InputError("--experts decides the sparsity: leave out --sparsity")
         own = {one.name: arguments[one.name] for one in fields(cls) if one.name in arguments}
         chosen = {field: arguments[name] for name, field in FIELDS.items()} | {"strict": arguments["strict"] or None}
-        return cls(**own | {"fields": chosen, "settings": arguments["settings"] or ()})
+        given = {field: value for field, value in chosen.items() if value is not None}
+        return cls(**own | {"fields": given, "settings": arguments["settings"] or ()})
+
+    def with_fields(self, fields: Mapping[str, Any]) -> "Options":
+        """Return the options with more recipe fields; InputError where an option gives one of them already."""
+        for name in fields:
+            if name in self.fields:
+                raise InputError(
+                    f"the recipe field {shown(name)} is given twice, the second time as {one_line(str(fields[name]))} "
+                    "in `fields`: give one"
+                )
+        return replace(self, fields={**self.fields, **fields})
 
     @property
     def allocation_file(self) -> str | None:
@@ -92,10 +103,12 @@ class Options:
         from optprune.solvers import GivenScores
 
         self.runtime()
-        fields = dict(self.fields) | {"allocation": self.allocation if self.allocation_file is None else self._given()}
+        fields = dict(self.fields)
+        if self.allocation is not None:
+            fields["allocation"] = self.allocation if self.allocation_file is None else self._given()
         if self.expert_scores is not None:
             fields["solver"] = GivenScores.read(self.expert_scores)
-        given = overrides({key: value for key, value in fields.items() if value is not None}, self.settings)
+        given = overrides(fields, self.settings)
         recipe = load_recipe(self.recipe, given, effort=self.effort)
         if self.generated and recipe.vocabulary is not None:
             raise InputError("--generated gives text in tokens that --vocabulary removes: leave out one of them")

@@ -7,9 +7,8 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
 
 from optprune.errors import InputError
-from optprune.export.place import GRAPH_FILES, MODEL_FILES, TAKEN_FILES, UNCHECKED
+from optprune.export.place import UNCHECKED, model_files
 from optprune.report.reading import PAGE, REPORT
-from optprune.system.files import is_own_file
 from optprune.system.wording import one_line, shown
 
 REPORTS = (REPORT, PAGE)
@@ -69,9 +68,7 @@ def _files(folder: Path, reports: bool) -> list[str]:
         raise InputError(f"the folder {folder} is not a model: give a folder that prune, heal or export wrote")
     if folder.resolve().name.endswith(UNCHECKED):
         raise InputError(f"the folder {folder} failed its check, so it is not uploaded: prune the model again")
-    names = sorted(path.name for path in folder.iterdir() if is_own_file(path))
-    kinds = MODEL_FILES, TAKEN_FILES, GRAPH_FILES
-    known = [name for name in names if any(kind.fullmatch(name) for kind in kinds)]
+    known = sorted(model_files(folder))
     if not any(name.endswith(WEIGHTS) for name in known):
         raise InputError(f"the folder {folder} holds no weights: give a folder that prune, heal or export wrote")
     return [name for name in known if reports or name not in REPORTS]

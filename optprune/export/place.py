@@ -2,16 +2,19 @@
 
 import contextlib
 import glob
+import json
 import os
 import re
 import shutil
 import stat
 import tempfile
 import weakref
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
+from typing import Any
 
 from filelock import BaseFileLock, FileLock, Timeout
+from transformers.dynamic_module_utils import get_relative_imports
 
 from optprune.errors import InputError, OptpruneError
 from optprune.system.files import is_own_file, is_own_folder, real_path
@@ -23,18 +26,20 @@ LOCK = ".optprune-draft"
 """name of the file in a scratch folder that its process holds a lock on; the lock ends with the process"""
 SCRATCH_MODE = 0o700
 """permissions of a folder of `tempfile.mkdtemp`"""
+WEIGHTS_INDEX = r"model\.safetensors\.index(\.\w+)?\.json"
 MODEL_FILES = re.compile(
-    r"(report|(generation_)?config|tokenizer(_config)?|special_tokens_map|added_tokens|vocab|.*\.index)\.json"
+    r"(report|(generation_)?config|tokenizer(_config)?|special_tokens_map|added_tokens|vocab)\.json"
     r"|report\.html|recipe\.yaml|(vocab|merges)\.txt|README\.md|(LICEN[CS]E|NOTICE|COPYING|USE_POLICY)(\.txt|\.md)?"
-    r"|.*\.(safetensors|model|jinja|py)"
+    rf"|model(\.\w+)?(-\d{{5}}-of-\d{{5}})?\.safetensors|{WEIGHTS_INDEX}"
 )
-"""the names that files of a saved folder may have"""
+"""the names that files of a saved folder may have; `model_files` finds others, which these files name"""
 TAKEN_FILES = re.compile(
     r"(generation_config|tokenizer(_config)?|special_tokens_map|added_tokens|vocab|tekken|chat_template)\.json"
-    r"|(video_)?(pre)?processor(_config)?\.json|(vocab|merges)\.txt|.*\.(model|jinja)"
+    r"|(video_)?(pre)?processor(_config)?\.json|(vocab|merges)\.txt|chat_template\.jinja"
+    r"|(tokenizer|spiece|sentencepiece(\.bpe)?|spm(_char)?|tiktoken)\.model"
 )
 """the names of files of a tokenizer or a processor, which stay as they are around a language part"""
-GRAPH_FILES = re.compile(r"model\.onnx(\..+|_data)?")
+GRAPH_FILES = re.compile(r"model\.onnx([._]data)?")
 """the names that files of an exported graph may have"""
 
 
@@ -90,14 +95,74 @@ def _check_parent(described: str, place: Path) -> None:
 
 def _check_all_known(folder: Path, place: Path, files: Collection[str]) -> None:
     """Raise InputError where an output holds a file that no saved model has: it would be deleted with the rest."""
+    known = model_files(place).union(files)
     for path in sorted(place.iterdir()):
-        kinds = MODEL_FILES, TAKEN_FILES, GRAPH_FILES
-        known = path.name in files or any(kind.fullmatch(path.name) for kind in kinds)
-        if not (known and is_own_file(path)) and path.name != "__pycache__":
+        if not (path.name in known and is_own_file(path)) and path.name != "__pycache__":
             raise InputError(
                 f"the folder {folder} holds {shown(path.name)}, which is not a file of a model, so it is not "
                 "overwritten: move that file away, or choose another folder"
             )
+
+
+def model_files(folder: Path) -> set[str]:
+    """Return the names of the files of a saved model in a folder: no other is replaced or uploaded.
+
+    They have names that transformers or optprune write, or an index of weights lists them, or they are modules that a
+    config names, with those that these import.
+    """
+    there = {path.name for path in folder.iterdir() if is_own_file(path)}
+    known = {name for name in there if any(kind.fullmatch(name) for kind in (MODEL_FILES, TAKEN_FILES, GRAPH_FILES))}
+    contents = {name: _json_in(folder / name) for name in known if name.endswith(".json")}
+    shards, modules = set[str](), set[str]()
+    for name, content in contents.items():
+        if re.fullmatch(WEIGHTS_INDEX, name):
+            listed = content.get("weight_map") if isinstance(content, dict) else None
+            shards.update(str(file) for file in (listed.values() if isinstance(listed, dict) else ()))
+        elif name.endswith("config.json"):
+            modules.update(_modules_named(content))
+    known |= {name for name in shards & there if name.endswith(".safetensors")}
+    return known | _imported(folder, modules, there)
+
+
+def may_be_of_model(name: str) -> bool:
+    """Return whether a saved model may have a file of this name, whatever its other files are."""
+    kinds = MODEL_FILES, TAKEN_FILES, GRAPH_FILES
+    return any(kind.fullmatch(name) for kind in kinds) or name.endswith((".safetensors", ".py"))
+
+
+def _json_in(file: Path) -> Any:
+    """Return the content of a JSON file, or None where it cannot be read."""
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        return json.loads(file.read_text(encoding="utf-8"))
+    return None
+
+
+def _modules_named(content: Any) -> Iterator[str]:
+    """Yield the files of the modules that each `auto_map` of a config and of its parts names in its folder."""
+    if not isinstance(content, dict):
+        return
+    for key, value in content.items():
+        if key == "auto_map" and isinstance(value, dict):
+            for entry in value.values():
+                named = (
+                    re.fullmatch(r"(\w+)\.\w+", str(each)) for each in (entry if isinstance(entry, list) else [entry])
+                )
+                yield from (f"{match[1]}.py" for match in named if match is not None)
+        else:
+            yield from _modules_named(value)
+
+
+def _imported(folder: Path, modules: set[str], there: set[str]) -> set[str]:
+    """Return the modules that are in the folder, with those that they import from it."""
+    found, new = set[str](), modules & there
+    while new:
+        found |= new
+        imported = set[str]()
+        for name in new:
+            with contextlib.suppress(OSError, ValueError):
+                imported.update(f"{module}.py" for module in get_relative_imports(folder / name))
+        new = (imported & there) - found
+    return found
 
 
 def missing_parents(place: Path) -> list[Path]:

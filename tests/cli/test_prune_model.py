@@ -95,3 +95,41 @@ def test_a_folder_that_exists_is_refused(attempt: Attempt) -> None:
     Path(attempt.output).mkdir(parents=True)
     with pytest.raises(InputError, match="exists"):
         optprune.prune_model(attempt.model, calibration=str(attempt.text), output=str(attempt.output))
+
+
+@pytest.mark.parametrize(
+    ("allocation", "expected"),
+    [
+        ("uniform", {"kind": "uniform", "multiple": None}),
+        ({"kind": "uniform", "multiple": 16}, {"kind": "uniform", "multiple": 16}),
+    ],
+    ids=["a name", "a mapping"],
+)
+def test_the_allocation_is_a_field_like_any_other(attempt: Attempt, allocation: object, expected: dict) -> None:
+    """The recipe's own allocation is global, and its metric has a clip, which null takes away."""
+    report = optprune.prune_model(
+        attempt.model,
+        "structured_best",
+        fields={"allocation": allocation, "metric.clip": None},
+        calibration=str(attempt.text),
+        samples=8,
+        seq_length=64,
+        output=attempt.output,
+    )
+    assert report is not None
+    assert report.recipe["allocation"] == expected
+    assert report.recipe["metric"]["clip"] is None
+
+
+def test_a_field_that_an_argument_gives_too_is_refused(attempt: Attempt) -> None:
+    with pytest.raises(InputError, match=r"the recipe field 'sparsity' is given twice, the second time as 0\.3 in"):
+        optprune.prune_model(
+            attempt.model,
+            sparsity=0.25,
+            fields={"sparsity": 0.3},
+            calibration=str(attempt.text),
+            samples=8,
+            seq_length=64,
+            output=attempt.output,
+        )
+    assert not attempt.output.parent.exists()

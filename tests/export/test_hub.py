@@ -13,6 +13,8 @@ from optprune.errors import InputError
 from optprune.export import push_to_hub
 from tests.helpers.tiny_models import save_tiny, tiny_llama
 
+OF_THE_USER = ("notes.txt", ".env", "my_eval.py")
+
 
 class Hub:
     """The calls of a hub that takes everything."""
@@ -28,7 +30,7 @@ class Hub:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     made = save_tiny(tiny_llama(), tmp_path / "model[1]")
-    for name in ("report.json", "report.html", "README.md", "recipe.yaml", "LICENSE", "notes.txt", ".env"):
+    for name in ("report.json", "report.html", "README.md", "recipe.yaml", "LICENSE", *OF_THE_USER):
         (made / name).write_text("text")
     (made / "inner").mkdir()
     (made / "linked.safetensors").symlink_to(made / "model.safetensors")
@@ -48,7 +50,7 @@ def test_the_files_of_a_model_go_in_one_commit(folder: Path, monkeypatch: pytest
     more = sent(hub)
     names = set(more["allow_patterns"])
     assert {"config.json", "model.safetensors", "README.md", "recipe.yaml", "LICENSE", "tokenizer.json"} <= names
-    assert not names & {"notes.txt", ".env", "inner", "report.json", "report.html", "linked.safetensors"}
+    assert not names & {*OF_THE_USER, "inner", "report.json", "report.html", "linked.safetensors"}
     assert more["delete_patterns"] is None and Path(more["folder_path"]) == folder
 
 

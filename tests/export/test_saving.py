@@ -2,8 +2,10 @@
 
 import errno
 import json
+import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +14,17 @@ import torch
 from huggingface_hub import constants
 
 import optprune
+from optprune.allocation import Allocation
 from optprune.errors import InputError, OptpruneError
 from optprune.export import cast, check_output, save_model
 from optprune.export.shards import write_weights
-from optprune.models import Decoder, load_model, load_tokenizer
+from optprune.models import BlockAllocation, Decoder, load_model, load_tokenizer
 from optprune.models import load as load_module
 from optprune.pruning import prune
 from optprune.recipe import load_recipe
 from optprune.texts import demo_articles
 from tests.helpers.tiny_models import TINY_MODELS, VOCABULARY, tiny_llama, tiny_tokenizer
+from tests.helpers.token_batches import batches
 
 CHECK_TOKENS = torch.arange(10, 42)[None]
 
@@ -283,6 +287,72 @@ def test_an_output_that_cannot_work_is_refused_at_once(tmp_path: Path, monkeypat
         for overwrite in (False, True):
             with pytest.raises(InputError, match="is the current folder or a parent of it"):
                 check_output(Path(folder), overwrite)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("my_eval.py", "adapter_model.safetensors", "model_backup.safetensors", "notes.index.json"),
+        *("my.model", "prompt.jinja", "model.onnx.bak"),
+    ],
+)
+def test_a_folder_with_a_file_that_no_model_has_is_not_overwritten(name: str, tmp_path: Path) -> None:
+    """Also where an `auto_map` names other modules, and one in a repository of that name."""
+    save_model(tiny_llama(), folder := tmp_path / "out")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    named = {"AutoConfig": "own.Own", "AutoModel": "them/my_eval--my_eval.Theirs"}
+    (folder / "config.json").write_text(json.dumps({**config, "auto_map": named}), encoding="utf-8")
+    (folder / "own.py").write_text("import my_eval\n", encoding="utf-8")
+    (folder / name).write_text("weeks of work", encoding="utf-8")
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    with pytest.raises(InputError, match=rf"out holds '{re.escape(name)}', which is not a file of a model, so it is"):
+        save_model(tiny_llama(), folder, overwrite=True)
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    (folder / name).unlink()
+    save_model(tiny_llama(), folder, overwrite=True)
+    assert not (folder / "own.py").exists()
+
+
+def test_a_folder_with_code_and_shards_of_its_own_is_overwritten(tmp_path: Path) -> None:
+    """Modules of configs and of their parts, what these import, and shards by an index, with names of any kind."""
+    tiny_llama().save_pretrained(folder := tmp_path / "out", max_shard_size="100KB")
+    assert len([*folder.glob("model-*.safetensors")]) > 1
+    texts = {
+        "processor_config.json": json.dumps({"image_processor": {"auto_map": {"AutoImageProcessor": "seen.Seen"}}}),
+        "tokenizer_config.json": json.dumps({"auto_map": {"AutoTokenizer": ["read.Slow", None]}}),
+        "seen.py": "from .helping import help\n",
+        "helping.py": "from .seen import Seen\nfrom .further import more\n",
+        "further.py": "",
+        "read.py": "",
+        "model.safetensors.index.fp16.json": json.dumps({"weight_map": {"a": "part_a.safetensors"}}),
+        "part_a.safetensors": "",
+        "model.fp16-00001-of-00002.safetensors": "",
+        **dict.fromkeys(["tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "chat_template.jinja"], ""),
+    }
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    save_model(tiny_llama(), folder, overwrite=True)
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+    ]
+
+
+def test_a_folder_whose_blocks_differ_is_overwritten(tmp_path: Path) -> None:
+    """It has modelling files, of which config.json names one and that one imports the others."""
+    model = tiny_llama()
+    shapes = Decoder(model).shapes()
+    allocation = Allocation.of(
+        Decoder(model), [BlockAllocation(replace(shape, mlp_width=40 + 8 * i)) for i, shape in enumerate(shapes)]
+    )
+    prune(model, batches(), load_recipe("fasp"), allocation=allocation)
+    saved = save_model(model, folder := tmp_path / "out", max_shard_size="100KB")
+    assert not saved.stock
+    assert len([*folder.glob("*.py")]) > 1
+    save_model(tiny_llama(), folder, overwrite=True)
+    assert not [*folder.glob("*.py")]
 
 
 def test_a_link_to_a_folder_is_followed(tmp_path: Path) -> None:

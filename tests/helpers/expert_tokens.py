@@ -24,15 +24,21 @@ def experts_of(model: PreTrainedModel, number: int) -> Any:
 
 def routed(model: PreTrainedModel, block: int = 0) -> list[tuple[Tensor, Tensor]]:
     """Of each expert of a mixture: the calibration tokens that are sent there, and all others [tokens, hidden]."""
-    experts, found = experts_of(model, block), list[tuple[Tensor, Tensor]]()
-    handle = experts.register_forward_pre_hook(lambda _, args: found.append((args[0], args[1])))
+    hidden, chosen = reaching_experts(model, block)
+    sent = [(chosen == number).any(1) for number in range(len(experts_of(model, block).down_proj))]
+    return [(hidden[here], hidden[~here]) for here in sent]
+
+
+def reaching_experts(model: PreTrainedModel, block: int = 0) -> tuple[Tensor, Tensor]:
+    """The calibration tokens in front of the experts [tokens, hidden], and the experts they are sent to [tokens, k]."""
+    found = list[tuple[Tensor, Tensor]]()
+    handle = experts_of(model, block).register_forward_pre_hook(lambda _, args: found.append((args[0], args[1])))
     with torch.no_grad():
         for batch in batches():
             model(input_ids=batch, use_cache=False)
     handle.remove()
     hidden, chosen = (torch.cat(parts) for parts in zip(*found, strict=True))
-    sent = [(chosen == number).any(1) for number in range(len(experts.down_proj))]
-    return [(hidden[here], hidden[~here]) for here in sent]
+    return hidden, chosen
 
 
 def inner(model: PreTrainedModel, expert: int, tokens: Tensor, block: int = 0) -> Tensor:

@@ -1,5 +1,6 @@
 """MLP units of experts: each loses its own, by its own tokens, and equally many, so that folders stay stock."""
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,17 @@ from optprune.objectives import LayerContext
 from optprune.problems import LinkedLeastSquares
 from optprune.pruning import layer_loss, prune
 from optprune.recipe import Recipe, load_recipe
-from tests.helpers.expert_tokens import block_of, first, halves, in_gpt_oss, inner, last, routed
+from tests.helpers.expert_tokens import (
+    block_of,
+    experts_of,
+    first,
+    halves,
+    in_gpt_oss,
+    inner,
+    last,
+    reaching_experts,
+    routed,
+)
 from tests.helpers.mixed_models import generated
 from tests.helpers.tiny_models import ALL_MODELS, tiny_mixture
 from tests.helpers.token_batches import batches
@@ -159,6 +170,39 @@ def test_the_loss_of_an_expert_in_a_pruned_model_is_asked_by_name() -> None:
     prune(model, batches(), load_recipe("fasp", {"units": "vo", "sparsity": 0.05}))
     loss = layer_loss(model, batches(), "model.layers.0.mlp.experts.1.down_proj", "cross", dense=dense)
     assert loss.weight.shape == (64, 48) and loss.moments.drift is not None
+
+
+@pytest.mark.parametrize(("policy", "share"), [("cross", 1.0), ("partial", 0.5)])
+def test_tokens_go_to_an_expert_by_the_pruned_routes_in_both_models(policy: str, share: float) -> None:
+    """Block 0 has changed and block 1 is the same in both, but its dense router sends other tokens to its experts."""
+    model, dense = ALL_MODELS["mixtral"](), ALL_MODELS["mixtral"]()
+    with torch.no_grad():
+        altered: Any = model
+        altered.model.layers[0].self_attn.o_proj.weight[:, ::3] = 0
+        altered.model.layers[0].input_layernorm.weight.mul_(3)
+    (actual, routes), (ideal, others) = (reaching_experts(each, block=1) for each in (model, dense))
+    assert not torch.equal(routes, others)
+    for expert in range(len(experts_of(model, 1).down_proj)):
+        sent = (routes == expert).any(1)
+        pruned, whole = inner(model, expert, actual[sent], block=1), inner(dense, expert, ideal[sent], block=1)
+        drift = share * (pruned - whole)
+        name = f"model.layers.1.mlp.experts.{expert}.down_proj"
+        moments = layer_loss(copy.deepcopy(model), batches(), name, policy, dense=copy.deepcopy(dense)).moments
+        assert moments.tokens == len(pruned) and moments.drift is not None
+        assert_near(moments.covariance, covariance(pruned, pruned))
+        assert_near(moments.drift.cross, covariance(drift, pruned))
+        assert_near(moments.drift.covariance, covariance(drift, drift))
+        assert_near(moments.drift.mean, drift.mean(0))
+
+
+def covariance(one: Tensor, other: Tensor) -> Tensor:
+    """Cov(one, other) over the tokens."""
+    return (one - one.mean(0)).T @ (other - other.mean(0)) / len(one)
+
+
+def assert_near(found: Tensor, expected: Tensor) -> None:
+    """The models compute in float32: allow its rounding, relative to the largest entry."""
+    assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
 def one_fewer(context: LayerContext) -> LinkedLeastSquares:
