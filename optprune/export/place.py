@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from filelock import BaseFileLock, FileLock, Timeout
-from transformers.dynamic_module_utils import get_relative_imports
 
 from optprune.errors import InputError, OptpruneError
 from optprune.system.files import is_own_file, is_own_folder, real_path
@@ -155,6 +154,10 @@ def _modules_named(content: Any) -> Iterator[str]:
 def _imported(folder: Path, modules: set[str], there: set[str]) -> set[str]:
     """Return the modules that are in the folder, with those that they import from it."""
     found, new = set[str](), modules & there
+    if not new:
+        return found
+    from transformers.dynamic_module_utils import get_relative_imports
+
     while new:
         found |= new
         imported = set[str]()
