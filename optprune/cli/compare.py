@@ -85,7 +85,8 @@ def compare_command(
     from optprune.measure import SpeedWorkload
     from optprune.report.drawings import can_draw
 
-    check_json(json_file, models=[model])
+    files = [each for each in recipes.split(",") if Path(each).suffix]
+    check_json(json_file, models=[model], inputs=[calibration, text, architecture, *files])
     fields = {"propagation": propagation, "units": units, "units.weights": pattern, "strict": strict or None}
     if not 1 <= seeds <= MOST_DRAWS:
         raise InputError(f"--seeds cannot be {shown(seeds)}: give 1 to {MOST_DRAWS}")

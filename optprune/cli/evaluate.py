@@ -71,7 +71,9 @@ def evaluate_command(
     from optprune.models import check_dtype, device_of
     from optprune.texts import PACKED, check_sequences
 
-    check_json(json_file, models=[model, *([] if against is None else [against])])
+    files = [each for each in (tasks or "").split(",") if Path(each).suffix]
+    models = [model, *([] if against is None else [against])]
+    check_json(json_file, models=models, inputs=[text, questions, architecture, *files])
     check_dtype(dtype)
     check_sequences(sequences, PACKED)
     device_of(device)

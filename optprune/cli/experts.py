@@ -79,8 +79,8 @@ def experts_command(
     check_at_least("--seq-length", seq_length, 2)
     check_dtype(dtype)
     device_of(device)
-    check_json(json_file, models=[model])
-    check_file(scores, "file of expert scores", models=[model])
+    check_json(json_file, models=[model], inputs=named.values())
+    check_file(scores, "file of expert scores", models=[model], inputs=named.values())
     config = load_config(model)
     if not any(shape.experts for shape in load_shapes(model, config).shapes()):
         raise InputError(f"{model} has no experts: give a mixture of experts")

@@ -84,7 +84,8 @@ def export_command(
     if form == "gguf":
         if output.exists() and not overwrite:
             raise InputError(f"the file {output} exists: pass --overwrite to replace it")
-        check_file(output, "GGUF file", models=[str(folder), *([] if original is None else [str(original)])])
+        models = [str(folder), *([] if original is None else [str(original)])]
+        check_file(output, "GGUF file", models=models, inputs=[calibration])
     reporter = start()
     from optprune.export import export
 

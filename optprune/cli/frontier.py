@@ -74,7 +74,8 @@ def frontier_command(
     from optprune.comparison.frontier_folder import JSON, PAGE, TABLE
     from optprune.measure import SpeedWorkload
 
-    check_json(json_file, models=[model])
+    files = [each for each in (recipes or "").split(",") if Path(each).suffix]
+    check_json(json_file, models=[model, *(against or ())], inputs=[calibration, text, *files])
     work = SpeedWorkload(prompt_tokens, new_tokens, 1, repeats) if not no_speed else None
     fields = {} if units is None else {"units": units}
     with reporter.events({}, left="left of this step") as on_event:

@@ -97,7 +97,7 @@ def heal_command(
         settings=settings,
         device=device,
     )
-    check_json(json_file, output=output, models=[model, teacher])
+    check_json(json_file, output=output, models=[model, teacher], inputs=[text])
     done = run.run(reporter, tokens, TOKENS, seq_length, batch_size, held_out)
     if done is None:  # another process has it
         return

@@ -1,10 +1,11 @@
 """The log file of a command: its lines of progress with the time, appended."""
 
 import os
+from collections.abc import Iterable
 from datetime import datetime
 from pathlib import Path
 
-from optprune.cli.outputs import check_file, echo
+from optprune.cli.outputs import Input, check_file, echo
 from optprune.cli.run_folder import run_folder_of
 from optprune.errors import InputError
 from optprune.system.files import real_path
@@ -31,11 +32,11 @@ class LogFile:
             echo(f"the log {self.file} cannot be written any more ({error.strerror or error})", err=True)
             self.file = None
 
-    def check(self, output: Path, model: str) -> None:
-        """Raise InputError unless lines can be written, to a file outside the output and the files of the model."""
+    def check(self, output: Path, model: str, inputs: Iterable[Input] = ()) -> None:
+        """Raise InputError unless lines can be written to a file that is no input, outside the output and the model."""
         if self.file is None:
             return
-        check_file(self.file, "log", output=output, models=[model])
+        check_file(self.file, "log", output=output, models=[model], inputs=inputs)
         place = real_path(self.file)
         for folder in (real_path(output), run_folder_of(output)):
             if place.is_relative_to(folder):

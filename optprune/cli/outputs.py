@@ -5,7 +5,7 @@ import os
 import secrets
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
@@ -16,6 +16,7 @@ from optprune.system.display import printable
 from optprune.system.environment import is_first
 from optprune.system.files import real_path
 from optprune.system.interrupts import interrupts_held, record_done
+from optprune.system.wording import one_line
 
 if TYPE_CHECKING:
     from optprune.report.progress import Reporter
@@ -60,15 +61,28 @@ def echo(text: str, *, err: bool = False) -> None:
         typer.echo(printable(line), err=err)
 
 
-def check_json(file: Path | None, *, output: Path | None = None, models: Sequence[str] = ()) -> None:
-    """Raise InputError unless the JSON file can be written and is not one of a model's files."""
-    check_file(file, "JSON file", output=output, models=models)
+Input = str | Path | None
+"""an option that may name a file to read: a text in any form, a recipe or another file"""
 
 
-def check_file(file: Path | None, kind: str, *, output: Path | None = None, models: Sequence[str] = ()) -> None:
-    """Raise InputError unless a file can be written and is not one of a model's files.
+def check_json(
+    file: Path | None, *, output: Path | None = None, models: Sequence[str] = (), inputs: Iterable[Input] = ()
+) -> None:
+    """Raise InputError unless the JSON file can be written and is neither an input nor one of a model's files."""
+    check_file(file, "JSON file", output=output, models=models, inputs=inputs)
 
-    `output` is the folder of the model to write, in which the file may lie; `models` are those that are read.
+
+def check_file(
+    file: Path | None,
+    kind: str,
+    *,
+    output: Path | None = None,
+    models: Sequence[str] = (),
+    inputs: Iterable[Input] = (),
+) -> None:
+    """Raise InputError unless a file can be written and is neither an input nor one of a model's files.
+
+    `output` is the folder of the model to write, in which the file may lie; `models` and `inputs` are read.
     """
     if file is None:
         return
@@ -77,6 +91,9 @@ def check_file(file: Path | None, kind: str, *, output: Path | None = None, mode
     from optprune.export.place import may_be_of_model
 
     place = real_path(file)
+    for given in inputs:
+        if any(_is_read(place, path) for path in _paths_in(given)):
+            raise InputError(f"the {kind} {file} is an input too ({one_line(given)}): choose another")
     within = output is not None and place.parent == real_path(output)
     read = [model for model in models if Path(os.path.realpath(model)) in (place, place.parent)]
     if (read and place.exists()) or ((read or within) and may_be_of_model(place.name)):
@@ -92,6 +109,26 @@ def check_file(file: Path | None, kind: str, *, output: Path | None = None, mode
         raise InputError(f"the {kind} {file} cannot be written: there is no folder {named}")
     if parent.is_dir() and not os.access(parent, os.W_OK):
         raise InputError(f"the {kind} {file} cannot be written: the folder {named} is not writable")
+
+
+def _paths_in(given: Input) -> Iterator[Path]:
+    """Yield the files and folders that an option names: itself, records, texts with shares, or without a column."""
+    from optprune.texts.calibration import read_shares
+    from optprune.texts.documents import IMAGES
+
+    if given is None:
+        return
+    with contextlib.suppress(InputError, OSError):  # the command raises them where it reads the text
+        for name in (str(given), *(text.name for text in read_shares(str(given)))):
+            forms = (name, name.removeprefix(IMAGES), name.rpartition(":")[0])
+            yield from [Path(form) for form in forms if form and Path(form).exists()][:1]
+
+
+def _is_read(place: Path, path: Path) -> bool:
+    """Return whether a file is an input at a path that exists, or would be a text of the folder there."""
+    if path.is_dir():
+        return place.suffix == ".txt" and place.parent.is_dir() and place.parent.samefile(path)
+    return place.is_file() and place.samefile(path)
 
 
 def write_json(file: Path | None, text: str, already: str) -> None:

@@ -123,7 +123,7 @@ def plan_command(
     if not chosen.sparsity and chosen.given is None and chosen.bits is None and chosen.vocabulary is None:
         raise InputError("a sparsity of 0 needs no plan, because the model is copied unchanged: give a larger one")
     workers_of(chosen.propagation, workers, ray)
-    check_json(json_file, models=[model])
+    check_json(json_file, models=[model], inputs=[calibration, *options.input_files])
     for name in (dtype, save_dtype):
         check_dtype(name)
     if not no_probe:

@@ -171,8 +171,9 @@ def prune_command(
         generated=generated,
     )
     whole.check()
-    check_json(json_file, output=output, models=[model])
-    lines.check(output, model)
+    inputs = [calibration, text, *options.input_files]
+    check_json(json_file, output=output, models=[model], inputs=inputs)
+    lines.check(output, model, inputs)
     check_sequences(sequences)
     options = options.with_calibration(calibration, chosen)
     goal = {"to": to, "quality": to_quality, "text": text, "windows": windows}

@@ -1,5 +1,6 @@
 """optprune report: write the report page of a run again, with later measurements."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -7,7 +8,7 @@ import typer
 
 from optprune.cli.evaluation import ModelEvaluation
 from optprune.cli.options import Device, Dtype, SeqLength
-from optprune.cli.outputs import check_file, echo, start, write_file
+from optprune.cli.outputs import Input, check_file, echo, start, write_file
 from optprune.errors import InputError, check_at_least
 from optprune.system.files import real_path
 
@@ -60,7 +61,7 @@ def report_command(
     check_dtype(dtype)
     device_of(device)
     report = read_report(folder)
-    place = _place(folder, output, against)
+    place = _place(folder, output, against, [text, evaluation, speed])
     measured = None if evaluation is None else read_evaluation(evaluation)
     speeds = None if speed is None else read_speed(speed)
     model, healing = summarise_model(folder, report), read_healing(folder)
@@ -83,12 +84,12 @@ def _check_together(against: str | None, text: str | None, evaluation: Path | No
         raise InputError("--evaluation reads a measurement and --text makes one: give one of them")
 
 
-def _place(folder: Path, output: Path | None, against: str | None) -> Path:
-    """Return the path of the page: in the folder, or a file that is not one of a model's."""
+def _place(folder: Path, output: Path | None, against: str | None, inputs: Iterable[Input]) -> Path:
+    """Return the path of the page: in the folder, or a file that is neither an input nor one of a model's."""
     place = folder / PAGE if output is None else output
     own = real_path(place) == real_path(folder / PAGE)
     others = [] if against is None else [against]
-    check_file(place, "page", models=others if own else [str(folder), *others])
+    check_file(place, "page", models=others if own else [str(folder), *others], inputs=inputs)
     return place
 
 

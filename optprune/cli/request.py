@@ -97,6 +97,12 @@ class Options:
         """The file of the allocation, if the option names one."""
         return self.allocation if self.allocation is not None and self.allocation.endswith(".json") else None
 
+    @property
+    def input_files(self) -> list[str | Path | None]:
+        """The files that the options name."""
+        recipe = self.recipe if Path(self.recipe).suffix else None
+        return [recipe, self.allocation_file, self.expert_scores, self.architecture]
+
     def chosen(self) -> "Recipe":
         """Return the recipe with the user's settings."""
         from optprune.recipe import load_recipe

@@ -53,8 +53,8 @@ def solve_command(
     if max_steps is not None and max_steps < 0:
         raise InputError(f"--max-steps cannot be {max_steps}: give 0 or more")
     chosen = _solver(solver)
-    check_json(json_file)
-    check_file(output, "solution")
+    check_json(json_file, inputs=[problem])
+    check_file(output, "solution", inputs=[problem])
     loaded, origin = load_problem(problem), origin_of(problem)
     if not isinstance(loaded, Problem):
         raise InputError(f"{problem} holds a {type(loaded).__name__}, which no solver of layers solves")

@@ -18,6 +18,7 @@ from optprune.export.place import (
     check_output,
     check_output_file,
     delete_left_behind,
+    former_notes,
     missing_parents,
     put_in_place,
     set_aside,
@@ -194,7 +195,8 @@ def export(
             put_in_place(draft.path, place, overwrite)
             record_done(f"the {exporter.noun} is in {output}")
             scratch.discard()
-            return Exported(output, draft.bytes, draft.summary, draft.notes, difference, phases.done)
+            notes = *draft.notes, *former_notes(place)
+            return Exported(output, draft.bytes, draft.summary, notes, difference, phases.done)
     except BaseException as error:
         unchecked = None
         with interrupts_held():

@@ -21,6 +21,8 @@ from optprune.system.wording import shown
 
 UNCHECKED = ".unchecked"
 """end of the name of a folder that failed its check"""
+OLD = ".old"
+"""end of the name of a folder that was moved away from its place: that of the scratch folder whose draft replaces it"""
 LOCK = ".optprune-draft"
 """name of the file in a scratch folder that its process holds a lock on; the lock ends with the process"""
 SCRATCH_MODE = 0o700
@@ -204,10 +206,30 @@ def _is_empty_scratch(folder: Path) -> bool:
 
 
 def delete_left_behind(place: Path, say: Callable[[str], None] = lambda sentence: None) -> None:
-    """Delete the scratch folders of an output whose processes were killed, and say so."""
+    """Delete the scratch folders of an output whose processes were killed, and say so, and what else is left.
+
+    A former output is deleted only if the scratch folder beside it shows that its draft has taken the place.
+    """
     for folder in left_behind(place):
+        former, drafts = folder.with_name(f"{folder.name}{OLD}"), [one for one in folder.iterdir() if one.name != LOCK]
+        if is_own_folder(former) and not drafts and (place / "config.json").is_file():
+            # Before the scratch folder, without which it could not be recognised.
+            say(f"deleting {former}, which a killed run had replaced")
+            shutil.rmtree(former, ignore_errors=True)
         say(f"deleting {folder}, which a killed run left behind")
         discard(folder)
+    for note in former_notes(place):
+        say(note)
+
+
+def former_notes(place: Path) -> list[str]:
+    """Return a sentence on each folder that may be a former output, unless a process is just replacing it."""
+    folders = sorted(place.parent.glob(f".{glob.escape(place.name)}.????????{OLD}"))
+    return [
+        f"{folder} may be what was in {place} before a run was killed: rename it, or delete it"
+        for folder in folders
+        if is_own_folder(folder) and not folder.with_name(folder.name.removesuffix(OLD)).exists()
+    ]
 
 
 def in_use(folder: Path) -> bool:
@@ -257,7 +279,7 @@ def put_in_place(draft: Path, place: Path, overwrite: bool) -> None:
         else:
             _name_anew(draft, place)
         return
-    old = place.with_name(f".{place.name}.{draft.parent.name.rpartition('.')[2]}.old")
+    old = place.with_name(f".{place.name}.{draft.parent.name.rpartition('.')[2]}{OLD}")
     replaced = place.exists()
     if replaced:
         # Another process may have made it meanwhile.

@@ -1,7 +1,7 @@
 """Healing of a pruned model: a short distillation from the dense one that keeps every zero and every width."""
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -104,7 +104,7 @@ def heal(
     in (after LLM-QAT, arXiv 2305.17888). For a model with a smaller vocabulary, the teacher is an
     `optprune.tokens.PushedTeacher` of the dense model.
 
-    Weights are float32 during the training and in the model's own dtype afterwards. All parameters are trained, except
+    Weights are float32 during the training, and each in its own dtype afterwards. All parameters are trained, except
     exact zeros in the linear weights of the blocks and, if the settings say so, embeddings and the head; widths and
     ties stay. A `folder` stores a checkpoint after each measurement, from which a run resumes to the same bytes. Where
     torch.distributed is set up (torchrun, accelerate), every process gets the same arguments, but only the first gets
@@ -121,7 +121,8 @@ def heal(
     if folder is not None:
         facts = healing_facts(model, dense, batches, held_out, settings, peers)
         folder.begin(facts)
-    phases, stored = PhaseRecorder(model.device, on_event), model.dtype
+    phases = PhaseRecorder(model.device, on_event)
+    stored = {name: weight.dtype for name, weight in model.named_parameters()}
     devices = [model.device] if model.device.type == "cuda" else []
     with phases.phase(HEALING), ExitStack() as contexts:
         for context in (
@@ -245,11 +246,11 @@ class _Run:
         self._advance("healing", steps, steps, self.begins, 1.0)
         self.training.put(self.best)
 
-    def end(self, held_out_tokens: int, stored: torch.dtype) -> HealReport:
-        """Return the report; the final measurement is of the weights rounded to the dtype that they are stored in."""
+    def end(self, held_out_tokens: int, stored: Mapping[str, torch.dtype]) -> HealReport:
+        """Return the report; the final measurement is of the weights, each rounded to the dtype it is `stored` in."""
         training, after = self.training, self.least
-        if stored != torch.float32:
-            training.put({name: weight.to(stored).float() for name, weight in training.weights().items()})
+        if any(stored[name] != torch.float32 for name in training.parameters):
+            training.put({name: weight.to(stored[name]).float() for name, weight in training.weights().items()})
             after = training.measure(self.held_out, after.step)[0]
         training.masks.check(training.student.model)
         return HealReport(

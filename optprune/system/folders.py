@@ -309,7 +309,7 @@ def check_manifest_folder(folder: Path, noun: str) -> dict[str, Any] | None:
     """Return the manifest of a work folder; None where there is none yet.
 
     Raises InputError where the folder cannot be used: a link, a file, foreign content, a manifest that is damaged or of
-    another version, or a lock of another process. Nothing on the disk is changed.
+    another version, a lock that is a link, or one of another process. Nothing on the disk is changed.
     """
     if folder.is_symlink():
         raise InputError(f"{folder} is a link, but a {noun} needs a folder: remove the link")
@@ -327,8 +327,12 @@ def check_manifest_folder(folder: Path, noun: str) -> dict[str, Any] | None:
                     f"{folder} is not the folder of a {noun} (it holds {shown(path.name)}), so it was not changed: "
                     "move it away, or choose another name for the output"
                 )
-    if is_own_file(folder / LOCK):
-        lock = FileLock(folder / LOCK, is_singleton=True)
+    place = folder / LOCK
+    if (place.exists() or place.is_symlink()) and not is_own_file(place):
+        # Opening a lock may empty the file that a link leads to.
+        raise InputError(f"{place} is a link or no regular file, so it cannot lock the {noun}: remove it")
+    if place.exists():
+        lock = FileLock(place, is_singleton=True)
         if not _acquired(lock):
             raise _busy(folder, noun)
         lock.release()

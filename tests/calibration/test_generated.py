@@ -135,8 +135,17 @@ def test_what_is_drawn_hangs_on_the_seed_and_not_on_the_processes(monkeypatch: A
     assert torch.equal(written(6), expected) and not torch.equal(written(6, seed=1), expected)
     for windows in together(3, lambda peers: generated_windows(trained(), SHORT, 6, peers=peers)):
         assert torch.equal(windows, expected)
-    monkeypatch.setattr(module, "TOKENS_AT_ONCE", 128)
-    assert len({tuple(window.tolist()) for window in written(6)}) == 6, "each part draws its own"
+    monkeypatch.setattr(module, "TOKENS_AT_ONCE", 64)
+    parts, text = list[int](), [torch.full((2, 64), 7)]
+
+    def test() -> None:
+        parts.clear()
+        windows = generated_windows(trained(), text, 6, on_part=lambda done, total: parts.append(total))
+        assert parts == [6] * 6 and (windows[:, :PROMPT] == 7).all(), "all parts begin equally"
+        assert len({tuple(window.tolist()) for window in windows}) == 6, "each part draws its own"
+
+    test()
+    noticed(monkeypatch, module, "LARGEST_SEED", 1, test)
 
 
 def test_they_are_mixed_in() -> None:

@@ -149,6 +149,15 @@ def test_what_cannot_be_is_told_before_anything_is_loaded(
     assert sentence in attempt.fails(words(folder, attempt.output, **options))
 
 
+@pytest.mark.parametrize("column", ["", ":text"])
+def test_results_are_not_written_over_the_text(column: str, folder: Path, attempt: Attempt, no_weights: None) -> None:
+    text = folder / "text.jsonl"
+    before = text.read_bytes()
+    sentence = attempt.fails(words(folder, attempt.output, "--json", str(text), text=f"{text}{column}"))
+    assert f"the JSON file {text} is an input too ({text}{column}): choose another" in sentence
+    assert text.read_bytes() == before
+
+
 def test_a_teacher_of_other_tokens_is_refused(folder: Path, attempt: Attempt, no_weights: None) -> None:
     teacher = save_tiny(tiny_llama(vocab_size=600), folder / "wider")
     sentence = attempt.fails(words(folder, attempt.output, teacher=teacher))

@@ -9,9 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from optprune import Allocation
 from optprune.cli import main
 from optprune.cli.outputs import check_json, write_json
 from optprune.errors import InputError, OptpruneError
+from optprune.models import BlockAllocation, BlockShape
+from optprune.recipe import load_recipe
 from tests.helpers.attempts import Attempt
 
 
@@ -85,6 +88,70 @@ def test_a_link_to_a_file_of_the_model(attempt: Attempt) -> None:
     link = attempt.folder / "link.json"
     link.symlink_to(attempt.model / "config.json")
     assert "has a name that a file of the model in" in attempt.fails(attempt.evaluate("--json", str(link)))
+
+
+@pytest.mark.usefixtures("no_weights")
+@pytest.mark.parametrize("option", ["--json", "--log"])
+@pytest.mark.parametrize("form", ["{}", "{}:text", "{}:text=0.5,demo:calibration=0.5", "hard link", "link"])
+def test_a_file_that_is_the_calibration_text(attempt: Attempt, option: str, form: str) -> None:
+    text = attempt.folder / "text.jsonl"
+    text.write_text(json.dumps({"text": attempt.text.read_text()}))
+    given = text
+    if "link" in form:
+        given = attempt.folder / "other.jsonl"
+        given.hardlink_to(text) if form == "hard link" else given.symlink_to(text)
+    calibration = str(text) if "link" in form else form.format(text)
+    sentence = attempt.fails(attempt.command(option, str(given), calibration=calibration))
+    assert f"{given} is an input too ({calibration}): choose another" in sentence
+
+
+@pytest.mark.usefixtures("no_weights")
+@pytest.mark.parametrize("option", ["--json", "--log"])
+@pytest.mark.parametrize("given", ["--recipe", "--allocation", "--architecture", "--expert-scores", "--text"])
+def test_a_file_that_is_another_input_of_prune(attempt: Attempt, option: str, given: str) -> None:
+    names = {"--recipe": "recipe.yaml", "--architecture": "draft.yaml", "--text": "held out.txt"}
+    file = attempt.folder / names.get(given, "given.json")
+    contents = {
+        "--recipe": load_recipe("fasp").to_yaml(),
+        "--allocation": Allocation((BlockAllocation(BlockShape(40, 2, 16)),), 0.5).to_json(),
+        "--expert-scores": '{"scores": {"0": [0.5, 0.1]}}',
+    }
+    file.write_text(contents.get(given, "some words"))
+    more = ["--recipe", "reap"] if given == "--expert-scores" else []
+    sentence = attempt.fails(attempt.command(given, str(file), option, str(file), *more))
+    assert f"{file} is an input too ({file}): choose another" in sentence
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_a_file_that_would_be_a_text_of_the_folder_that_is_read(attempt: Attempt) -> None:
+    """A log would be read as a text, even if it is new."""
+    folder = attempt.folder / "texts"
+    folder.mkdir()
+    (folder / "a.txt").write_text(attempt.text.read_text())
+    assert "is an input too" in attempt.fails(attempt.command("--log", str(folder / "run.txt"), calibration=folder))
+    check_json(folder / "run.json", inputs=[str(folder)])
+
+
+def test_a_file_that_is_an_input_of_another_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Refused before anything is read: neither the model nor the file is a good one."""
+    file, model = tmp_path / "input.txt", str(tmp_path / "model")
+    file.write_text("mine")
+    named, more = str(file), ["--output", str(tmp_path / "out"), "--sparsities", "0.1", "--recipes", "fasp"]
+    for command in (
+        ["plan", model, "--calibration", named, "--json", named],
+        ["evaluate", model, "--text", named, "--json", named],
+        ["compare", model, "--calibration", named, "--text", "demo:evaluation", *more, "--json", named],
+        ["compare", model, "--calibration", "demo:calibration", "--text", named, *more, "--json", named],
+        ["frontier", model, "--text", named, "--output", str(tmp_path / "out"), "--json", named],
+        ["experts", model, "--text", f"mine={named}", "--json", named],
+        ["experts", model, "--text", f"mine={named}", "--scores", named],
+        ["export", model, "--output", named, "--type", "q4_0", "--calibration", named, "--overwrite"],
+        ["solve", named, "--json", named],
+        ["solve", named, "--output", named],
+    ):
+        assert main(command) == 2
+        assert f"{file} is an input too" in capsys.readouterr().err, command
+    assert [path.name for path in tmp_path.iterdir()] == ["input.txt"] and file.read_text() == "mine"
 
 
 @pytest.mark.usefixtures("no_weights")

@@ -3,6 +3,7 @@
 import errno
 import json
 import re
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -16,14 +17,15 @@ from huggingface_hub import constants
 import optprune
 from optprune.allocation import Allocation
 from optprune.errors import InputError, OptpruneError
-from optprune.export import cast, check_output, save_model
+from optprune.export import GgufFile, cast, check_output, export, save_model
+from optprune.export.place import Scratch, delete_left_behind
 from optprune.export.shards import write_weights
 from optprune.models import BlockAllocation, Decoder, load_model, load_tokenizer
 from optprune.models import load as load_module
 from optprune.pruning import prune
 from optprune.recipe import load_recipe
 from optprune.texts import demo_articles
-from tests.helpers.tiny_models import TINY_MODELS, VOCABULARY, tiny_llama, tiny_tokenizer
+from tests.helpers.tiny_models import TINY_MODELS, VOCABULARY, save_tiny, tiny_llama, tiny_tokenizer
 from tests.helpers.token_batches import batches
 
 CHECK_TOKENS = torch.arange(10, 42)[None]
@@ -142,6 +144,63 @@ def test_the_old_folder_survives_an_interrupt_between_the_renames(
         save_model(tiny_llama(), tmp_path / "out", overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert (tmp_path / "out" / "NOTICE").exists()
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from optprune.export import place
+
+def kill(*_, **__):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+where = Path(sys.argv[1])
+scratch = place.Scratch(where)
+draft = scratch.folder / "model"
+draft.mkdir()
+(draft / "config.json").write_text("new")
+if sys.argv[2] == "between":
+    rename = Path.rename
+    Path.rename = lambda self, target: kill() if self == draft else rename(self, target)
+else:
+    place.shutil.rmtree = kill
+place.put_in_place(draft, where, overwrite=True)
+"""
+"""a program that is killed between the two renames of a replacement, or when it is to delete what it has replaced"""
+
+
+@pytest.mark.parametrize("moment", ["between", "after"])
+def test_a_folder_whose_replacement_was_killed_is_deleted_or_named(moment: str, tmp_path: Path) -> None:
+    place, theirs, told = tmp_path / "out", tmp_path / ".out.0123abcd.old", list[str]()
+    for folder in (place, theirs):
+        folder.mkdir()
+        (folder / "config.json").write_text("old")
+    run = subprocess.run([sys.executable, "-c", KILLED, str(place), moment], check=False)
+    assert run.returncode == -signal.SIGKILL
+    (former,) = (path for path in tmp_path.glob(".out.*.old") if path != theirs)
+    scratch = former.with_name(former.name.removesuffix(".old"))
+    assert scratch.is_dir() and (former / "config.json").read_text() == "old"
+    delete_left_behind(place, told.append)
+    note = "{} may be what was in {} before a run was killed: rename it, or delete it"
+    assert not scratch.exists() and note.format(theirs, place) in told
+    assert (theirs / "config.json").read_text() == "old"
+    if moment == "after":
+        assert not former.exists() and f"deleting {former}, which a killed run had replaced" in told
+        assert (place / "config.json").read_text() == "new"
+    else:
+        assert not place.exists() and note.format(former, place) in told
+        assert (former / "config.json").read_text() == "old"
+
+
+def test_an_export_tells_of_what_may_be_a_former_output(tmp_path: Path) -> None:
+    """But not of one whose process is at work."""
+    source, place = save_tiny(tiny_llama(), tmp_path / "model"), tmp_path / "out.gguf"
+    former, working = tmp_path / ".out.gguf.0123abcd.old", Scratch(place)
+    former.mkdir()
+    working.folder.with_name(f"{working.folder.name}.old").mkdir()
+    (note,) = (note for note in export(source, place, GgufFile()).notes if ".old" in note)
+    assert note.startswith(f"{former} may be") and former.is_dir()
+    working.discard()
 
 
 @pytest.mark.parametrize("there", [False, True], ids=["new", "replaced"])

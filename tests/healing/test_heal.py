@@ -28,6 +28,8 @@ from tests.helpers.trained_tiny import halved, news, trained
 
 RATE = 2e-3
 SLOW = HealingSettings(learning_rate=RATE / 10)
+WIDE = "gate_proj.weight"
+"""the end of the names of parameters that are float32 in a model of mixed dtypes"""
 
 
 def held_out() -> Tensor:
@@ -169,6 +171,29 @@ def test_the_state_of_the_least_divergence_is_kept(monkeypatch: pytest.MonkeyPat
 
     test()
     noticed(monkeypatch, Training, "put", lambda self, weights: None, test)
+
+
+def test_every_parameter_keeps_its_own_dtype() -> None:
+    """As a router that stays float32 in a bfloat16 model: unchanged if no step is kept, and else no bfloat16 number."""
+
+    def mixed() -> Any:
+        model = halved(trained())
+        wide = {name: weight.detach().clone() for name, weight in model.named_parameters() if name.endswith(WIDE)}
+        model.to(torch.bfloat16)
+        for name, weight in wide.items():
+            model.get_parameter(name).data = weight
+        return model
+
+    before = mixed()
+    assert {weight.dtype for weight in before.parameters()} == {torch.bfloat16, torch.float32}
+    for options, kept in (({"learning_rate": 1.0, "clip": 1e9, "patience": 2, "warmup": 0.0}, False), ({}, True)):
+        report, model = healed(8, mixed(), **options)
+        assert bool(report.after.step) == kept and same(model, before) != kept
+        for name, weight in model.named_parameters():
+            assert weight.dtype == before.get_parameter(name).dtype, name
+            if name.endswith(WIDE):
+                assert not torch.equal(weight, weight.bfloat16().float()), name
+                assert torch.equal(weight, before.get_parameter(name)) != kept, name
 
 
 def test_a_teacher_says_what_decides(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -178,6 +178,24 @@ def test_a_kill_before_there_is_a_manifest_leaves_no_folder_for_ever(tmp_path: P
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("kind", ["link", "link to nothing", "folder"])
+def test_a_lock_that_is_no_regular_file_is_refused_before_it_is_opened(kind: str, tmp_path: Path) -> None:
+    kept(tmp_path / "run", a=[1]).release()
+    lock, target = tmp_path / "run" / "in-use", tmp_path / "mine"
+    if kind == "folder":
+        lock.mkdir()
+    else:
+        lock.symlink_to(target)
+    if kind == "link":
+        target.write_text("mine")
+    before = contents(tmp_path)
+    with pytest.raises(InputError, match="in-use is a link or no regular file, so it cannot lock the run: remove it"):
+        ManifestFolder(tmp_path / "run")
+    assert contents(tmp_path) == before and target.exists() == (kind == "link")
+    lock.rmdir() if kind == "folder" else lock.unlink()
+    assert ManifestFolder(tmp_path / "run").read("a") == [1]
+
+
 @pytest.mark.parametrize("link", [False, True], ids=["folder", "link"])
 def test_a_subfolder_of_somebody_elses_is_refused(link: bool, tmp_path: Path) -> None:
     found, place, target = kept(tmp_path / "run"), tmp_path / "run" / "work", tmp_path / "target"
