@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -122,7 +123,8 @@ def heal(
         facts = healing_facts(model, dense, batches, held_out, settings, peers)
         folder.begin(facts)
     phases = PhaseRecorder(model.device, on_event)
-    stored = {name: weight.dtype for name, weight in model.named_parameters()}
+    # A buffer that is trained is a parameter meanwhile.
+    stored = {name: value.dtype for name, value in chain(model.named_parameters(), model.named_buffers())}
     devices = [model.device] if model.device.type == "cuda" else []
     with phases.phase(HEALING), ExitStack() as contexts:
         for context in (
