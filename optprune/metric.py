@@ -174,7 +174,7 @@ def clipped(
     """Return the gradients with each token's norm limited to `clip` times the median norm of its sequence.
 
     Longer ones keep their direction. Tokens without a gradient do not count in the median. Without a clip all stay.
-    The gradients of an expert come as one sequence, its tokens of a group of sequences.
+    For an expert, all its tokens in a group of sequences count as one sequence.
     """
     if clip is None or gradients.numel() == 0:  # no token of a group may be sent to an expert
         return gradients

@@ -116,10 +116,10 @@ def moments_bytes(decoder: Decoder, index: int, taps: Collection[str]) -> int:
 
 @contextmanager
 def same_routes(block: nn.Module, reference: nn.Module) -> Iterator[None]:
-    """Make each pass of the `reference` route tokens to the experts that the block's first pass here routed them to.
+    """Route tokens in the `reference` to the experts that `block` chooses for them, in a context for one pass of each.
 
     So the inputs of an expert belong to the same tokens in both. By its own router the reference would send some of
-    them elsewhere, since its hidden states differ. The reference may be the block itself, which runs first.
+    them elsewhere, since its hidden states differ. The block runs first, and both may be the same module.
     """
     routes: dict[str, Tensor] = {}
 

@@ -23,7 +23,7 @@ from optprune.cli.options import (
     Units,
     Windows,
 )
-from optprune.cli.outputs import check_json, echo, start, write_json
+from optprune.cli.outputs import check_json, echo, files_in, start, write_json
 from optprune.cli.request import overrides
 from optprune.errors import InputError
 from optprune.system.wording import shown
@@ -85,8 +85,8 @@ def compare_command(
     from optprune.measure import SpeedWorkload
     from optprune.report.drawings import can_draw
 
-    files = [each for each in recipes.split(",") if Path(each).suffix]
-    check_json(json_file, models=[model], inputs=[calibration, text, architecture, *files])
+    inputs = [calibration, text, architecture, *files_in(recipes.split(","))]
+    check_json(json_file, models=[model], inputs=inputs)
     fields = {"propagation": propagation, "units": units, "units.weights": pattern, "strict": strict or None}
     if not 1 <= seeds <= MOST_DRAWS:
         raise InputError(f"--seeds cannot be {shown(seeds)}: give 1 to {MOST_DRAWS}")

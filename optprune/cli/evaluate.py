@@ -7,7 +7,7 @@ import typer
 
 from optprune.cli.evaluation import ModelEvaluation, TaskRun
 from optprune.cli.options import Architecture, Device, Dtype, JsonFile, Model, PackedSequences, SeqLength
-from optprune.cli.outputs import check_json, echo, start, write_json
+from optprune.cli.outputs import check_json, echo, files_in, start, write_json
 from optprune.errors import InputError, check_at_least
 from optprune.system.files import json_text
 
@@ -71,9 +71,9 @@ def evaluate_command(
     from optprune.models import check_dtype, device_of
     from optprune.texts import PACKED, check_sequences
 
-    files = [each for each in (tasks or "").split(",") if Path(each).suffix]
     models = [model, *([] if against is None else [against])]
-    check_json(json_file, models=models, inputs=[text, questions, architecture, *files])
+    inputs = [text, questions, architecture, *files_in((tasks or "").split(","))]
+    check_json(json_file, models=models, inputs=inputs)
     check_dtype(dtype)
     check_sequences(sequences, PACKED)
     device_of(device)

@@ -7,7 +7,7 @@ import typer
 
 from optprune.cli.compare import FAILED, listed
 from optprune.cli.options import JsonFile, Model, Samples, SeqLength, Sequences, Settings, Units, Windows
-from optprune.cli.outputs import check_json, echo, start, write_json
+from optprune.cli.outputs import check_json, echo, files_in, start, write_json
 from optprune.cli.request import overrides
 
 RUNTIMES = ("llama.cpp", "transformers")
@@ -74,8 +74,8 @@ def frontier_command(
     from optprune.comparison.frontier_folder import JSON, PAGE, TABLE
     from optprune.measure import SpeedWorkload
 
-    files = [each for each in (recipes or "").split(",") if Path(each).suffix]
-    check_json(json_file, models=[model, *(against or ())], inputs=[calibration, text, *files])
+    inputs = [calibration, text, *files_in((recipes or "").split(","))]
+    check_json(json_file, models=[model, *(against or ())], inputs=inputs)
     work = SpeedWorkload(prompt_tokens, new_tokens, 1, repeats) if not no_speed else None
     fields = {} if units is None else {"units": units}
     with reporter.events({}, left="left of this step") as on_event:

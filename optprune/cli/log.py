@@ -33,7 +33,7 @@ class LogFile:
             self.file = None
 
     def check(self, output: Path, model: str, inputs: Iterable[Input] = ()) -> None:
-        """Raise InputError unless lines can be written to a file that is no input, outside the output and the model."""
+        """Raise InputError if the log cannot be written, is an input, or lies in the output or the model."""
         if self.file is None:
             return
         check_file(self.file, "log", output=output, models=[model], inputs=inputs)

@@ -62,13 +62,13 @@ def echo(text: str, *, err: bool = False) -> None:
 
 
 Input = str | Path | None
-"""an option that may name a file to read: a text in any form, a recipe or another file"""
+"""value of an option that may name an input file: a text in any of its forms, a recipe or another path"""
 
 
 def check_json(
     file: Path | None, *, output: Path | None = None, models: Sequence[str] = (), inputs: Iterable[Input] = ()
 ) -> None:
-    """Raise InputError unless the JSON file can be written and is neither an input nor one of a model's files."""
+    """Raise InputError if the JSON file cannot be written, is an input, or is one of a model's files."""
     check_file(file, "JSON file", output=output, models=models, inputs=inputs)
 
 
@@ -80,7 +80,7 @@ def check_file(
     models: Sequence[str] = (),
     inputs: Iterable[Input] = (),
 ) -> None:
-    """Raise InputError unless a file can be written and is neither an input nor one of a model's files.
+    """Raise InputError if a file cannot be written, is an input, or is one of a model's files.
 
     `output` is the folder of the model to write, in which the file may lie; `models` and `inputs` are read.
     """
@@ -111,8 +111,13 @@ def check_file(
         raise InputError(f"the {kind} {file} cannot be written: the folder {named} is not writable")
 
 
+def files_in(words: Iterable[str]) -> list[str]:
+    """Return the words that end like a file name; the others name recipes or tasks."""
+    return [word for word in words if Path(word).suffix]
+
+
 def _paths_in(given: Input) -> Iterator[Path]:
-    """Yield the files and folders that an option names: itself, records, texts with shares, or without a column."""
+    """Yield the existing paths in the value of an option, without `images:`, shares and columns."""
     from optprune.texts.calibration import read_shares
     from optprune.texts.documents import IMAGES
 
@@ -125,7 +130,7 @@ def _paths_in(given: Input) -> Iterator[Path]:
 
 
 def _is_read(place: Path, path: Path) -> bool:
-    """Return whether a file is an input at a path that exists, or would be a text of the folder there."""
+    """Return whether the file `place` is the input `path`, or a text file in the input folder `path`."""
     if path.is_dir():
         return place.suffix == ".txt" and place.parent.is_dir() and place.parent.samefile(path)
     return place.is_file() and place.samefile(path)

@@ -245,8 +245,8 @@ def run_on_text(
     with joined(whole.device) as peers:
         device = device_of(whole.device)
         if planned:
-            share = {"samples": request.samples, "generated": request.generated}
-            own = replace(request, **{name: -(-count // peers.size) for name, count in share.items()})
+            samples, generated = -(-request.samples // peers.size), -(-request.generated // peers.size)
+            own = replace(request, samples=samples, generated=generated)
             reporter.say(check_room(replace(program, request=own), Room.measured(device, whole.output.folder)))
         expected = expected_seconds(program, characters, device, started=started)
         with reporter.events(expected) as show:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from optprune.cli.choices import check_choices
+from optprune.cli.outputs import Input, files_in
 from optprune.errors import InputError, check_at_least
 from optprune.system.files import read_yaml
 from optprune.system.wording import one_line, shown
@@ -98,10 +99,9 @@ class Options:
         return self.allocation if self.allocation is not None and self.allocation.endswith(".json") else None
 
     @property
-    def input_files(self) -> list[str | Path | None]:
-        """The files that the options name."""
-        recipe = self.recipe if Path(self.recipe).suffix else None
-        return [recipe, self.allocation_file, self.expert_scores, self.architecture]
+    def input_files(self) -> list[Input]:
+        """Input files that the options name."""
+        return [*files_in([self.recipe]), self.allocation_file, self.expert_scores, self.architecture]
 
     def chosen(self) -> "Recipe":
         """Return the recipe with the user's settings."""

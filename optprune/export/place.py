@@ -33,7 +33,7 @@ MODEL_FILES = re.compile(
     r"|report\.html|recipe\.yaml|(vocab|merges)\.txt|README\.md|(LICEN[CS]E|NOTICE|COPYING|USE_POLICY)(\.txt|\.md)?"
     rf"|model(\.\w+)?(-\d{{5}}-of-\d{{5}})?\.safetensors|{WEIGHTS_INDEX}"
 )
-"""the names that files of a saved folder may have; `model_files` finds others, which these files name"""
+"""fixed file names of a saved model; `model_files` adds the shards in its index and the code that its configs name"""
 TAKEN_FILES = re.compile(
     r"(generation_config|tokenizer(_config)?|special_tokens_map|added_tokens|vocab|tekken|chat_template)\.json"
     r"|(video_)?(pre)?processor(_config)?\.json|(vocab|merges)\.txt|chat_template\.jinja"
@@ -112,7 +112,7 @@ def model_files(folder: Path) -> set[str]:
     config names, with those that these import.
     """
     there = {path.name for path in folder.iterdir() if is_own_file(path)}
-    known = {name for name in there if any(kind.fullmatch(name) for kind in (MODEL_FILES, TAKEN_FILES, GRAPH_FILES))}
+    known = set(filter(_has_fixed_name, there))
     contents = {name: _json_in(folder / name) for name in known if name.endswith(".json")}
     shards, modules = set[str](), set[str]()
     for name, content in contents.items():
@@ -127,8 +127,12 @@ def model_files(folder: Path) -> set[str]:
 
 def may_be_of_model(name: str) -> bool:
     """Return whether a saved model may have a file of this name, whatever its other files are."""
-    kinds = MODEL_FILES, TAKEN_FILES, GRAPH_FILES
-    return any(kind.fullmatch(name) for kind in kinds) or name.endswith((".safetensors", ".py"))
+    return _has_fixed_name(name) or name.endswith((".safetensors", ".py"))
+
+
+def _has_fixed_name(name: str) -> bool:
+    """Return whether transformers or optprune give files of a model this name."""
+    return any(kind.fullmatch(name) for kind in (MODEL_FILES, TAKEN_FILES, GRAPH_FILES))
 
 
 def _json_in(file: Path) -> Any:
@@ -139,22 +143,21 @@ def _json_in(file: Path) -> Any:
 
 
 def _modules_named(content: Any) -> Iterator[str]:
-    """Yield the files of the modules that each `auto_map` of a config and of its parts names in its folder."""
+    """Yield the Python files in the same folder that the `auto_map` of a config, or of a nested config, names."""
     if not isinstance(content, dict):
         return
     for key, value in content.items():
         if key == "auto_map" and isinstance(value, dict):
             for entry in value.values():
-                named = (
-                    re.fullmatch(r"(\w+)\.\w+", str(each)) for each in (entry if isinstance(entry, list) else [entry])
-                )
-                yield from (f"{match[1]}.py" for match in named if match is not None)
+                for name in entry if isinstance(entry, list) else [entry]:
+                    if match := re.fullmatch(r"(\w+)\.\w+", str(name)):
+                        yield f"{match[1]}.py"
         else:
             yield from _modules_named(value)
 
 
 def _imported(folder: Path, modules: set[str], there: set[str]) -> set[str]:
-    """Return the modules that are in the folder, with those that they import from it."""
+    """Return those of the Python files `modules` that are `there`, and the files that they import relatively."""
     found, new = set[str](), modules & there
     if not new:
         return found
@@ -223,7 +226,7 @@ def delete_left_behind(place: Path, say: Callable[[str], None] = lambda sentence
 
 
 def former_notes(place: Path) -> list[str]:
-    """Return a sentence on each folder that may be a former output, unless a process is just replacing it."""
+    """Return a message for each folder that may be a former output, left by a run that was killed."""
     folders = sorted(place.parent.glob(f".{glob.escape(place.name)}.????????{OLD}"))
     return [
         f"{folder} may be what was in {place} before a run was killed: rename it, or delete it"

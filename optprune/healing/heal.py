@@ -249,7 +249,7 @@ class _Run:
         self.training.put(self.best)
 
     def end(self, held_out_tokens: int, stored: Mapping[str, torch.dtype]) -> HealReport:
-        """Return the report; the final measurement is of the weights, each rounded to the dtype it is `stored` in."""
+        """Return the report, measured after each weight is rounded to its dtype in `stored`."""
         training, after = self.training, self.least
         if any(stored[name] != torch.float32 for name in training.parameters):
             training.put({name: weight.to(stored[name]).float() for name, weight in training.weights().items()})

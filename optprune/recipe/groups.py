@@ -114,8 +114,8 @@ class FisherMetric(Group):
     damping: float = Field(default=0.01, ge=0)
     """damping added to the metric's diagonal, as a share of its mean"""
     clip: float | None = Field(default=None, gt=0)
-    """largest norm of a token's gradient, as a multiple of its sequence's median norm; longer ones are scaled down. In
-    experts the median is over the tokens of a group of sequences"""
+    """largest norm of a token's gradient, as a multiple of the median norm in its sequence; larger gradients are scaled
+    down. For an expert, all its tokens in a group of sequences count as one sequence"""
 
 
 class Recovery(Group):

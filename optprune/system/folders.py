@@ -1,6 +1,7 @@
 """Folders for the work of a run, with a manifest of the files and their digests."""
 
 import json
+import os
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -328,7 +329,7 @@ def check_manifest_folder(folder: Path, noun: str) -> dict[str, Any] | None:
                     "move it away, or choose another name for the output"
                 )
     place = folder / LOCK
-    if (place.exists() or place.is_symlink()) and not is_own_file(place):
+    if os.path.lexists(place) and not is_own_file(place):
         # Opening a lock may empty the file that a link leads to.
         raise InputError(f"{place} is a link or no regular file, so it cannot lock the {noun}: remove it")
     if place.exists():

@@ -152,7 +152,7 @@ def test_what_does_not_go_together_is_refused_before_the_model_is_read(
     assert sentence in attempt.fails(attempt.command(*more))
 
 
-def test_an_error_in_the_run_folder_of_the_first_process_is_raised_in_all(tmp_path: Path) -> None:
+def test_an_error_in_the_run_folder_of_the_first_process_is_raised_in_all() -> None:
     class Second(SingleProcess):
         def all_gather(self, value):
             return [InputError("the windows in the run folder are damaged"), value]

@@ -121,9 +121,9 @@ def test_a_text_of_the_hub_is_named(tmp_path: Path) -> None:
     [
         ("demo:calibration, 8 windows of 64 tokens, seed 0", True),
         ("demo:calibration (share 0.7, 6 windows); hf:a/b:train (share 0.3, 2 windows); 8 windows of 64 tokens", True),
-        ("demo:calibration (share 0.7, 6 windows); /home/me/a.txt (share 0.3, 2 windows); 8 windows of 64", False),
-        ("/home/me/a.txt (share 0.3, 2 windows); demo:calibration (share 0.7, 6 windows); 8 windows of 64", False),
-        ("/home/me/a; demo:b.txt, 8 windows of 64 tokens, seed 0", False),
+        ("demo:calibration (share 0.7, 6 windows); /data/a.txt (share 0.3, 2 windows); 8 windows of 64", False),
+        ("/data/a.txt (share 0.3, 2 windows); demo:calibration (share 0.7, 6 windows); 8 windows of 64", False),
+        ("/data/a; demo:b.txt, 8 windows of 64 tokens, seed 0", False),
         ("", False),
         ("wikitext2, 8 windows of 64 tokens, seed 0", True),
         ("c4:validation (share 0.7, 6 windows); ultrachat (share 0.3, 2 windows); 8 windows of 64 tokens", True),

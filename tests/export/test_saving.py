@@ -171,7 +171,7 @@ place.put_in_place(draft, where, overwrite=True)
 
 @pytest.mark.parametrize("moment", ["between", "after"])
 def test_a_folder_whose_replacement_was_killed_is_deleted_or_named(moment: str, tmp_path: Path) -> None:
-    place, theirs, told = tmp_path / "out", tmp_path / ".out.0123abcd.old", list[str]()
+    place, theirs, messages = tmp_path / "out", tmp_path / ".out.0123abcd.old", list[str]()
     for folder in (place, theirs):
         folder.mkdir()
         (folder / "config.json").write_text("old")
@@ -180,19 +180,19 @@ def test_a_folder_whose_replacement_was_killed_is_deleted_or_named(moment: str, 
     (former,) = (path for path in tmp_path.glob(".out.*.old") if path != theirs)
     scratch = former.with_name(former.name.removesuffix(".old"))
     assert scratch.is_dir() and (former / "config.json").read_text() == "old"
-    delete_left_behind(place, told.append)
+    delete_left_behind(place, messages.append)
     note = "{} may be what was in {} before a run was killed: rename it, or delete it"
-    assert not scratch.exists() and note.format(theirs, place) in told
+    assert not scratch.exists() and note.format(theirs, place) in messages
     assert (theirs / "config.json").read_text() == "old"
     if moment == "after":
-        assert not former.exists() and f"deleting {former}, which a killed run had replaced" in told
+        assert not former.exists() and f"deleting {former}, which a killed run had replaced" in messages
         assert (place / "config.json").read_text() == "new"
     else:
-        assert not place.exists() and note.format(former, place) in told
+        assert not place.exists() and note.format(former, place) in messages
         assert (former / "config.json").read_text() == "old"
 
 
-def test_an_export_tells_of_what_may_be_a_former_output(tmp_path: Path) -> None:
+def test_an_export_reports_what_may_be_a_former_output(tmp_path: Path) -> None:
     """But not of one whose process is at work."""
     source, place = save_tiny(tiny_llama(), tmp_path / "model"), tmp_path / "out.gguf"
     former, working = tmp_path / ".out.gguf.0123abcd.old", Scratch(place)
