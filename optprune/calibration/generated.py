@@ -14,7 +14,7 @@ from optprune.calibration.stream import held_out_count
 from optprune.errors import InputError
 from optprune.measure.evaluate import evaluating
 from optprune.system.folders import ManifestFolder
-from optprune.system.wording import shown
+from optprune.system.wording import counted, shown
 
 PIECE = 128
 """number of tokens, about, that are generated in a row: behind them the text of a small model drifts into nonsense"""
@@ -134,13 +134,20 @@ def check_count(count: int) -> None:
         raise InputError(f"the dense model cannot generate {shown(count)} windows: give 0 to {MOST}")
 
 
-def kept_or_new(folder: ManifestFolder | None, generate: Callable[[], Tensor], peers: Peers) -> Tensor:
-    """Return the windows that a run folder keeps, or generate and keep them; only the first process has a folder."""
-    windows = from_first(peers, lambda: None if folder is None else folder.kept(FILE, _windows))
+def kept_or_new(
+    folder: ManifestFolder | None, generate: Callable[[], Tensor], peers: Peers = ALONE, name: str = FILE
+) -> Tensor:
+    """Return the windows in a file of a folder, or generate and keep them; only the first process has a folder."""
+    windows = from_first(peers, lambda: None if folder is None else folder.kept(name, _windows))
     if windows is None:
         windows = new = generate()
-        from_first(peers, lambda: None if folder is None else folder.write(FILE, new.tolist()))
+        from_first(peers, lambda: None if folder is None else folder.write(name, new.tolist()))
     return windows
+
+
+def described(calibration: str, count: int) -> str:
+    """Return the description of a calibration text with so many generated windows."""
+    return f"{calibration}, and {counted(count, 'window')} that the dense model generated" if count else calibration
 
 
 def _windows(content: Any) -> Tensor:

@@ -66,7 +66,7 @@ class GoalOptions:
         batches, windows = list["Tensor"](), None
         if isinstance(self.goal, QualityGoal):
             batches, windows = self._data(resolved)
-            # Those that the run will have, which generates them again.
+            # Those that the run will have.
             batches = list(whole.with_generated(resolved.program, batches, SingleProcess()))
 
         def load() -> "PreTrainedModel":

@@ -8,6 +8,7 @@ import typer
 from optprune.cli.audit import Against, Expect, Plot, audit_command
 from optprune.cli.options import JsonFile, Model
 from optprune.cli.outputs import check_file, echo, start, write_file
+from optprune.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -21,6 +22,7 @@ def inspect_command(
     output: Annotated[
         Path | None, typer.Option("--output", metavar="FILE", help="Write the draft to a file, not to the terminal.")
     ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file of --output if it exists.")] = False,
     against: Against = None,
     expect: Expect = None,
     plot: Plot = None,
@@ -36,6 +38,8 @@ def inspect_command(
 
     audits = against or expect or plot or json_file
     check_file(output, "draft", models=[model])
+    if output is not None and output.is_file() and not overwrite:
+        raise InputError(f"the draft {output} exists, and you may have edited it: choose another, or pass --overwrite")
     config = None if output is None and (audits or is_gguf(model)) else traceable_config(model)
     if config is None or (output is None and is_known(config)):
         audit_command(model, against, expect, plot, json_file)

@@ -68,8 +68,10 @@ Input = str | Path | None
 def check_json(
     file: Path | None, *, output: Path | None = None, models: Sequence[str] = (), inputs: Iterable[Input] = ()
 ) -> None:
-    """Raise InputError if the JSON file cannot be written, is an input, or is one of a model's files."""
+    """Raise InputError if the JSON file cannot be written, is an input or a model's file, or has other content."""
     check_file(file, "JSON file", output=output, models=models, inputs=inputs)
+    if file is not None and file.is_file() and _standard_stream(file) is None and not _may_be_json(file):
+        raise InputError(f"the file {file} exists, and its content is not JSON: choose another name for the JSON file")
 
 
 def check_file(
@@ -175,6 +177,13 @@ def _replace(place: Path, data: bytes) -> None:
             draft.replace(place)
         finally:
             draft.unlink(missing_ok=True)
+
+
+def _may_be_json(file: Path) -> bool:
+    """Return whether a file is empty or begins as a JSON object or list does."""
+    with contextlib.suppress(OSError), file.open("rb") as stream:
+        return stream.read(64).lstrip()[:1] in (b"", b"{", b"[")
+    return False
 
 
 def _is_special(file: Path) -> bool:

@@ -2,13 +2,12 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from optprune.cli.run_folder import Output, keep_or_delete
 from optprune.cli.tokens import calibration_of, vocabulary_for, with_digests
-from optprune.system.wording import counted
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,6 +22,24 @@ if TYPE_CHECKING:
     from optprune.report import Event, PhaseRecorder, Report, VocabularyChange
     from optprune.report.progress import Reporter
     from optprune.tokens import VocabularyPruning
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A run that has begun: its model is open, and what decides its bytes is recorded."""
+
+    loaded: "LoadedModel"
+    batches: "list[Tensor]"
+    """the calibration, with the windows that the dense model generated"""
+    facts: dict[str, Any]
+    change: "VocabularyChange | None" = None
+    """the record of a smaller vocabulary"""
+
+    def pruned(self, program: "Program", **more: Any) -> "Report":
+        """Prune the model in place and return the report; `more` are arguments of `run_program`."""
+        from optprune.pruning import run_program
+
+        return run_program(program, self.loaded.decoder(), self.batches, facts=self.facts, **more)
 
 
 @dataclass(frozen=True)
@@ -43,6 +60,8 @@ class WholeRun:
     """the smaller vocabulary, where the recipe has one"""
     generated: int = 0
     """number of calibration windows that the dense model generates"""
+    windows: "dict[str, Tensor]" = field(default_factory=dict)
+    """windows that were generated already, by the fingerprint of the text that they continue"""
     images: "ImageFeatures | None" = None
     """the features of images that token ids of the calibration are numbers of"""
 
@@ -101,6 +120,7 @@ class WholeRun:
             return batches
         from optprune.calibration.generated import generated_windows, kept_or_new, with_generated
         from optprune.models import load_model
+        from optprune.numerics.fingerprint import fingerprint
         from optprune.report import PhaseAdvanced
         from optprune.report.phases import GENERATING
 
@@ -111,37 +131,57 @@ class WholeRun:
         seed = program.seed
 
         def generate() -> "Tensor":
-            with nullcontext() if phases is None else phases.phase(GENERATING):
-                dense = load_model(self.model, **self._places).model
-                return generated_windows(dense, batches, self.generated, seed=seed, peers=peers, on_part=on_part)
+            text = fingerprint(list(batches))
+            if text not in self.windows:
+                with nullcontext() if phases is None else phases.phase(GENERATING):
+                    dense = load_model(self.model, **self._places).model
+                    self.windows[text] = generated_windows(
+                        dense, batches, self.generated, seed=seed, peers=peers, on_part=on_part
+                    )
+            return self.windows[text]
 
         windows = kept_or_new(journal, generate, peers)
         return with_generated(batches, windows, held_out=program.held_out, seed=seed)
 
-    def with_vocabulary(
+    def begun(
         self,
         program: "Program",
-        loaded: "LoadedModel",
-        batches: "list[Tensor]",
+        batches: "Sequence[Tensor]",
         partial_sums: "PartialSums",
         phases: "PhaseRecorder",
         journal: "Journal | None" = None,
-    ) -> "tuple[LoadedModel, VocabularyChange | None]":
-        """Return the model with the smaller vocabulary, and a record of the change; as it is where there is none.
+    ) -> "Begun | None":
+        """Open the model and begin the run; return None where this command has already finished the output.
 
-        The run begins here, with the facts that decide its bytes, so that the chosen tokens are kept if it is killed.
+        Every process of the run calls this, and only the first one has the journal. The run begins before text is
+        generated and tokens of a smaller vocabulary are chosen, so that both are kept if it is killed.
         """
-        if self.vocabulary is None:
-            return loaded, None
-        from optprune.pruning.run import facts
+        from optprune.calibration.peers import from_first
+        from optprune.models.store import NullSink
+        from optprune.program import check_batches
+        from optprune.pruning.run import OPENED, facts
         from optprune.pruning.shared import SharedJournal
         from optprune.report.phases import LOADING, VOCABULARY
 
+        sink, scratch = (NullSink(), None) if journal is None else (journal.sink, journal.scratch)
+        with phases.step(LOADING, f"loading {self.model}", ends=OPENED):
+            loaded = replace(self.opened(sink, scratch), images=self.images)
+        every = check_batches(loaded.model.config, batches, self.images)
         with phases.phase(LOADING):
-            decided = facts(program, loaded.decoder(), batches, partial_sums, phases.on_event)
-            SharedJournal(journal, partial_sums.peers).begin(decided)
+            decided = facts(program, loaded.decoder(), every, partial_sums, phases.on_event)
+
+        def is_finished() -> bool:
+            return journal is not None and self.output.may_be_finished and self.output.is_finished(journal, decided)
+
+        if from_first(partial_sums.peers, is_finished):
+            return None
+        SharedJournal(journal, partial_sums.peers).begin(decided)
+        every = list(self.with_generated(program, every, partial_sums.peers, journal, phases))
+        if self.vocabulary is None:
+            return Begun(loaded, every, decided)
         with phases.phase(VOCABULARY):
-            return self.vocabulary.apply(loaded, phases.on_event)
+            loaded, change = self.vocabulary.apply(loaded, phases.on_event)
+        return Begun(loaded, every, decided, change)
 
     def run(
         self,
@@ -160,40 +200,26 @@ class WholeRun:
         The report has the phases of the recorder and those that follow. Where this command has already finished the
         output, that report is returned and nothing is saved.
         """
+        from optprune.calibration.generated import described
         from optprune.export import save_model
-        from optprune.program import check_batches
-        from optprune.pruning import run_program
-        from optprune.pruning.run import OPENED, facts
         from optprune.report import joined, read_report
-        from optprune.report.phases import LOADING
 
-        batches = self.with_generated(program, batches, partial_sums.peers, journal, phases)
-        if self.generated:
-            calibration += f", and {counted(self.generated, 'window')} that the dense model generated"
-        with phases.step(LOADING, f"loading {self.model}", ends=OPENED):
-            loaded = replace(self.opened(journal.sink, journal.scratch), images=self.images)
-        every = check_batches(loaded.model.config, batches, self.images)
-        if self.output.may_be_finished:
-            with phases.phase(LOADING):
-                decided = facts(program, loaded.decoder(), every, partial_sums, phases.on_event)
-            if partial_sums.peers.all_gather(self.output.is_finished(journal, decided))[0]:
-                return read_report(self.output.folder), None
-        loaded, change = self.with_vocabulary(program, loaded, every, partial_sums, phases, journal)
-        report = run_program(
+        begun = self.begun(program, batches, partial_sums, phases, journal)
+        if begun is None:
+            return read_report(self.output.folder), None
+        report = begun.pruned(
             program,
-            loaded.decoder(),
-            every,
             on_event=phases.on_event,
             source=self.model,
-            calibration=calibration,
+            calibration=described(calibration, self.generated),
             journal=journal,
             workers=self.workers,
             partial_sums=partial_sums,
         )
-        report = replace(report.with_vocabulary(change), phases=joined(phases.done, report.phases))
+        report = replace(report.with_vocabulary(begun.change), phases=joined(phases.done, report.phases))
         reporter.say(f"saving to {self.output.folder}, and reloading it in a fresh process to compare logits")
         saved = save_model(
-            loaded,
+            begun.loaded,
             self.output.folder,
             report=report,
             recipe=program.request.recipe,
@@ -327,15 +353,6 @@ def _take_part(
     phases: "PhaseRecorder",
 ) -> None:
     """Take part in a run without writing anything."""
-    from optprune.models.store import NullSink
-    from optprune.program import check_batches
-    from optprune.pruning import run_program
-
-    may_be_finished = whole.output.may_be_finished
-    batches = whole.with_generated(program, batches, partial_sums.peers)
-    loaded = whole.opened(NullSink())
-    every = check_batches(loaded.model.config, batches)
-    if may_be_finished and partial_sums.peers.all_gather(None)[0]:
-        return  # the first process found the output finished
-    loaded, _ = whole.with_vocabulary(program, loaded, every, partial_sums, phases)
-    run_program(program, loaded.decoder(), every, workers=whole.workers, partial_sums=partial_sums)
+    begun = whole.begun(program, batches, partial_sums, phases)
+    if begun is not None:  # the first process found the output finished otherwise
+        begun.pruned(program, workers=whole.workers, partial_sums=partial_sums)

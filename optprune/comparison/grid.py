@@ -79,6 +79,12 @@ class Grid:
                 for sparsity in self.sparsities:
                     yield Cell(recipe, sparsity, seed)
 
+    @property
+    def held_out(self) -> float:
+        """The largest share of the windows that a recipe holds out."""
+        refits = [self.recipe(cell).refit for cell in self.cells()]
+        return max(0.0 if refit is None else refit.held_out for refit in refits)
+
     def recipe(self, cell: Cell) -> Recipe:
         """Return the recipe of a cell. Raises InputError where it is invalid."""
         base, own = self.recipes[cell.recipe], {"sparsity": cell.sparsity, "seed": cell.seed}

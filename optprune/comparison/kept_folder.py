@@ -20,11 +20,12 @@ JSON, TABLE, PAGE = "comparison.json", "comparison.md", "comparison.html"
 
 
 class ComparisonFolder(ManifestFolder):
-    """Folder with the options of a comparison, and a file for each finished cell."""
+    """Folder with the options of a comparison, a file for each finished cell, and one for the windows generated for a
+    seed."""
 
     noun = "comparison"
     begin_anew = "choose another output"
-    written = (f"{CELLS}/*.json", JSON, TABLE, PAGE)
+    written = (f"{CELLS}/*.json", "generated-*.json", JSON, TABLE, PAGE)
 
     def __init__(self, folder: str | Path) -> None:
         """Take a folder that is new, empty, or holds a comparison. Raises InputError otherwise."""

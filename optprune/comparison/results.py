@@ -211,9 +211,11 @@ class Comparison:
     def _sentences(self) -> Iterator[str]:
         options = self.options
         if options:
+            generated = options.get("the number of generated windows")
+            more = f" and {generated} that the dense model generated" if generated else ""
             yield (
                 f"calibrated on {options['the calibration text']}, {options['the samples']} windows of "
-                f"{options['the length of a window']} tokens; evaluated on {options['the evaluation text']}, "
+                f"{options['the length of a window']} tokens{more}; evaluated on {options['the evaluation text']}, "
                 f"{options['the windows evaluated']} windows; seconds are those of pruning alone"
             )
         yield from (f"failed: {sentence}" for sentence in self.failures)

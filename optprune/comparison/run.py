@@ -3,6 +3,7 @@
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from optprune.calibration.generated import check_count, check_held_out
 from optprune.calibration.statistics_cache import digest_of_weights
 from optprune.comparison.dense import dense_source
 from optprune.comparison.grid import Grid
@@ -47,6 +49,46 @@ from optprune.texts import (
 NO_PICTURE = "the page has no picture, which needs matplotlib: pip install 'optprune[plot]'"
 
 
+@dataclass(frozen=True)
+class TextOptions:
+    """Options on the texts of a comparison, which are among its facts."""
+
+    calibration: str
+    text: str
+    sequences: str
+    samples: int
+    seq_length: int
+    generated: int
+
+    def check(self, grid: Grid) -> None:
+        """Raise InputError unless the options go together, whatever the texts are."""
+        check_sequences(self.sequences)
+        check_count(self.generated)
+        check_held_out(self.samples, self.generated, grid.held_out)
+
+    def facts(self) -> dict[str, Any]:
+        """Return the options as plain data."""
+        return {
+            "the calibration text": self.calibration,
+            "the evaluation text": self.text,
+            "the sequences": self.sequences,
+            "the samples": self.samples,
+            "the length of a window": self.seq_length,
+            "the number of generated windows": self.generated or None,
+        }
+
+    def drawn(
+        self, tokenizer: Tokenizer, config: PretrainedConfig, texts: Sequence[Text], seeds: Sequence[int]
+    ) -> dict[int, DrawnWindows]:
+        """Return the calibration windows of each seed."""
+        draws = WindowSampler(tokenizer, texts, self.sequences)
+        drawn = {seed: draws.draw(self.samples, self.seq_length, seed) for seed in seeds}
+        for each in drawn.values():
+            for tokens in each.batches:
+                check_vocabulary(config, tokens.flatten())
+        return drawn
+
+
 def compare(
     model: str | Path | LoadedModel,
     recipes: Sequence[str | Recipe],
@@ -56,6 +98,7 @@ def compare(
     text: str,
     samples: int = 128,
     seq_length: int = 2048,
+    generated: int = 0,
     windows: int | None = None,
     seeds: int | Sequence[int] = 1,
     sequences: str = "packed",
@@ -75,20 +118,22 @@ def compare(
     `Recipe`; `settings` are recipe fields for all of them. `calibration` is one text or several with shares, as for
     `read_texts`, and `text` is as for `read_documents`; they must have no document in common. Each seed draws `samples`
     windows of `seq_length` tokens, by `sequences` as `draw_windows` does; a number of `seeds` means 0, 1, and so on.
-    Each model is evaluated on the first `windows` windows of the text, or all, and compared with the dense model. Cells
-    of a seed share the statistics of the dense model (see `collect`). A cell that fails has its sentence in the table.
+    The dense model generates `generated` further windows for each seed, which all recipes calibrate on too. Each model
+    is evaluated on the first `windows` windows of the text, or all, and compared with the dense model. Cells of a seed
+    share the statistics of the dense model (see `collect`). A cell that fails has its sentence in the table.
 
     With a `folder`, finished cells are stored, a second call with the same options resumes, and the table is written
     there as comparison.md, comparison.json and comparison.html, with a picture by matplotlib. `keep_models` saves the
-    models there in models/. Speed is measured only with a `Work`. `architecture` is as in `load_model`. `say` is called
-    with sentences about finished steps, `on_event` with the events of each run.
+    models there in models/. Speed is measured only with a `SpeedWorkload`. `architecture` is as in `load_model`. `say`
+    is called with sentences about finished steps, `on_event` with the events of each run.
     """
     grid = Grid.of(recipes, sparsities, seeds, settings)
+    data = TextOptions(calibration, text, sequences, samples, seq_length, generated)
     check_dtype(dtype)
     device_of(device)
     if keep_models and folder is None:
         raise InputError("models are kept in the folder of the comparison: name a folder")
-    check_sequences(sequences)
+    data.check(grid)
     if folder is not None:
         check_manifest_folder(real_path(Path(folder)), ComparisonFolder.noun)
     texts, documents = texts_apart(calibration, text)
@@ -100,7 +145,7 @@ def compare(
     say(f"tokenising {calibration} and {text}")
     with using_tokenizer(source.source):
         # A text that is too short is refused before anything is loaded.
-        drawn = _drawn(tokenizer, config, texts, sequences, samples, seq_length, grid.seeds)
+        drawn = data.drawn(tokenizer, config, texts, grid.seeds)
         held = windows_to_evaluate(tokenizer, config, documents, seq_length, windows, sequences)
     with ExitStack() as contexts:
         place = _folder(folder, contexts)
@@ -110,11 +155,7 @@ def compare(
             "the model": source.source,
             "the weights": digest_of_weights(dense.decoder()),
             "the dtype": str(dense.model.dtype),
-            "the calibration text": calibration,
-            "the evaluation text": text,
-            "the sequences": sequences,
-            "the samples": samples,
-            "the length of a window": seq_length,
+            **data.facts(),
             "the windows evaluated": len(held),
             "the architecture": fingerprint(str(draft_in(config))),
             **grid.facts(),
@@ -125,7 +166,7 @@ def compare(
             "the machine": machine(dense.model.device),
         }
         place.begin(options)
-        session = Session(grid, source, place, drawn, held, keep_models, speed, say, on_event, dense)
+        session = Session(grid, source, place, drawn, generated, held, keep_models, speed, say, on_event, dense)
         comparison = Comparison(source.source, session.dense(), session.measure(), options)
         place.conclude(comparison)
     return comparison
@@ -153,24 +194,6 @@ def windows_to_evaluate(
     tokens = tokenise(tokenizer, documents, None if windows is None else max(windows, 1) * seq_length)
     check_vocabulary(config, tokens)
     return evaluation_windows(tokens, seq_length, windows, begin_of(tokenizer, sequences))
-
-
-def _drawn(
-    tokenizer: Tokenizer,
-    config: PretrainedConfig,
-    texts: Sequence[Text],
-    sequences: str,
-    samples: int,
-    seq_length: int,
-    seeds: Sequence[int],
-) -> dict[int, DrawnWindows]:
-    """Return the calibration windows of each seed."""
-    draws = WindowSampler(tokenizer, texts, sequences)
-    drawn = {seed: draws.draw(samples, seq_length, seed) for seed in seeds}
-    for each in drawn.values():
-        for tokens in each.batches:
-            check_vocabulary(config, tokens.flatten())
-    return drawn
 
 
 def texts_apart(calibration: str, text: str) -> tuple[list[Text], list[Document]]:

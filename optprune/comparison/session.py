@@ -5,13 +5,14 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import mean
 
 from torch import Tensor
 
 from optprune.calibration import Statistics
+from optprune.calibration.generated import described, generated_windows, kept_or_new, with_generated
 from optprune.comparison.dense import DensePredictions, DenseSource
 from optprune.comparison.grid import Cell, Grid
 from optprune.comparison.kept_folder import ComparisonFolder
@@ -28,7 +29,7 @@ from optprune.recipe import Recipe
 from optprune.report import Event, Report
 from optprune.report.progress import about, duration
 from optprune.system.interrupts import record_done
-from optprune.system.wording import one_line
+from optprune.system.wording import counted, one_line
 from optprune.texts import DrawnWindows
 
 SHARE = 0.25
@@ -73,6 +74,8 @@ class Session:
     folder: ComparisonFolder
     drawn: Mapping[int, DrawnWindows]
     """calibration windows, by seed"""
+    generated: int
+    """number of further windows that the dense model generates for each seed"""
     windows: Tensor
     """evaluation windows [n, length]"""
     keep_models: bool
@@ -120,17 +123,17 @@ class Session:
 
     def _measure_of(self, seed: int, missing: list[Cell]) -> None:
         """Measure cells of one seed, which share the statistics of the dense model."""
-        batches = self.drawn[seed].batches
         recipes = [self.grid.recipe(cell) for cell in missing]
         place = self.scratch() / f"statistics-{seed}" if self._is_much(self.loaded.decoder()) else None
         self.say(f"measuring the dense model for seed {seed}")
         began = time.perf_counter()
-        statistics = self._collected(batches, recipes, place)
+        drawn = self._with_generated(seed)
+        statistics = self._collected(drawn.batches, recipes, place)
         self.say(f"measured the dense model for seed {seed}, in {duration(time.perf_counter() - began)}")
         self._times.prepare(seed, time.perf_counter() - began)
         for cell, recipe in zip(missing, recipes, strict=True):
             begun = time.perf_counter()
-            result = self._result(cell, recipe, statistics)
+            result = self._result(cell, recipe, statistics, drawn)
             if result.figures is None:
                 self.failed[cell] = result
                 self.say(f"{cell} failed: {result.failure}")
@@ -153,6 +156,21 @@ class Session:
         if place is not None:
             shutil.rmtree(place, ignore_errors=True)
 
+    def _with_generated(self, seed: int) -> DrawnWindows:
+        """Return the windows of a seed with those that the dense model generates, which the folder keeps."""
+        drawn, count = self.drawn[seed], self.generated
+        if not count:
+            return drawn
+
+        def generate() -> Tensor:
+            self.say(f"generating {counted(count, 'window')} for seed {seed}")
+            dense = self.source.to_measure(self.scratch(), whole=True).model
+            return generated_windows(dense, drawn.batches, count, seed=seed)
+
+        windows = kept_or_new(self.folder, generate, name=f"generated-{seed}.json")
+        every = with_generated(drawn.batches, windows, held_out=self.grid.held_out, seed=seed)
+        return replace(drawn, batches=every, description=described(drawn.description, count))
+
     def _collected(self, batches: Sequence[Tensor], recipes: list[Recipe], place: Path | None) -> Statistics:
         model, store = self.loaded.model, self.loaded.store
         # Recipes that do not fit the model fail in their own cells.
@@ -174,8 +192,8 @@ class Session:
             return False
         return True
 
-    def _result(self, cell: Cell, recipe: Recipe, statistics: Statistics) -> CellResult:
-        before, drawn = statistics.seconds_saved, self.drawn[cell.seed]
+    def _result(self, cell: Cell, recipe: Recipe, statistics: Statistics, drawn: DrawnWindows) -> CellResult:
+        before = statistics.seconds_saved
         try:
             loaded = self.source.to_prune(self.scratch(), whole=self.speed is not None)
             report = prune(

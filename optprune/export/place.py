@@ -34,9 +34,12 @@ MODEL_FILES = re.compile(
     rf"|model(\.\w+)?(-\d{{5}}-of-\d{{5}})?\.safetensors|{WEIGHTS_INDEX}"
 )
 """fixed file names of a saved model; `model_files` adds the shards in its index and the code that its configs name"""
+TEMPLATES = "additional_chat_templates"
+"""the folder of further chat templates beside a tokenizer"""
 TAKEN_FILES = re.compile(
     r"(generation_config|tokenizer(_config)?|special_tokens_map|added_tokens|vocab|tekken|chat_template)\.json"
     r"|(video_)?(pre)?processor(_config)?\.json|(vocab|merges)\.txt|chat_template\.jinja"
+    rf"|{TEMPLATES}/[^/]+\.jinja"
     r"|(tokenizer|spiece|sentencepiece(\.bpe)?|spm(_char)?|tiktoken)\.model"
 )
 """the names of files of a tokenizer or a processor, which stay as they are around a language part"""
@@ -97,12 +100,20 @@ def _check_parent(described: str, place: Path) -> None:
 def _check_all_known(folder: Path, place: Path, files: Collection[str]) -> None:
     """Raise InputError where an output holds a file that no saved model has: it would be deleted with the rest."""
     known = model_files(place).union(files)
-    for path in sorted(place.iterdir()):
-        if not (path.name in known and is_own_file(path)) and path.name != "__pycache__":
+    for name, path in sorted(_entries(place).items()):
+        if not (name in known and is_own_file(path)) and name != "__pycache__":
             raise InputError(
-                f"the folder {folder} holds {shown(path.name)}, which is not a file of a model, so it is not "
+                f"the folder {folder} holds {shown(name)}, which is not a file of a model, so it is not "
                 "overwritten: move that file away, or choose another folder"
             )
+
+
+def _entries(folder: Path) -> dict[str, Path]:
+    """Return what a folder holds by name, with the files of the folder of chat templates in place of that folder."""
+    found = {path.name: path for path in folder.iterdir()}
+    if TEMPLATES in found and is_own_folder(found[TEMPLATES]):
+        found |= {f"{TEMPLATES}/{path.name}": path for path in found.pop(TEMPLATES).iterdir()}
+    return found
 
 
 def model_files(folder: Path) -> set[str]:
@@ -111,7 +122,7 @@ def model_files(folder: Path) -> set[str]:
     They have names that transformers or optprune write, or an index of weights lists them, or they are modules that a
     config names, with those that these import.
     """
-    there = {path.name for path in folder.iterdir() if is_own_file(path)}
+    there = {name for name, path in _entries(folder).items() if is_own_file(path)}
     known = set(filter(_has_fixed_name, there))
     contents = {name: _json_in(folder / name) for name in known if name.endswith(".json")}
     shards, modules = set[str](), set[str]()

@@ -62,7 +62,7 @@ def parts_of(program: Program, phase: str, base: int, fresh: int) -> list[Part]:
     if phase == CHOOSING:
         return [Part("imports", base, HOST), *_choice_of_tokens(program)]
     if phase == GENERATING:
-        return [Part("imports", base, HOST), *_generating(program)]
+        return [*always, *_generating(program)]
     if phase == VOCABULARY:
         return [*always, *_vocabulary(program)]
     if phase == "metric":

@@ -1,11 +1,11 @@
 """The journal: the finished work of a run on the disk, and the facts that decided it, so that the run can be resumed.
 
-A run folder holds `run.json`, the manifest with the facts that decide the bytes; `tokens.json`, the tokens of a smaller
-vocabulary; the output metric of each block; the costs of the units or weights of each layer; `division.json`, the
-division of the budget; and for each finished block a safetensors file of its weights and a JSON file of its record.
-Every file is written whole or not at all. A file whose bytes have changed counts as absent, and its content is measured
-again. A resumed run passes the finished blocks with one forward pass and prunes the rest; its weights are those of an
-uninterrupted run, bit for bit.
+A run folder holds `run.json`, the manifest with the facts that decide the bytes; `generated.json`, the windows that the
+dense model generated; `tokens.json`, the tokens of a smaller vocabulary; the output metric of each block; the costs of
+the units or weights of each layer; `division.json`, the division of the budget; and for each finished block a
+safetensors file of its weights and a JSON file of its record. Every file is written whole or not at all. A file whose
+bytes have changed counts as absent, and its content is measured again. A resumed run passes the finished blocks with
+one forward pass and prunes the rest; its weights are those of an uninterrupted run, bit for bit.
 """
 
 import hashlib
@@ -256,6 +256,8 @@ class Journal(RunFolder):
             parts.append(f"the costs of {counted(len(self.costs.names), 'layer')} are measured")
         if not parts and self.lists(CHOSEN_TOKENS):
             parts.append("the tokens of the smaller vocabulary are chosen")
+        if not parts and self.lists(GENERATED):
+            parts.append("text is generated")
         return done if listed or not parts else " and ".join(parts)
 
     @property

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -125,10 +125,12 @@ def run_program(
     journal: "Journal | None" = None,
     workers: Workers | None = None,
     partial_sums: PartialSums | None = None,
+    facts: dict[str, Any] | None = None,
 ) -> Report:
     """Prune a model in place by a program that was resolved for its shapes, and return the report.
 
-    `batches` must be checked; the rest is as in `prune`. The report counts the seconds from `began`, a perf_counter.
+    `batches` must be checked, and `facts` are those that the journal has begun with already; the rest is as in `prune`.
+    The report counts the seconds from `began`, a perf_counter.
     """
     began, workers, partial_sums = began or time.perf_counter(), workers or Serial(), partial_sums or PartialSums()
     model, recipe = decoder.model, program.request.recipe
@@ -146,6 +148,7 @@ def run_program(
             statistics=statistics,
             journal=journal,
             partial_sums=partial_sums,
+            known_facts=facts,
         )
         with phases.phase(PRUNING), calibrating(run.decoder):
             workers.prune(run)

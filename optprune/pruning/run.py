@@ -249,10 +249,12 @@ def begin(
     statistics: DenseStatistics | None = None,
     journal: "Journal | None" = None,
     partial_sums: PartialSums | None = None,
+    known_facts: dict[str, Any] | None = None,
 ) -> Run:
     """Return a run before its first block, with the budget divided and no weight changed.
 
-    The recorder gets the phases up to here; the first one reads all weights if there is a journal.
+    The recorder gets the phases up to here. If there is a journal, the first one reads all weights for the facts of the
+    run, unless the journal has begun with `known_facts`.
     """
     statistics, partial_sums = statistics or DenseStatistics(), partial_sums or PartialSums()
     if program.precise:
@@ -267,8 +269,8 @@ def begin(
 
         shared, layers = SharedJournal(journal, partial_sums.peers), lambda _: ProcessExecutor(partial_sums.peers)
     on_event, strict = phases.on_event, program.method.strict
-    decided: dict[str, Any] = {}
-    if shared is not None:
+    decided = known_facts or {}
+    if shared is not None and known_facts is None:
         with phases.phase(LOADING):
             decided = facts(program, decoder, every, partial_sums, on_event)
             shared.begin(decided)

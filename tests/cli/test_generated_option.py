@@ -99,7 +99,7 @@ def test_a_run_goes_on_with_as_many_windows_only(
 
 
 def test_a_quality_is_tried_on_the_windows_that_the_run_has(
-    attempt: Attempt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    attempt: Attempt, tmp_path: Path, made: list[Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_tiny(trained(), tmp_path / "trained")
     other = tmp_path / "other.txt"
@@ -118,7 +118,7 @@ def test_a_quality_is_tried_on_the_windows_that_the_run_has(
     command[1] = str(tmp_path / "trained")
     assert main(command) == 0
     assert len(seen) > 1 and all(torch.equal(windows, seen[-1]) for windows in seen)
-    assert len(seen[-1]) == 12
+    assert len(seen[-1]) == 12 and len(made) == 1
 
 
 def test_a_run_that_goes_on_does_not_generate_again(
@@ -132,6 +132,34 @@ def test_a_run_that_goes_on_does_not_generate_again(
     assert main(attempt.command(*words, "--overwrite")) == 0
     assert len(made) == 2 and torch.equal(*made)
     assert (attempt.output / "model.safetensors").read_bytes() == first
+
+
+def test_windows_are_kept_as_soon_as_they_are_generated(
+    attempt: Attempt, made: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = attempt.command("--recipe", "fasp", "--generated", "4")
+
+    def stop(*arguments, **more):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pruning, "run_program", stop)
+        assert main(command) == 130
+    assert "text is generated, and kept in" in attempt.capsys.readouterr().err
+    assert main([*command, "--resume"]) == 0
+    assert len(made) == 1
+
+
+def test_nothing_is_generated_for_a_finished_output(attempt: Attempt, made: list[Tensor]) -> None:
+    command = attempt.command("--recipe", "fasp", "--generated", "4")
+    assert main(command) == 0
+    left = snapshot(attempt.output)
+    assert main([*command, "--resume"]) == 0
+    assert "was already finished by this command" in attempt.capsys.readouterr().out
+    assert snapshot(attempt.output) == left and len(made) == 1
+    attempt.text.write_text(attempt.text.read_text() + "more text\n")
+    assert main([*command, "--resume"]) == 2
+    assert "the calibration tokens was" in attempt.capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

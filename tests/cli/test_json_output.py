@@ -69,7 +69,7 @@ def test_a_link_stays_one_and_what_it_leads_to_is_written(tmp_path: Path, there:
     target, link = tmp_path / "elsewhere" / "record.json", tmp_path / "link.json"
     link.symlink_to(Path("elsewhere") / "record.json")
     if there:
-        target.write_text("old")
+        target.write_text("{}")
     check_json(link)
     write_json(link, "{}\n", "all is well")
     assert link.is_symlink()
@@ -123,6 +123,18 @@ def test_a_file_that_is_another_input_of_prune(attempt: Attempt, option: str, gi
 
 
 @pytest.mark.usefixtures("no_weights")
+def test_a_file_with_other_content(attempt: Attempt) -> None:
+    """Such as an image that a record names."""
+    file = attempt.folder / "a.png"
+    file.write_bytes(b"\x89PNG")
+    sentence = attempt.fails(attempt.command("--json", str(file)))
+    assert f"the file {file} exists, and its content is not JSON: choose another name" in sentence
+    for former in (b"", b'{"a": 1}', b"\n[]"):
+        file.write_bytes(former)
+        check_json(file)
+
+
+@pytest.mark.usefixtures("no_weights")
 def test_a_file_that_would_be_a_text_of_the_folder_that_is_read(attempt: Attempt) -> None:
     """A log would be read as a text, even if it is new."""
     folder = attempt.folder / "texts"
@@ -173,6 +185,7 @@ def test_standard_output_that_is_a_file_gets_the_results_before_what_is_printed(
     with file.open("w+") as stream, pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "stdout", stream)
         print("first")
+        check_json(file)
         write_json(file, "{}\n", "all is well")
         print("last")
     assert file.read_text() == "first\n{}\nlast\n"

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 import optprune
-from optprune import Statistics
+from optprune import Recipe, Statistics
 from optprune.calibration import dense_statistics
+from optprune.calibration.generated import generated_windows, with_generated
 from optprune.comparison import Cell, session
 from optprune.errors import InputError, NumericalError
 from optprune.measure import SpeedWorkload, divergence_from
@@ -63,6 +64,24 @@ def test_each_cell_is_what_its_run_alone_gives(texts: TwoTexts) -> None:
         assert figures.weights == sum(int(torch.count_nonzero(weight)) for weight in linear)
         assert figures.notes == report.notes
         assert figures.seconds >= result.spent > 0
+
+
+def test_cells_of_a_seed_share_the_windows_that_the_dense_model_generates(texts: TwoTexts) -> None:
+    model, held_out = loaded(), {"refit.held_out": 0.25}
+    recipe = optprune.load_recipe("structured_uniform_best", held_out)
+    found = optprune.compare(model, ["fasp", recipe], [0.3], seeds=[2], generated=4, **texts.asked())
+    assert "8 windows of 64 tokens and 4 that the dense model generated; evaluated on" in found.markdown()
+    fitted = draw_windows(model.tokenizer, read_texts(str(texts.calibration)), 8, 64, seed=2).batches  # type: ignore[arg-type]
+    every = with_generated(fitted, generated_windows(model.model, fitted, 4, seed=2), held_out=0.25, seed=2)
+    assert torch.equal(torch.cat(every)[-3:], torch.cat(fitted)[-3:])  # the text's own are held out
+    told = tokenise(model.tokenizer, read_documents(str(texts.text)))  # type: ignore[arg-type]
+    windows = evaluation_windows(told, SMALL["seq_length"], SMALL["windows"])
+    for result, base in zip(found.results, ("fasp", recipe), strict=True):
+        alone, settings = copy.deepcopy(model.model), {"sparsity": 0.3, "seed": 2}
+        own = optprune.load_recipe(base, settings) if isinstance(base, str) else Recipe(dict(base), settings)
+        optprune.prune(alone, every, own)
+        assert result.figures is not None
+        assert result.figures.divergence == pytest.approx(divergence_from(alone, model.model, windows).divergence)
 
 
 @pytest.mark.e2e
@@ -235,6 +254,11 @@ def test_a_recipe_of_ones_own_and_a_file_may_be_compared(texts: TwoTexts, tmp_pa
         ({"windows": 10**6}, "the evaluation text has"),
         ({"dtype": "float8"}, "the dtype 'float8' is not known"),
         ({"sequences": "loose"}, "--sequences cannot be 'loose'"),
+        ({"generated": -1}, "the dense model cannot generate -1 windows: give 0 to 1000000"),
+        (
+            {"generated": 40, "settings": {"refit.held_out": 0.5}},
+            "24 of 48 windows are held out, and only 8 are from the text: give more samples, or fewer generated",
+        ),
     ],
     ids=str,
 )

@@ -100,6 +100,25 @@ def test_one_that_was_stopped_goes_on(
     assert of == [(each.cell, each.figures.perplexity, each.figures.divergence) for each in whole]  # type: ignore[union-attr]
 
 
+def test_one_that_goes_on_does_not_generate_again(
+    texts: TwoTexts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = {"recipes": ["magnitude"], "generated": 2, "sparsities": [0.2]}
+    with monkeypatch.context() as patch:
+        patch.setattr(session, "collect", _interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            compared(texts, tmp_path / "out", **asked)
+    assert (tmp_path / "out" / "generated-0.json").exists()
+    monkeypatch.setattr(session, "generated_windows", None)
+    assert not compared(texts, tmp_path / "out", **asked).failures
+    with pytest.raises(InputError, match="the number of generated windows was 2 and is 3"):
+        compared(texts, tmp_path / "out", **asked | {"generated": 3})
+
+
+def _interrupt(*arguments: object, **more: object) -> None:
+    raise KeyboardInterrupt
+
+
 @pytest.mark.e2e
 def test_what_the_user_has_put_beside_it_stays(texts: TwoTexts, tmp_path: Path) -> None:
     place, notes = tmp_path / "out", tmp_path / "out" / "mine" / "notes.txt"

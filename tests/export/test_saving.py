@@ -352,7 +352,7 @@ def test_an_output_that_cannot_work_is_refused_at_once(tmp_path: Path, monkeypat
     "name",
     [
         *("my_eval.py", "adapter_model.safetensors", "model_backup.safetensors", "notes.index.json"),
-        *("my.model", "prompt.jinja", "model.onnx.bak"),
+        *("my.model", "prompt.jinja", "model.onnx.bak", "additional_chat_templates/notes.txt"),
     ],
 )
 def test_a_folder_with_a_file_that_no_model_has_is_not_overwritten(name: str, tmp_path: Path) -> None:
@@ -362,11 +362,12 @@ def test_a_folder_with_a_file_that_no_model_has_is_not_overwritten(name: str, tm
     named = {"AutoConfig": "own.Own", "AutoModel": "them/my_eval--my_eval.Theirs"}
     (folder / "config.json").write_text(json.dumps({**config, "auto_map": named}), encoding="utf-8")
     (folder / "own.py").write_text("import my_eval\n", encoding="utf-8")
+    (folder / name).parent.mkdir(exist_ok=True)
     (folder / name).write_text("weeks of work", encoding="utf-8")
-    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    before = {file.name: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
     with pytest.raises(InputError, match=rf"out holds '{re.escape(name)}', which is not a file of a model, so it is"):
         save_model(tiny_llama(), folder, overwrite=True)
-    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+    assert {file.name: file.read_bytes() for file in folder.rglob("*") if file.is_file()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     (folder / name).unlink()
     save_model(tiny_llama(), folder, overwrite=True)
@@ -387,8 +388,10 @@ def test_a_folder_with_code_and_shards_of_its_own_is_overwritten(tmp_path: Path)
         "model.safetensors.index.fp16.json": json.dumps({"weight_map": {"a": "part_a.safetensors"}}),
         "part_a.safetensors": "",
         "model.fp16-00001-of-00002.safetensors": "",
+        "additional_chat_templates/tool_use.jinja": "{{ tools }}",
         **dict.fromkeys(["tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "chat_template.jinja"], ""),
     }
+    (folder / "additional_chat_templates").mkdir()
     for name, text in texts.items():
         (folder / name).write_text(text, encoding="utf-8")
     save_model(tiny_llama(), folder, overwrite=True)

@@ -854,9 +854,23 @@ FAULTS = [
     Fault(
         "generated text: a resumed run generates it again",
         "calibration/generated.py",
-        "None if folder is None else folder.kept(FILE, _windows)",
+        "None if folder is None else folder.kept(name, _windows)",
         "None",
         "cli/test_generated_option.py",
+    ),
+    Fault(
+        "generated text: it is generated before the run begins",
+        "cli/prune_run.py",
+        "        SharedJournal(journal, partial_sums.peers).begin(decided)\n",
+        "",
+        "cli/test_generated_option.py",
+    ),
+    Fault(
+        "generated text: a comparison holds it out",
+        "comparison/session.py",
+        "held_out=self.grid.held_out",
+        "held_out=0.0",
+        "comparison/test_compare.py",
     ),
     Fault(
         "generated text: a run goes on with another number of windows",
@@ -1440,8 +1454,8 @@ FAULTS = [
     Fault(
         "vocabulary: chosen tokens are not kept before the rows are refitted",
         "cli/prune_run.py",
-        "            SharedJournal(journal, partial_sums.peers).begin(decided)",
-        "            SharedJournal(None, partial_sums.peers).begin(decided)",
+        "        SharedJournal(journal, partial_sums.peers).begin(decided)\n",
+        "        SharedJournal(None, partial_sums.peers).begin(decided)\n",
         "cli/test_chosen_tokens.py",
     ),
     Fault(

@@ -167,7 +167,13 @@ def test_inspect_writes_a_draft_or_says_what_it_does_not_understand(
     capsys.readouterr()
     assert main(["inspect", str(tmp_path / "known")]) == 0
     assert capsys.readouterr().out == file.read_text()
-    assert main(["inspect", str(tmp_path / "odd"), "--output", str(file)]) == 1
+    file.write_text("an edited draft")
+    assert main(["inspect", str(tmp_path / "odd"), "--output", str(file)]) == 2
+    assert f"the draft {file} exists, and you may have edited it: choose another" in capsys.readouterr().err
+    assert file.read_text() == "an edited draft"
+    assert main(["inspect", str(tmp_path / "odd"), "--output", str(file), "--overwrite"]) == 1
+    assert not file.read_text().startswith("an edited")
+    assert main(["inspect", str(tmp_path / "odd"), "--output", str(tmp_path / "other.yaml")]) == 1
     assert "transformer.h.0.mlp.dense_4h_to_h (Linear): no field of the config" in capsys.readouterr().err
     assert main(["inspect", str(tmp_path / "nowhere")]) == 2
 
