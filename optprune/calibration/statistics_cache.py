@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -189,7 +190,7 @@ class FolderCache(StatisticsCache):
 
     def clear(self) -> None:
         for file in self.folder.glob("*.json"):
-            if file.name != FACTS_FILE:
+            if re.fullmatch(r"[0-9a-f]{32}", file.stem):
                 file.unlink(missing_ok=True)
                 file.with_suffix(".safetensors").unlink(missing_ok=True)
 

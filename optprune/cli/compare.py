@@ -24,7 +24,7 @@ from optprune.cli.options import (
     Units,
     Windows,
 )
-from optprune.cli.outputs import check_json, echo, files_in, start, write_json
+from optprune.cli.outputs import check_json, check_outside, echo, files_in, start, write_json
 from optprune.cli.request import overrides
 from optprune.errors import InputError
 from optprune.system.wording import shown
@@ -88,6 +88,7 @@ def compare_command(
     from optprune.report.drawings import can_draw
 
     inputs = [calibration, text, architecture, *files_in(recipes.split(","))]
+    check_outside(json_file, output)
     check_json(json_file, models=[model], inputs=inputs)
     fields = {"propagation": propagation, "units": units, "units.weights": pattern, "strict": strict or None}
     if not 1 <= seeds <= MOST_DRAWS:

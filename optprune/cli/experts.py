@@ -10,10 +10,10 @@ import typer
 
 from optprune.cli.choices import check_choices
 from optprune.cli.options import Device, Dtype, JsonFile, Model, Sequences
-from optprune.cli.outputs import check_file, check_json, echo, start, write_file, write_json
+from optprune.cli.outputs import check_apart, check_file, check_json, echo, start, write_file, write_json
 from optprune.cli.tokens import tokenizer_of
 from optprune.errors import InputError, check_at_least
-from optprune.system.files import json_text
+from optprune.system.files import MARK, json_text
 from optprune.system.wording import counted, either, shown
 
 if TYPE_CHECKING:
@@ -81,6 +81,7 @@ def experts_command(
     device_of(device)
     check_json(json_file, models=[model], inputs=named.values())
     check_file(scores, "file of expert scores", models=[model], inputs=named.values())
+    check_apart(json_file, scores)
     config = load_config(model)
     if not any(shape.experts for shape in load_shapes(model, config).shapes()):
         raise InputError(f"{model} has no experts: give a mixture of experts")
@@ -94,7 +95,7 @@ def experts_command(
     about = {"model": model, "texts": dict(named), "windows": windows}
     write_json(json_file, json_text({**about, **found.to_dict()}), "nothing else is written")
     whose = ", ".join([of] if of is not None else found.texts)
-    chosen = GivenScores(found.scores(by, of)).to_json(f"{by} of {model} on {whose}, {windows} of each text")
+    chosen = GivenScores(found.scores(by, of)).to_json(f"{by} of {model} on {whose}, {windows} of each text, {MARK}")
     write_file(scores, chosen.encode(), "file of expert scores", "the rest is written")
     for line in lines(found):
         echo(line)

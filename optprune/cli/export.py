@@ -85,7 +85,7 @@ def export_command(
         if output.exists() and not overwrite:
             raise InputError(f"the file {output} exists: pass --overwrite to replace it")
         models = [str(folder), *([] if original is None else [str(original)])]
-        check_file(output, "GGUF file", models=models, inputs=[calibration])
+        check_file(output, "GGUF file", models=models, inputs=[calibration], replaces=lambda file: True)
     reporter = start()
     from optprune.export import export
 

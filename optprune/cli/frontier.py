@@ -7,7 +7,7 @@ import typer
 
 from optprune.cli.compare import FAILED, listed
 from optprune.cli.options import JsonFile, Model, Samples, SeqLength, Sequences, Settings, Units, Windows
-from optprune.cli.outputs import check_json, echo, files_in, start, write_json
+from optprune.cli.outputs import check_json, check_outside, echo, files_in, start, write_json
 from optprune.cli.request import overrides
 
 RUNTIMES = ("llama.cpp", "transformers")
@@ -75,6 +75,7 @@ def frontier_command(
     from optprune.measure import SpeedWorkload
 
     inputs = [calibration, text, *files_in((recipes or "").split(","))]
+    check_outside(json_file, output)
     check_json(json_file, models=[model, *(against or ())], inputs=inputs)
     work = SpeedWorkload(prompt_tokens, new_tokens, 1, repeats) if not no_speed else None
     fields = {} if units is None else {"units": units}

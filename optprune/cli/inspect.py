@@ -7,7 +7,7 @@ import typer
 
 from optprune.cli.audit import Against, Expect, Plot, audit_command
 from optprune.cli.options import JsonFile, Model
-from optprune.cli.outputs import check_file, echo, start, write_file
+from optprune.cli.outputs import check_file, echo, is_standard_stream, start, write_file
 from optprune.errors import InputError
 
 if TYPE_CHECKING:
@@ -37,8 +37,8 @@ def inspect_command(
     from optprune.models import is_gguf, is_known, traceable_config
 
     audits = against or expect or plot or json_file
-    check_file(output, "draft", models=[model])
-    if output is not None and output.is_file() and not overwrite:
+    check_file(output, "draft", models=[model], replaces=lambda file: True)
+    if output is not None and output.is_file() and not (overwrite or is_standard_stream(output)):
         raise InputError(f"the draft {output} exists, and you may have edited it: choose another, or pass --overwrite")
     config = None if output is None and (audits or is_gguf(model)) else traceable_config(model)
     if config is None or (output is None and is_known(config)):

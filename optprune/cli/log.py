@@ -1,7 +1,9 @@
 """The log file of a command: its lines of progress with the time, appended."""
 
 import os
+import re
 from collections.abc import Iterable
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 
@@ -9,6 +11,9 @@ from optprune.cli.outputs import Input, check_file, echo
 from optprune.cli.run_folder import run_folder_of
 from optprune.errors import InputError
 from optprune.system.files import real_path
+
+LINE = re.compile(rb"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d\d:\d\d ")
+"""the beginning of a line of a log"""
 
 
 class LogFile:
@@ -36,10 +41,18 @@ class LogFile:
         """Raise InputError if the log cannot be written, is an input, or lies in the output or the model."""
         if self.file is None:
             return
-        check_file(self.file, "log", output=output, models=[model], inputs=inputs)
+        check_file(self.file, "log", output=output, models=[model], inputs=inputs, replaces=_is_log)
         place = real_path(self.file)
         for folder in (real_path(output), run_folder_of(output)):
             if place.is_relative_to(folder):
                 raise InputError(f"the log {self.file} lies in {folder}, which the run replaces: name another place")
         if place.exists() and not os.access(place, os.W_OK):
             raise InputError(f"the log {self.file} cannot be written: it is not writable")
+
+
+def _is_log(file: Path) -> bool:
+    """Return whether a file is empty or begins with a line of a log."""
+    with suppress(OSError), file.open("rb") as stream:
+        start = stream.read(64)
+        return not start or LINE.match(start) is not None
+    return False

@@ -1,6 +1,7 @@
 """The output of a command: progress on stderr, lines on stdout, results as JSON."""
 
 import contextlib
+import json
 import os
 import secrets
 import sys
@@ -14,7 +15,7 @@ import typer
 from optprune.errors import InputError, OptpruneError
 from optprune.system.display import printable
 from optprune.system.environment import is_first
-from optprune.system.files import real_path
+from optprune.system.files import GENERATOR, MARK, is_marked, json_text, real_path
 from optprune.system.interrupts import interrupts_held, record_done
 from optprune.system.wording import one_line
 
@@ -68,10 +69,8 @@ Input = str | Path | None
 def check_json(
     file: Path | None, *, output: Path | None = None, models: Sequence[str] = (), inputs: Iterable[Input] = ()
 ) -> None:
-    """Raise InputError if the JSON file cannot be written, is an input or a model's file, or has other content."""
+    """Raise InputError if the JSON file cannot be written, or the file there is not one that `write_json` wrote."""
     check_file(file, "JSON file", output=output, models=models, inputs=inputs)
-    if file is not None and file.is_file() and _standard_stream(file) is None and not _may_be_json(file):
-        raise InputError(f"the file {file} exists, and its content is not JSON: choose another name for the JSON file")
 
 
 def check_file(
@@ -81,10 +80,12 @@ def check_file(
     output: Path | None = None,
     models: Sequence[str] = (),
     inputs: Iterable[Input] = (),
+    replaces: Callable[[Path], bool] = is_marked,
 ) -> None:
-    """Raise InputError if a file cannot be written, is an input, or is one of a model's files.
+    """Raise InputError if a file cannot be written, is an input or a model's file, or is there and not one of ours.
 
-    `output` is the folder of the model to write, in which the file may lie; `models` and `inputs` are read.
+    `output` is the folder of the model to write, in which the file may lie; `models` and `inputs` are read. `replaces`
+    returns whether an existing file may be replaced.
     """
     if file is None:
         return
@@ -105,6 +106,8 @@ def check_file(
         if not os.access(file, os.W_OK):
             raise InputError(f"the {kind} {file} cannot be written: it is not writable")
         return
+    if place.is_file() and not is_standard_stream(file) and not replaces(place):
+        raise InputError(f"the {kind} {file} exists, and no such command of optprune wrote it: choose another name")
     parent = place.parent
     named = parent if file.is_symlink() else file.parent
     if not parent.is_dir() and not within:
@@ -138,9 +141,25 @@ def _is_read(place: Path, path: Path) -> bool:
     return place.is_file() and place.samefile(path)
 
 
+def check_outside(file: Path | None, folder: Path) -> None:
+    """Raise InputError where the JSON file lies in the folder of a command, whose files have names of their own."""
+    if file is not None and real_path(file).is_relative_to(real_path(folder)):
+        raise InputError(f"the JSON file {file} lies in {folder}, which gets the same content: name another place")
+
+
+def check_apart(*files: Path | None) -> None:
+    """Raise InputError where two outputs of a command are the same file."""
+    named = [file for file in files if file is not None and not _is_special(file)]
+    places = list(map(real_path, named))
+    for number, file in enumerate(named):
+        if places[number] in places[:number]:
+            raise InputError(f"two options name the file {file} as their output: name two files")
+
+
 def write_json(file: Path | None, text: str, already: str) -> None:
-    """Write the JSON file whole or not at all; `already` is as for `write_file`."""
-    write_file(file, text.encode("utf-8"), "JSON file", already)
+    """Write a JSON object with our mark, whole or not at all; `already` is as for `write_file`."""
+    marked = json_text({GENERATOR: MARK, **json.loads(text)})
+    write_file(file, marked.encode("utf-8"), "JSON file", already)
 
 
 def write_file(file: Path | None, data: bytes, kind: str, already: str) -> None:
@@ -179,15 +198,13 @@ def _replace(place: Path, data: bytes) -> None:
             draft.unlink(missing_ok=True)
 
 
-def _may_be_json(file: Path) -> bool:
-    """Return whether a file is empty or begins as a JSON object or list does."""
-    with contextlib.suppress(OSError), file.open("rb") as stream:
-        return stream.read(64).lstrip()[:1] in (b"", b"{", b"[")
-    return False
-
-
 def _is_special(file: Path) -> bool:
     return file.exists() and not file.is_file()
+
+
+def is_standard_stream(file: Path) -> bool:
+    """Return whether a file is what stdout or stderr write to."""
+    return _standard_stream(file) is not None
 
 
 def _standard_stream(file: Path) -> TextIO | None:

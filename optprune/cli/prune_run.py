@@ -1,5 +1,6 @@
 """A run of the command line from a model source to a checked folder, in one process or in those of torchrun."""
 
+import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -32,6 +33,8 @@ class Begun:
     batches: "list[Tensor]"
     """the calibration, with the windows that the dense model generated"""
     facts: dict[str, Any]
+    reading: float
+    """the seconds in which all weights were read for the facts"""
     change: "VocabularyChange | None" = None
     """the record of a smaller vocabulary"""
 
@@ -39,7 +42,8 @@ class Begun:
         """Prune the model in place and return the report; `more` are arguments of `run_program`."""
         from optprune.pruning import run_program
 
-        return run_program(program, self.loaded.decoder(), self.batches, facts=self.facts, **more)
+        began = time.perf_counter() - self.reading
+        return run_program(program, self.loaded.decoder(), self.batches, facts=self.facts, began=began, **more)
 
 
 @dataclass(frozen=True)
@@ -118,6 +122,8 @@ class WholeRun:
         """Return the batches with the windows that the dense model generates, which a run that was begun has kept."""
         if not self.generated:
             return batches
+        import torch
+
         from optprune.calibration.generated import generated_windows, kept_or_new, with_generated
         from optprune.models import load_model
         from optprune.numerics.fingerprint import fingerprint
@@ -131,8 +137,9 @@ class WholeRun:
         seed = program.seed
 
         def generate() -> "Tensor":
-            text = fingerprint(list(batches))
-            if text not in self.windows:
+            text = fingerprint(torch.cat(list(batches)))
+            # Generating takes all processes, unless all have the windows.
+            if not all(peers.all_gather(text in self.windows)):
                 with nullcontext() if phases is None else phases.phase(GENERATING):
                     dense = load_model(self.model, **self._places).model
                     self.windows[text] = generated_windows(
@@ -154,7 +161,8 @@ class WholeRun:
         """Open the model and begin the run; return None where this command has already finished the output.
 
         Every process of the run calls this, and only the first one has the journal. The run begins before text is
-        generated and tokens of a smaller vocabulary are chosen, so that both are kept if it is killed.
+        generated and the rows of a smaller vocabulary are fitted, so that windows and chosen tokens are kept if it is
+        killed.
         """
         from optprune.calibration.peers import from_first
         from optprune.models.store import NullSink
@@ -167,8 +175,11 @@ class WholeRun:
         with phases.step(LOADING, f"loading {self.model}", ends=OPENED):
             loaded = replace(self.opened(sink, scratch), images=self.images)
         every = check_batches(loaded.model.config, batches, self.images)
+        began = time.perf_counter()
         with phases.phase(LOADING):
             decided = facts(program, loaded.decoder(), every, partial_sums, phases.on_event)
+
+        reading = time.perf_counter() - began
 
         def is_finished() -> bool:
             return journal is not None and self.output.may_be_finished and self.output.is_finished(journal, decided)
@@ -178,10 +189,10 @@ class WholeRun:
         SharedJournal(journal, partial_sums.peers).begin(decided)
         every = list(self.with_generated(program, every, partial_sums.peers, journal, phases))
         if self.vocabulary is None:
-            return Begun(loaded, every, decided)
+            return Begun(loaded, every, decided, reading)
         with phases.phase(VOCABULARY):
             loaded, change = self.vocabulary.apply(loaded, phases.on_event)
-        return Begun(loaded, every, decided, change)
+        return Begun(loaded, every, decided, reading, change)
 
     def run(
         self,

@@ -10,7 +10,7 @@ from optprune.cli.evaluation import ModelEvaluation
 from optprune.cli.options import Device, Dtype, SeqLength
 from optprune.cli.outputs import Input, check_file, echo, start, write_file
 from optprune.errors import InputError, check_at_least
-from optprune.system.files import real_path
+from optprune.system.files import is_marked, real_path
 
 if TYPE_CHECKING:
     from optprune.report import EvaluationReport
@@ -87,9 +87,11 @@ def _check_together(against: str | None, text: str | None, evaluation: Path | No
 def _place(folder: Path, output: Path | None, against: str | None, inputs: Iterable[Input]) -> Path:
     """Return the path of the page: in the folder, or a file that is neither an input nor one of a model's."""
     place = folder / PAGE if output is None else output
+    if output is None and place.is_symlink():
+        raise InputError(f"{place} is a link, so the page is not written there: name the file by --output")
     own = real_path(place) == real_path(folder / PAGE)
-    others = [] if against is None else [against]
-    check_file(place, "page", models=others if own else [str(folder), *others], inputs=inputs)
+    models = [*([] if own else [str(folder)]), *([] if against is None else [against])]
+    check_file(place, "page", models=models, inputs=inputs, replaces=lambda file: own or is_marked(file))
     return place
 
 

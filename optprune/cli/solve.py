@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from optprune.cli.options import JsonFile
-from optprune.cli.outputs import check_file, check_json, echo, start, write_json
+from optprune.cli.outputs import check_apart, check_file, check_json, echo, start, write_file, write_json
 from optprune.errors import InputError
 from optprune.system.files import read_yaml
 from optprune.system.wording import one_line, shown
@@ -45,7 +45,7 @@ def solve_command(
     from optprune.problems import Problem
     from optprune.problems.files import load_problem, origin_of
     from optprune.solvers import solve
-    from optprune.solvers.files import save_solution
+    from optprune.solvers.files import solution_bytes
     from optprune.solvers.run import MOST_STEPS
 
     if max_seconds is not None and not max_seconds > 0:
@@ -55,6 +55,7 @@ def solve_command(
     chosen = _solver(solver)
     check_json(json_file, inputs=[problem])
     check_file(output, "solution", inputs=[problem])
+    check_apart(json_file, output)
     loaded, origin = load_problem(problem), origin_of(problem)
     if not isinstance(loaded, Problem):
         raise InputError(f"{problem} holds a {type(loaded).__name__}, which no solver of layers solves")
@@ -65,7 +66,7 @@ def solve_command(
         max_seconds=math.inf if max_seconds is None else max_seconds,
     )
     if output is not None:
-        save_solution(found, loaded, output)
+        write_file(output, solution_bytes(found, loaded), "solution", "nothing else is written")
     result = _result(loaded, found, origin)
     write_json(
         json_file,

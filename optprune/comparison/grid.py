@@ -7,6 +7,7 @@ from typing import Any
 
 from optprune.errors import InputError
 from optprune.recipe import Recipe, load_recipe
+from optprune.system.wording import shown
 
 OF_A_CELL = ("sparsity", "seed")
 """recipe fields that a cell sets"""
@@ -56,8 +57,12 @@ class Grid:
             raise InputError(
                 f"the recipes are {', '.join(map(_label, recipes)) or 'empty'}: give at least one, and each once"
             )
+        for label in named:
+            if Path(label).name != label or "\\" in label:
+                raise InputError(f"the recipe's name {shown(label)} cannot be that of a file: name it otherwise")
         for what, values in (("sparsities", sparsities), ("seeds", () if isinstance(seeds, int) else seeds)):
-            if len(set(values)) < len(values):
+            # Files of cells have names with six digits.
+            if len({f"{value:g}" for value in values} if what == "sparsities" else set(values)) < len(values):
                 raise InputError(f"the {what} {', '.join(map(str, values))} repeat a value: give each once")
         if isinstance(seeds, int) and seeds > MOST_DRAWS:
             raise InputError(f"the number of seeds cannot be {seeds}: give at most {MOST_DRAWS}")
@@ -82,7 +87,7 @@ class Grid:
     @property
     def held_out(self) -> float:
         """The largest share of the windows that a recipe holds out."""
-        refits = [self.recipe(cell).refit for cell in self.cells()]
+        refits = [self.recipe(Cell(name, self.sparsities[0], self.seeds[0])).refit for name in self.recipes]
         return max(0.0 if refit is None else refit.held_out for refit in refits)
 
     def recipe(self, cell: Cell) -> Recipe:

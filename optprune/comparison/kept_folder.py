@@ -25,7 +25,7 @@ class ComparisonFolder(ManifestFolder):
 
     noun = "comparison"
     begin_anew = "choose another output"
-    written = (f"{CELLS}/*.json", "generated-*.json", JSON, TABLE, PAGE)
+    written = (f"{CELLS}/*.json", "generated-seed*.json", JSON, TABLE, PAGE)
 
     def __init__(self, folder: str | Path) -> None:
         """Take a folder that is new, empty, or holds a comparison. Raises InputError otherwise."""

@@ -74,7 +74,7 @@ class TextOptions:
             "the sequences": self.sequences,
             "the samples": self.samples,
             "the length of a window": self.seq_length,
-            "the number of generated windows": self.generated or None,
+            "the number of generated windows": self.generated,
         }
 
     def drawn(

@@ -164,10 +164,14 @@ class Session:
 
         def generate() -> Tensor:
             self.say(f"generating {counted(count, 'window')} for seed {seed}")
-            dense = self.source.to_measure(self.scratch(), whole=True).model
-            return generated_windows(dense, drawn.batches, count, seed=seed)
+            dense = self.loaded
+            if dense.store is not None:
+                dense = self.source.to_measure(self.scratch(), whole=True)
+            return generated_windows(dense.model, drawn.batches, count, seed=seed)
 
-        windows = kept_or_new(self.folder, generate, name=f"generated-{seed}.json")
+        windows = kept_or_new(self.folder, generate, name=f"generated-seed{seed}.json")
+        kept = f"windows for seed {seed} are generated, and kept in {self.folder.folder}"
+        record_done(f"{kept}: run again to continue")
         every = with_generated(drawn.batches, windows, held_out=self.grid.held_out, seed=seed)
         return replace(drawn, batches=every, description=described(drawn.description, count))
 

@@ -86,7 +86,7 @@ class Program:
             **({} if goal is None else {"the goal": asdict(goal)}),
             **({} if self.request.text is None else {"the text of the vocabulary": self.request.text}),
             **({} if self.request.tokenizer is None else {"the tokenizer": self.request.tokenizer}),
-            "the number of generated windows": self.request.generated or None,
+            "the number of generated windows": self.request.generated,
             # The summary is text about the other fields.
             "the recipe": {name: value for name, value in recipe.items() if name != "summary"},
             "the allocation": None if allocation is None else allocation.to_dict(),

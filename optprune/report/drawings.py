@@ -17,6 +17,7 @@ from optprune.report.reading import EvaluationReport
 from optprune.report.records import LayerReport, Report
 from optprune.report.stored import Original
 from optprune.system.display import printable
+from optprune.system.files import MARK
 from optprune.system.wording import counted
 
 if TYPE_CHECKING:  # matplotlib is optional
@@ -102,10 +103,14 @@ def plot_settings(settings: Mapping[str, Any] | None = None) -> Iterator[None]:
 
 
 def picture_bytes(figure: "Figure", kind: str, **options: Any) -> bytes:
-    """Return the bytes of a figure as a file of a kind in `FORMATS`, without a date."""
+    """Return the bytes of a figure as a file of a kind in `FORMATS`, with our mark and without a date."""
     file = BytesIO()
-    date = {"png": {}, "pdf": {"CreationDate": None}, "svg": {"Date": None, "Creator": None}}
-    figure.savefig(file, format=kind, metadata=date[kind], **options)
+    about = {
+        "png": {"Software": MARK},
+        "pdf": {"Creator": MARK, "CreationDate": None},
+        "svg": {"Creator": MARK, "Date": None},
+    }
+    figure.savefig(file, format=kind, metadata=about[kind], **options)
     return file.getvalue()
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from optprune.errors import InputError
 from optprune.problems import Problem
 from optprune.solvers.base import Certificate, Solution, Status
-from optprune.system.files import read_json, real_path, write_whole
+from optprune.system.files import GENERATOR, MARK, read_json, real_path, write_whole
 from optprune.system.wording import shown
 
 FORMAT = 1
@@ -23,6 +23,12 @@ HEADER, VALUE = "optprune solution", "value"
 
 def save_solution(solution: Solution, problem: Problem, path: str | Path) -> None:
     """Write a solution of a problem to a safetensors file, as a whole or not at all; its history is left out."""
+    data = solution_bytes(solution, problem)
+    write_whole(real_path(Path(path)), lambda stream: stream.write(data))
+
+
+def solution_bytes(solution: Solution, problem: Problem) -> bytes:
+    """Return the bytes of the file of a solution."""
     proof = solution.certificate
     header = {
         "format": FORMAT,
@@ -35,8 +41,8 @@ def save_solution(solution: Solution, problem: Problem, path: str | Path) -> Non
         "certificate": None if proof is None else [proof.lower_bound, proof.proof],
         "notes": list(solution.notes),
     }
-    data = save({VALUE: solution.value.detach().cpu().contiguous()}, {HEADER: json.dumps(header)})
-    write_whole(real_path(Path(path)), lambda stream: stream.write(data))
+    value = solution.value.detach().cpu().contiguous()
+    return save({VALUE: value}, {HEADER: json.dumps(header), GENERATOR: MARK})
 
 
 def load_solution(path: str | Path, problem: Problem) -> Solution:

@@ -21,6 +21,12 @@ from optprune.system.wording import one_line, shown
 
 LONGEST_NAME = 240
 """the largest number of bytes in the name of an output: its draft has 15 more, and file systems allow 255"""
+MARK = "written by optprune"
+"""the text in files that commands write, by which a later command knows that it may replace them"""
+GENERATOR = "generator"
+"""the key of the mark"""
+MARKED_WITHIN = 1 << 16
+"""the number of bytes at both ends of a file in which the mark is looked for"""
 DEEPEST = 20
 """the largest depth of YAML; a recipe needs five"""
 MOST_VALUES = 50_000
@@ -40,6 +46,8 @@ def write_whole(
     `write` writes bytes to a stream in order. `commit` gets the SHA-256 hex digest of these bytes before the file gets
     its name. Raises InputError where the disk is full.
     """
+    if file.exists() and not file.is_file():
+        raise InputError(f"{file} is not a regular file, so it is not replaced: name another")
     draft: Path | None = None
     try:
         with interrupts_held():
@@ -103,6 +111,18 @@ def digest_of_file(file: Path) -> str:
     """Return the SHA-256 hex digest of a file's bytes."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def is_marked(file: Path) -> bool:
+    """Return whether a file is empty, or its first or last 64 KiB hold the mark of a file that a command writes."""
+    with suppress(OSError), file.open("rb") as stream:
+        size = stream.seek(0, os.SEEK_END)
+        for place in (0, max(0, size - MARKED_WITHIN)):
+            stream.seek(place)
+            if MARK.encode() in stream.read(MARKED_WITHIN):
+                return True
+        return not size
+    return False
 
 
 def is_own_file(path: Path) -> bool:

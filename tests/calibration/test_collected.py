@@ -145,8 +145,11 @@ def test_in_a_folder_they_are_for_another_process_too(dense: PreTrainedModel, tm
         optprune.prune(alone, batches(), one)
         optprune.prune(shared, batches(), one, statistics=again)
         assert same(shared, alone)
+    for name in ("notes.json", "notes.safetensors"):
+        (tmp_path / "statistics" / name).write_text("of the user")
     again.forget()
-    assert [file.name for file in (tmp_path / "statistics").iterdir()] == ["statistics.json"]
+    left = {"statistics.json", "notes.json", "notes.safetensors"}
+    assert {file.name for file in (tmp_path / "statistics").iterdir()} == left
 
 
 def test_a_folder_of_something_else_and_a_damaged_one_are_refused(dense: PreTrainedModel, tmp_path: Path) -> None:

@@ -36,7 +36,8 @@ def test_a_table_is_told_and_a_second_call_tells_the_same(
     assert lines[-1] == f"{output}: comparison.md, comparison.json, comparison.html"
     assert re.search(r"^wanda at 0.4, seed 1: perplexity [\d.]+, pruned in ", progress, re.MULTILINE)
     data = json.loads(record.read_text())
-    assert data == json.loads((output / "comparison.json").read_text())
+    written = json.loads((output / "comparison.json").read_text())
+    assert data == {"generator": "written by optprune", **written}
     assert data["options"]["the recipes"]["wanda"]["damping"] == 0.02
     assert len(data["cells"]) == 8
     assert main([*asked, "--set", "damping=0.02"]) == 0

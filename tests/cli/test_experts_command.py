@@ -55,7 +55,8 @@ def test_a_run_by_its_scores_is_the_recipe_of_that_name(mixture: Attempt, measur
     assert main(mixture.command(*given, *dense, output=other)) == 0
     assert (other / "model.safetensors").read_bytes() == (mixture.output / "model.safetensors").read_bytes()
     about = json.loads(scores.read_text())["about"]
-    assert about == f"{measure} of {mixture.model} on news, 8 windows of 64 tokens, seed 0 of each text"
+    windows = "8 windows of 64 tokens, seed 0 of each text"
+    assert about == f"{measure} of {mixture.model} on news, {windows}, written by optprune"
 
 
 def test_scores_of_one_text_or_of_all(mixture: Attempt) -> None:

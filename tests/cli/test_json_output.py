@@ -11,7 +11,7 @@ import pytest
 
 from optprune import Allocation
 from optprune.cli import main
-from optprune.cli.outputs import check_json, write_json
+from optprune.cli.outputs import check_json, write_file, write_json
 from optprune.errors import InputError, OptpruneError
 from optprune.models import BlockAllocation, BlockShape
 from optprune.recipe import load_recipe
@@ -38,7 +38,7 @@ def test_a_device_stays_one_and_gets_the_results(tmp_path: Path) -> None:
         link = tmp_path / "terminal"
         link.symlink_to(os.ttyname(theirs))
         check_json(link)
-        write_json(link, "{}\n", "all is well")
+        write_file(link, b"{}\n", "JSON file", "all is well")
         assert os.read(ours, 100) == b"{}\r\n"
         assert link.is_char_device()
         assert link.is_symlink()
@@ -69,11 +69,11 @@ def test_a_link_stays_one_and_what_it_leads_to_is_written(tmp_path: Path, there:
     target, link = tmp_path / "elsewhere" / "record.json", tmp_path / "link.json"
     link.symlink_to(Path("elsewhere") / "record.json")
     if there:
-        target.write_text("{}")
+        write_json(target, '{"a": 1}', "all is well")
     check_json(link)
-    write_json(link, "{}\n", "all is well")
+    write_json(link, '{"b": 1}', "all is well")
     assert link.is_symlink()
-    assert target.read_text() == "{}\n"
+    assert json.loads(target.read_text()) == {"generator": "written by optprune", "b": 1}
     assert [file.name for file in target.parent.iterdir()] == ["record.json"]
 
 
@@ -124,14 +124,45 @@ def test_a_file_that_is_another_input_of_prune(attempt: Attempt, option: str, gi
 
 @pytest.mark.usefixtures("no_weights")
 def test_a_file_with_other_content(attempt: Attempt) -> None:
-    """Such as an image that a record names."""
+    """Such as an image that a record names, or another tool's JSON."""
     file = attempt.folder / "a.png"
-    file.write_bytes(b"\x89PNG")
-    sentence = attempt.fails(attempt.command("--json", str(file)))
-    assert f"the file {file} exists, and its content is not JSON: choose another name" in sentence
-    for former in (b"", b'{"a": 1}', b"\n[]"):
+    for content in (b"\x89PNG", b'{"model_type": "llama"}', b"[build-system]", b"\0" * 200_000):
+        file.write_bytes(content)
+        sentence = attempt.fails(attempt.command("--json", str(file)))
+        assert f"the JSON file {file} exists, and no such command of optprune wrote it: choose another" in sentence
+        assert file.read_bytes() == content
+    for former in (b"", b'{"rows": [%s], "generator": "written by optprune"}' % (b"1, " * 100_000 + b"1")):
         file.write_bytes(former)
         check_json(file)
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_one_file_for_two_outputs(attempt: Attempt, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    place, model = tmp_path / "both", str(attempt.model)
+    (tmp_path / "link").symlink_to("both")
+    both = [str(place), str(tmp_path / "link")]
+    sentence = "name the file {} as their output: name two files"
+    assert sentence.format(both[1]) in attempt.fails(attempt.command("--json", both[0], "--log", both[1]))
+    for command in (
+        ["audit", model, "--json", f"{place}.png", "--plot", f"{place}.png"],
+        ["solve", str(tmp_path / "p"), "--json", both[0], "--output", both[0]],
+        ["experts", model, "--text", f"a={attempt.text}", "--json", both[0], "--scores", both[0]],
+    ):
+        assert main(command) == 2
+        assert sentence.format(command[-1]) in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("no_weights")
+@pytest.mark.parametrize("command", ["compare", "frontier"])
+def test_a_file_in_the_folder_of_a_comparison(
+    attempt: Attempt, command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    more = {"compare": ["--calibration", "demo:calibration", "--sparsities", "0.1", "--recipes", "fasp"]}
+    words = [command, str(attempt.model), "--text", "demo:evaluation", *more.get(command, []), "--output", str(out)]
+    assert main([*words, "--json", str(out / "run.json")]) == 2
+    assert f"{out / 'run.json'} lies in {out}, which gets the same content" in capsys.readouterr().err
+    assert not out.exists()
 
 
 @pytest.mark.usefixtures("no_weights")
@@ -186,7 +217,7 @@ def test_standard_output_that_is_a_file_gets_the_results_before_what_is_printed(
         patch.setattr(sys, "stdout", stream)
         print("first")
         check_json(file)
-        write_json(file, "{}\n", "all is well")
+        write_file(file, b"{}\n", "JSON file", "all is well")
         print("last")
     assert file.read_text() == "first\n{}\nlast\n"
 
@@ -195,9 +226,9 @@ def test_a_reader_that_has_gone(tmp_path: Path) -> None:
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
-    text = "x" * 2**20
+    data = b"x" * 2**20
     closing = threading.Timer(0.2, os.close, [reader])
     closing.start()
     with pytest.raises(OptpruneError, match=r"the JSON file .*pipe cannot be written \(Broken pipe\), but all is well"):
-        write_json(pipe, text, "all is well")
+        write_file(pipe, data, "JSON file", "all is well")
     closing.join()

@@ -14,11 +14,12 @@ from tests.helpers.attempts import Attempt
 
 def test_a_log_holds_the_lines_of_progress_with_the_time(attempt: Attempt, capsys: pytest.CaptureFixture[str]) -> None:
     log = attempt.folder / "run.log"
-    log.write_text("a line of an earlier run\n")
+    earlier = "2026-01-02T03:04:05+00:00 a line of an earlier run"
+    log.write_text(f"{earlier}\n")
     assert main(attempt.command("--log", str(log))) == 0
     told = capsys.readouterr().err.splitlines()
     before, *lines = log.read_text().splitlines()
-    assert before == "a line of an earlier run"
+    assert before == earlier
     times, texts = zip(*(line.split(" ", 1) for line in lines), strict=True)
     assert list(texts) == told
     assert texts[-1].startswith("the whole run, in ")
@@ -33,6 +34,14 @@ def test_a_log_holds_the_lines_of_progress_with_the_time(attempt: Attempt, capsy
         "checking, block 2",
     ):
         assert any(text.startswith(words) for text in texts), words
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_nothing_is_appended_to_what_is_no_log(attempt: Attempt) -> None:
+    file = attempt.folder / "model.safetensors"
+    file.write_bytes(b"\x08\0\0\0\0\0\0\0{}      ")
+    assert "exists, and no such command of optprune wrote it" in attempt.fails(attempt.command("--log", str(file)))
+    assert file.stat().st_size == 16
 
 
 @pytest.mark.usefixtures("no_weights")

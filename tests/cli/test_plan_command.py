@@ -38,7 +38,7 @@ def test_a_plan_is_printed_and_written(attempt: Attempt, capsys: pytest.CaptureF
     assert main(["plan", str(attempt.model), *words]) == 0
     lines = capsys.readouterr().out.splitlines()
     written = json.loads(file.read_text())
-    assert set(written) == {"device_bytes", "host_bytes", "disk_bytes", "seconds", "phases", "program"}
+    assert set(written) == {"generator", "device_bytes", "host_bytes", "disk_bytes", "seconds", "phases", "program"}
     assert [phase["name"] for phase in written["phases"]] == PHASES
     for field in ("host_bytes", "disk_bytes"):
         assert written[field] == max(phase[field] for phase in written["phases"]) > 0

@@ -201,6 +201,20 @@ def test_what_cannot_be_is_refused_in_a_sentence(
     assert page_file.is_file()
 
 
+def test_a_page_replaces_only_a_page(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page, other = tmp_path / "page.html", tmp_path / "thesis.tex"
+    for _ in range(2):
+        assert main(["report", str(folder), "--output", str(page)]) == 0
+    other.write_text("weeks of work")
+    assert main(["report", str(folder), "--output", str(other)]) == 2
+    (folder / "report.html").unlink()
+    (folder / "report.html").symlink_to(other)
+    capsys.readouterr()
+    assert main(["report", str(folder)]) == 2
+    assert "is a link, so the page is not written there: name the file by --output" in capsys.readouterr().err
+    assert other.read_text() == "weeks of work"
+
+
 def test_the_page_is_a_file_of_the_model_for_other_commands(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["audit", str(folder), "--json", str(folder / "report.html")]) == 2
     assert "has a name that a file of the model" in capsys.readouterr().err

@@ -1,6 +1,9 @@
 """optprune solve: a saved problem, any solver, and a measured answer."""
 
 import json
+import os
+import stat
+import threading
 from pathlib import Path
 
 import pytest
@@ -8,6 +11,7 @@ import torch
 
 import optprune
 from optprune.cli import main
+from optprune.errors import InputError
 from optprune.problems import Permutation
 from optprune.problems.files import save_problem
 from optprune.solvers import Wanda, solve
@@ -52,6 +56,31 @@ def test_the_answer_is_measured_and_written(file: Path, tmp_path: Path, capsys: 
     assert found["origin"] == {"model": "tiny", "layer": "down_proj"}
     assert "8 x 12 (model tiny, layer down_proj)" in said
     assert loaded.objective < solve(problem, Wanda()).objective
+
+
+def test_a_solution_replaces_only_a_solution(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    answer, other = tmp_path / "answer.safetensors", tmp_path / "thesis.tex"
+    for _ in range(2):
+        assert main(["solve", str(file), "--solver", "wanda", "--output", str(answer)]) == 0
+    other.write_text("weeks of work")
+    capsys.readouterr()
+    assert main(["solve", str(file), "--solver", "wanda", "--output", str(other)]) == 2
+    assert f"the solution {other} exists, and no such command of optprune wrote it" in capsys.readouterr().err
+    assert other.read_text() == "weeks of work"
+
+
+def test_a_solution_goes_through_a_pipe(file: Path, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    read = list[bytes]()
+    reader = threading.Thread(target=lambda: read.append((tmp_path / "pipe").read_bytes()), daemon=True)
+    reader.start()
+    assert main(["solve", str(file), "--solver", "wanda", "--output", str(tmp_path / "pipe")]) == 0
+    reader.join(timeout=10)
+    (tmp_path / "answer").write_bytes(read[0])
+    optprune.load_solution(tmp_path / "answer", problem := optprune.load_problem(file))
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+    with pytest.raises(InputError, match="pipe is not a regular file, so it is not replaced: name another"):
+        optprune.save_solution(solve(problem, Wanda()), problem, tmp_path / "pipe")
 
 
 @pytest.mark.parametrize("solver", ["auto", "wanda", "{admm: {steps: 20}}", "sparsegpt"])

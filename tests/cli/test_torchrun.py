@@ -21,7 +21,11 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.e2e
 @pytest.mark.parametrize(
     "more",
-    [pytest.param({}, id="all tokens", marks=pytest.mark.slow), pytest.param({"vocabulary": 400}, id="fewer tokens")],
+    [
+        pytest.param({}, id="all tokens", marks=pytest.mark.slow),
+        pytest.param({"vocabulary": 400}, id="fewer tokens"),
+        pytest.param({"generated": 4, "recipe": "fasp"}, id="generated windows"),
+    ],
 )
 def test_two_processes_write_the_folder_that_one_writes(more: dict, attempt: Attempt, monkeypatch) -> None:
     one, two = attempt.folder / "one", attempt.folder / "two"

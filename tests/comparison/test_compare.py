@@ -243,6 +243,11 @@ def test_a_recipe_of_ones_own_and_a_file_may_be_compared(texts: TwoTexts, tmp_pa
         ({"recipes": ["fasp", "fasp"]}, "the recipes are fasp, fasp: give at least one, and each once"),
         ({"recipes": ["fast"]}, "the recipe 'fast' is not known"),
         ({"sparsities": [0.2, 0.2]}, "the sparsities 0.2, 0.2 repeat a value"),
+        ({"sparsities": [0.2, 0.2000001]}, "the sparsities 0.2, 0.2000001 repeat a value"),
+        (
+            {"recipes": [Recipe(name="../fasp", units="mlp", solver="magnitude", damping=0.1)]},
+            "name '../fasp' cannot be that of",
+        ),
         ({"sparsities": []}, "needs at least one sparsity and one seed"),
         ({"seeds": 0}, "needs at least one sparsity and one seed"),
         ({"seeds": 2**64}, "the number of seeds cannot be 18446744073709551616: give at most 1000"),

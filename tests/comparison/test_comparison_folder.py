@@ -14,6 +14,7 @@ import optprune
 from optprune.comparison import Comparison, picture_of, run, session
 from optprune.comparison.kept_folder import ComparisonFolder
 from optprune.errors import InputError
+from optprune.system.interrupts import done_sentence
 from tests.helpers.html_pages import ids, parsed, references
 from tests.helpers.html_pages import loaded as loaded_by
 from tests.helpers.two_texts import TwoTexts, loaded
@@ -108,7 +109,8 @@ def test_one_that_goes_on_does_not_generate_again(
         patch.setattr(session, "collect", _interrupt)
         with pytest.raises(KeyboardInterrupt):
             compared(texts, tmp_path / "out", **asked)
-    assert (tmp_path / "out" / "generated-0.json").exists()
+    assert "windows for seed 0 are generated, and kept in" in done_sentence()
+    assert (tmp_path / "out" / "generated-seed0.json").exists()
     monkeypatch.setattr(session, "generated_windows", None)
     assert not compared(texts, tmp_path / "out", **asked).failures
     with pytest.raises(InputError, match="the number of generated windows was 2 and is 3"):

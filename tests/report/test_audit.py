@@ -84,6 +84,17 @@ def kinds(found: optprune.Audit) -> set[str]:
 # -- clean folders
 
 
+@pytest.mark.parametrize("kind", ["png", "pdf", "svg"])
+def test_a_plot_replaces_only_a_plot(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, plot = save_tiny(tiny_llama(), tmp_path / "model"), tmp_path / f"kept.{kind}"
+    for _ in range(2):
+        assert main(["audit", str(folder), "--plot", str(plot)]) == 0
+    plot.write_bytes(b"a photograph")
+    assert main(["audit", str(folder), "--plot", str(plot)]) == 2
+    assert f"the plot {plot} exists, and no such command of optprune wrote it" in capsys.readouterr().err
+    assert plot.read_bytes() == b"a photograph"
+
+
 @pytest.mark.parametrize("name", ALL_MODELS)
 def test_what_transformers_saved_passes(name: str, tmp_path: Path) -> None:
     for number, model in enumerate((ALL_MODELS[name](), ALL_MODELS[name]().bfloat16())):

@@ -22,7 +22,7 @@ import optprune.recipe
 import optprune.recipe.names
 import optprune.recipe.recipe
 import optprune.system.interrupts
-from optprune.cli.outputs import write_json
+from optprune.cli.outputs import write_file
 from optprune.errors import InputError, OptpruneError
 from optprune.export import save_model
 from optprune.recipe import load_recipe
@@ -156,7 +156,7 @@ def test_writing_a_file_leaves_all_or_nothing_whatever_line_is_interrupted(
         if there:
             file.write_text("old")
         files = (optprune.cli.outputs.__file__, optprune.system.interrupts.__file__)
-        if not interrupted(lambda: write_json(file, "new", "all is well"), files, line, again):
+        if not interrupted(lambda: write_file(file, b"new", "file", "all is well"), files, line, again):
             break
         assert [path.name for path in tmp_path.iterdir()] in ([], [file.name]), line
         contents.append(file.read_text() if file.exists() else "")
@@ -169,7 +169,7 @@ def test_writing_a_file_leaves_all_or_nothing_whatever_line_is_interrupted(
 
 def test_the_first_file_is_told_of_when_the_second_is_interrupted(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
-        write_json(tmp_path / "first.json", "1", "the first is written")
+        write_file(tmp_path / "first.json", b"1", "file", "the first is written")
         raise KeyboardInterrupt
     assert done_sentence() == "the first is written"
 
