@@ -859,6 +859,34 @@ FAULTS = [
         "cli/test_generated_option.py",
     ),
     Fault(
+        "outputs: a file of others is replaced",
+        "cli/outputs.py",
+        "and not replaces(place):",
+        "and False:",
+        "cli/test_json_output.py",
+    ),
+    Fault(
+        "outputs: two options write one file",
+        "cli/outputs.py",
+        "        if places[number] in places[:number]:",
+        "        if False:",
+        "cli/test_json_output.py",
+    ),
+    Fault(
+        "outputs: a page is written through a link",
+        "cli/report.py",
+        "    if output is None and place.is_symlink():",
+        "    if False:",
+        "cli/test_report_command.py",
+    ),
+    Fault(
+        "statistics: files of others are deleted",
+        "calibration/statistics_cache.py",
+        'if re.fullmatch(r"[0-9a-f]{32}", file.stem):',
+        "if file.name != FACTS_FILE:",
+        "calibration/test_collected.py",
+    ),
+    Fault(
         "generated text: it is generated before the run begins",
         "cli/prune_run.py",
         "        SharedJournal(journal, partial_sums.peers).begin(decided)\n",
@@ -875,8 +903,8 @@ FAULTS = [
     Fault(
         "generated text: a run goes on with another number of windows",
         "program/program.py",
-        "self.request.generated or None",
-        "None",
+        "self.request.generated,",
+        "None,",
         "cli/test_generated_option.py",
     ),
     Fault(
