@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 import optprune
 from optprune.calibration import hold_out, moments_pass, propagation, stream
 from optprune.calibration.moments_pass import moments_work
+from optprune.calibration.statistics_cache import FolderCache
 from optprune.calibration.stream import SLOW, block_pass
 from optprune.errors import InputError
 from optprune.models import Decoder, open_model
@@ -145,11 +146,16 @@ def test_in_a_folder_they_are_for_another_process_too(dense: PreTrainedModel, tm
         optprune.prune(alone, batches(), one)
         optprune.prune(shared, batches(), one, statistics=again)
         assert same(shared, alone)
-    for name in ("notes.json", "notes.safetensors"):
-        (tmp_path / "statistics" / name).write_text("of the user")
     again.forget()
-    left = {"statistics.json", "notes.json", "notes.safetensors"}
-    assert {file.name for file in (tmp_path / "statistics").iterdir()} == left
+    assert [file.name for file in (tmp_path / "statistics").iterdir()] == ["statistics.json"]
+
+
+def test_files_of_others_stay(tmp_path: Path) -> None:
+    cache, names = FolderCache(tmp_path, {}), {"notes.json", "notes.safetensors"}
+    for name in (*names, f"{'0a' * 16}.json", f"{'0a' * 16}.safetensors"):
+        (tmp_path / name).write_text("{}")
+    cache.clear()
+    assert {file.name for file in tmp_path.iterdir()} == {*names, "statistics.json"}
 
 
 def test_a_folder_of_something_else_and_a_damaged_one_are_refused(dense: PreTrainedModel, tmp_path: Path) -> None:
