@@ -139,9 +139,7 @@ class HealingRun:
         with ExitStack() as contexts:
             folder: HealingFolder | None = None
             if first:
-                folder = contexts.enter_context(
-                    keep_or_delete(self.output.run_folder(HealingFolder, reporter.say), reporter.say)
-                )
+                folder = contexts.enter_context(keep_or_delete(self.output.run_folder(HealingFolder), reporter.say))
             student, dense = self._loaded(phases)
             teacher = self._teacher(dense, smaller)
             if may_be_finished:
@@ -150,7 +148,7 @@ class HealingRun:
                     folder, healing_facts(student.model, teacher, *tokens, self.settings, peers)
                 )
                 if peers.all_gather(done)[0]:
-                    return self._section() if first else None
+                    return self._finished(reporter) if first else None
             report = heal(
                 student.model,
                 teacher,
@@ -163,6 +161,7 @@ class HealingRun:
             )
             if not first:
                 return None
+            self.output.delete_left_behind(reporter.say)
             reporter.say(f"saving to {self.output.folder}, and reloading it in a fresh process to compare logits")
             saved = save_model(
                 student,
@@ -185,11 +184,12 @@ class HealingRun:
             return Reader(dense.model, precision)
         return PushedTeacher(dense.model, smaller=smaller, precision=precision)
 
-    def _section(self) -> "HealedOutput":
-        """Return the healed folder with the healing section of its report."""
+    def _finished(self, reporter: "Reporter") -> "HealedOutput":
+        """Return the healed folder, which an earlier call finished, with the healing section of its report."""
         from optprune.report.reading import REPORT
         from optprune.system.files import read_json
 
+        self.output.delete_left_behind(reporter.say)
         file = self.output.folder / REPORT
         return HealedOutput(read_json(file.read_text(encoding="utf-8"), str(file))[HEALING], None, None)
 

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -99,7 +99,7 @@ class WholeRun:
         """Return the run folder, which the first process alone has; a `with` statement keeps or deletes it."""
         from optprune.pruning import Journal
 
-        return nullcontext() if peers.rank else keep_or_delete(self.output.run_folder(Journal, say), say)
+        return nullcontext() if peers.rank else keep_or_delete(self.output.run_folder(Journal), say)
 
     def opened(self, sink: "BlockSink", scratch: Path | None = None) -> "LoadedModel":
         """Return the model, with the blocks left in its files."""
@@ -160,9 +160,8 @@ class WholeRun:
     ) -> "Begun | None":
         """Open the model and begin the run; return None where this command has already finished the output.
 
-        Every process of the run calls this, and only the first one has the journal. The run begins before text is
-        generated and the rows of a smaller vocabulary are fitted, so that windows and chosen tokens are kept if it is
-        killed.
+        Every process of the run calls this, and only the first one has the journal. The run begins before the tokens
+        of a smaller vocabulary are kept and text is generated, so that both can be used if it is killed.
         """
         from optprune.calibration.peers import from_first
         from optprune.models.store import NullSink
@@ -187,12 +186,20 @@ class WholeRun:
         if from_first(partial_sums.peers, is_finished):
             return None
         SharedJournal(journal, partial_sums.peers).begin(decided)
+        from_first(partial_sums.peers, lambda: self._keep_tokens(journal))
         every = list(self.with_generated(program, every, partial_sums.peers, journal, phases))
         if self.vocabulary is None:
             return Begun(loaded, every, decided, reading)
         with phases.phase(VOCABULARY):
             loaded, change = self.vocabulary.apply(loaded, phases.on_event)
         return Begun(loaded, every, decided, reading, change)
+
+    def _keep_tokens(self, journal: "Journal | None") -> None:
+        """Write the tokens of a smaller vocabulary to the run folder, unless it holds them."""
+        from optprune.pruning.journal import CHOSEN_TOKENS
+
+        if journal is not None and self.vocabulary is not None and not journal.holds(CHOSEN_TOKENS):
+            journal.write(CHOSEN_TOKENS, asdict(self.vocabulary.chosen()))
 
     def run(
         self,
@@ -216,6 +223,7 @@ class WholeRun:
         from optprune.report import joined, read_report
 
         begun = self.begun(program, batches, partial_sums, phases, journal)
+        self.output.delete_left_behind(reporter.say)
         if begun is None:
             return read_report(self.output.folder), None
         report = begun.pruned(

@@ -72,12 +72,18 @@ class Output:
         begun = None if manifest is None else manifest[FACTS]
         return begun or (self._stored() if self.may_be_finished else None)
 
-    def run_folder(self, kind: type[Folder], say: Callable[[str], None]) -> Folder:
-        """Delete the drafts of killed runs and return the run folder."""
+    def run_folder(self, kind: type[Folder]) -> Folder:
+        """Return the run folder, locked."""
+        return kind(run_folder_of(self.folder), resume=self.resume, restart=self.restart)
+
+    def delete_left_behind(self, say: Callable[[str], None]) -> None:
+        """Delete the drafts that killed runs left beside the output.
+
+        It is called once the run has begun, since a command that is refused changes nothing.
+        """
         from optprune.export.place import delete_left_behind
 
         delete_left_behind(real_path(self.folder), say)
-        return kind(run_folder_of(self.folder), resume=self.resume, restart=self.restart)
 
     def is_finished(self, run: RunFolder, facts: Mapping[str, Any]) -> bool:
         """Return whether the output was finished by a run with these facts.
@@ -127,14 +133,15 @@ class Output:
 def keep_or_delete(journal: Folder, say: Callable[[str], None]) -> Iterator[Folder]:
     """Delete a run folder when the output is whole or the folder holds nothing useful; else keep it and print that.
 
-    A resumed run that is refused stays as it was. A new run that fails because of its input would fail again and is
-    deleted. A run that was stopped, lost a worker or lacked disk or memory keeps its finished work.
+    A resumed run that is refused stays as it was, and so does a run that a new one replaces, until that has begun. A
+    new run that fails because of its input would fail again and is deleted. A run that was stopped, lost a worker or
+    lacked disk or memory keeps its finished work.
     """
     try:
         yield journal
     except BaseException as error:
         refused = isinstance(error, OptpruneError) and not _lacks_resources(error)
-        if journal.resumed and (refused or not journal.worth_keeping):
+        if journal.replaces or (journal.resumed and (refused or not journal.worth_keeping)):
             journal.release()
             raise
         if not journal.worth_keeping or (refused and not journal.complete):

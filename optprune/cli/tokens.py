@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -98,8 +98,8 @@ def vocabulary_for(
 ) -> "VocabularyPruning | None":
     """Return the smaller vocabulary that a recipe asks for, which a run that was begun has kept; None for none.
 
-    Else it is chosen by the texts and the predictions of the dense model, which `opened` opens, and kept in the run
-    folder, which the first process has.
+    Else it is chosen by the texts and the predictions of the dense model, which `opened` opens. The first process has
+    the run folder, and keeps the tokens there when the run begins.
     """
     setting, seed = resolved.program.request.recipe.vocabulary, resolved.program.seed
     if setting is None:
@@ -131,8 +131,6 @@ def vocabulary_for(
                 seed=seed,
             )
             chosen = from_first(peers, new.chosen)
-            if journal is not None:
-                journal.write(CHOSEN_TOKENS, asdict(chosen))
         return VocabularyPruning.of(tokenizer, chosen, seed)
 
 

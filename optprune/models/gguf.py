@@ -90,7 +90,8 @@ def converted(file: Path, model: PreTrainedModel, dtype: torch.dtype, scratch: P
 
     They are written to one safetensors file in `scratch`, one tensor at a time. A file that an earlier call has written
     from the same bytes is used again if it still has the digest that was stored beside it. Without a `scratch` the file
-    is in the system's temporary folder, and is deleted with the model.
+    is in the system's temporary folder, and is deleted with the model. Raises InputError where the folder of converted
+    files is a link.
     """
     digest = digest_of_file(file)
     if scratch is None:
@@ -98,6 +99,8 @@ def converted(file: Path, model: PreTrainedModel, dtype: torch.dtype, scratch: P
         weakref.finalize(model, holder.cleanup)
         scratch = Path(holder.name)
     folder = scratch / CONVERTED
+    if folder.is_symlink():
+        raise InputError(f"{folder} is a link, but converted weights are written to a folder there: move the link away")
     folder.mkdir(parents=True, exist_ok=True)
     place = folder / f"{digest}-{str(dtype).removeprefix('torch.')}.safetensors"
     known = place.with_name(f"{place.name}.sha256")

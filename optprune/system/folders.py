@@ -4,10 +4,10 @@ import json
 import os
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO, TypeGuard, TypeVar
 
 from filelock import FileLock, Timeout
 
@@ -37,7 +37,7 @@ class ManifestFolder:
 
     The manifest `run.json` holds our mark, the facts that determine all results, and the SHA-256 digest of every file.
     A file with another digest counts as absent. Only files and folders of the manifest, and our drafts, are ever
-    overwritten or deleted, and links are never followed.
+    overwritten or deleted, and links are never followed. Files are in the folder or in a folder of it, no deeper.
     """
 
     noun = "run"
@@ -74,7 +74,7 @@ class ManifestFolder:
         """the names of files with changed bytes"""
 
     def _created(self, made: int) -> dict[str, Any]:
-        self._manifest = {MARK: self.noun, "format": FORMAT, MADE: made, FACTS: None, FILES: {}, FOLDERS: []}
+        self._manifest = {MARK: self.noun, "format": FORMAT, MADE: made, **_nothing()}
         self._write_manifest()
         return self._manifest
 
@@ -82,11 +82,24 @@ class ManifestFolder:
         """Raise InputError where a foreign file has a name that may be written."""
         for pattern in self.written:
             for path in sorted(self.folder.glob(pattern)):
-                if not self.lists(str(path.relative_to(self.folder))):
+                if not self._wrote(path.relative_to(self.folder).as_posix()):
                     raise self._in_the_way(path)
+
+    def _wrote(self, name: str) -> bool:
+        """Return whether a file of the manifest exists, and is neither a link nor behind one."""
+        file = self.folder / name
+        return name in self._manifest[FILES] and is_own_file(file) and not file.parent.is_symlink()
 
     def _in_the_way(self, path: Path) -> InputError:
         return InputError(f"{path} was not written by this {self.noun}: move it away, and run again")
+
+    def _linked(self, place: Path) -> InputError:
+        return InputError(f"{place} is a link, but this {self.noun} created a folder there: move the link away")
+
+    def _check_name(self, name: str, parts: int) -> None:
+        """Raise InputError unless a name of at most so many parts is one of something in the folder."""
+        if not _is_inside(name, parts):
+            raise InputError(f"{shown(name)} does not name a file or a folder in {self.folder}: choose another name")
 
     @property
     def begun(self) -> bool:
@@ -96,7 +109,7 @@ class ManifestFolder:
     @property
     def facts(self) -> dict[str, Any]:
         """The recorded facts; empty before `begin`."""
-        return self._manifest[FACTS] or {}
+        return self._manifest[FACTS] if self.begun else {}
 
     def begin(self, facts: Mapping[str, Any]) -> None:
         """Record the facts that determine all results, or compare them with the recorded ones.
@@ -123,9 +136,12 @@ class ManifestFolder:
     def keep(self, name: str, write: Callable[[BinaryIO], object]) -> None:
         """Write a file of the folder as a whole or not at all, and record its digest.
 
-        Raises InputError where a foreign file has the name.
+        Raises InputError where a foreign file has the name, or the name leads out of the folder.
         """
+        self._check_name(name, 2)
         file, files = self.folder / name, self._manifest[FILES]
+        if file.parent.is_symlink():
+            raise self._linked(file.parent)
         if file.exists() or file.is_symlink():
             if name not in files or not is_own_file(file):
                 raise self._in_the_way(file)
@@ -182,7 +198,7 @@ class ManifestFolder:
 
     def lists(self, name: str) -> bool:
         """Return whether a written file exists, without a check of its bytes."""
-        return name in self._manifest[FILES] and is_own_file(self.folder / name)
+        return self._wrote(name)
 
     def holds(self, name: str) -> bool:
         """Return whether a file exists with the written bytes."""
@@ -217,8 +233,9 @@ class ManifestFolder:
     def subfolder(self, name: str) -> Path:
         """Return a folder in this one, which is created if needed.
 
-        Raises InputError where a foreign file or folder has the name.
+        Raises InputError where a foreign file or folder has the name, or the name leads out of the folder.
         """
+        self._check_name(name, 1)
         place = self.folder / name
         if name not in self._manifest[FOLDERS]:
             if place.exists() or place.is_symlink():
@@ -226,7 +243,7 @@ class ManifestFolder:
             self._manifest[FOLDERS].append(name)
             self._write_manifest()
         if place.is_symlink():
-            raise InputError(f"{place} is a link, but this {self.noun} created a folder there: move the link away")
+            raise self._linked(place)
         place.mkdir(exist_ok=True)
         return place
 
@@ -273,14 +290,16 @@ class ManifestFolder:
                     place.rmdir()
         return left
 
-    def clear(self) -> None:
-        """Delete all files and folders of the manifest, and drafts, and reset the manifest."""
+    def clear(self, but: Collection[str] = ()) -> None:
+        """Delete all files and folders of the manifest, `but` these folders, and drafts, and reset the manifest."""
         self._tidy()
         for name in self._manifest[FILES]:
             self._delete(name)
+        left = [name for name in self._manifest[FOLDERS] if name in but]
         for name in self._manifest[FOLDERS]:
-            _delete_tree(self.folder / name)
-        self._manifest |= {FACTS: None, FILES: {}, FOLDERS: []}
+            if name not in left:
+                _delete_tree(self.folder / name)
+        self._manifest |= _nothing() | {FOLDERS: left}
         self._valid.clear()
         self._write_manifest()
 
@@ -297,7 +316,7 @@ class ManifestFolder:
             self._write_manifest()
 
     def _delete(self, name: str) -> None:
-        if is_own_file(self.folder / name):
+        if self._wrote(name):
             (self.folder / name).unlink(missing_ok=True)
 
     def _write_manifest(self) -> None:
@@ -310,7 +329,7 @@ def check_manifest_folder(folder: Path, noun: str) -> dict[str, Any] | None:
     """Return the manifest of a work folder; None where there is none yet.
 
     Raises InputError where the folder cannot be used: a link, a file, foreign content, a manifest that is damaged or of
-    another version, a lock that is a link, or one of another process. Nothing on the disk is changed.
+    another version, a lock that is a link or has content, or one of another process. Nothing on the disk is changed.
     """
     if folder.is_symlink():
         raise InputError(f"{folder} is a link, but a {noun} needs a folder: remove the link")
@@ -332,6 +351,12 @@ def check_manifest_folder(folder: Path, noun: str) -> dict[str, Any] | None:
     if os.path.lexists(place) and not is_own_file(place):
         # Opening a lock may empty the file that a link leads to.
         raise InputError(f"{place} is a link or no regular file, so it cannot lock the {noun}: remove it")
+    if place.exists() and place.stat().st_size:
+        # The lock files of optprune are empty where the system can lock files; elsewhere they name their process.
+        raise InputError(
+            f"{place} is not empty, so it is a file of yours or the lock of another process: wait for that process, or "
+            "move the file away"
+        )
     if place.exists():
         lock = FileLock(place, is_singleton=True)
         if not _acquired(lock):
@@ -374,11 +399,41 @@ def _manifest(folder: Path, noun: str) -> dict[str, Any] | None:
         digest = content.pop(DIGEST)
     except (OSError, UnicodeDecodeError, InputError, AttributeError, KeyError, TypeError) as error:
         raise foreign from error
-    if digest != digest_of(content) or content.get("format") != FORMAT:
+    if digest != digest_of(content) or content.get("format") != FORMAT or not _is_sound(content):
         raise foreign
     if content.get(MARK) != noun:
         raise InputError(f"{folder} holds a {content.get(MARK)} and not a {noun}: choose another name for the output")
     return content
+
+
+def _nothing() -> dict[str, Any]:
+    """Return the entries of a manifest before anything is recorded."""
+    return {FACTS: None, FILES: {}, FOLDERS: []}
+
+
+def _is_sound(content: Mapping[str, Any]) -> bool:
+    """Return whether the entries of a manifest have the types and the names that optprune writes."""
+    files, folders, made = content.get(FILES), content.get(FOLDERS), content.get(MADE)
+    return (
+        isinstance(content.get(FACTS, ""), dict | None)
+        and isinstance(made, int)
+        and made >= 0
+        and isinstance(files, dict)
+        and all(_is_inside(name, 2) and _are_texts(digests) for name, digests in files.items())
+        and _are_texts(folders)
+        and all(_is_inside(name, 1) for name in folders)
+    )
+
+
+def _are_texts(values: Any) -> TypeGuard[list[str]]:
+    """Return whether plain data is a list of texts."""
+    return isinstance(values, list) and all(isinstance(value, str) for value in values)
+
+
+def _is_inside(name: str, parts: int) -> bool:
+    """Return whether a relative path of at most so many parts leads to something in its folder on every system."""
+    found = name.split("/")
+    return len(found) <= parts and not any(part in ("", ".", "..") or "\\" in part or "\0" in part for part in found)
 
 
 def _delete_tree(folder: Path) -> None:
@@ -392,19 +447,26 @@ SCRATCH = "scratch"
 
 
 class RunFolder(ManifestFolder, ABC):
-    """Folder of a run, which is deleted when the output of the run is complete."""
+    """Folder of a run, which is deleted when the output of the run is complete.
+
+    A run that replaces an unfinished one (`restart`) counts as new and empty from the start, but the earlier run is
+    deleted only when the new one begins or keeps its first file: a command that is refused before changes nothing.
+    """
 
     stays: tuple[str, ...] = ()
     """the names in the scratch folder that a later process can use"""
+    replaces: bool = False
+    """whether the folder still holds an earlier run, which is deleted when this one begins"""
 
     def __init__(self, folder: str | Path, *, resume: bool = False, restart: bool = False) -> None:
-        """Lock the folder; `resume` continues the run in it, if there is one, and `restart` deletes that run.
+        """Lock the folder; `resume` continues the run in it, if there is one, and `restart` replaces that run.
 
         Raises InputError for an unfinished run without either.
         """
         super().__init__(folder)
         self.resumed = self.begun and not restart
         """whether the run was begun by an earlier process"""
+        self._has_own_scratch = False
         if self.resumed and not resume:
             self.release()
             raise InputError(
@@ -412,25 +474,65 @@ class RunFolder(ManifestFolder, ABC):
                 f"{self.begin_anew}"
             )
         if restart:
-            self._restart()
-        self._tidy_scratch()
+            self._check_restart()
+            self.replaces = self.begun
+            if not self.replaces:
+                self.clear()
+        if not self.replaces:
+            self._tidy_scratch(self.stays)
 
-    def _restart(self) -> None:
-        """Delete the run, unless a foreign file would prevent the next one."""
+    def _check_restart(self) -> None:
+        """Raise InputError where a foreign file would prevent the next run."""
         try:
             self.check_names()
         except InputError:
             self.release()
             raise
-        self.clear()
 
-    def _tidy_scratch(self) -> None:
+    @property
+    def begun(self) -> bool:
+        return not self.replaces and super().begun
+
+    def begin(self, facts: Mapping[str, Any]) -> None:
+        """Record the facts of the run, or compare them, as `ManifestFolder.begin`; delete the run that it replaces."""
+        self._replace()
+        super().begin(facts)
+
+    def keep(self, name: str, write: Callable[[BinaryIO], object]) -> None:
+        """Write a file as `ManifestFolder.keep` does, after the run that this one replaces is deleted."""
+        self._replace()
+        super().keep(name, write)
+
+    def lists(self, name: str) -> bool:
+        return not self.replaces and super().lists(name)
+
+    @property
+    def subfolders(self) -> list[str]:
+        return [] if self.replaces else super().subfolders
+
+    def close(self) -> None:
+        """Release the folder, or delete it where no run was begun in it."""
+        if self.replaces:
+            self.release()
+        else:
+            super().close()
+
+    def _replace(self) -> None:
+        """Delete the run that this one replaces, unless a foreign file would prevent this one."""
+        if not self.replaces:
+            return
+        self.check_names()
+        with interrupts_held():
+            self.clear(but=(SCRATCH,) if self._has_own_scratch else ())
+            self.replaces = False
+
+    def _tidy_scratch(self, stays: Collection[str]) -> None:
         """Delete temporary files of an earlier process, except those that this one can use."""
         scratch = self.folder / SCRATCH
-        if SCRATCH not in self.subfolders or not is_own_folder(scratch):
+        if SCRATCH not in self._manifest[FOLDERS] or not is_own_folder(scratch):
             return
         for place in filter(is_own_folder, scratch.iterdir()):
-            if place.name not in self.stays:
+            if place.name not in stays:
                 shutil.rmtree(place, ignore_errors=True)
                 continue
             for file in place.iterdir():
@@ -454,8 +556,12 @@ class RunFolder(ManifestFolder, ABC):
 
     @property
     def scratch(self) -> Path:
-        """The folder for temporary files."""
-        return self.subfolder(SCRATCH)
+        """The folder for temporary files, without those of a run that this one replaces."""
+        place = self.subfolder(SCRATCH)
+        if self.replaces and not self._has_own_scratch:
+            self._tidy_scratch(())
+            self._has_own_scratch = True
+        return place
 
     @property
     def worth_keeping(self) -> bool:
@@ -465,7 +571,8 @@ class RunFolder(ManifestFolder, ABC):
     @property
     def has_scratch(self) -> bool:
         """Whether the scratch folder has files that a later process can use."""
-        return any((self.folder / SCRATCH / name).exists() for name in self.stays)
+        scratch = self.folder / SCRATCH
+        return SCRATCH in self.subfolders and any((scratch / name).exists() for name in self.stays)
 
     @abstractmethod
     def finished(self) -> list[int]:

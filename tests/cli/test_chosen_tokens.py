@@ -93,17 +93,15 @@ def test_a_run_that_is_stopped_at_any_moment_ends_with_the_same_bytes(attempt: A
     with moments(None) as seen:
         assert main(attempt.command(*WORDS)) == 0
     first, chosen = weights(attempt), seen.index(f"before os.rename {FILE}")
-    begun = next(n for n, name in enumerate(seen) if n > chosen and name == "before os.rename run.json")
     solved = next(n for n, name in enumerate(seen) if name == "after solve")
-    for at in (chosen - 3, chosen, chosen + 1, chosen + 3, begun + 1, solved, len(seen) - 24):
-        shutil.rmtree(attempt.output)
+    for at in (chosen - 12, chosen - 3, chosen, chosen + 1, chosen + 3, solved, len(seen) - 24):
+        shutil.rmtree(attempt.output.parent)  # so that the moments have the numbers of the first time
         with moments(at, INTERRUPT):
             assert main(attempt.command(*WORDS)) == 130, seen[at]
         read.clear()
         assert main(attempt.command(*WORDS, "--resume")) == 0, seen[at]
         assert weights(attempt) == first, seen[at]
-        # Tokens of a run without facts may be of another command.
-        assert len(read) == (at < begun), seen[at]
+        assert len(read) == (at <= chosen), seen[at]
 
 
 def test_tokens_in_a_folder_without_facts_are_not_used(attempt: Attempt, read: list[Tensor]) -> None:
@@ -124,6 +122,26 @@ def test_a_folder_without_facts_is_not_kept(attempt: Attempt, monkeypatch: pytes
     assert main(attempt.command(*WORDS)) == 130
     assert "and kept in" not in attempt.capsys.readouterr().err
     assert not attempt.output.parent.exists()
+
+
+def test_a_restart_that_is_refused_keeps_the_run_and_its_tokens(attempt: Attempt, stopped, monkeypatch) -> None:
+    run, text, chosen = stopped(Run, "prune_block"), attempt.folder / "short.txt", list[VocabularyPruning]()
+    text.write_text("few tokens for windows of 64")
+    before, planned = snapshot(run), VocabularyPruning.planned
+
+    def noted(*arguments, **more):
+        chosen.append(planned(*arguments, **more))
+        return chosen[-1]
+
+    monkeypatch.setattr(VocabularyPruning, "planned", noted)
+    attempt.capsys.readouterr()
+    settings = ["--set", "vocabulary.predictions=0", "--set", "vocabulary.tokens=0"]
+    other = attempt.command(*WORDS[:6], *settings, "--restart", calibration=text)
+    assert main(other) == 2
+    assert "tokens" in attempt.capsys.readouterr().err
+    assert snapshot(run) == before and len(chosen) == 1
+    assert main(attempt.command(*WORDS, "--resume")) == 0
+    assert len(chosen) == 1
 
 
 def other_text(attempt: Attempt) -> Attempt:

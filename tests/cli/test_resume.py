@@ -64,8 +64,9 @@ def compare(inputs: Path, tmp_path: Path) -> Callable[..., int]:
 
 
 def contents(folder: Path) -> dict[str, bytes | None]:
-    """All files and folders, but for the lock."""
-    found = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.name != "in-use"}
+    """All files and folders, but for an empty lock."""
+    every = {str(path.relative_to(folder)): path for path in folder.rglob("*")}
+    found = {name: path for name, path in every.items() if path.name != "in-use" or path.stat().st_size}
     return {name: path.read_bytes() if path.is_file() else None for name, path in found.items()}
 
 
@@ -161,6 +162,75 @@ def test_an_unfinished_run_is_neither_deleted_nor_gone_on_with_unasked(
     assert contents(tmp_path) == before
     assert prune("--sparsity", "0.3", "--restart") == 0
     assert not (tmp_path / "out.run").exists()
+
+
+@pytest.fixture
+def short(tmp_path: Path) -> list[str]:
+    """A text of too few tokens, which is known only when it is tokenised."""
+    (tmp_path / "short.txt").write_text("nine tokens")
+    return ["--calibration", str(tmp_path / "short.txt")]
+
+
+def test_a_restart_that_is_refused_leaves_the_run_as_it_is(
+    prune, short, stop_at, monkeypatch, tmp_path, capsys
+) -> None:
+    begun(prune, stop_at, monkeypatch)
+    before = contents(tmp_path)
+    assert prune(*short, "--restart") == 2
+    assert "the calibration text has" in capsys.readouterr().err.splitlines()[-1]
+    assert contents(tmp_path) == before
+    assert prune("--resume") == 0
+    assert not (tmp_path / "out.run").exists()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
+def test_a_restart_that_ends_before_it_has_begun_leaves_the_run(error, prune, stop_at, monkeypatch, tmp_path) -> None:
+    begun(prune, stop_at, monkeypatch)
+    before = contents(tmp_path)
+
+    def ends(*_, **__):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr("optprune.pruning.run.facts", ends)
+        assert prune("--restart") != 0
+    gc.collect()
+    assert contents(tmp_path) == before
+    assert prune("--restart") == 0
+
+
+def left_by_a_kill(output: Path) -> Path:
+    """Make the draft of a run that was killed."""
+    draft = output.with_name(f".{output.name}.0123abcd")
+    (draft / "model").mkdir(parents=True)
+    (draft / ".optprune-draft").touch()
+    (draft / "model" / "config.json").write_text("{}")
+    return draft
+
+
+def test_drafts_of_killed_runs_are_deleted_only_by_a_run_that_begins(prune, short, tmp_path, capsys) -> None:
+    draft = left_by_a_kill(tmp_path / "out")
+    before = contents(tmp_path)
+    assert prune(*short) == 2
+    assert contents(tmp_path) == before
+    assert prune("--resume") == 0
+    assert not draft.exists() and f"deleting {draft}, which a killed run left behind" in capsys.readouterr().err
+    left_by_a_kill(tmp_path / "out")
+    assert prune("--resume") == 0, "a finished output is tidied too"
+    assert not draft.exists()
+
+
+@pytest.mark.e2e
+def test_drafts_of_killed_healings_stay_where_a_healing_is_refused(heal, tmp_path, capsys) -> None:
+    draft = left_by_a_kill(tmp_path / "out")
+    for _ in ("new", "finished"):
+        assert heal("--resume") == 0
+        assert not draft.exists() and f"deleting {draft}, which a killed run left behind" in capsys.readouterr().err
+        left_by_a_kill(tmp_path / "out")
+    before = contents(tmp_path)
+    assert heal("--resume", "--tokens", "256") == 2
+    assert "was finished by another command: the text was" in capsys.readouterr().err
+    assert contents(tmp_path) == before
 
 
 @pytest.mark.e2e
@@ -283,8 +353,14 @@ def plant_lock(place: Path) -> None:
     (place / "in-use").write_text("mine")
 
 
+def plant_lock_of_a_run(place: Path) -> None:
+    Journal(place).release()
+    (place / "in-use").write_text("mine")
+
+
 @pytest.mark.parametrize(
-    "plant", [plant_notes, plant_manifest, plant_link, plant_link_to_empty, plant_file, plant_lock]
+    "plant",
+    [plant_notes, plant_manifest, plant_link, plant_link_to_empty, plant_file, plant_lock, plant_lock_of_a_run],
 )
 @pytest.mark.parametrize("words", [[], ["--resume"], ["--restart"], ["--overwrite"]], ids=" ".join)
 def test_what_others_put_at_the_place_of_the_run_stays(plant, words, prune, tmp_path, capsys) -> None:

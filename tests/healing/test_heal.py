@@ -4,6 +4,7 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -298,6 +299,24 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(tmp_path: Any, monkeypatch: pyt
     restore = Training.restore
     lost = lambda self, state, step: restore(self, state, 0)  # noqa: E731
     noticed(monkeypatch, Training, "restore", lost, test)
+
+
+def test_a_healing_that_is_refused_leaves_the_one_that_it_would_replace(tmp_path: Path) -> None:
+    place = tmp_path / "run"
+    with pytest.raises(Stopped):
+        healed(4, every=1, folder=HealingFolder(place), on_event=stop_at(2))
+    HealingFolder(place, resume=True).release()
+    before = {path: path.read_bytes() for path in place.iterdir()}
+    folder = HealingFolder(place, restart=True)
+    assert (folder.progress(), folder.finished(), folder.progress_text) == (None, [], "no step is done")
+    assert not folder.complete and not folder.worth_keeping
+    with pytest.raises(InputError, match="a held-out window is also a training window"):
+        heal(halved(trained()), trained(), [held_out()[:8]], held_out=held_out(), folder=folder)
+    folder.close()
+    assert {path: path.read_bytes() for path in place.iterdir()} == before
+    report, _ = healed(2, every=1, folder=(again := HealingFolder(place, restart=True)))
+    assert report.steps == 2 and again.finished() == [2]
+    again.discard()
 
 
 def test_a_run_begun_otherwise_does_not_go_on(tmp_path: Any) -> None:

@@ -202,3 +202,13 @@ def test_an_infinite_scale_is_a_fault_of_the_audit(tmp_path: Path) -> None:
     file.write_bytes(data)
     faults = [fault.sentence for fault in audit(file).faults]
     assert len(faults) == 1 and "NaN" in faults[0] and "up_proj" in faults[0]
+
+
+def test_weights_are_not_written_through_a_link(tmp_path: Path) -> None:
+    file, elsewhere = write_gguf(tiny_llama(), tmp_path / "tiny.gguf"), tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (tmp_path / "scratch").mkdir()
+    (tmp_path / "scratch" / gguf_files.CONVERTED).symlink_to(elsewhere)
+    with pytest.raises(InputError, match="converted is a link, but converted weights are written to a folder there"):
+        open_model(file, scratch=tmp_path / "scratch")
+    assert not list(elsewhere.iterdir())

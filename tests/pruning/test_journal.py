@@ -147,6 +147,73 @@ def test_an_unfinished_run_is_not_written_over(tmp_path: Path) -> None:
         Journal(tmp_path / "run")
 
 
+@pytest.fixture
+def unfinished(tmp_path: Path) -> Path:
+    """The folder of a run that was stopped after two blocks, with a converted file, and unlocked."""
+    begun(tmp_path / "run")
+    converted = Journal(tmp_path / "run", resume=True).scratch / "converted"
+    converted.mkdir()
+    (converted / "old").write_text("of the earlier run")
+    Journal(tmp_path / "run", resume=True).release()
+    return tmp_path / "run"
+
+
+def test_a_run_that_waits_to_replace_another_is_new_and_empty(unfinished: Path) -> None:
+    before, journal = contents(unfinished), Journal(unfinished, restart=True)
+    assert journal.replaces and not (journal.resumed or journal.begun or journal.complete)
+    assert (journal.facts, journal.files, journal.subfolders, journal.finished()) == ({}, [], [], [])
+    assert not (journal.worth_keeping or journal.has_scratch or journal.metrics.measured or journal.costs.names)
+    assert not (journal.holds("division.json") or journal.lists("block-00000.json"))
+    assert journal.division() is None and journal.kept("division.json", dict) is None
+    assert journal.progress_text == "0 of 0 blocks are done"
+    with pytest.raises(InputError, match="is damaged"):
+        journal.read("division.json")
+    journal.close()
+    assert contents(unfinished) == before
+    assert Journal(unfinished, resume=True).finished() == [0, 1]
+
+
+def test_a_run_begins_anew_with_the_bytes_of_a_first_one(unfinished: Path) -> None:
+    recipe, expected, model = load_recipe("fasp", {"sparsity": 0.3}), tiny(), tiny()
+    prune(expected, batches(), recipe)
+    journal = Journal(unfinished, restart=True)
+    prune(model, batches(), recipe, journal=journal)
+    assert same(model, expected)
+    assert journal.begun and not journal.replaces and journal.finished() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("how", ["begin", "write"])
+def test_the_first_that_is_written_deletes_the_earlier_run(how: str, unfinished: Path) -> None:
+    journal = Journal(unfinished, restart=True)
+    journal.begin({"the blocks": 1}) if how == "begin" else journal.write("division.json", {})
+    assert contents(unfinished).keys() == {"in-use", "run.json", *([] if how == "begin" else ["division.json"])}
+    assert journal.files == ([] if how == "begin" else ["division.json"])
+
+
+def test_a_file_that_came_in_the_way_keeps_the_earlier_run(unfinished: Path) -> None:
+    journal = Journal(unfinished, restart=True)
+    (unfinished / "block-00002.json").write_text("mine")
+    before = contents(unfinished)
+    for use in (lambda: journal.begin({}), lambda: journal.write("division.json", {})):
+        with pytest.raises(InputError, match=r"block-00002\.json was not written by this run: move it away"):
+            use()
+    assert contents(unfinished) == before and journal.replaces
+
+
+def test_temporary_files_are_those_of_the_run_that_begins(unfinished: Path) -> None:
+    journal = Journal(unfinished, restart=True)
+    assert not list(journal.scratch.iterdir())
+    (journal.scratch / "converted").mkdir()
+    (journal.scratch / "converted" / "new").write_text("of this run")
+    assert not journal.has_scratch and "run.json" in contents(unfinished) and journal.replaces
+    journal.begin({"the blocks": 1})
+    assert contents(unfinished).keys() == {"in-use", "run.json", "scratch/converted/new"}
+    assert journal.has_scratch and journal.scratch.is_dir()
+    journal.release()
+    assert contents(unfinished).keys() == {"run.json", "scratch/converted/new"}
+    assert Journal(unfinished, resume=True).discard() == []
+
+
 def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(InputError, match="is not the folder of a run"):

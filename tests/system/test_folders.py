@@ -10,8 +10,8 @@ import pytest
 
 from optprune.errors import InputError
 from optprune.system import files
-from optprune.system.files import exclusive_draft, is_draft, write_whole
-from optprune.system.folders import ManifestFolder
+from optprune.system.files import digest_of, exclusive_draft, is_draft, write_whole
+from optprune.system.folders import ManifestFolder, check_manifest_folder
 
 
 def kept(folder: Path, **content: Any) -> ManifestFolder:
@@ -122,6 +122,101 @@ def test_an_edited_manifest_is_refused_and_stays(edit: Callable[[dict], Any], tm
     assert contents(tmp_path) == before
 
 
+def signed(folder: Path, **entries: Any) -> None:
+    """Give the manifest of a folder other entries, and the digest that belongs to them."""
+    file = folder / "run.json"
+    content = {**json.loads(file.read_text()), **entries}
+    content.pop("digest")
+    file.write_text(json.dumps({**content, "digest": digest_of(content)}))
+
+
+def refused(folder: Path) -> None:
+    """Try everything that may delete what a manifest lists."""
+    for use in (
+        ManifestFolder,
+        lambda place: check_manifest_folder(place, "run"),
+        lambda place: ManifestFolder(place).discard(),
+    ):
+        with pytest.raises(InputError, match="was not written by this version of optprune, or is damaged"):
+            use(folder)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../victim", "a/../../victim", "/victim", "..", ".", "", "a//b", "a/", "./a", "a/b/c", "..\\victim", "a\0b"],
+)
+def test_a_manifest_that_names_what_is_outside_its_folder_is_refused(name: str, tmp_path: Path) -> None:
+    run, victim = tmp_path / "run", tmp_path / "victim"
+    kept(run, a=[1]).release()
+    victim.mkdir()
+    (victim / ".x.0123abcd.part").write_text("mine")
+    for entries in ({"files": {name: []}}, {"folders": [name]}, {"files": {f"../{victim.name}/.x.0123abcd.part": []}}):
+        signed(run, **{"files": {}, "folders": [], **entries})
+        before = contents(tmp_path)
+        refused(run)
+        assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        {"files": ["a"]},
+        {"files": None},
+        {"files": {"a": "0" * 64}},
+        {"files": {"a": [1]}},
+        {"folders": {"work": []}},
+        {"folders": [1]},
+        {"folders": ["work/deep"]},
+        {"made": "1"},
+        {"made": None},
+        {"made": -1},
+        {"facts": []},
+        {"facts": ""},
+    ],
+    ids=str,
+)
+def test_a_manifest_with_entries_of_another_type_is_refused(entries: dict[str, Any], tmp_path: Path) -> None:
+    kept(tmp_path / "run", a=[1]).release()
+    signed(tmp_path / "run", **entries)
+    before = contents(tmp_path)
+    refused(tmp_path / "run")
+    assert contents(tmp_path) == before
+
+
+def test_a_manifest_that_is_signed_as_ours_is_read(tmp_path: Path) -> None:
+    """Else the tests above would pass whatever was in it."""
+    kept(tmp_path / "run", a=[1]).release()
+    signed(tmp_path / "run", facts={"the text": "b"}, made=0)
+    assert ManifestFolder(tmp_path / "run").facts == {"the text": "b"}
+
+
+def test_a_file_behind_a_link_is_neither_read_nor_written_nor_deleted(tmp_path: Path) -> None:
+    found, target = kept(tmp_path / "run"), tmp_path / "target"
+    found.subfolder("cells")
+    found.write("cells/a.json", [1])
+    (tmp_path / "run" / "cells").rename(target)
+    (tmp_path / "run" / "cells").symlink_to(target)
+    assert not found.holds("cells/a.json") and found.files == []
+    for name in ("cells/a.json", "cells/b.json"):
+        with pytest.raises(InputError, match="cells is a link, but this run created a folder there: move the link"):
+            found.write(name, [2])
+    found.forget(["cells/a.json"])
+    found.release()
+    assert ManifestFolder(tmp_path / "run").discard() == ["cells"]
+    assert contents(target) == {"a.json": b"[\n  1\n]"}
+
+
+@pytest.mark.parametrize("name", ["../mine", "/mine", "..", "", "cells/../../mine", "a\\b", "a/b/c"])
+def test_a_name_that_leads_out_of_the_folder_is_not_written(name: str, tmp_path: Path) -> None:
+    found = kept(tmp_path / "run")
+    before = contents(tmp_path)
+    with pytest.raises(InputError, match=r"does not name a file or a folder in .*: choose another name"):
+        found.write(name, [1])
+    with pytest.raises(InputError, match=r"does not name a file or a folder in .*: choose another name"):
+        found.subfolder(name)
+    assert contents(tmp_path) == before and list(tmp_path.iterdir()) == [tmp_path / "run"]
+
+
 def test_a_folder_for_other_work_is_refused(tmp_path: Path) -> None:
     kept(tmp_path / "run").release()
 
@@ -194,6 +289,18 @@ def test_a_lock_that_is_no_regular_file_is_refused_before_it_is_opened(kind: str
     assert contents(tmp_path) == before and target.exists() == (kind == "link")
     lock.rmdir() if kind == "folder" else lock.unlink()
     assert ManifestFolder(tmp_path / "run").read("a") == [1]
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_lock_with_content_is_somebody_elses(begun: bool, tmp_path: Path) -> None:
+    found = kept(tmp_path / "run") if begun else ManifestFolder(tmp_path / "run")
+    assert (tmp_path / "run" / "in-use").stat().st_size == 0, "our own are empty"
+    found.release()
+    (tmp_path / "run" / "in-use").write_text("mine")
+    before = contents(tmp_path)
+    with pytest.raises(InputError, match=r"in-use is not empty, so it is a file of yours or .*, or move the file away"):
+        ManifestFolder(tmp_path / "run")
+    assert contents(tmp_path) == before
 
 
 @pytest.mark.parametrize("link", [False, True], ids=["folder", "link"])
