@@ -89,6 +89,8 @@ def export_command(
     reporter = start()
     from optprune.export import export
 
+    # Before the inputs of layers are measured, which takes long.
+    _exporter(form, kind, cache, None, original).check_output(output, overwrite)
     importance = _importance(folder, calibration, samples, seq_length, sequences, reporter.say)
     exporter = _exporter(form, kind, cache, importance, original)
     reporter.say(f"writing {output}, and checking it")

@@ -93,7 +93,7 @@ def heal_command(
         model=model,
         teacher=teacher,
         text=text,
-        output=Output(output, overwrite, resume, restart, (HEALING,)),
+        output=Output(output, overwrite, resume, restart, (HEALING,), reads=(model, teacher)),
         settings=settings,
         device=device,
     )

@@ -68,7 +68,7 @@ def prune_model(
         model=options.model,
         dtype=dtype,
         device=device,
-        output=Output(Path(output), overwrite, resume),
+        output=Output(Path(output), overwrite, resume, reads=(options.model,)),
         save_dtype=save_dtype,
         max_shard_size=max_shard_size,
         workers=workers_of(chosen.propagation, workers, None),

@@ -162,7 +162,7 @@ def prune_command(
         model=model,
         dtype=dtype,
         device=device,
-        output=Output(output, overwrite, resume, restart),
+        output=Output(output, overwrite, resume, restart, reads=(model,)),
         save_dtype=save_dtype,
         max_shard_size=max_shard_size,
         workers=workers_of(chosen.propagation, workers, ray),

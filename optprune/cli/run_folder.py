@@ -39,13 +39,16 @@ class Output:
     """whether to delete an unfinished run"""
     section: tuple[str, ...] = ()
     """the keys in report.json under which the facts of the run are stored"""
+    reads: tuple[str, ...] = ()
+    """the sources of the models that are read, which the output may not replace"""
 
     def check(self) -> None:
         """Raise InputError unless the output can be written, whatever the run."""
-        from optprune.export import check_output
+        from optprune.export.place import check_apart, check_output
 
         if self.resume and self.restart:
             raise InputError("--resume continues an unfinished run and --restart deletes it: give one of them")
+        check_apart(self.folder, self.reads)
         check_output(self.folder, self.overwrite or self.may_be_finished)
 
     @property

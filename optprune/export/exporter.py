@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from optprune.errors import InputError, OptpruneError, no_room_behind
 from optprune.export.place import (
     Scratch,
+    check_apart,
     check_output,
     check_output_file,
     delete_left_behind,
@@ -30,7 +31,7 @@ from optprune.models.vision import VisionFolder
 from optprune.program.plan import MARGIN
 from optprune.report import Event, PhaseRecorder, PhaseReport
 from optprune.report.phases import CHECKING, SAVING
-from optprune.system.files import real_path
+from optprune.system.files import flush_all, real_path
 from optprune.system.interrupts import interrupts_held, record_done
 from optprune.system.wording import amount
 from optprune.work import Work
@@ -121,6 +122,8 @@ class Exporter(ABC):
     """runtimes that read the format, in a few words"""
     is_folder: ClassVar[bool] = True
     """whether the output is a folder; otherwise it is a file"""
+    magic: ClassVar[bytes] = b""
+    """bytes that all files of the format begin with: a file with another beginning is not overwritten"""
     noun: ClassVar[str] = "exported model"
     """name of the output in messages"""
     keeps_unchecked: ClassVar[bool] = False
@@ -151,7 +154,10 @@ class Exporter(ABC):
 
     def check_output(self, output: Path, overwrite: bool) -> None:
         """Raise InputError where the output could not be written."""
-        (check_output if self.is_folder else check_output_file)(output, overwrite)
+        if self.is_folder:
+            check_output(output, overwrite)
+        else:
+            check_output_file(output, overwrite, self.magic)
 
     def record_phases(self, draft: Draft, phases: tuple[PhaseReport, ...]) -> None:  # noqa: B027  # optional
         """Store durations in the draft; called after writing, and again after checking."""
@@ -174,7 +180,7 @@ def export(
     """
     source, output = ModelSource(model), Path(output)
     place = real_path(output)  # a link stays a link to the new output
-    _check(source, output, place, exporter, overwrite)
+    _check(source, output, exporter, overwrite)
     delete_left_behind(place)
     created, scratch, written, checked = missing_parents(place), None, False, False
     phases, difference = PhaseRecorder(source.device, on_event), None
@@ -184,6 +190,7 @@ def export(
                 place.parent.mkdir(parents=True, exist_ok=True)
                 scratch = Scratch(place)
             draft = exporter.write(source, scratch.folder / "model", on_event)
+            flush_all(draft.path)  # here it can be interrupted, and `put_in_place` has little left to flush
         exporter.record_phases(draft, phases.done)
         if exporter.checks:
             written = True
@@ -192,7 +199,7 @@ def export(
             checked = True
             exporter.record_phases(draft, phases.done)
         with interrupts_held():
-            put_in_place(draft.path, place, overwrite)
+            put_in_place(draft.path, place, overwrite, exporter.magic)
             record_done(f"the {exporter.noun} is in {output}")
             scratch.discard()
             notes = *draft.notes, *former_notes(place)
@@ -200,7 +207,8 @@ def export(
     except BaseException as error:
         unchecked = None
         with interrupts_held():
-            if scratch is not None and exporter.keeps_unchecked and written and isinstance(error, Exception):
+            kept = exporter.keeps_unchecked and written and not (checked and no_room_behind(error))
+            if scratch is not None and kept and isinstance(error, Exception):
                 unchecked = set_aside(scratch.folder / "model", place)
             if scratch is not None:
                 scratch.discard()
@@ -213,10 +221,9 @@ def export(
         raise described from error
 
 
-def _check(source: ModelSource, output: Path, place: Path, exporter: Exporter, overwrite: bool) -> None:
+def _check(source: ModelSource, output: Path, exporter: Exporter, overwrite: bool) -> None:
     """Raise InputError where the output cannot be written, or the exporter refuses the model or lacks memory."""
-    if source.name and source.loaded is None and real_path(Path(source.name)).is_relative_to(place):
-        raise InputError(f"the output folder {output} holds the model that is read: name another")
+    check_apart(output, [source.name])
     exporter.check_output(output, overwrite)
     if source.name:
         check_own_files(source.name)

@@ -17,7 +17,7 @@ from optprune.export.around import check_around, write_around
 from optprune.export.card import ModelCard, healing_section, plain
 from optprune.export.check import compare, logits_of
 from optprune.export.exporter import Draft, Exporter, ModelSource, OnEvent, export
-from optprune.export.place import check_output
+from optprune.export.place import check_apart, check_output
 from optprune.export.portable import make_portable
 from optprune.export.shards import MAX_SHARD_SIZE, size_of, write_weights
 from optprune.export.source_files import CARD, origin_of, own_text
@@ -42,6 +42,7 @@ from optprune.report import (
 from optprune.report.phases import CHECKING, SAVING
 from optprune.report.reading import PAGE, REPORT
 from optprune.system.files import json_text, write_whole
+from optprune.system.wording import shown
 from optprune.work import Work
 
 CHECK_TOKENS = 128
@@ -100,6 +101,7 @@ def save_model(
     a block each are linked instead of copied. The language part of a vision-language model, with `whole` in the
     `LoadedModel`, is written into a copy of its folder.
     """
+    check_apart(folder, [teacher])
     loaded = model if isinstance(model, LoadedModel) else LoadedModel(model, tokenizer, "")
     loaded = replace(loaded, tokenizer=tokenizer or loaded.tokenizer)
     if loaded.whole is None:
@@ -185,6 +187,11 @@ class TransformersFolder(Exporter):
     """whether `files` hold a report with a section about healing, of which there is to be a page"""
     made: Sequence[Path] = ()
     """files that hold the tensors of a block each, and can be linked"""
+
+    def __post_init__(self) -> None:
+        for name in self.files or ():
+            if name in ("", ".", "..") or set("/\\\0") & set(name):
+                raise InputError(f"the name {shown(name)} of a file of the folder is not plain: give it without a path")
 
     def unsupported(self, source: ModelSource) -> str | None:
         try:

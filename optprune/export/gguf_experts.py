@@ -15,7 +15,8 @@ from torch import Tensor
 
 from optprune.errors import InputError, OptpruneError
 from optprune.export.exporter import Draft, Exporter, ModelSource, OnEvent
-from optprune.export.gguf_file import write_content
+from optprune.export.gguf_file import MAGIC, write_content
+from optprune.export.place import check_apart
 from optprune.models.checkpoint import Checkpoint
 from optprune.models.gguf import PlainReader
 from optprune.models.skeleton import with_model_names
@@ -50,6 +51,7 @@ class GgufExperts(Exporter):
     name: ClassVar[str] = "gguf"
     description: ClassVar[str] = "a file for llama.cpp"
     is_folder: ClassVar[bool] = False
+    magic: ClassVar[bytes] = MAGIC
 
     original: str | Path
     """the GGUF file of the dense model"""
@@ -62,6 +64,10 @@ class GgufExperts(Exporter):
             raise InputError(
                 f"{self.original} is not a GGUF file that can be read ({error}): fetch it again"
             ) from error
+
+    def check_output(self, output: Path, overwrite: bool) -> None:
+        check_apart(output, [str(self.original)])
+        super().check_output(output, overwrite)
 
     def unsupported(self, source: ModelSource) -> str | None:
         if source.loaded is not None:

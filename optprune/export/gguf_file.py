@@ -27,6 +27,8 @@ from optprune.models.gguf import PlainReader
 from optprune.models.registry import architecture_named
 from optprune.work import Work
 
+MAGIC = b"GGUF"
+"""the first bytes of a GGUF file"""
 UNTURNED = 1e30
 """rotary frequency divisor of a dimension that is not rotated"""
 
@@ -49,6 +51,7 @@ class GgufFile(Exporter):
     name: ClassVar[str] = "gguf"
     description: ClassVar[str] = "a file for llama.cpp"
     is_folder: ClassVar[bool] = False
+    magic: ClassVar[bytes] = MAGIC
 
     kind: str = "f16"
     importance: Importance | None = None

@@ -9,14 +9,15 @@ import shutil
 import stat
 import tempfile
 import weakref
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from filelock import BaseFileLock, FileLock, Timeout
 
 from optprune.errors import InputError, OptpruneError
-from optprune.system.files import is_own_file, is_own_folder, real_path
+from optprune.models.sources import DEMO
+from optprune.system.files import flush_all, flush_name, is_own_file, is_own_folder, real_path
 from optprune.system.wording import shown
 
 UNCHECKED = ".unchecked"
@@ -36,6 +37,8 @@ MODEL_FILES = re.compile(
 """fixed file names of a saved model; `model_files` adds the shards in its index and the code that its configs name"""
 TEMPLATES = "additional_chat_templates"
 """the folder of further chat templates beside a tokenizer"""
+COMPILED = "__pycache__"
+"""the folder in which Python keeps compiled modules"""
 TAKEN_FILES = re.compile(
     r"(generation_config|tokenizer(_config)?|special_tokens_map|added_tokens|vocab|tekken|chat_template)\.json"
     r"|(video_)?(pre)?processor(_config)?\.json|(vocab|merges)\.txt|chat_template\.jinja"
@@ -68,7 +71,7 @@ def check_output(folder: str | Path, overwrite: bool, files: Collection[str] = (
             )
         if not overwrite:
             raise InputError(f"the output folder {folder} exists already: choose another, or pass --overwrite")
-        if not (place / "config.json").is_file() and any(place.iterdir()):
+        if any(place.iterdir()) and not _is_model(place):
             raise InputError(f"the folder {folder} is not a model, so it is not overwritten: choose another")
         _check_all_known(folder, place, files)
         if not os.access(place, os.W_OK):
@@ -76,14 +79,82 @@ def check_output(folder: str | Path, overwrite: bool, files: Collection[str] = (
     _check_parent(f"the output folder {folder}", place)
 
 
-def check_output_file(file: str | Path, overwrite: bool) -> None:
-    """Raise InputError unless the output file can be written: call it before the long work."""
+def check_output_file(file: str | Path, overwrite: bool, magic: bytes = b"") -> None:
+    """Raise InputError unless the output file can be written: call it before the long work.
+
+    A file is overwritten only where it is empty or begins with the `magic` bytes of its format.
+    """
     place = real_path(Path(file))
     if place.is_dir():
         raise InputError(f"the output {file} is a folder: name a file")
-    if place.exists() and not overwrite:
-        raise InputError(f"the file {file} exists: choose another, or pass --overwrite to replace it")
+    if place.exists():
+        if not place.is_file():
+            raise InputError(f"the output {file} is a device or a pipe, so it cannot be replaced: name another file")
+        if not overwrite:
+            raise InputError(f"the file {file} exists: choose another, or pass --overwrite to replace it")
+        if magic and not _begins_with(place, magic):
+            raise InputError(
+                f"the file {file} does not begin with {magic.decode(errors='replace')}, as files of this format do, so "
+                "it is not overwritten: choose another"
+            )
     _check_parent(f"the output {file}", place)
+
+
+def check_apart(output: str | Path, reads: Iterable[str]) -> None:
+    """Raise InputError where an output would replace one of the models that are read, or a file of it.
+
+    A model is read from a folder or a file; other sources, such as a name on the hub, are not looked at.
+    """
+    place = real_path(Path(output))
+    for source in reads:
+        paths = _paths_of(source)
+        if any(_name_within(path, place) for path in paths):
+            raise InputError(f"the output {output} would replace the model that is read ({source}): name another")
+        name = _name_within(place, paths[0]) if paths else None
+        if name is not None and may_be_of_model(name):
+            raise InputError(f"the output {output} has a name that a file of the model {source} may have: name another")
+
+
+def _paths_of(source: str) -> list[Path]:
+    """Return the real paths of a model's folder and of the files in it, or of its file; none for other sources."""
+    path = Path(source)
+    with contextlib.suppress(OSError):
+        if source not in ("", DEMO) and path.exists():
+            files = [file for file in path.iterdir() if file.is_file()] if path.is_dir() else []
+            return [Path(os.path.realpath(each)) for each in (path, *files)]
+    return []
+
+
+def _name_within(path: Path, place: Path) -> str | None:
+    """Return a real path relative to a place that is the same, or one of its parents; None for other places."""
+    for parent in (path, *path.parents):
+        if parent == place or _is_same(parent, place):
+            return path.relative_to(parent).as_posix()
+    return None
+
+
+def _is_same(path: Path, place: Path) -> bool:
+    """Return whether two paths exist and are the same file or folder, such as two mounts of it."""
+    with contextlib.suppress(OSError):
+        return path.samefile(place)
+    return False
+
+
+def _begins_with(file: Path, magic: bytes) -> bool:
+    """Return whether a file is empty or begins with these bytes; False where it cannot be read."""
+    with contextlib.suppress(OSError), file.open("rb") as stream:
+        return stream.read(len(magic)) in (b"", magic)
+    return False
+
+
+def _is_model(place: Path) -> bool:
+    """Return whether a folder holds the config of a model and weights."""
+    file = place / "config.json"
+    config = _json_in(file) if file.is_file() else None
+    if not isinstance(config, dict):
+        return False
+    named = isinstance(config.get("model_type"), str) or isinstance(config.get("architectures"), list)
+    return named and any(path.suffix in (".safetensors", ".onnx") for path in place.iterdir())
 
 
 def _check_parent(described: str, place: Path) -> None:
@@ -101,7 +172,8 @@ def _check_all_known(folder: Path, place: Path, files: Collection[str]) -> None:
     """Raise InputError where an output holds a file that no saved model has: it would be deleted with the rest."""
     known = model_files(place).union(files)
     for name, path in sorted(_entries(place).items()):
-        if not (name in known and is_own_file(path)) and name != "__pycache__":
+        compiled = name.startswith(f"{COMPILED}/") and name.endswith(".pyc")
+        if not ((name in known or compiled) and is_own_file(path)):
             raise InputError(
                 f"the folder {folder} holds {shown(name)}, which is not a file of a model, so it is not "
                 "overwritten: move that file away, or choose another folder"
@@ -109,10 +181,11 @@ def _check_all_known(folder: Path, place: Path, files: Collection[str]) -> None:
 
 
 def _entries(folder: Path) -> dict[str, Path]:
-    """Return what a folder holds by name, with the files of the folder of chat templates in place of that folder."""
+    """Return what a folder holds by name, with the content of the two inner folders that it may have in their place."""
     found = {path.name: path for path in folder.iterdir()}
-    if TEMPLATES in found and is_own_folder(found[TEMPLATES]):
-        found |= {f"{TEMPLATES}/{path.name}": path for path in found.pop(TEMPLATES).iterdir()}
+    for inner in (TEMPLATES, COMPILED):
+        if inner in found and is_own_folder(found[inner]):
+            found |= {f"{inner}/{path.name}": path for path in found.pop(inner).iterdir()}
     return found
 
 
@@ -285,13 +358,20 @@ def set_aside(draft: Path, place: Path) -> Path:
     return unchecked
 
 
-def put_in_place(draft: Path, place: Path, overwrite: bool) -> None:
-    """Rename a draft to its place. An old folder there is deleted after that, and put back if the rename fails."""
+def put_in_place(draft: Path, place: Path, overwrite: bool, magic: bytes = b"") -> None:
+    """Flush a draft to the disk and rename it to its place; files of the format begin with the `magic` bytes.
+
+    An old folder is deleted after the new name is on the disk too, and put back if the rename fails.
+    """
+    flush_all(draft)
     if draft.is_file():
         if overwrite:
+            # Another process may have made it meanwhile.
+            check_output_file(place, overwrite, magic)
             draft.replace(place)
         else:
             _name_anew(draft, place)
+        flush_name(place)
         return
     old = place.with_name(f".{place.name}.{draft.parent.name.rpartition('.')[2]}{OLD}")
     replaced = place.exists()
@@ -310,6 +390,7 @@ def put_in_place(draft: Path, place: Path, overwrite: bool) -> None:
                     f"{place} could not be replaced ({error}): the model that was there is now in {old}"
                 ) from error
         raise
+    flush_name(place)
     if replaced:
         # The new folder is in place, even if parts of the old one cannot be deleted.
         shutil.rmtree(old, ignore_errors=True)

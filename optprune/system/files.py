@@ -1,5 +1,6 @@
 """Atomic writing of files, and strict reading of YAML and JSON."""
 
+import errno
 import hashlib
 import json
 import math
@@ -9,6 +10,7 @@ import secrets
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -32,6 +34,11 @@ DEEPEST = 20
 MOST_VALUES = 50_000
 """the largest number of values of a YAML text, with aliases expanded; a recipe has a few dozen, and one that lists
 scores of experts has one for each of them"""
+
+NO_FLUSH = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
+"""the errors of file systems that cannot flush a file"""
+FLUSHED_AT_ONCE = 8
+"""number of files that are flushed together, so that the file system writes its journal fewer times"""
 
 
 def write_whole(
@@ -57,12 +64,12 @@ def write_whole(
             write(stream if commit is None else cast(BinaryIO, hashed))
             if lasting:
                 stream.flush()
-                os.fsync(stream.fileno())
+                _flush(stream.fileno())
         if commit is not None:
             commit(hashed.digest.hexdigest())
         draft.replace(file)
         if lasting:
-            _sync_folder(file.parent)
+            _flush_folder(file.parent)
     except BaseException as error:
         if draft is not None:
             with suppress(OSError):
@@ -135,14 +142,45 @@ def is_own_folder(path: Path) -> bool:
     return path.is_dir() and not path.is_symlink()
 
 
-def _sync_folder(folder: Path) -> None:
+def flush_all(path: Path) -> None:
+    """Flush a file, or a folder and all that it holds, to the disk. Raises OSError where they cannot be written."""
+    below = [path, *path.rglob("*")]
+    with ThreadPoolExecutor(FLUSHED_AT_ONCE) as pool:
+        for _ in pool.map(_flush_file, filter(is_own_file, below)):
+            pass
+    for folder in filter(is_own_folder, below):
+        _flush_folder(folder)
+
+
+def flush_name(path: Path) -> None:
+    """Flush the name of a path and those of its parents in the same file system to the disk, where that is possible."""
+    for parent in path.parents:
+        _flush_folder(parent)
+        if parent.is_mount():
+            break
+
+
+def _flush_file(file: Path) -> None:
+    number = os.open(file, os.O_RDONLY)
+    try:
+        _flush(number)
+    finally:
+        os.close(number)
+
+
+def _flush_folder(folder: Path) -> None:
     """Flush the names in a folder to the disk, where the system supports it."""
     with suppress(OSError):
-        number = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(number)
-        finally:
-            os.close(number)
+        _flush_file(folder)
+
+
+def _flush(number: int) -> None:
+    """Flush an open file to the disk, where its file system supports it."""
+    try:
+        os.fsync(number)
+    except OSError as error:
+        if error.errno not in NO_FLUSH:
+            raise
 
 
 def real_path(path: Path) -> Path:

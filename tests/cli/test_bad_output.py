@@ -14,7 +14,8 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from optprune.errors import OptpruneError
+import optprune
+from optprune.errors import InputError, OptpruneError
 from optprune.export import reload_check, save_model
 from tests.helpers.attempts import Attempt
 from tests.helpers.tiny_models import save_tiny, tiny_llama
@@ -50,6 +51,44 @@ def test_an_output_in_a_folder_that_links_to_itself(attempt: Attempt) -> None:
 def test_an_output_whose_name_is_not_utf8(attempt: Attempt, inner: bytes) -> None:
     output = os.fsdecode(os.fsencode(attempt.folder) + b"/o\xff" + inner)
     assert "is not UTF-8: choose another" in attempt.fails(attempt.command(output=output))
+
+
+OUTPUTS = {"itself": "models/mine", "a link to it": "link", "its parent": "models"}
+"""outputs that would replace the model models/mine"""
+
+
+def two_models(attempt: Attempt) -> tuple[Path, Path]:
+    """A model and another one, in folders of their own, and a link to the first."""
+    save_tiny(tiny_llama(), mine := attempt.folder / "models" / "mine")
+    save_tiny(tiny_llama(), other := attempt.folder / "other")
+    (attempt.folder / "link").symlink_to(mine)
+    return mine, other
+
+
+@pytest.mark.usefixtures("no_weights")
+@pytest.mark.parametrize("more", [(), ("--overwrite",), ("--resume",), ("--overwrite", "--restart")], ids=" ".join)
+@pytest.mark.parametrize("output", OUTPUTS.values(), ids=OUTPUTS)
+def test_an_output_in_place_of_the_model_that_is_pruned(attempt: Attempt, output: str, more: tuple[str, ...]) -> None:
+    attempt.model, _ = two_models(attempt)
+    place = attempt.folder / output
+    sentence = attempt.fails(attempt.command(*more, output=place))
+    assert f"the output {place} would replace the model that is read ({attempt.model}): name another" in sentence
+    with pytest.raises(InputError, match="would replace the model that is read"):
+        optprune.prune_model(attempt.model, calibration=str(attempt.text), output=place, overwrite=True)
+
+
+@pytest.mark.usefixtures("no_weights")
+@pytest.mark.parametrize("output", OUTPUTS.values(), ids=OUTPUTS)
+@pytest.mark.parametrize("role", ["model", "teacher"])
+def test_an_output_in_place_of_the_model_that_is_healed_or_its_teacher(
+    attempt: Attempt, output: str, role: str
+) -> None:
+    mine, other = two_models(attempt)
+    model, teacher = (mine, other) if role == "model" else (other, mine)
+    place = attempt.folder / output
+    words = ["--teacher", str(teacher), "--text", str(attempt.text), "--output", str(place), "--overwrite"]
+    sentence = attempt.fails(["heal", str(model), *words])
+    assert f"the output {place} would replace the model that is read ({mine}): name another" in sentence
 
 
 @pytest.mark.parametrize(

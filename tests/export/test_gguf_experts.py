@@ -56,6 +56,15 @@ def left(dense: Path, folder: Path, key: str) -> list[int]:
     return [next(n for n, one in enumerate(matrices) if torch.equal(one, after[key.format(k)])) for k in range(3)]
 
 
+def test_the_file_of_the_dense_model_is_not_replaced(tmp_path: Path) -> None:
+    (original := tmp_path / "dense.gguf").write_bytes(b"GGUF")
+    (tmp_path / "link.gguf").symlink_to(original)
+    for output in (original, tmp_path / "link.gguf"):
+        with pytest.raises(InputError, match=r"would replace the model that is read \(.*dense\.gguf\): name another"):
+            export(tmp_path / "pruned", output, GgufExperts(original), overwrite=True)
+    assert original.read_bytes() == b"GGUF"
+
+
 def test_what_stays_is_copied_byte_for_byte(tmp_path: Path) -> None:
     dense = mixture("qwen3_moe", tmp_path / "dense")
     folder = prune(dense, tmp_path / "pruned")

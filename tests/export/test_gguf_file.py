@@ -1,6 +1,7 @@
 """A folder as a GGUF file: llama.cpp gives the logits and the greedy text that transformers gives."""
 
 import json
+import os
 import resource
 import signal
 import subprocess
@@ -288,6 +289,57 @@ def test_a_file_that_another_command_wrote_meanwhile_stays(tmp_path: Path, monke
     monkeypatch.undo()
     assert export(model, file, GgufFile()).bytes == file.stat().st_size
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "x.gguf"]
+    # Nor is a file of another kind replaced that came while one could be overwritten.
+    monkeypatch.setattr(gguf_file, "write_tensors", meanwhile)
+    with pytest.raises(InputError, match=r"x\.gguf does not begin with GGUF"):
+        export(model, file, GgufFile(), overwrite=True)
+    assert file.read_text() == "another's"
+
+
+@pytest.mark.usefixtures("no_weights")
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_pipe_is_not_replaced(overwrite: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, pipe = save_tiny(tiny_llama(), tmp_path / "model"), tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(InputError, match="pipe is a device or a pipe, so it cannot be replaced: name another file"):
+        export(model, pipe, GgufFile(), overwrite=overwrite)
+    assert main(["export", str(model), "--output", str(pipe), *(["--overwrite"] if overwrite else [])]) == 2
+    assert pipe.is_fifo()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "pipe"]
+
+
+def test_only_a_gguf_file_or_an_empty_one_is_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """And before the inputs of layers are measured."""
+    model, other = (save_tiny(tiny_llama(), tmp_path / name) for name in ("model", "other"))
+    file, gguf_one = other / "model.safetensors", tmp_path / "x.gguf"
+    before = file.read_bytes()
+    sentence = "does not begin with GGUF, as files of this format do, so it is not overwritten: choose another"
+    with pytest.raises(InputError, match=rf"model\.safetensors {sentence}"):
+        export(model, file, GgufFile(), overwrite=True)
+    words = ["--type", "q4_0", "--calibration", str(tmp_path / "nowhere.txt"), "--overwrite"]
+    assert main(["export", str(model), "--output", str(file), *words]) == 2
+    assert sentence in capsys.readouterr().err
+    assert file.read_bytes() == before
+    for content in (b"", b"GGUF and more"):
+        gguf_one.write_bytes(content)
+        export(model, gguf_one, GgufFile(), overwrite=True)
+        assert gguf_one.stat().st_size > 1000
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "model-00001-of-00002.safetensors", "own.py", "link/config.json"]
+)
+def test_a_file_of_the_model_that_is_read_is_not_replaced(name: str, overwrite: bool, tmp_path: Path) -> None:
+    """Even where it is not there."""
+    model = save_tiny(tiny_llama(), tmp_path / "model")
+    (tmp_path / "link").symlink_to(model)
+    before = {file.name: file.read_bytes() for file in model.iterdir()}
+    output = tmp_path / name if "/" in name else model / name
+    with pytest.raises(InputError, match=r"would replace the model|has a name that a file of the model .* may have: "):
+        export(model, output, GgufFile(), overwrite=overwrite)
+    assert {file.name: file.read_bytes() for file in model.iterdir()} == before
+    export(model, model / "model.gguf", GgufFile(), overwrite=overwrite)
 
 
 def test_weights_of_other_shapes_than_the_config_says_are_refused(tmp_path: Path) -> None:

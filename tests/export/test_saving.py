@@ -2,10 +2,13 @@
 
 import errno
 import json
+import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +21,7 @@ import optprune
 from optprune.allocation import Allocation
 from optprune.errors import InputError, OptpruneError
 from optprune.export import GgufFile, cast, check_output, export, save_model
-from optprune.export.place import Scratch, delete_left_behind
+from optprune.export.place import Scratch, check_apart, delete_left_behind, put_in_place
 from optprune.export.shards import write_weights
 from optprune.models import BlockAllocation, Decoder, load_model, load_tokenizer
 from optprune.models import load as load_module
@@ -158,7 +161,7 @@ where = Path(sys.argv[1])
 scratch = place.Scratch(where)
 draft = scratch.folder / "model"
 draft.mkdir()
-(draft / "config.json").write_text("new")
+(draft / "config.json").write_text('{"model_type": "new"}')
 if sys.argv[2] == "between":
     rename = Path.rename
     Path.rename = lambda self, target: kill() if self == draft else rename(self, target)
@@ -172,24 +175,26 @@ place.put_in_place(draft, where, overwrite=True)
 @pytest.mark.parametrize("moment", ["between", "after"])
 def test_a_folder_whose_replacement_was_killed_is_deleted_or_named(moment: str, tmp_path: Path) -> None:
     place, theirs, messages = tmp_path / "out", tmp_path / ".out.0123abcd.old", list[str]()
+    old, new = '{"model_type": "old"}', '{"model_type": "new"}'
     for folder in (place, theirs):
         folder.mkdir()
-        (folder / "config.json").write_text("old")
+        (folder / "config.json").write_text(old)
+        (folder / "model.safetensors").touch()
     run = subprocess.run([sys.executable, "-c", KILLED, str(place), moment], check=False)
     assert run.returncode == -signal.SIGKILL
     (former,) = (path for path in tmp_path.glob(".out.*.old") if path != theirs)
     scratch = former.with_name(former.name.removesuffix(".old"))
-    assert scratch.is_dir() and (former / "config.json").read_text() == "old"
+    assert scratch.is_dir() and (former / "config.json").read_text() == old
     delete_left_behind(place, messages.append)
     note = "{} may be what was in {} before a run was killed: rename it, or delete it"
     assert not scratch.exists() and note.format(theirs, place) in messages
-    assert (theirs / "config.json").read_text() == "old"
+    assert (theirs / "config.json").read_text() == old
     if moment == "after":
         assert not former.exists() and f"deleting {former}, which a killed run had replaced" in messages
-        assert (place / "config.json").read_text() == "new"
+        assert (place / "config.json").read_text() == new
     else:
         assert not place.exists() and note.format(former, place) in messages
-        assert (former / "config.json").read_text() == "old"
+        assert (former / "config.json").read_text() == old
 
 
 def test_an_export_reports_what_may_be_a_former_output(tmp_path: Path) -> None:
@@ -415,6 +420,246 @@ def test_a_folder_whose_blocks_differ_is_overwritten(tmp_path: Path) -> None:
     assert len([*folder.glob("*.py")]) > 1
     save_model(tiny_llama(), folder, overwrite=True)
     assert not [*folder.glob("*.py")]
+
+
+PROJECT = {
+    "config.json": json.dumps({"port": 80}),
+    **dict.fromkeys(["README.md", "LICENSE", "merges.txt"], "weeks of work"),
+}
+"""a folder of somebody's project, whose files all have names that files of a model have"""
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"model.safetensors": ""},
+        {"config.json": json.dumps({"model_type": "llama"})},
+        {"config.json": json.dumps({"model_type": 3}), "model.safetensors": ""},
+        {"config.json": "[]", "model.safetensors": ""},
+        {"config.json": "{", "model.safetensors": ""},
+    ],
+    ids=["neither", "weights alone", "a config alone", "a number as type", "a list", "damaged"],
+)
+def test_a_folder_without_the_config_of_a_model_or_without_weights_is_not_overwritten(
+    more: dict[str, str], tmp_path: Path
+) -> None:
+    (folder := tmp_path / "project").mkdir()
+    for name, text in {**PROJECT, **more}.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    with pytest.raises(InputError, match="project is not a model, so it is not overwritten: choose another"):
+        save_model(tiny_llama(), folder, overwrite=True)
+    assert {file.name: file.read_text(encoding="utf-8") for file in folder.iterdir()} == {**PROJECT, **more}
+
+
+def test_a_folder_with_a_graph_or_with_architectures_alone_is_overwritten(tmp_path: Path) -> None:
+    texts = {"config.json": json.dumps({"architectures": ["LlamaForCausalLM"]}), "model.onnx": "", "LICENSE": ""}
+    (folder := tmp_path / "out").mkdir()
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    save_model(tiny_llama(), folder, overwrite=True)
+    assert (folder / "model.safetensors").is_file() and not (folder / "model.onnx").exists()
+
+
+@pytest.mark.parametrize("inner", ["notes.txt", "linked.pyc", "folder.pyc", "a file", "a link"])
+def test_compiled_modules_alone_may_lie_beside_a_model(inner: str, tmp_path: Path) -> None:
+    save_model(tiny_llama(), folder := tmp_path / "out")
+    (theirs := tmp_path / "theirs").mkdir()
+    (theirs / "own.cpython-311.pyc").write_text("compiled", encoding="utf-8")
+    cache = folder / "__pycache__"
+    if inner == "a file":
+        cache.write_text("weeks of work", encoding="utf-8")
+    elif inner == "a link":
+        cache.symlink_to(theirs)
+    else:
+        cache.mkdir()
+        (cache / "own.cpython-311.pyc").write_text("compiled", encoding="utf-8")
+        save_model(tiny_llama(), folder, overwrite=True)
+        assert not cache.exists()
+        cache.mkdir()
+        {
+            "notes.txt": lambda file: file.write_text("weeks of work", encoding="utf-8"),
+            "linked.pyc": lambda file: file.symlink_to(theirs / "own.cpython-311.pyc"),
+            "folder.pyc": lambda file: file.mkdir(),
+        }[inner](cache / inner)
+    named = "__pycache__" if inner.startswith("a ") else f"__pycache__/{inner}"
+    with pytest.raises(InputError, match=f"out holds '{named}', which is not a file of a model, so it is not"):
+        save_model(tiny_llama(), folder, overwrite=True)
+    assert os.path.lexists(folder / named)
+
+
+@pytest.mark.parametrize(
+    "name", ["../beside.txt", "../../beside.txt", "inner/x.txt", "/beside.txt", "..", ".", "", "a\\b"]
+)
+def test_a_text_beside_the_output_is_not_written(name: str, tmp_path: Path) -> None:
+    name = name.replace("/beside", f"{tmp_path}/beside") if name.startswith("/") else name
+    with pytest.raises(InputError, match="of a file of the folder is not plain: give it without a path") as caught:
+        save_model(tiny_llama(), tmp_path / "out", files={"NOTICE": "", name: "x"})
+    assert repr(name) in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_is_not_saved_in_place_of_the_one_that_it_was_loaded_from(tmp_path: Path) -> None:
+    """Nor in place of its teacher, or of a folder with a file that the folder links to."""
+    save_model(tiny_llama(), dense := tmp_path / "models" / "dense")
+    (tmp_path / "link").symlink_to(dense)
+    (view := tmp_path / "view").mkdir()
+    for file in dense.iterdir():
+        (view / file.name).symlink_to(file)
+    before = {file: file.read_bytes() for file in dense.iterdir()}
+    loaded = load_model(str(dense))
+    for output in (dense, tmp_path / "link", dense.parent, dense / ".." / "dense"):
+        with pytest.raises(InputError, match=r"would replace the model that is read \(.*dense\): name another"):
+            save_model(loaded, output, overwrite=True)
+    with pytest.raises(InputError, match=r"would replace the model that is read \(.*dense\): name another"):
+        save_model(tiny_llama(), dense, teacher=str(dense), overwrite=True)
+    with pytest.raises(InputError, match=r"would replace the model that is read \(.*view\): name another"):
+        check_apart(dense, [str(view)])
+    assert {file: file.read_bytes() for file in dense.iterdir()} == before
+    # An output in its folder, or one that a link there leads to, replaces none of its files.
+    for output in (dense / "out", tmp_path / "out"):
+        save_model(tiny_llama(), output)
+    (dense / "latest").symlink_to(tmp_path / "out")
+    for output in (dense / "out", tmp_path / "out"):
+        save_model(loaded, output, overwrite=True)
+
+
+def test_a_model_under_two_names_of_one_folder_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a folder is mounted twice, or where case does not count."""
+    save_model(tiny_llama(), tmp_path / "model")
+    (tmp_path / "MODEL").mkdir()
+    monkeypatch.setattr(Path, "samefile", lambda self, other: str(self).lower() == str(other).lower())
+    with pytest.raises(InputError, match="would replace the model that is read"):
+        check_apart(tmp_path / "MODEL", [str(tmp_path / "model")])
+    check_apart(tmp_path / "other", [str(tmp_path / "model")])
+
+
+def test_names_on_the_hub_and_the_demo_are_no_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_model(tiny_llama(), tmp_path / "demo")
+    monkeypatch.chdir(tmp_path)
+    check_apart("demo", ["demo", "owner/name", "", "x" * 5000])
+
+
+NAMED = ("renamed", "model")
+"""what is done to a draft at the end"""
+
+
+class Flushed:
+    """What is flushed to the disk, renamed and deleted, in this order."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.done: list[tuple[str, Path]] = []
+        fsync, rmtree = os.fsync, shutil.rmtree
+
+        def flushed(number: int) -> None:
+            self.done.append(("flushed", Path(f"/proc/self/fd/{number}").readlink()))
+            fsync(number)
+
+        def renaming(rename: Callable[..., Any]) -> Callable[..., Any]:
+            def renamed(path: Path, target: Path, **more: Any) -> Any:
+                self.done.append(("renamed", path))
+                return rename(path, target, **more)
+
+            return renamed
+
+        def deleted(path: Path, **more: Any) -> None:
+            self.done.append(("deleted", path))
+            rmtree(path, **more)
+
+        monkeypatch.setattr(os, "fsync", flushed)
+        for owner, name in ((Path, "rename"), (Path, "replace"), (os, "link")):
+            monkeypatch.setattr(owner, name, renaming(getattr(owner, name)))
+        monkeypatch.setattr("optprune.export.place.shutil.rmtree", deleted)
+
+    def renamed(self) -> tuple[Path, int]:
+        """The path of the draft, and the place in the list at which it is renamed or gets its name."""
+        [(draft, at)] = [(path, at) for at, (what, path) in enumerate(self.done) if (what, path.name) == NAMED]
+        return draft, at
+
+    def flushed(self, begin: int = 0, end: int | None = None) -> set[Path]:
+        """The paths that are flushed in a part of the list."""
+        return {path for what, path in self.done[begin:end] if what == "flushed"}
+
+
+def test_an_output_is_on_the_disk_before_the_old_one_is_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every file and folder of it before it gets its name, and after that its name and those of the parents."""
+    tokenizer, place = tiny_tokenizer(), tmp_path / "new" / "out"
+    tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+    save_model(tiny_llama(), place)
+    seen = Flushed(monkeypatch)
+    save_model(tiny_llama(), place, tokenizer=tokenizer, overwrite=True)
+    draft, at = seen.renamed()
+    [deleted] = [at for at, (what, path) in enumerate(seen.done) if what == "deleted" and path.name.endswith(".old")]
+    assert {draft, *(draft / path.relative_to(place) for path in place.rglob("*"))} <= seen.flushed(end=at)
+    assert {place.parent, tmp_path} <= seen.flushed(at, deleted)
+
+
+@pytest.mark.parametrize("there", [False, True], ids=["new", "replaced"])
+def test_a_file_is_on_the_disk_before_it_has_its_name(
+    there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, place = save_tiny(tiny_llama(), tmp_path / "model"), tmp_path / "out.gguf"
+    if there:
+        place.touch()
+    seen = Flushed(monkeypatch)
+    export(source, place, GgufFile(), overwrite=there)
+    draft, at = seen.renamed()
+    assert draft in seen.flushed(end=at) and tmp_path in seen.flushed(at)
+
+
+def test_a_file_that_put_in_place_gets_is_flushed_by_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as what is written after the check."""
+    seen, draft = Flushed(monkeypatch), tmp_path / "scratch" / "model"
+    (draft / "inner").mkdir(parents=True)
+    (draft / "inner" / "x").write_text("x", encoding="utf-8")
+    put_in_place(draft, tmp_path / "out", overwrite=False)
+    _, at = seen.renamed()
+    assert {draft, draft / "inner", draft / "inner" / "x"} <= seen.flushed(end=at)
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP])
+def test_a_file_system_that_flushes_nothing_is_no_error(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(_: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", refused)
+    save_model(tiny_llama(), tmp_path / "out", check_tokens=CHECK_TOKENS)
+    save_model(tiny_llama(), tmp_path / "out", overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["after writing", "after the check"])
+def test_a_disk_that_is_full_when_files_are_flushed(
+    late: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """File systems that allocate late, or that are elsewhere, say so only then."""
+    save_model(tiny_llama(), tmp_path / "out")
+    before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    fsync, checked = os.fsync, list[bool]()
+    compare = optprune.export.folder.compare
+
+    def full(number: int) -> None:
+        file = Path(f"/proc/self/fd/{number}").readlink()
+        if checked or (not late and file.name == "config.json"):
+            raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+        fsync(number)
+
+    def then_full(*args: Any) -> float:
+        found = compare(*args)
+        checked.append(True)
+        return found
+
+    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr("optprune.export.folder.compare", then_full)
+    with pytest.raises(InputError, match=r"the quota of disk space is used up, so .*out was not written: make room"):
+        save_model(tiny_llama(), tmp_path / "out", check_tokens=CHECK_TOKENS, overwrite=True)
+    assert bool(checked) == late
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
 
 
 def test_a_link_to_a_folder_is_followed(tmp_path: Path) -> None:
