@@ -8,7 +8,7 @@ from accelerate import init_empty_weights
 from transformers import AutoConfig, AutoModelForImageTextToText, PretrainedConfig
 
 from optprune.errors import InputError
-from optprune.export.place import TAKEN_FILES
+from optprune.export.place import TAKEN_FILES, entries
 from optprune.export.source_files import own_file
 from optprune.models.checkpoint import own_or_cached
 from optprune.models.vision import OF_CODE, VisionFolder, module_name
@@ -29,7 +29,7 @@ def files_around(whole: VisionFolder) -> dict[str, Path]:
     if not folder.is_dir():
         found = {name: own_or_cached(whole.where, name) for name in HUB_FILES}
         return {name: Path(file) for name, file in found.items() if file is not None}
-    names = [path.name for path in sorted(folder.iterdir()) if TAKEN_FILES.fullmatch(path.name) and path.exists()]
+    names = [name for name, path in sorted(entries(folder).items()) if TAKEN_FILES.fullmatch(name) and path.exists()]
     for name in names:
         if own_file(folder, name) is None:
             raise InputError(
@@ -52,6 +52,7 @@ def write_around(whole: VisionFolder, config: PretrainedConfig, draft: Path) -> 
             fields = read_json(data.decode("utf-8"), name)
             kept = {key: value for key, value in fields.items() if key not in OF_CODE}
             data = (json.dumps(kept, indent=2, ensure_ascii=False) + "\n").encode()
+        (draft / name).parent.mkdir(exist_ok=True)
         (draft / name).write_bytes(data)
 
 

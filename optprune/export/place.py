@@ -171,7 +171,7 @@ def _check_parent(described: str, place: Path) -> None:
 def _check_all_known(folder: Path, place: Path, files: Collection[str]) -> None:
     """Raise InputError where an output holds a file that no saved model has: it would be deleted with the rest."""
     known = model_files(place).union(files)
-    for name, path in sorted(_entries(place).items()):
+    for name, path in sorted(entries(place).items()):
         compiled = name.startswith(f"{COMPILED}/") and name.endswith(".pyc")
         if not ((name in known or compiled) and is_own_file(path)):
             raise InputError(
@@ -180,7 +180,7 @@ def _check_all_known(folder: Path, place: Path, files: Collection[str]) -> None:
             )
 
 
-def _entries(folder: Path) -> dict[str, Path]:
+def entries(folder: Path) -> dict[str, Path]:
     """Return what a folder holds by name, with the content of the two inner folders that it may have in their place."""
     found = {path.name: path for path in folder.iterdir()}
     for inner in (TEMPLATES, COMPILED):
@@ -195,7 +195,7 @@ def model_files(folder: Path) -> set[str]:
     They have names that transformers or optprune write, or an index of weights lists them, or they are modules that a
     config names, with those that these import.
     """
-    there = {name for name, path in _entries(folder).items() if is_own_file(path)}
+    there = {name for name, path in entries(folder).items() if is_own_file(path)}
     known = set(filter(_has_fixed_name, there))
     contents = {name: _json_in(folder / name) for name in known if name.endswith(".json")}
     shards, modules = set[str](), set[str]()

@@ -225,6 +225,14 @@ def test_code_elsewhere_is_not_named(tmp_path: Path) -> None:
     assert json.loads((out / "preprocessor_config.json").read_text(encoding="utf-8")) == {"size": 16}
 
 
+def test_further_chat_templates_are_taken_too(tmp_path: Path) -> None:
+    folder = save_vision(tiny_vision("llava"), tmp_path / "model")
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tools.jinja").write_text("{{ tools }}", encoding="utf-8")
+    save_model(load_model(folder), out := tmp_path / "out", check_tokens=CHECK_TOKENS)
+    assert (out / "additional_chat_templates" / "tools.jinja").read_text(encoding="utf-8") == "{{ tools }}"
+
+
 def test_a_link_out_of_the_folder_is_refused(tmp_path: Path) -> None:
     folder = save_vision(tiny_vision("llava"), tmp_path / "model")
     (tmp_path / "secret").write_text("{}", encoding="utf-8")
