@@ -100,10 +100,10 @@ def heal(
     its predictions (Hinton, Vinyals and Dean, 2015, at temperature 1 and without labels), with clipped gradients and a
     learning rate that warms up and falls along a cosine. The `held_out` windows [n, length], of other documents than
     the batches, are measured every few steps. The model gets the state with the smallest divergence (or the measure
-    that `teacher.decides` names), and the training ends after `patience` measurements without a smaller one. Further
-    epochs visit the batches in seeded orders. Windows that the teacher generates from pieces of the batches are mixed
-    in (after LLM-QAT, arXiv 2305.17888). For a model with a smaller vocabulary, the teacher is an
-    `optprune.tokens.PushedTeacher` of the dense model.
+    that `teacher.decides` names), and in the second half of the steps the training ends after `patience` measurements
+    without a smaller one. Further epochs visit the batches in seeded orders. Windows that the teacher generates from
+    pieces of the batches are mixed in (after LLM-QAT, arXiv 2305.17888). For a model with a smaller vocabulary, the
+    teacher is an `optprune.tokens.PushedTeacher` of the dense model.
 
     Weights are float32 during the training, and each in its own dtype afterwards. All parameters are trained, except
     exact zeros in the linear weights of the blocks and, if the settings say so, embeddings and the head; widths and
@@ -276,8 +276,9 @@ class _Run:
         return min(self.measured, key=lambda found: float(getattr(found, decides)))
 
     def _without_gain(self) -> int:
-        """Return the number of measurements since the best."""
-        return len(self.measured) - 1 - self.measured.index(self.least)
+        """Return the number of measurements since the best, of those in the second half of the steps."""
+        since = self.measured[self.measured.index(self.least) + 1 :]
+        return sum(found.step > len(self.batches) / 2 for found in since)
 
     def _measure(self) -> None:
         found, self.dense_perplexity = self.training.measure(self.held_out, self.done)

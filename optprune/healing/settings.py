@@ -35,7 +35,8 @@ class HealingSettings:
     every: int | None = None
     """number of steps between measurements on the held-out windows; by default a tenth of all steps"""
     patience: int = 3
-    """number of measurements in a row without a smaller divergence after which the training ends"""
+    """number of measurements in a row without a smaller divergence after which the training ends, in the second half of
+    its steps: before that the learning rate is still large"""
     seed: int = 0
     """seed of dropout, and of the order of batches in further epochs"""
     epochs: int = 1

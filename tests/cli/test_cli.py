@@ -84,7 +84,7 @@ def test_prune_writes_a_smaller_stock_model(
     assert load_tokenizer(str(output)) is not None
 
     report = json.loads((output / "report.json").read_text())
-    assert json.loads(record.read_text()) == report
+    assert json.loads(record.read_text()) == {"generator": "written by optprune", **report}
     assert report["model"] == source
     assert report["sparsity_requested"] == 0.3
     assert report["sparsity_reached"] == pytest.approx(0.3, abs=0.03)
@@ -243,7 +243,7 @@ def test_evaluate_measures_what_the_library_measures(
     assert code == 0, err
     result = json.loads(record.read_text())
     every = {"model", "text", "seq_length", "begin", "perplexity", "tokens", "windows", "seconds", "bits_per_byte"}
-    assert set(result) == every and result["begin"] == ""
+    assert set(result) == {"generator", *every} and result["begin"] == ""
     tokens = tokenise(load_tokenizer(source), read_documents(text))  # type: ignore[arg-type]
     expected = perplexity(load_model(source, device="cpu").model, evaluation_windows(tokens, 64, 5))
     assert result["perplexity"] == pytest.approx(expected.perplexity, rel=1e-6)

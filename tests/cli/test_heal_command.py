@@ -74,6 +74,7 @@ def test_the_folder_is_checked_and_tells_of_it(folder: Path, whole: Path) -> Non
     healing = report.pop("healing")
     assert report == old
     record = json.loads((folder / "record.json").read_text())
+    assert record.pop("generator") == "written by optprune"
     assert record.items() <= healing.items()
     assert (healing["steps"], healing["tokens"], healing["held_out_tokens"]) == (8, 1024, 4 * 32)
     assert healing["after"]["divergence"] < healing["before"]["divergence"]

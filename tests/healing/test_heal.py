@@ -167,11 +167,19 @@ def test_the_state_of_the_least_divergence_is_kept(monkeypatch: pytest.MonkeyPat
     def test() -> None:
         report, model = healed(8, learning_rate=1.0, clip=1e9, patience=2, warmup=0.0)
         assert report.after == report.before == report.measured[0]
-        assert report.stopped_early and report.steps == 2
+        assert report.stopped_early and report.steps == 6
         assert same(model, before)
 
     test()
     noticed(monkeypatch, Training, "put", lambda self, weights: None, test)
+
+
+def test_a_rise_in_the_first_half_of_the_steps_does_not_end_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    divergences = [3.0, 4.0, 4.0, 4.0, 4.0, 4.0, 2.0, 2.0, 2.0]
+    rises = [HeldOut(step, divergence, 5.0) for step, divergence in enumerate(divergences)]
+    monkeypatch.setattr(Training, "measure", lambda self, held_out, step: (rises[step], 5.0))
+    report, _ = healed(8, every=1, patience=3)
+    assert report.after.step == 6 and report.steps == 8 and not report.stopped_early
 
 
 def test_every_parameter_keeps_its_own_dtype() -> None:
