@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from optprune.cli.options import JsonFile, Model
-from optprune.cli.outputs import check_apart, check_file, check_json, echo, start, write_file, write_json
+from optprune.cli.outputs import check_distinct, check_file, check_json, echo, start, write_file, write_json
 from optprune.system.wording import counted
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def audit_command(
     check_json(json_file, models=models)
     kind = None if plot is None else check_plot(plot)
     check_file(plot, "plot", models=models)
-    check_apart(json_file, plot)
+    check_distinct(json_file, plot)
     reporter.say(f"reading {model}")
     found = audit(model, against, expect or ())
     picture = None if kind is None else plot_kept(found, kind)

@@ -10,7 +10,7 @@ import typer
 
 from optprune.cli.choices import check_choices
 from optprune.cli.options import Device, Dtype, JsonFile, Model, Sequences
-from optprune.cli.outputs import check_apart, check_file, check_json, echo, start, write_file, write_json
+from optprune.cli.outputs import check_distinct, check_file, check_json, echo, start, write_file, write_json
 from optprune.cli.tokens import tokenizer_of
 from optprune.errors import InputError, check_at_least
 from optprune.system.files import MARK, json_text
@@ -81,7 +81,7 @@ def experts_command(
     device_of(device)
     check_json(json_file, models=[model], inputs=named.values())
     check_file(scores, "file of expert scores", models=[model], inputs=named.values())
-    check_apart(json_file, scores)
+    check_distinct(json_file, scores)
     config = load_config(model)
     if not any(shape.experts for shape in load_shapes(model, config).shapes()):
         raise InputError(f"{model} has no experts: give a mixture of experts")

@@ -66,7 +66,7 @@ class GoalOptions:
         batches, windows = list["Tensor"](), None
         if isinstance(self.goal, QualityGoal):
             batches, windows = self._data(resolved)
-            # Those that the run will have.
+            # The run calibrates on the same generated windows.
             batches = list(whole.with_generated(resolved.program, batches, SingleProcess()))
 
         def load() -> "PreTrainedModel":

@@ -142,12 +142,12 @@ def _is_read(place: Path, path: Path) -> bool:
 
 
 def check_outside(file: Path | None, folder: Path) -> None:
-    """Raise InputError where the JSON file lies in the folder of a command, whose files have names of their own."""
+    """Raise InputError where the JSON file lies in the output folder of a comparison, which has its own JSON file."""
     if file is not None and real_path(file).is_relative_to(real_path(folder)):
         raise InputError(f"the JSON file {file} lies in {folder}, which gets the same content: name another place")
 
 
-def check_apart(*files: Path | None) -> None:
+def check_distinct(*files: Path | None) -> None:
     """Raise InputError where two outputs of a command are the same file."""
     named = [file for file in files if file is not None and not _is_special(file)]
     places = list(map(real_path, named))

@@ -46,7 +46,7 @@ from optprune.cli.options import (
     WidthMultiple,
     Workers,
 )
-from optprune.cli.outputs import check_apart, check_json, echo, start, started, write_json
+from optprune.cli.outputs import check_distinct, check_json, echo, start, started, write_json
 from optprune.cli.prune_run import WholeRun, run_on_text
 from optprune.cli.request import Options
 from optprune.cli.run_folder import FINISHED, Output
@@ -174,7 +174,7 @@ def prune_command(
     inputs = [calibration, text, *options.input_files]
     check_json(json_file, output=output, models=[model], inputs=inputs)
     lines.check(output, model, inputs)
-    check_apart(json_file, log)
+    check_distinct(json_file, log)
     check_sequences(sequences)
     options = options.with_calibration(calibration, chosen)
     goal = {"to": to, "quality": to_quality, "text": text, "windows": windows}

@@ -177,7 +177,6 @@ class WholeRun:
         began = time.perf_counter()
         with phases.phase(LOADING):
             decided = facts(program, loaded.decoder(), every, partial_sums, phases.on_event)
-
         reading = time.perf_counter() - began
 
         def is_finished() -> bool:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from optprune.cli.options import JsonFile
-from optprune.cli.outputs import check_apart, check_file, check_json, echo, start, write_file, write_json
+from optprune.cli.outputs import check_distinct, check_file, check_json, echo, start, write_file, write_json
 from optprune.errors import InputError
 from optprune.system.files import read_yaml
 from optprune.system.wording import one_line, shown
@@ -55,7 +55,7 @@ def solve_command(
     chosen = _solver(solver)
     check_json(json_file, inputs=[problem])
     check_file(output, "solution", inputs=[problem])
-    check_apart(json_file, output)
+    check_distinct(json_file, output)
     loaded, origin = load_problem(problem), origin_of(problem)
     if not isinstance(loaded, Problem):
         raise InputError(f"{problem} holds a {type(loaded).__name__}, which no solver of layers solves")

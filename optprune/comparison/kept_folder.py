@@ -20,8 +20,7 @@ JSON, TABLE, PAGE = "comparison.json", "comparison.md", "comparison.html"
 
 
 class ComparisonFolder(ManifestFolder):
-    """Folder with the options of a comparison, a file for each finished cell, and one for the windows generated for a
-    seed."""
+    """Folder with the options of a comparison, a file for each finished cell, and one for generated windows."""
 
     noun = "comparison"
     begin_anew = "choose another output"

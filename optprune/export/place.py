@@ -181,7 +181,7 @@ def _check_all_known(folder: Path, place: Path, files: Collection[str]) -> None:
 
 
 def entries(folder: Path) -> dict[str, Path]:
-    """Return what a folder holds by name, with the content of the two inner folders that it may have in their place."""
+    """Return the paths in a model folder by name; files in its folders of templates and bytecode are FOLDER/NAME."""
     found = {path.name: path for path in folder.iterdir()}
     for inner in (TEMPLATES, COMPILED):
         if inner in found and is_own_folder(found[inner]):

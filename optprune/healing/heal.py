@@ -276,7 +276,7 @@ class _Run:
         return min(self.measured, key=lambda found: float(getattr(found, decides)))
 
     def _without_gain(self) -> int:
-        """Return the number of measurements since the best, of those in the second half of the steps."""
+        """Return how many measurements after the best one were made in the second half of the steps."""
         since = self.measured[self.measured.index(self.least) + 1 :]
         return sum(found.step > len(self.batches) / 2 for found in since)
 
