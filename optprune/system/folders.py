@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, TypeGuard, TypeVar
@@ -66,7 +66,10 @@ class ManifestFolder:
             try:
                 self._manifest = _manifest(self.folder, self.noun) or self._created(1 if left else len(made))
                 self._valid: dict[str, bool] = {}
-                self._tidy()
+                self._manifest[FOLDERS] = [
+                    name for name in self._manifest[FOLDERS] if is_own_folder(self.folder / name)
+                ]
+                self._left_behind = self._drafts()
             except BaseException:
                 self._lock.release(force=True)
                 raise
@@ -114,7 +117,8 @@ class ManifestFolder:
     def begin(self, facts: Mapping[str, Any]) -> None:
         """Record the facts that determine all results, or compare them with the recorded ones.
 
-        Raises InputError with the first difference, and then changes nothing.
+        What a killed process left behind is deleted then. Raises InputError with the first difference, and then changes
+        nothing.
         """
         plain = json.loads(json.dumps(facts))
         if self.begun:
@@ -123,6 +127,7 @@ class ManifestFolder:
         if not self.begun:
             self._manifest[FACTS] = plain
             self._write_manifest()
+        _delete_all(self._left_behind)
 
     def check_facts(self, facts: Mapping[str, Any]) -> None:
         """Raise InputError where one of these facts differs from the recorded one."""
@@ -292,7 +297,7 @@ class ManifestFolder:
 
     def clear(self, but: Collection[str] = ()) -> None:
         """Delete all files and folders of the manifest, `but` these folders, and drafts, and reset the manifest."""
-        self._tidy()
+        _delete_all(self._drafts())
         for name in self._manifest[FILES]:
             self._delete(name)
         left = [name for name in self._manifest[FOLDERS] if name in but]
@@ -303,17 +308,10 @@ class ManifestFolder:
         self._valid.clear()
         self._write_manifest()
 
-    def _tidy(self) -> None:
-        """Delete drafts of a killed process, and remove missing folders from the manifest."""
-        for place in (self.folder, *(self.folder / name for name in self._manifest[FOLDERS])):
-            if is_own_folder(place):
-                for path in place.iterdir():
-                    if is_draft(path.name) and is_own_file(path):
-                        path.unlink(missing_ok=True)
-        there = [name for name in self._manifest[FOLDERS] if is_own_folder(self.folder / name)]
-        if there != self._manifest[FOLDERS]:
-            self._manifest[FOLDERS] = there
-            self._write_manifest()
+    def _drafts(self) -> list[Path]:
+        """Return the drafts that are in the folder and in those of the manifest."""
+        folders = [self.folder, *(self.folder / name for name in self._manifest[FOLDERS])]
+        return [draft for folder in folders for draft in _drafts_in(folder)]
 
     def _delete(self, name: str) -> None:
         if self._wrote(name):
@@ -436,6 +434,21 @@ def _is_inside(name: str, parts: int) -> bool:
     return len(found) <= parts and not any(part in ("", ".", "..") or "\\" in part or "\0" in part for part in found)
 
 
+def _drafts_in(folder: Path) -> list[Path]:
+    """Return the drafts in a folder; none where it is missing or a link."""
+    paths = folder.iterdir() if is_own_folder(folder) else ()
+    return [path for path in paths if is_draft(path.name) and is_own_file(path)]
+
+
+def _delete_all(paths: Iterable[Path]) -> None:
+    """Delete files and folders with their content; links, and what is gone already, are left out."""
+    for path in paths:
+        if is_own_file(path):
+            path.unlink(missing_ok=True)
+        else:
+            _delete_tree(path)
+
+
 def _delete_tree(folder: Path) -> None:
     """Delete a folder with its content; links are not followed."""
     if is_own_folder(folder):
@@ -479,7 +492,7 @@ class RunFolder(ManifestFolder, ABC):
             if not self.replaces:
                 self.clear()
         if not self.replaces:
-            self._tidy_scratch(self.stays)
+            self._left_behind += self._left_in_scratch(self.stays)
 
     def _check_restart(self) -> None:
         """Raise InputError where a foreign file would prevent the next run."""
@@ -526,18 +539,17 @@ class RunFolder(ManifestFolder, ABC):
             self.clear(but=(SCRATCH,) if self._has_own_scratch else ())
             self.replaces = False
 
-    def _tidy_scratch(self, stays: Collection[str]) -> None:
-        """Delete temporary files of an earlier process, except those that this one can use."""
+    def _left_in_scratch(self, stays: Collection[str]) -> list[Path]:
+        """Return the temporary folders of an earlier process, and the drafts in those that this one can use."""
         scratch = self.folder / SCRATCH
         if SCRATCH not in self._manifest[FOLDERS] or not is_own_folder(scratch):
-            return
-        for place in filter(is_own_folder, scratch.iterdir()):
-            if place.name not in stays:
-                shutil.rmtree(place, ignore_errors=True)
-                continue
-            for file in place.iterdir():
-                if is_draft(file.name) and is_own_file(file):
-                    file.unlink(missing_ok=True)
+            return []
+        folders = list(filter(is_own_folder, scratch.iterdir()))
+        used = [folder for folder in folders if folder.name in stays]
+        return [
+            *(folder for folder in folders if folder not in used),
+            *(one for each in used for one in _drafts_in(each)),
+        ]
 
     @classmethod
     def check(cls, folder: Path, *, resume: bool, restart: bool, facts: Mapping[str, Any]) -> None:
@@ -559,7 +571,7 @@ class RunFolder(ManifestFolder, ABC):
         """The folder for temporary files, without those of a run that this one replaces."""
         place = self.subfolder(SCRATCH)
         if self.replaces and not self._has_own_scratch:
-            self._tidy_scratch(())
+            _delete_all(self._left_in_scratch(()))
             self._has_own_scratch = True
         return place
 

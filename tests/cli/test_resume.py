@@ -159,6 +159,9 @@ def test_an_unfinished_run_is_neither_deleted_nor_gone_on_with_unasked(
         assert "holds an unfinished run (2 of 3 blocks are done)" in capsys.readouterr().err
     assert contents(tmp_path) == before
     assert prune("--resume", "--restart") == 2
+    (tmp_path / "out.run" / ".block-00002.json.0123abcd.part").write_text("of a killed process")
+    before = contents(tmp_path)
+    assert prune("--resume", "--sparsity", "0.3") == 2
     assert contents(tmp_path) == before
     assert prune("--sparsity", "0.3", "--restart") == 0
     assert not (tmp_path / "out.run").exists()

@@ -910,9 +910,23 @@ FAULTS = [
     Fault(
         "run folder: old temporary files are used again",
         "system/folders.py",
-        "self._tidy_scratch(())",
+        "_delete_all(self._left_in_scratch(()))",
         "pass",
         "pruning/test_journal.py",
+    ),
+    Fault(
+        "run folder: drafts are deleted when it is opened",
+        "system/folders.py",
+        "self._left_behind = self._drafts()",
+        "self._left_behind = _delete_all(self._drafts()) or []",
+        "system/test_folders.py",
+    ),
+    Fault(
+        "run folder: drafts are never deleted",
+        "system/folders.py",
+        "        _delete_all(self._left_behind)\n",
+        "",
+        "system/test_folders.py",
     ),
     Fault(
         "run folder: a refused restart discards the run",

@@ -200,6 +200,20 @@ def test_a_file_that_came_in_the_way_keeps_the_earlier_run(unfinished: Path) -> 
     assert contents(unfinished) == before and journal.replaces
 
 
+def test_temporary_files_of_an_earlier_process_are_deleted_only_when_a_run_begins(unfinished: Path) -> None:
+    scratch = unfinished / "scratch"
+    (scratch / "states").mkdir()
+    (scratch / "states" / "of-a-killed-process").write_text("")
+    (scratch / "converted" / ".new.0123abcd.part").write_text("")
+    before, journal = contents(unfinished), Journal(unfinished, resume=True)
+    (journal.scratch / "own").mkdir()
+    with pytest.raises(InputError, match="cannot continue"):
+        journal.begin({"the blocks": 1})
+    assert contents(unfinished).keys() == before.keys() | {"in-use"}
+    journal.begin(journal.facts)
+    assert sorted(path.name for path in scratch.rglob("*")) == ["converted", "old", "own"]
+
+
 def test_temporary_files_are_those_of_the_run_that_begins(unfinished: Path) -> None:
     journal = Journal(unfinished, restart=True)
     assert not list(journal.scratch.iterdir())

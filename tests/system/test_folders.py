@@ -74,6 +74,7 @@ def test_a_kill_while_a_file_is_written_leaves_it_as_before(
     again = ManifestFolder(tmp_path / "run")
     assert again.holds("a") == there
     assert not there or again.read("a") == [1]
+    again.begin({"the text": "a"})
     assert not [path for path in (tmp_path / "run").iterdir() if is_draft(path.name)]
     again.write("a", [3])
     again.release()
@@ -238,6 +239,33 @@ def test_other_facts_are_named_and_change_nothing(tmp_path: Path) -> None:
         with pytest.raises(InputError, match=named):
             found.begin(facts)
     assert contents(tmp_path) == before
+
+
+def test_drafts_of_a_killed_process_are_deleted_only_when_a_run_begins(tmp_path: Path) -> None:
+    found, run = kept(tmp_path / "run", a=[1]), tmp_path / "run"
+    drafts = [run / ".a.0123abcd.part", found.subfolder("inner") / ".b.0123abcd.part"]
+    found.release()
+    for draft in drafts:
+        draft.write_text("half")
+    (run / ".c.0123abcd.part").symlink_to(run / "a")
+    again = ManifestFolder(run)
+    before = contents(tmp_path)
+    with pytest.raises(InputError, match="the text was 'a' and is 'b'"):
+        again.begin({"the text": "b"})
+    assert contents(tmp_path) == before
+    own = exclusive_draft(run / "d")  # of this process
+    again.begin({"the text": "a"})
+    assert not any(draft.exists() for draft in drafts)
+    assert own.exists() and (run / ".c.0123abcd.part").is_symlink() and again.read("a") == [1]
+
+
+def test_a_created_folder_that_is_gone_is_forgotten(tmp_path: Path) -> None:
+    found = kept(tmp_path / "run")
+    found.subfolder("inner").rmdir()
+    found.release()
+    again = ManifestFolder(tmp_path / "run")
+    assert again.subfolders == []
+    assert again.subfolder("inner").is_dir() and again.subfolders == ["inner"]
 
 
 def test_to_discard_deletes_what_is_ours_and_tells_the_rest(tmp_path: Path) -> None:
