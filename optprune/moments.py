@@ -17,7 +17,7 @@ from torch import Tensor
 
 from optprune.errors import InputError, NumericalError
 from optprune.numerics import gram
-from optprune.numerics.gram import check_average, clear_small
+from optprune.numerics.gram import ACCUMULATED, check_average, clear_small
 from optprune.numerics.precision import full_precision
 from optprune.numerics.tensors import all_finite
 
@@ -70,7 +70,10 @@ class InputMoments:
         tokens: int,
         dense: DenseMoments | None = None,
     ) -> "InputMoments":
-        """Return the moments from averages without centring, E[x* x*^T] and those of `dense`, with their rounding."""
+        """Return the moments from averages without centring, E[x* x*^T] and those of `dense`, with their rounding.
+
+        Raises NumericalError where the square of a mean is above the mean square by more than rounding.
+        """
         drift = None
         if dense is not None:
             lag, apart = gram - dense.cross, mean - dense.mean
@@ -79,6 +82,13 @@ class InputMoments:
         covariance = torch.addr(gram, mean, mean, alpha=-1)
         # The variance of a constant input is zero; its rounding must not be negative.
         diagonal = covariance.diagonal()
+        rounding = 3 * (ACCUMULATED + torch.finfo(gram.dtype).eps)
+        below = diagonal < -rounding * (gram.diagonal() + mean.square())
+        if bool((below & (gram.diagonal() >= 0)).any()):
+            raise NumericalError(
+                "the square of an input's mean is above its mean square, which is on the diagonal of the Gram matrix: "
+                "give averages over the same tokens, and divide both sums by their number"
+            )
         diagonal.copy_(torch.where(gram.diagonal() >= 0, diagonal.clamp(min=0), diagonal))
         return cls(covariance, mean, tokens, drift).clear_tiny()
 

@@ -285,7 +285,7 @@ class Mlp(LinkedUnits):
         self.check_possible(decoder)
         architecture = decoder.architecture
         layer, producers = decoder.layer(block, consumer), architecture.mlps[consumer]
-        every = torch.arange(layer.in_features, device=layer.weight.device)
+        every = torch.arange(layer.in_features, device=_index_device(layer.weight))
         apart = torch.arange(architecture.rows_of(consumer), device=every.device) * len(every)
         link = Link(every[:, None], torch.zeros_like(every), tuple(every[:, None] + apart for _ in producers))
         return LinkedLayers(consumer, producers, link)
@@ -329,7 +329,7 @@ class Values(LinkedUnits):
         self.check_possible(decoder)
         architecture, group, shape = decoder.architecture, decoder.heads.group, decoder.shape(block)
         dim = shape.value_dim
-        device = decoder.layer(block, consumer).weight.device
+        device = _index_device(decoder.layer(block, consumer).weight)
         unit = torch.arange(shape.kv_heads * dim, device=device)
         slot = unit // dim
         query_head = slot[:, None] * group + torch.arange(group, device=device)
@@ -374,7 +374,7 @@ class KvGroups(LinkedUnits):
     def linked(self, decoder: Decoder, block: int, consumer: str) -> LinkedLayers:
         self.check_possible(decoder)
         architecture, heads, shape = decoder.architecture, decoder.heads, decoder.shape(block)
-        device = decoder.layer(block, consumer).weight.device
+        device = _index_device(decoder.layer(block, consumer).weight)
         unit = torch.arange(shape.kv_heads, device=device)
 
         width = heads.group * shape.value_dim
@@ -437,7 +437,7 @@ class Pairs(LinkedUnits):
 
     def linked(self, decoder: Decoder, block: int, consumer: str) -> LinkedLayers:
         architecture, heads, shape = decoder.architecture, decoder.heads, decoder.shape(block)
-        device, pairs = decoder.layer(block, consumer).weight.device, self.there(shape)
+        device, pairs = _index_device(decoder.layer(block, consumer).weight), self.there(shape)
         query, key, _ = rows_of_heads(architecture.joined, heads, shape, device)
 
         def halves(rows: Tensor) -> Tensor:
@@ -685,6 +685,11 @@ UNITS: dict[str, Units] = {
 def unit_kinds() -> dict[str, str]:
     """Return every kind of units that a recipe can name, with a few words about it, for help texts and tables."""
     return {name: units.description for name, units in UNITS.items()}
+
+
+def _index_device(weight: Tensor) -> torch.device:
+    """Return the device for the indices of a layer's units: the CPU where its weight is still in the model's files."""
+    return torch.device("cpu") if weight.is_meta else weight.device
 
 
 def reorderable(decoder: Decoder, block: int, path: str, size: int) -> LinkedLayers | None:

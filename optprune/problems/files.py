@@ -35,7 +35,7 @@ from optprune.problems.penalised import PenalisedLeastSquares
 from optprune.problems.rotation import Permutation, Rotation
 from optprune.problems.sparse import SparseLeastSquares
 from optprune.problems.structured import ChannelGroups, StructuredLeastSquares
-from optprune.system.files import digest_of, read_json, real_path, write_whole
+from optprune.system.files import GENERATOR, MARK, digest_of, own_place, read_json, write_whole
 from optprune.system.wording import either, shown
 
 FORMAT = 1
@@ -84,7 +84,8 @@ def save_problem(problem: Saved, path: str | Path, *, origin: Mapping[str, str |
     """Write a problem to a file, as a whole or not at all.
 
     `origin` says where it comes from, such as the model, the layer and the recipe. InputError for a problem with a
-    class of one's own, as a pattern or a penalty: a file holds no code.
+    class of one's own, as a pattern or a penalty, because a file holds no code, and where there is a file that optprune
+    did not write.
     """
     names = [name for name, kind in KINDS.items() if type(problem) is kind]
     if not names:
@@ -102,7 +103,8 @@ def save_problem(problem: Saved, path: str | Path, *, origin: Mapping[str, str |
         "tensors": fingerprint(sorted(tensors.items())),
     }
     header = json.dumps(content | {"digest": digest_of(content)})
-    write_whole(real_path(Path(path)), lambda stream: write_tensors(stream, tensors, metadata={HEADER: header}))
+    metadata = {HEADER: header, GENERATOR: MARK}
+    write_whole(own_place(path), lambda stream: write_tensors(stream, tensors, metadata=metadata))
 
 
 def load_problem(path: str | Path) -> Any:

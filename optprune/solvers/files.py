@@ -12,19 +12,24 @@ from torch import Tensor
 from optprune.errors import InputError
 from optprune.problems import Problem
 from optprune.solvers.base import Certificate, Solution, Status
-from optprune.system.files import GENERATOR, MARK, read_json, real_path, write_whole
+from optprune.system.files import GENERATOR, MARK, own_place, read_json, write_whole
 from optprune.system.wording import shown
 
 FORMAT = 1
 """the version of the format"""
+ROUNDING = 1e-6
+"""the relative difference of two measurements of a violation, whose terms are float32 numbers"""
 HEADER, VALUE = "optprune solution", "value"
 """the entry of the file's metadata, and the name of the weight"""
 
 
 def save_solution(solution: Solution, problem: Problem, path: str | Path) -> None:
-    """Write a solution of a problem to a safetensors file, as a whole or not at all; its history is left out."""
+    """Write a solution of a problem to a safetensors file, as a whole or not at all; its history is left out.
+
+    InputError where there is a file that optprune did not write.
+    """
     data = solution_bytes(solution, problem)
-    write_whole(real_path(Path(path)), lambda stream: stream.write(data))
+    write_whole(own_place(path), lambda stream: stream.write(data))
 
 
 def solution_bytes(solution: Solution, problem: Problem) -> bytes:
@@ -48,8 +53,9 @@ def solution_bytes(solution: Solution, problem: Problem) -> bytes:
 def load_solution(path: str | Path, problem: Problem) -> Solution:
     """Return the solution of a problem in a file, with the objective and the violation that the problem measures now.
 
-    InputError where the file is no solution, is one of another problem, or differs from these measurements by more
-    than rounding.
+    The status and the certificate are those that the file states; to prove a bound again, solve the problem again.
+    InputError where the file is no solution, is one of another problem, differs from these measurements by more than
+    rounding, or states a lower bound above the objective.
     """
     try:
         opened: Any = safe_open(path, "pt", device="cpu")
@@ -59,7 +65,8 @@ def load_solution(path: str | Path, problem: Problem) -> Solution:
             value: Tensor = file.get_tensor(VALUE).to(problem.loss.weight.device)
         status, proof = Status[header["status"]], header["certificate"]
         certificate = None if proof is None else Certificate(float(proof[0]), str(proof[1]))
-        numbers = float(header["objective"]), int(header["steps"]), float(header["seconds"])
+        stated, outside = float(header["objective"]), float(header["violation"])
+        steps, seconds = int(header["steps"]), float(header["seconds"])
         version = header["format"]
         same, notes = header["problem"] == problem.fingerprint(), tuple(map(str, header["notes"]))
     except (OSError, SafetensorError, LookupError, TypeError, ValueError) as error:
@@ -70,11 +77,16 @@ def load_solution(path: str | Path, problem: Problem) -> Solution:
         raise InputError(f"{path} is of the format {shown(version)}, and this optprune reads the format {FORMAT}")
     if not same:
         raise InputError(f"{path} is the solution of another problem: load the one that it was saved with")
-    stated, steps, seconds = numbers
     if value.shape != problem.loss.weight.shape or value.dtype != problem.loss.weight.dtype:
         raise InputError(f"{path} is damaged: its weight is {list(value.shape)} in {value.dtype}; solve it again")
     objective = problem.objective(value)
     error = problem.measuring_error(value)
     if not math.isclose(objective, stated, rel_tol=0.0, abs_tol=2 * error):
         raise InputError(f"{path} is damaged: its objective is {objective:.6g} and not {stated:.6g}; solve it again")
-    return Solution(value, objective, problem.violation(value), status, steps, seconds, certificate, notes=notes)
+    violation = problem.violation(value)
+    if not math.isclose(violation, outside, rel_tol=ROUNDING):
+        raise InputError(f"{path} is damaged: its violation is {violation:.6g} and not {outside:.6g}; solve it again")
+    # Written so that NaN fails.
+    if certificate is not None and violation == 0 and not certificate.lower_bound <= objective + 2 * error:
+        raise InputError(f"{path} is damaged: its lower bound is above its objective; solve it again")
+    return Solution(value, objective, violation, status, steps, seconds, certificate, notes=notes)

@@ -264,11 +264,17 @@ def tableau_flops(outputs: int, inputs: int) -> float:
 def _sweep(
     matrix: Float[Tensor, "n n"], rows: Float[Tensor, "out n"], pivots: Int[Tensor, " k"], sign: int
 ) -> tuple[Float[Tensor, "n n"], Float[Tensor, "out n"]]:
-    """Move the pivots from the kept to the dropped columns (sign 1) or back (sign -1)."""
-    inverse = linalg.try_inverse(matrix[pivots[:, None], pivots])
-    across = inverse @ matrix[pivots]
+    """Move the pivots from the kept to the dropped columns (sign 1) or back (sign -1).
+
+    Only the rows of the pivots are read, never their columns: many sweeps would amplify a rounding by which the matrix
+    is not symmetric.
+    """
+    pivot = matrix[pivots]
+    inverse = linalg.try_inverse(pivot[:, pivots])
+    inverse = (inverse + inverse.T) / 2
+    across = inverse @ pivot
     down = rows[:, pivots] @ inverse
-    matrix = torch.addmm(matrix, matrix[:, pivots], across, alpha=-1)
+    matrix = torch.addmm(matrix, pivot.T, across, alpha=-1)
     rows = torch.addmm(rows, rows[:, pivots], across, alpha=-1)
     matrix[pivots] = sign * across
     matrix[:, pivots] = sign * across.T

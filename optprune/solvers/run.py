@@ -92,12 +92,14 @@ def solve(
 ) -> Solution:
     """Solve a problem, by the given solver or by the one that `choose` picks.
 
-    `start` [out, in] is a warm start, by default the problem's own start. The objective and the violation
-    of the Solution are measured by the problem after the solver has returned. The rounding error of this measurement
-    (`Problem.measuring_error`) is subtracted from a lower bound. A bound that is still above the objective is wrong: it
-    is dropped with a note. Raises NoSolver when the solver refuses the problem. Under an output metric the solver works
-    in another basis of the outputs (`Problem.in_output_basis`), and where weights or inputs are very large or small, in
-    other units (`Problem.in_moderate_units`); certificates hold for the original problem. Where all feasible weights
+    `start` [out, in] is a warm start, by default the problem's own start; it is converted to the weight's dtype. The
+    objective and the violation of the Solution are measured by the problem after the solver has returned. The rounding
+    error of this measurement (`Problem.measuring_error`) is subtracted from a lower bound. A bound that is still above
+    the objective is wrong: it is dropped with a note. Raises InputError where the start is not finite or has another
+    shape, and where the solver writes into the tensors of the loss; NoSolver when the solver refuses the problem.
+    Under an output metric the solver works in another basis of the outputs (`Problem.in_output_basis`), and where
+    weights or inputs are very large or small, in other units (`Problem.in_moderate_units`); certificates hold for the
+    original problem. Where all feasible weights
     cost the same, as for inputs that are all zero, one near the start is the answer.
     """
     solver = choose(problem) if solver is None else solver
@@ -107,6 +109,9 @@ def solve(
         start = problem.start()
     elif start.shape != problem.loss.weight.shape:
         raise InputError(f"the start must be {list(problem.loss.weight.shape)}, not {list(start.shape)}")
+    elif not bool(start.isfinite().all()):
+        raise InputError("the start has entries that are NaN or infinite: give finite ones")
+    start = start.to(problem.loss.weight)
     began = time.perf_counter()
     with torch.no_grad():
         any_value = problem.trivial_solution(start)
@@ -219,17 +224,35 @@ def _below(bound: float, objective: float, problem: Problem, value: Tensor) -> f
 def _iterate(
     problem: Problem, solver: AnySolver, start: Tensor, most: int, until: float, after_step: Callable[[int, Any], None]
 ) -> tuple[Any, Status, int]:
-    """Return the solver's last state, the reason why it stopped, and the number of steps."""
+    """Return the solver's last state, the reason why it stopped, and the number of steps.
+
+    Raises InputError where the solver has written into the tensors of the loss.
+    """
+    versions = _versions(problem)
     state, steps = solver.init(problem, start), 0
     while (status := solver.done(problem, state)) is None:
         if steps >= most:
-            return state, Status.STEP_LIMIT, steps
+            status = Status.STEP_LIMIT
+            break
         if time.perf_counter() >= until:
-            return state, Status.TIME_LIMIT, steps
+            status = Status.TIME_LIMIT
+            break
         state = solver.step(problem, state)
         steps += 1
         after_step(steps, state)
+    if _versions(problem) != versions:
+        raise InputError(
+            f"{solver.label} writes into the weight or the averages of its problem, so its answer cannot be measured: "
+            "let it work on copies, by clone()"
+        )
     return state, status, steps
+
+
+def _versions(problem: Problem) -> list[int]:
+    """Return how often each tensor of the loss was written into."""
+    loss = problem.loss
+    parts = (loss.weight, loss.damping, *loss.moments.parts())
+    return [part._version for part in parts if not part.is_inference()]
 
 
 def _value(solver: AnySolver, transformed: _Transformed, state: Any) -> Tensor:

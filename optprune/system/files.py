@@ -132,6 +132,19 @@ def is_marked(file: Path) -> bool:
     return False
 
 
+def own_place(path: str | Path) -> Path:
+    """Return the real path of a file to write. Raises InputError where a file without our mark, or no folder, is there.
+
+    The function that calls this writes the mark.
+    """
+    place = real_path(Path(path))
+    if place.exists() and not is_marked(place):
+        raise InputError(f"the file {path} exists, and optprune did not write it: choose another name")
+    if not place.parent.is_dir():
+        raise InputError(f"the file {path} cannot be written: there is no folder {place.parent}")
+    return place
+
+
 def is_own_file(path: Path) -> bool:
     """Return whether a path is a regular file, not a link."""
     return path.is_file() and not path.is_symlink()

@@ -1,6 +1,7 @@
 """Permuted inputs under N:M: the dense model is what it was, groups hold what can be spared, and layers lose less."""
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,11 +11,11 @@ from transformers import PreTrainedModel
 
 import optprune
 from optprune.errors import InputError, StrictError
-from optprune.models import Decoder, reorderable
+from optprune.models import Decoder, load_model, open_model, reorderable
 from optprune.pruning import layer as layers
 from optprune.report import Report, model_patterns
 from tests.helpers.heard_calls import heard
-from tests.helpers.tiny_models import ALL_MODELS, tiny_llama, tiny_opt, tiny_qwen2
+from tests.helpers.tiny_models import ALL_MODELS, save_tiny, tiny_llama, tiny_opt, tiny_qwen2
 from tests.helpers.token_batches import batches
 
 ANSWERS = [*(("llama", policy) for policy in ("intra", "cross", "local")), ("opt", "intra"), ("gpt_neox", "intra")]
@@ -195,3 +196,13 @@ def test_it_is_off_where_nobody_asks_and_where_nothing_goes() -> None:
     found, _ = pruned(model, permuted=True, sparsity=0.0)
     for one, other in zip(found.parameters(), model.parameters(), strict=True):
         assert torch.equal(one, other)
+
+
+def test_a_model_whose_blocks_are_still_in_its_files_is_pruned_alike(tmp_path: Path) -> None:
+    model = uneven(tiny_llama())
+    save_tiny(model, tmp_path)
+    recipe = optprune.load_recipe("wanda", {"units.weights": "2:4", "permuted": True})
+    whole, opened = load_model(tmp_path), open_model(tmp_path)
+    reports = [optprune.prune(one.model, batches(), recipe, store=one.store) for one in (whole, opened)]
+    assert objectives(reports[0]) == objectives(reports[1])
+    assert not any("permuted" in note for note in reports[1].notes)

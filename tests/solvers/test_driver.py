@@ -29,7 +29,7 @@ from optprune.solvers import (
     choose,
     solve,
 )
-from optprune.solvers.run import CONTRADICTED, GRADIENT_TOLERANCE, candidates
+from optprune.solvers.run import CONTRADICTED, GRADIENT_TOLERANCE, answer, candidates
 from optprune.work import Work
 
 
@@ -124,6 +124,40 @@ def test_a_refusal_is_no_solver_with_the_reason(masked):
     assert "FaspMetric" in str(caught.value)
     assert "column selection problems" in str(caught.value)
     assert masked.kind in str(caught.value)
+
+
+@dataclass(frozen=True)
+class InPlace(DirectSolver[MaskedLeastSquares]):
+    """Writes its answer into a tensor of the loss."""
+
+    accepts = (MaskedLeastSquares,)
+
+    def answer(self, problem, start):
+        return Answer(problem.loss.weight.mul_(problem.mask))
+
+    def work(self, outputs, inputs, *, coupled=False):
+        return Work(0.0, 0.0)
+
+
+def test_a_solver_that_writes_into_its_problem_is_an_error(masked):
+    for run in (lambda: solve(masked, InPlace()), lambda: answer(masked, InPlace(), masked.start())):
+        with pytest.raises(InputError, match=r"InPlace writes into the weight .* work on copies, by clone\(\)"):
+            run()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.int64])
+@pytest.mark.parametrize("solver", [ConjugateGradients(), Counter(1)])
+def test_a_start_of_another_dtype_is_converted(solver, dtype, masked):
+    start = masked.start().round()
+    found = solve(masked, solver, start=start.to(dtype))
+    assert found.value.dtype == masked.loss.weight.dtype
+    assert torch.equal(found.value, solve(masked, solver, start=start).value)
+
+
+@pytest.mark.parametrize("entry", [float("nan"), float("inf")])
+def test_a_start_that_is_not_finite_is_refused(entry, masked):
+    with pytest.raises(InputError, match="the start has entries that are NaN or infinite"):
+        solve(masked, ConjugateGradients(), start=torch.full_like(masked.start(), entry))
 
 
 @dataclass(frozen=True)

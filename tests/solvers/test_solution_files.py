@@ -1,5 +1,7 @@
 """Solutions as files: the problem measures them again, and refuses what is another's or was changed."""
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from optprune.errors import InputError
+from optprune.problems import save_problem
 from optprune.solvers import Chain, Restore, Swaps, Wanda, solve
 from optprune.solvers.files import HEADER, load_solution, save_solution
 from tests.helpers.sparse_cases import correlated
@@ -48,3 +51,49 @@ def test_what_is_no_solution_of_the_problem_is_a_sentence(tmp_path: Path) -> Non
         load_solution(file, problem)
     with pytest.raises(InputError, match="is not a solution that optprune saved"):
         load_solution(tmp_path / "missing", problem)
+
+
+def changed(file: Path, **entries: object) -> None:
+    """Change entries of the header of a solution's file."""
+    with safe_open(file, "pt") as opened:
+        header = json.loads(opened.metadata()[HEADER])
+    save_file(load_file(file), file, {HEADER: json.dumps(header | entries)})
+
+
+def test_a_file_that_states_another_violation_or_a_false_bound_is_refused(tmp_path: Path) -> None:
+    problem, file = correlated(0, 8, 12, "2:4"), tmp_path / "file"
+    found = solve(problem, Wanda())
+    for entries, sentence in [
+        ({"violation": 3.0}, "its violation is 0 and not 3"),
+        ({"violation": float("nan")}, "its violation is 0 and not nan"),
+        ({"certificate": [1e9, "none"]}, "its lower bound is above its objective"),
+        ({"certificate": [float("nan"), "none"]}, "its lower bound is above its objective"),
+    ]:
+        save_solution(found, problem, file)
+        changed(file, **entries)
+        with pytest.raises(InputError, match=sentence):
+            load_solution(file, problem)
+        file.unlink()
+    dense = replace(found, value=problem.loss.weight, objective=problem.objective(problem.loss.weight), violation=0.0)
+    save_solution(dense, problem, file)
+    with pytest.raises(InputError, match=r"its violation is \d+ and not 0"):
+        load_solution(file, problem)
+
+
+@pytest.mark.parametrize("what", ["problem", "solution"])
+def test_a_file_of_others_is_not_replaced(what: str, tmp_path: Path) -> None:
+    problem, file = correlated(0, 8, 12, "2:4"), tmp_path / "file"
+    found = solve(problem, Wanda())
+
+    def save(file: Path) -> None:
+        save_problem(problem, file) if what == "problem" else save_solution(found, problem, file)
+
+    file.write_text("mine")
+    with pytest.raises(InputError, match="exists, and optprune did not write it: choose another name"):
+        save(file)
+    assert file.read_text() == "mine"
+    file.unlink()
+    for _ in ("new", "again"):
+        save(file)
+    with pytest.raises(InputError, match="there is no folder"):
+        save(tmp_path / "missing" / "file")

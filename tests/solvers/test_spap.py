@@ -10,7 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from optprune.problems import ChannelGroups, StructuredLeastSquares
+from optprune.moments import InputMoments
+from optprune.problems import ChannelGroups, LayerLoss, StructuredLeastSquares
 from optprune.recipe import load_recipe
 from optprune.solvers import Chain, FaspMetric, GreedyObs, Magnitude, Restore, Spap, solve
 from optprune.solvers.inverse import InverseForm, Tableau
@@ -241,6 +242,44 @@ def test_it_closes_more_of_the_way_than_what_ranks(kind):
         found = solve(problem, Chain((Spap(), Restore()))).objective
         for other in (FaspMetric(), Magnitude()):
             assert found <= solve(problem, Chain((other, Restore()))).objective * (1 + 1e-9)
+
+
+def nearly_equal_inputs():
+    """A layer with two nearly equal inputs, where an exchange of the two has a large pivot."""
+    generator = torch.Generator().manual_seed(27)
+    inputs, mixed = (torch.randn(*size, generator=generator, dtype=torch.float64) for size in ((60, 8), (8, 8)))
+    inputs = inputs @ mixed
+    inputs[:, 0] = inputs[:, 1] + 0.1 * inputs[:, 0]
+    weight = torch.randn(2, 8, generator=generator, dtype=torch.float64)
+    loss = LayerLoss.of(weight, InputMoments.from_samples(inputs), 0.01)
+    return StructuredLeastSquares(loss, ChannelGroups.of(8), 6)
+
+
+def test_many_exchanges_amplify_no_rounding():
+    problem = nearly_equal_inputs()
+    form, every = InverseForm.of(problem.loss), torch.arange(8)
+    walked = Tableau.of(problem.channels, form.inverse, form.minimiser, every < 6)
+    turns = torch.Generator().manual_seed(0)
+    for _ in range(200):
+        order = torch.randperm(8, generator=turns)
+        leaving, entering = (order[side[order]][:1] for side in (walked.choice, ~walked.choice))
+        walked = walked.exchanged(leaving, entering)
+    fresh = Tableau.of(problem.channels, form.inverse, form.minimiser, walked.choice)
+    # Two hundred exchanges of rank two, each with roundings of entries of this size.
+    bound = 400 * 8 * torch.finfo(torch.float64).eps * float(fresh.matrix.abs().max()) * float(form.inverse.abs().max())
+    assert float((walked.matrix - fresh.matrix).abs().max()) <= bound
+    assert float((walked.matrix - walked.matrix.T).abs().max()) <= bound
+
+
+def test_the_cost_never_rises_under_one_penalty_and_the_alternation_ends():
+    problem, spap, costs = nearly_equal_inputs(), Spap(), list[tuple[float, float]]()
+    state = spap.init(problem, problem.start())
+    while spap.done(problem, state) is None:
+        costs.append((state.rho, state.tableau.cost))
+        assert len(costs) < 100
+        state = spap.step(problem, state)
+    for (rho, cost), (later_rho, later) in pairwise(costs):
+        assert later_rho > rho or later <= cost
 
 
 def test_options_that_contradict_are_refused():

@@ -55,6 +55,14 @@ def test_a_drift_that_no_tokens_can_have_is_refused():
         InputMoments.from_averages(torch.eye(2), torch.zeros(2), 9, dense).check()
 
 
+def test_a_mean_that_contradicts_the_gram_matrix_is_refused():
+    inputs = random_moments(50, 8, torch.float32, 0) + 0.5
+    sums = inputs.T @ inputs, inputs.sum(0)
+    for averages in ((sums[0] / 50, sums[1]), (torch.zeros(8, 8), sums[1] / 50)):
+        with pytest.raises(NumericalError, match=r"mean is above its mean square.*divide both sums by their number"):
+            InputMoments.from_averages(*averages, 50)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("mean", [0.0, 100.0])
 def test_what_tokens_give_passes_however_few_they_are(dtype, mean):
