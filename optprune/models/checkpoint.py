@@ -124,7 +124,7 @@ class StoredTensor:
         """Return the tensor in new memory: a memory map of the whole file would count as this process's memory."""
         data = torch.empty(self.bytes, dtype=torch.uint8)
         with self.file.open("rb") as file:
-            if self.version not in (None, _version(file)):
+            if self.version not in (None, _file_version(file)):
                 raise InputError(
                     f"{self.file.name} changed after its header was read, so its weights may be of two models: start "
                     "again, and do not write to it during the run"
@@ -213,7 +213,7 @@ def stored_tensors(
     """
     what = f"{file.name} of {source}"
     with file.open("rb") as stream:
-        version = _version(stream)
+        version = _file_version(stream)
         size, first = version[1], stream.read(8)
         length = int.from_bytes(first, "little")
         if len(first) < 8 or length > min(size - 8, LONGEST_HEADER):
@@ -244,7 +244,7 @@ def stored_tensors(
     return found
 
 
-def _version(stream: BinaryIO) -> tuple[int, int, int]:
+def _file_version(stream: BinaryIO) -> tuple[int, int, int]:
     """Return the inode of a stream's file, its size in bytes, and the time of its last change."""
     status = os.fstat(stream.fileno())
     return status.st_ino, status.st_size, status.st_mtime_ns

@@ -59,15 +59,15 @@ def _plain_readers() -> Iterator[None]:
 
 def gguf_config(folder: str, gguf_file: str) -> PretrainedConfig:
     """Return the config in a GGUF file, as transformers reads it. Parsing takes seconds, so the last one is cached."""
-    return copy.deepcopy(_config(*_version(Path(folder, gguf_file))))
+    return copy.deepcopy(_config(*_file_version(Path(folder, gguf_file))))
 
 
 def gguf_tokenizer(folder: str, gguf_file: str) -> Tokenizer:
     """Return the tokenizer in a GGUF file, as transformers reads it; the last one is cached."""
-    return copy.deepcopy(_tokenizer(*_version(Path(folder, gguf_file))))
+    return copy.deepcopy(_tokenizer(*_file_version(Path(folder, gguf_file))))
 
 
-def _version(file: Path) -> tuple[Path, int, int]:
+def _file_version(file: Path) -> tuple[Path, int, int]:
     """Return the key of a file's cached contents, which differs once the file has changed."""
     status = file.stat()
     return file, status.st_size, status.st_mtime_ns
