@@ -177,6 +177,7 @@ def test_damaged_files_are_sentences(part: int, tmp_path: Path, as_users_run: No
     rng, seen = random.Random(part), set[str]()
     for _ in range(50):
         file = tmp_path / "file"
+        file.unlink(missing_ok=True)  # a file without our mark is not replaced
         save_problem(problems[part], file)
         before = file.read_bytes()
         how = rng.choice(BYTES + CONTENT)
