@@ -70,7 +70,7 @@ class InputMoments:
         tokens: int,
         dense: DenseMoments | None = None,
     ) -> "InputMoments":
-        """Return the moments from averages without centring, E[x* x*^T] and those of `dense`, with their rounding.
+        """Return the moments of uncentred averages: E[x* x*^T], E[x*], and those of the dense inputs in `dense`.
 
         Raises NumericalError where the square of a mean is above the mean square by more than rounding.
         """

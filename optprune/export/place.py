@@ -181,7 +181,7 @@ def _check_all_known(folder: Path, place: Path, files: Collection[str]) -> None:
 
 
 def entries(folder: Path) -> dict[str, Path]:
-    """Return the paths in a model folder by name; files in its folders of templates and bytecode are FOLDER/NAME."""
+    """Return the paths in a model folder by name, as FOLDER/NAME for those in its template and bytecode folders."""
     found = {path.name: path for path in folder.iterdir()}
     for inner in (TEMPLATES, COMPILED):
         if inner in found and is_own_folder(found[inner]):

@@ -18,7 +18,7 @@ from optprune.system.wording import shown
 FORMAT = 1
 """the version of the format"""
 ROUNDING = 1e-6
-"""the relative difference of two measurements of a violation, whose terms are float32 numbers"""
+"""the largest relative difference between a stated and a measured violation, a sum of float32 numbers"""
 HEADER, VALUE = "optprune solution", "value"
 """the entry of the file's metadata, and the name of the weight"""
 

@@ -99,8 +99,8 @@ def solve(
     shape, and where the solver writes into the tensors of the loss; NoSolver when the solver refuses the problem.
     Under an output metric the solver works in another basis of the outputs (`Problem.in_output_basis`), and where
     weights or inputs are very large or small, in other units (`Problem.in_moderate_units`); certificates hold for the
-    original problem. Where all feasible weights
-    cost the same, as for inputs that are all zero, one near the start is the answer.
+    original problem. Where all feasible weights cost the same, as for inputs that are all zero, one near the start is
+    the answer.
     """
     solver = choose(problem) if solver is None else solver
     transformed = _Transformed.of(problem)
@@ -249,7 +249,7 @@ def _iterate(
 
 
 def _versions(problem: Problem) -> list[int]:
-    """Return how often each tensor of the loss was written into."""
+    """Return the number of in-place writes to each tensor of the loss."""
     loss = problem.loss
     parts = (loss.weight, loss.damping, *loss.moments.parts())
     return [part._version for part in parts if not part.is_inference()]

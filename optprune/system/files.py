@@ -138,7 +138,7 @@ def own_place(path: str | Path) -> Path:
     The function that calls this writes the mark.
     """
     place = real_path(Path(path))
-    if place.exists() and not is_marked(place):
+    if place.is_file() and not is_marked(place):
         raise InputError(f"the file {path} exists, and optprune did not write it: choose another name")
     if not place.parent.is_dir():
         raise InputError(f"the file {path} cannot be written: there is no folder {place.parent}")

@@ -309,7 +309,7 @@ class ManifestFolder:
         self._write_manifest()
 
     def _drafts(self) -> list[Path]:
-        """Return the drafts that are in the folder and in those of the manifest."""
+        """Return the unfinished files in this folder and in the folders of the manifest."""
         folders = [self.folder, *(self.folder / name for name in self._manifest[FOLDERS])]
         return [draft for folder in folders for draft in _drafts_in(folder)]
 
@@ -435,13 +435,13 @@ def _is_inside(name: str, parts: int) -> bool:
 
 
 def _drafts_in(folder: Path) -> list[Path]:
-    """Return the drafts in a folder; none where it is missing or a link."""
+    """Return the unfinished files in a folder; none where it is missing or a link."""
     paths = folder.iterdir() if is_own_folder(folder) else ()
     return [path for path in paths if is_draft(path.name) and is_own_file(path)]
 
 
 def _delete_all(paths: Iterable[Path]) -> None:
-    """Delete files and folders with their content; links, and what is gone already, are left out."""
+    """Delete files, and folders with their content; skip links and missing paths."""
     for path in paths:
         if is_own_file(path):
             path.unlink(missing_ok=True)
@@ -544,12 +544,10 @@ class RunFolder(ManifestFolder, ABC):
         scratch = self.folder / SCRATCH
         if SCRATCH not in self._manifest[FOLDERS] or not is_own_folder(scratch):
             return []
-        folders = list(filter(is_own_folder, scratch.iterdir()))
-        used = [folder for folder in folders if folder.name in stays]
-        return [
-            *(folder for folder in folders if folder not in used),
-            *(one for each in used for one in _drafts_in(each)),
-        ]
+        found = list[Path]()
+        for folder in filter(is_own_folder, scratch.iterdir()):
+            found += _drafts_in(folder) if folder.name in stays else [folder]
+        return found
 
     @classmethod
     def check(cls, folder: Path, *, resume: bool, restart: bool, facts: Mapping[str, Any]) -> None:

@@ -959,7 +959,7 @@ FAULTS = [
     Fault(
         "files: a file of others is replaced",
         "system/files.py",
-        "if place.exists() and not is_marked(place):",
+        "if place.is_file() and not is_marked(place):",
         "if False:",
         "solvers/test_solution_files.py",
     ),

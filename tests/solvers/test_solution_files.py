@@ -1,6 +1,7 @@
 """Solutions as files: the problem measures them again, and refuses what is another's or was changed."""
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -93,6 +94,9 @@ def test_a_file_of_others_is_not_replaced(what: str, tmp_path: Path) -> None:
         save(file)
     assert file.read_text() == "mine"
     file.unlink()
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputError, match="is not a regular file, so it is not replaced"):
+        save(tmp_path / "pipe")
     for _ in ("new", "again"):
         save(file)
     with pytest.raises(InputError, match="there is no folder"):
