@@ -15,7 +15,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from optprune.errors import NoSolver, NumericalError
+from optprune.errors import InputError, NoSolver, NumericalError
 from optprune.metric import OutputMetric
 from optprune.moments import InputMoments
 from optprune.patterns import Pattern
@@ -347,6 +347,8 @@ def refused_as_singular(problem: Problem, solver: AnySolver) -> bool:
     """Return whether the solver raises NumericalError, which it may only where A is singular within rounding."""
     try:
         answer(problem, solver)
+    except InputError as error:
+        raise AssertionError(f"{named(problem, solver)}: {error}") from error
     except NumericalError as error:
         assert not clearly_regular(problem.loss), f"{named(problem, solver)}: A is regular, but it raised: {error}"
         return True

@@ -225,7 +225,7 @@ BROKEN = {
     NotConverged: "exact, but it stopped",
     WorseThanStart: "made its start worse",
     TooHighBound: "lower bound",
-    ChangesTheProblem: "changed the problem",
+    ChangesTheProblem: "writes into the weight",
     ChangesTheStart: "changed its start",
     ReturnsTheWeight: "original weight itself",
     OtherDtype: "dtype",
