@@ -99,9 +99,16 @@ class Grid:
 
     def facts(self) -> dict[str, Any]:
         """Return the grid as plain data."""
-        first = {name: self.recipe(Cell(name, self.sparsities[0], self.seeds[0])).to_dict() for name in self.recipes}
-        plain = {name: {key: own[key] for key in own if key not in OF_A_CELL} for name, own in first.items()}
-        return {"the recipes": plain, "the sparsities": list(self.sparsities), "the seeds": list(self.seeds)}
+        first = {name: self.recipe(Cell(name, self.sparsities[0], self.seeds[0])) for name in self.recipes}
+        fields = {name: recipe.to_dict() for name, recipe in first.items()}
+        plain = {name: {key: own[key] for key in own if key not in OF_A_CELL} for name, own in fields.items()}
+        code = {name: recipe.own_code() for name, recipe in first.items() if recipe.own_code()}
+        return {
+            "the recipes": plain,
+            **({"the user's own code": code} if code else {}),
+            "the sparsities": list(self.sparsities),
+            "the seeds": list(self.seeds),
+        }
 
 
 def _label(recipe: str | Recipe) -> str:

@@ -1,7 +1,12 @@
-"""A content hash for frozen dataclasses of tensors and plain data."""
+"""Content hashes: of frozen dataclasses of tensors and plain data, and of the code of functions and classes."""
 
 import dataclasses
+import functools
 import hashlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -43,3 +48,93 @@ def _feed(digest: "hashlib._Hash", value: Any) -> None:
         digest.update(f"{type(value).__name__} {value!r}".encode())
     else:
         raise TypeError(f"a fingerprint is for plain data, not for {type(value).__name__}")
+
+
+def code_fingerprint(value: Any) -> str:
+    """Return a SHA-256 hex digest of the bytecode of a function, or of the class of an object.
+
+    Functions, classes and plain values that the code names are part of it, unless they are of an installed package
+    other than its own. Comments and line numbers do not count.
+    """
+    digest = hashlib.sha256()
+    owner = value if isinstance(value, FunctionType | type) else type(value)
+    for text in _code_texts(value, _package(owner), set()):
+        digest.update(text.encode())
+    return digest.hexdigest()
+
+
+def _package(value: Any) -> str:
+    name = value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", None)
+    return str(name).partition(".")[0]
+
+
+def _is_own(value: Any, package: str) -> bool:
+    """Return whether the code of a value belongs to a package, or to no installed package."""
+    found = _package(value)
+    if found == package:
+        return True
+    module = sys.modules.get(found)
+    place = getattr(module, "__file__", None) or ""
+    installed = (
+        found in sys.stdlib_module_names
+        or found == "optprune"
+        or {"site-packages", "dist-packages"} & {*Path(place).parts}
+    )
+    return module is not None and not installed
+
+
+def _code_texts(value: Any, package: str, seen: set[int]) -> Iterator[str]:
+    """Yield texts that together determine what the code of a value does, each function and class once."""
+    if value is None or isinstance(value, bool | int | float | complex | str | bytes):
+        yield repr(value)
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from _code_texts(item, package, seen)
+    elif isinstance(value, dict):
+        yield from _code_texts(tuple(value.items()), package, seen)
+    elif isinstance(value, frozenset | set):
+        yield from sorted(map(repr, value))
+    elif isinstance(value, staticmethod | classmethod):
+        yield from _code_texts(value.__func__, package, seen)
+    elif isinstance(value, property):
+        yield from _code_texts((value.fget, value.fset), package, seen)
+    elif isinstance(value, functools.cached_property):
+        yield from _code_texts(value.func, package, seen)
+    elif isinstance(value, functools.partial):
+        yield from _code_texts((value.func, *value.args, *value.keywords.items()), package, seen)
+    elif id(value) not in seen and _is_own(value, package):
+        seen.add(id(value))
+        yield from _definition_texts(value, package, seen)
+
+
+def _definition_texts(value: Any, package: str, seen: set[int]) -> Iterator[str]:
+    """Yield the texts of a function, a class, a code object or an object of a class."""
+    if isinstance(value, FunctionType):
+        cells = tuple(cell.cell_contents for cell in value.__closure__ or ())
+        yield from _code_texts((value.__defaults__, *(value.__kwdefaults__ or {}).items(), *cells), package, seen)
+        for code in _nested(value.__code__):
+            yield f"{code.co_code.hex()} {code.co_names} {code.co_varnames}"
+            yield from _code_texts([item for item in code.co_consts if not isinstance(item, CodeType)], package, seen)
+            for name in code.co_names:
+                named = value.__globals__.get(name)
+                if isinstance(named, ModuleType) and _is_own(named, package):
+                    yield from _code_texts([getattr(named, inner, None) for inner in code.co_names], package, seen)
+                else:
+                    yield from _code_texts(named, package, seen)
+    elif isinstance(value, type):
+        for cls in value.__mro__:
+            for name, member in vars(cls).items() if _is_own(cls, package) else ():
+                if name not in ("__doc__", "__module__", "__firstlineno__", "__static_attributes__"):
+                    yield name
+                    yield from _code_texts(member, package, seen)
+    else:
+        yield from _code_texts(type(value), package, seen)
+        yield from _code_texts(tuple(getattr(value, "__dict__", {}).items()), package, seen)
+
+
+def _nested(code: CodeType) -> Iterator[CodeType]:
+    """Yield a code object and those of the functions defined in it."""
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _nested(constant)

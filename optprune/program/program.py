@@ -82,7 +82,9 @@ class Program:
     def facts(self) -> dict[str, Any]:
         """Return what the request decides of a run's bytes, before a model is read."""
         recipe, allocation, goal = self.request.recipe.to_dict(), self.allocation, self.request.goal
+        own_code = self.request.recipe.own_code()
         return {
+            **({"the user's own code": own_code} if own_code else {}),
             **({} if goal is None else {"the goal": asdict(goal)}),
             **({} if self.request.text is None else {"the text of the vocabulary": self.request.text}),
             **({} if self.request.tokenizer is None else {"the tokenizer": self.request.tokenizer}),

@@ -24,6 +24,7 @@ from optprune.allocation.width_costs import WidthBudget
 from optprune.calibration import POLICIES, Propagation
 from optprune.errors import InputError
 from optprune.models import UNITS, Decoder, Experts, Units
+from optprune.numerics.fingerprint import code_fingerprint
 from optprune.objectives import OBJECTIVES, LayerContext, Objective
 from optprune.patterns import InGroups
 from optprune.problems import Problem
@@ -50,7 +51,7 @@ from optprune.recipe.names import (
     write_units,
 )
 from optprune.recipe.settings import Settings, unknown_field
-from optprune.solvers import ExpertElimination, ExpertSolver, Solver
+from optprune.solvers import Chain, ExpertElimination, ExpertSolver, Solver
 from optprune.solvers.ridge import last_refit
 from optprune.system.display import Displayed, SummaryTable
 from optprune.system.files import read_yaml
@@ -236,6 +237,21 @@ class Recipe(Displayed, BaseModel):
     def expert_solver(self) -> ExpertSolver:
         """The solver that chooses experts."""
         return self.solver if isinstance(self.solver, ExpertSolver) else ExpertElimination()
+
+    def own_code(self) -> dict[str, str]:
+        """Return a digest of the code of the user's own solvers, objective and policy, by their places.
+
+        Runs keep it beside the recipe, which has their names and options only, so that a run with other code is not
+        taken for the same.
+        """
+        stages = self.solver.stages if isinstance(self.solver, Chain) else (self.solver,)
+        digests = {}
+        # The options of a solver are in the recipe.
+        for part in (self.objective, *map(type, stages), self.propagation):
+            owner = part if hasattr(part, "__qualname__") else type(part)
+            if owner.__module__.partition(".")[0] not in ("optprune", "builtins"):
+                digests[f"{owner.__module__}:{owner.__qualname__}"] = code_fingerprint(part)
+        return digests
 
     def state(self, context: LayerContext) -> Problem:
         """Return the problem of a layer."""

@@ -3,7 +3,7 @@
 import json
 import re
 import shutil
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -14,6 +14,7 @@ import optprune
 from optprune.comparison import Comparison, picture_of, run, session
 from optprune.comparison.kept_folder import ComparisonFolder
 from optprune.errors import InputError
+from optprune.solvers import Magnitude, Wanda
 from optprune.system.interrupts import done_sentence
 from tests.helpers.html_pages import ids, parsed, references
 from tests.helpers.html_pages import loaded as loaded_by
@@ -175,6 +176,27 @@ def test_another_model_of_the_same_name_is_refused(finished: tuple[Path, Compari
     asked = texts.asked(settings={"units": "mlp"}, folder=finished[0])
     with pytest.raises(InputError, match="cannot continue: the weights was"):
         optprune.compare(other, RECIPES, SPARSITIES, **asked)
+
+
+@dataclass(frozen=True)
+class Own(Magnitude):
+    """A user's solver."""
+
+    def answer(self, problem, start):
+        return super().answer(problem, start)
+
+
+def test_changed_code_of_the_users_own_solver_is_refused(
+    texts: TwoTexts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = optprune.Recipe(name="own", units="weights", solver=Own())
+    asked = {"recipes": [recipe], "sparsities": [0.5], "settings": {}}
+    found = compared(texts, tmp_path / "one", **asked)
+    monkeypatch.setattr(session, "prune", None)
+    assert compared(texts, tmp_path / "one", **asked) == found
+    monkeypatch.setattr(Own, "answer", lambda self, problem, start: Wanda().answer(problem, start))
+    with pytest.raises(InputError, match=f"cannot continue: the user's own code.own.{__name__}:Own was"):
+        compared(texts, tmp_path / "one", **asked)
 
 
 def test_a_folder_of_something_else_stays_as_it_is(texts: TwoTexts, tmp_path: Path) -> None:

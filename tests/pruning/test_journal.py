@@ -10,9 +10,10 @@ import torch
 from transformers import PreTrainedModel
 
 from benchmarks.tiny_models import TINY_MODELS
-from optprune import load_recipe
+from optprune import LayerContext, Recipe, load_recipe
 from optprune.errors import InputError
 from optprune.models import Decoder, open_model
+from optprune.problems import MaskedLeastSquares
 from optprune.pruning import prune
 from optprune.pruning.journal import Journal, digest_of_model
 from optprune.report import BlockFinished, BlockStarted, Event, LayerSolved
@@ -264,6 +265,26 @@ def test_what_changed_is_refused_by_its_name(model: Any, text: int, settings: An
     begun(tmp_path / "run")
     with pytest.raises(InputError, match=named):
         prune(model(), batches(text), load_recipe("fasp", settings), journal=Journal(tmp_path / "run", resume=True))
+
+
+def keeps_large(context: LayerContext) -> MaskedLeastSquares:
+    weight = context.loss.weight
+    return MaskedLeastSquares(context.loss, weight.abs() >= weight.abs().median())
+
+
+def keeps_small(context: LayerContext) -> MaskedLeastSquares:
+    weight = context.loss.weight
+    return MaskedLeastSquares(context.loss, weight.abs() <= weight.abs().median())
+
+
+def test_changed_code_of_the_users_own_objective_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = Recipe(objective=keeps_large, units="weights", sparsity=0.5)
+    prune(tiny(), batches(), recipe, journal=Journal(tmp_path / "run"))
+    monkeypatch.setattr(keeps_large, "__code__", keeps_small.__code__)
+    before = contents(tmp_path / "run")
+    with pytest.raises(InputError, match=f"the user's own code.{__name__}:keeps_large was"):
+        prune(tiny(), batches(), recipe, journal=Journal(tmp_path / "run", resume=True))
+    assert contents(tmp_path / "run") == before
 
 
 def test_other_threads_are_refused_since_they_round_otherwise(tmp_path: Path) -> None:

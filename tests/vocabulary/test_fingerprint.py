@@ -3,6 +3,9 @@
 import subprocess
 import sys
 from dataclasses import dataclass, fields, replace
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -11,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from optprune.moments import InputMoments
-from optprune.numerics.fingerprint import fingerprint
+from optprune.numerics.fingerprint import code_fingerprint, fingerprint
 from optprune.problems import LayerLoss, MaskedLeastSquares, Problem
 from optprune.testing import STRATEGIES
 from optprune.testing.strategies import linked, masked
@@ -145,3 +148,91 @@ print(MaskedLeastSquares(loss, torch.tensor([[True, False]])).fingerprint())
     loss = LayerLoss.of(torch.tensor([[3.0, 2.0]]), moments, 0.5)
     assert there == MaskedLeastSquares(loss, torch.tensor([[True, False]])).fingerprint()
     assert len(there) == 64
+
+
+SOLVER = '''
+from dataclasses import dataclass
+from functools import partial
+import numpy
+
+LEAST = 0.5
+
+def score(weight, power=2):
+    """Return a score."""
+    return numpy.abs(weight) ** power * LEAST
+
+class Base:
+    def answer(self, weight):
+        return self.order(score(weight))
+
+@dataclass(frozen=True)
+class Saliency(Base):
+    scale: float = 1.0
+
+    def order(self, scores):
+        return sorted(scores, key=lambda score: -score * self.scale)
+
+def objective(context):
+    return Saliency(2.0).answer(context)
+'''
+CHANGES = {
+    "a constant of the module": ("LEAST = 0.5", "LEAST = 0.25"),
+    "a default": ("power=2", "power=1"),
+    "a function that a method calls": ("numpy.abs(weight)", "-numpy.abs(weight)"),
+    "the name of a library's function": ("numpy.abs", "numpy.sqrt"),
+    "a method of the base class": ("self.order(score(weight))", "score(weight)"),
+    "a function inside a method": ("-score * self", "score * self"),
+}
+SAME = {
+    "a comment and empty lines": ("LEAST = 0.5", "\n\n# the least\nLEAST = 0.5"),
+    "a function that nothing calls": ("class Base", "def other():\n    return LEAST + 1\n\nclass Base"),
+}
+
+
+def module_of(text: str, folder: Path) -> ModuleType:
+    (folder / "own_solver.py").write_text(text)
+    spec = spec_from_file_location("own_solver", folder / "own_solver.py")
+    assert spec is not None and spec.loader is not None
+    module = module_from_spec(spec)
+    sys.modules["own_solver"] = module
+    exec(compile(text, "own_solver.py", "exec"), vars(module))
+    return module
+
+
+@pytest.fixture
+def no_module_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "own_solver", ModuleType("own_solver"))
+
+
+@pytest.mark.usefixtures("no_module_stays")
+@pytest.mark.parametrize("changed", CHANGES | SAME)
+def test_code_has_another_fingerprint_where_what_it_does_has_changed(changed: str, tmp_path: Path) -> None:
+    before = module_of(SOLVER, tmp_path)
+    solver, objective = code_fingerprint(before.Saliency), code_fingerprint(before.objective)
+    assert code_fingerprint(module_of(SOLVER, tmp_path).Saliency) == solver
+    assert code_fingerprint(before.Saliency(2.0)) != code_fingerprint(before.Saliency(3.0))
+    text = SOLVER.replace(*(CHANGES | SAME)[changed])
+    assert text != SOLVER
+    after = module_of(text, tmp_path)
+    assert (code_fingerprint(after.Saliency) == solver) == (changed in SAME)
+    assert (code_fingerprint(after.objective) == objective) == (changed in SAME)
+
+
+@pytest.mark.usefixtures("no_module_stays")
+def test_code_of_a_module_beside_counts_and_that_of_an_installed_package_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = (
+        "import numpy, own_helper\nfrom own_helper import double\ndef objective(x):\n    return numpy.abs(double(x))\n"
+    )
+    helper = ModuleType("own_helper")
+    monkeypatch.setitem(sys.modules, "own_helper", helper)
+
+    def found(body: str) -> str:
+        exec(f"def double(x):\n    return {body}", vars(helper))
+        return code_fingerprint(module_of(text, tmp_path).objective)
+
+    assert found("2 * x") == found("2 * x") != found("3 * x")
+    before = found("2 * x")
+    helper.__file__ = "/lib/python/site-packages/own_helper/__init__.py"
+    assert found("3 * x") == found("2 * x") != before
