@@ -1,5 +1,6 @@
 """One layer: its problem stated and solved, and the answer checked, written into the model and reported."""
 
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -21,6 +22,9 @@ from optprune.report import LayerReport
 from optprune.solvers import Solution, Status, best_basis, best_permutation, solve
 from optprune.solvers.ridge import HeldOut, refit
 from optprune.system.wording import counted
+
+NUMBER = re.compile(r"\d+(?:\.\d+)?(?:e[-+]?\d+)?")
+"""a number in a note"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -315,9 +319,21 @@ def _notes_on_inputs(loss: LayerLoss, dead: int) -> tuple[str, ...]:
 
 
 def summary(layers: Sequence[LayerReport]) -> tuple[str, ...]:
-    """Return one sentence for each kind of note, with the number of layers that have it."""
+    """Return one sentence for each kind of note: how many layers have it, and the range of each number."""
     alike: dict[str, list[str]] = {}
     for layer in layers:
         for note in layer.notes:
-            alike.setdefault("".join("N" if character.isdigit() else character for character in note), []).append(note)
-    return tuple(f"{counted(len(notes), 'layer')}: {notes[0]}" for notes in alike.values())
+            alike.setdefault(NUMBER.sub("N", note), []).append(note)
+    return tuple(f"{counted(len(notes), 'layer')}: {_with_ranges(notes)}" for notes in alike.values())
+
+
+def _with_ranges(notes: Sequence[str]) -> str:
+    """Return notes that differ in their numbers only as one, with the least and the largest where a number differs."""
+    columns = zip(*map(NUMBER.findall, notes), strict=True)
+    ranges = iter([(min(column, key=float), max(column, key=float)) for column in columns])
+
+    def written(_: re.Match[str]) -> str:
+        least, most = next(ranges)
+        return least if least == most else f"{least} to {most}"
+
+    return NUMBER.sub(written, notes[0])

@@ -1829,6 +1829,13 @@ FAULTS = [
         "                    pass\n",
         "vocabulary/test_fingerprint.py",
     ),
+    Fault(
+        "notes: those of several layers show the numbers of the first",
+        "pruning/layer.py",
+        'return least if least == most else f"{least} to {most}"',
+        "return least",
+        "pruning/test_pipeline.py",
+    ),
 ]
 
 

@@ -211,6 +211,17 @@ def test_strict_mode_makes_a_dead_input_an_error() -> None:
         prune(model, batches(), load_recipe("fasp", {"strict": True}))
 
 
+def test_a_note_of_several_layers_gives_the_range_of_their_numbers() -> None:
+    model = tiny_llama()
+    with torch.no_grad():
+        for block, units in ((0, 5), (1, 90)):
+            model.model.layers[block].mlp.up_proj.weight[:units] = 0
+    report = prune(model, batches(), load_recipe("wanda"))
+    single = [note for layer in report.layers for note in layer.notes if "zero on every calibration token" in note]
+    assert [note.split()[0] for note in single] == ["5", "90"]
+    assert report.notes == (f"2 layers: 5 to {single[1]}",)
+
+
 def test_fewer_tokens_than_inputs_is_told() -> None:
     report = prune(tiny_llama(), [torch.randint(5, 500, (1, 40))], load_recipe("fasp"))
     assert any("fewer calibration tokens (40) than inputs (128)" in note for note in report.notes)
