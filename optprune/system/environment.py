@@ -2,18 +2,23 @@
 
 import os
 import platform
+import re
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from optprune.errors import InputError
+from optprune.system.wording import shown
 
 if TYPE_CHECKING:  # the import of torch takes seconds
     import torch
 
 KERNELS = ("MKL_CBWR", "ATEN_CPU_CAPABILITY")
 """the environment variables that choose kernels, which differ in rounding"""
+DIGEST = re.compile("[0-9a-f]{64}")
+TOKENS = ("the text", "the tokens", "the calibration tokens")
+"""the facts about the tokens of a run"""
 
 
 def differences(before: Any, now: Any, what: str = "") -> Iterator[tuple[str, Any, Any]]:
@@ -23,6 +28,15 @@ def differences(before: Any, now: Any, what: str = "") -> Iterator[tuple[str, An
             yield from differences(before.get(key), now.get(key), f"{what}.{key}" if what else key)
     elif before != now:
         yield what, before, now
+
+
+def in_words(what: str, before: Any, now: Any) -> str:
+    """Return a difference between two runs in words; two digests say nothing to a reader and are left out."""
+    if not all(isinstance(value, str) and DIGEST.fullmatch(value) for value in (before, now)):
+        return f"{what} was {shown(before)} and is {shown(now)}"
+    other = "were others" if what.endswith("s") else "was another one"
+    why = " (by another file, another number or length of windows, or another seed)" if what in TOKENS else ""
+    return f"{what} {other}{why}"
 
 
 def versions() -> dict[str, str]:

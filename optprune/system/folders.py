@@ -12,7 +12,7 @@ from typing import Any, BinaryIO, TypeGuard, TypeVar
 from filelock import FileLock, Timeout
 
 from optprune.errors import InputError
-from optprune.system.environment import differences
+from optprune.system.environment import differences, in_words
 from optprune.system.files import (
     digest_of,
     digest_of_file,
@@ -134,7 +134,7 @@ class ManifestFolder:
         before = {name: self.facts.get(name) for name in facts} if self.begun else dict(facts)
         for what, old, new in differences(before, json.loads(json.dumps(facts))):
             raise InputError(
-                f"the {self.noun} in {self.folder} cannot continue: {what} was {shown(old)} and is {shown(new)}; "
+                f"the {self.noun} in {self.folder} cannot continue: {in_words(what, old, new)}; "
                 f"nothing was changed: give the command that began it, or {self.begin_anew}"
             )
 
