@@ -222,7 +222,7 @@ class InGroups(PatternFamily):
 
     def __post_init__(self) -> None:
         if not 0 < self.n < self.m:
-            raise InputError(f"the pattern {self.name} keeps everything: N must be less than M")
+            raise InputError(f"the pattern {self.name} keeps everything: N must be less than M, as in 2:4")
 
     @property
     def name(self) -> str:  # type: ignore[override]  # by its numbers

@@ -58,7 +58,9 @@ def _sentence(error: BaseException) -> str:
     if isinstance(error, OptpruneError):
         text = str(error)
     elif hasattr(error, "format_message"):  # a wrong option or argument, in typer's words
-        text = f"{error.format_message()} (see optprune --help)"  # type: ignore[attr-defined]
+        context = getattr(error, "ctx", None)
+        command = "optprune" if context is None else context.command_path
+        text = f"{error.format_message().rstrip('.')} (see {command} --help)"  # type: ignore[attr-defined]
     elif is_out_of_memory(error):
         text = (
             "the memory is not enough: lower --samples, --seq-length, --batch or --prompt-tokens (whichever the "

@@ -50,7 +50,8 @@ def experts_command(
         str,
         typer.Option(
             "--by",
-            help="The scores to write: reap, the share of the tokens that an expert gets, or its mean routing weight.",
+            help="The scores to write: reap (the score of REAP), share (of the tokens that an expert gets) or weight "
+            "(its mean routing weight).",
         ),
     ] = "reap",
     of: Annotated[

@@ -210,8 +210,8 @@ PartialSums = Annotated[
     typer.Option(
         "--partial-sums",
         "--lanes",
-        help="Number of partial sums over batches, which processes share. [default: torchrun's processes, or 1]",
-        hidden=True,
+        help="Number of partial sums over batches, which the processes of torchrun share. [default: one a process]",
+        rich_help_panel=ADVANCED,
     ),
 ]
 Ray = Annotated[

@@ -235,8 +235,9 @@ def _summarise(program: "Program", report: "Report", saved: "SavedModel") -> Non
     recipe = program.request.recipe
     currency = recipe.allocation.currency if isinstance(recipe.allocation, GlobalBudget) else "parameters"
     of_what = {"parameters": "", "flops": " of the operations", "time": " of the time"}[currency]
+    what = "are zero" if report.lost == "zero" else report.lost
     echo(
-        f"{report.sparsity_reached:.2%} of the decoder's linear weights removed "
+        f"{report.sparsity_reached:.2%} of the decoder's linear weights {what} "
         f"({report.sparsity_requested:.2%}{of_what} requested)"
     )
     for line in Allocation.from_dict(report.allocation).lines():
@@ -254,7 +255,7 @@ def _summarise(program: "Program", report: "Report", saved: "SavedModel") -> Non
         echo(f"mean relative error {sum(errors) / len(errors):.3g} over {counted(len(errors), 'layer')}{when}")
     if errors and sum(errors) / len(errors) > DESTROYED:
         echo("warning: the model is probably unusable with so large an error: lower the sparsity, or add recovery")
-    if recipe.units.family is not None and report.sparsity_reached:
+    if recipe.units.family is not None and report.sparsity_requested:
         echo(
             "zeros alone make a folder neither smaller nor faster: use a runtime with a kernel for the pattern "
             f"{recipe.units.family.name}"

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from optprune.errors import InputError, OptpruneError, WorkerError, is_out_of_memory, no_room, no_room_behind
-from optprune.system.environment import differences, is_first
+from optprune.system.environment import differences, in_words, is_first, stored_facts
 from optprune.system.files import read_json, real_path
 from optprune.system.folders import FACTS, RunFolder, check_manifest_folder
 from optprune.system.interrupts import NOTHING, done_sentence, record_done
-from optprune.system.wording import shown
 
 Folder = TypeVar("Folder", bound=RunFolder)
 FINISHED = "{} was already finished by this command: nothing is left to do"
@@ -109,11 +108,11 @@ class Output:
                 "choose another output, or pass --overwrite"
             )
         plain = json.loads(json.dumps({name: value for name, value in facts.items() if name not in OF_THE_MACHINE}))
-        for what, old, new in differences({name: stored.get(name) for name in plain}, plain):
+        for what, old, new in differences(stored_facts(stored, plain), plain):
             if self.overwrite:
                 return False
             raise InputError(
-                f"{self.folder} was finished by another command: {what} was {shown(old)} and is {shown(new)} now; "
+                f"{self.folder} was finished by another command: {in_words(what, old, new)}; "
                 "choose another output, or pass --overwrite"
             )
         return True

@@ -11,9 +11,12 @@ from pydantic import TypeAdapter
 
 from optprune.comparison.grid import Cell
 from optprune.comparison.results import DENSE, CellResult, Comparison, Figures
+from optprune.errors import InputError
 from optprune.system.files import is_own_folder, real_path
 from optprune.system.folders import ManifestFolder
 
+RECIPES = "the recipes"
+"""the fact that holds the recipes by name"""
 CELLS, WORK, MODELS = "cells", "work", "models"
 RESULT, FIGURES = TypeAdapter(CellResult), TypeAdapter(Figures)
 JSON, TABLE, PAGE = "comparison.json", "comparison.md", "comparison.html"
@@ -40,6 +43,16 @@ class ComparisonFolder(ManifestFolder):
                 if left != self._own and is_own_folder(left):
                     shutil.rmtree(left, ignore_errors=True)
             self._others = None
+
+    def check_facts(self, facts: Mapping[str, Any]) -> None:
+        """Raise InputError where one of these facts differs from the recorded one; other recipes are told by name."""
+        asked, kept = (list(some.get(RECIPES) or ()) for some in (facts, self.facts))
+        if RECIPES in facts and kept and set(asked) != set(kept):
+            raise InputError(
+                f"the comparison in {self.folder} has the recipes {', '.join(kept)}, and this command asks for "
+                f"{', '.join(asked)}; nothing was changed: give the same recipes, or {self.begin_anew}"
+            )
+        super().check_facts(facts)
 
     @property
     def work(self) -> Path:

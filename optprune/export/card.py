@@ -25,6 +25,19 @@ UNKNOWN = "unknown: see the base model"
 MARKUP = re.compile(r"[\\`*\[\]|]")
 """characters that Markdown interprets anywhere in a line"""
 
+NOT_MEASURED = "Pruning does not measure the perplexity: `optprune evaluate` does, on any text."
+MADE_AGAIN = (
+    "`recipe.yaml` reproduces the model, `report.json` describes every layer, and `optprune audit` compares the "
+    "weights with both."
+)
+HEALED = {
+    NOT_MEASURED: "These figures are from before healing. The section Healing has the perplexity on held-out "
+    "windows, and `optprune evaluate` measures it on any text.",
+    MADE_AGAIN: "`recipe.yaml` reproduces the model before healing; healing is a run of its own. `report.json` "
+    "describes every layer and the healing, and `optprune audit` compares shapes and zeros with it.",
+}
+"""sentences of a card, each with the one that is true of a healed folder"""
+
 
 @dataclass(frozen=True)
 class ModelCard:
@@ -61,7 +74,7 @@ class ModelCard:
                 f"# {plain(origin.name.rpartition('/')[2])}, pruned by {recipe}",
                 "",
                 f"{plain(origin.name)} pruned by optprune {version} with the recipe {recipe}: "
-                f"{report.sparsity_reached:.2%} of the linear weights of its decoder blocks are removed.",
+                f"{report.sparsity_reached:.2%} of the linear weights of its decoder blocks are {report.lost}.",
                 "",
                 "| | before | after |",
                 "|---|---|---|",
@@ -69,7 +82,7 @@ class ModelCard:
                 "",
                 *self._figures(),
                 "",
-                "Pruning does not measure the perplexity: `optprune evaluate` does, on any text.",
+                NOT_MEASURED,
                 "",
                 "## Use",
                 "",
@@ -147,8 +160,7 @@ class ModelCard:
             f"model = {cls}.from_pretrained(folder{trust})",
             "```",
             "",
-            "`recipe.yaml` reproduces the model, `report.json` describes every layer, and `optprune audit` compares "
-            "the weights with both.",
+            MADE_AGAIN,
         ]
 
     def _licence(self) -> str:
@@ -189,6 +201,13 @@ def is_public(calibration: str) -> bool:
     # Several texts are parts separated by "; ", and the last part is the number of windows.
     texts = calibration.split("; ")[:-1] or [calibration]
     return all(PUBLIC_TEXT.match(text) for text in texts)
+
+
+def healed_card(card: str, healing: Mapping[str, Any], teacher: str) -> str:
+    """Return the card of a pruned folder as that of the healed one, with a section about healing."""
+    for of_pruned, of_healed in HEALED.items():
+        card = card.replace(of_pruned, of_healed)
+    return f"{card.rstrip()}\n\n{healing_section(healing, teacher)}"
 
 
 def healing_section(healing: Mapping[str, Any], teacher: str) -> str:

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from optprune.errors import InputError
 from optprune.export.around import check_around, write_around
-from optprune.export.card import ModelCard, healing_section, plain
+from optprune.export.card import ModelCard, healed_card, plain
 from optprune.export.check import compare, logits_of
 from optprune.export.exporter import Draft, Exporter, ModelSource, OnEvent, export
 from optprune.export.place import check_apart, check_output
@@ -156,7 +156,7 @@ def healed_files(source: str, healing: Mapping[str, Any], teacher: str) -> dict[
     files = {
         **origin.licence_files,
         REPORT: json_text({**(before if isinstance(before, dict) else {}), "healing": dict(healing)}),
-        CARD: f"{card.rstrip()}\n\n{healing_section(healing, origin_of(teacher).name)}",
+        CARD: healed_card(card, healing, origin_of(teacher).name),
     }
     recipe = found[RECIPE]
     return files if recipe is None else {**files, RECIPE: recipe}

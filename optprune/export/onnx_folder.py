@@ -78,7 +78,9 @@ class OnnxFolder(Exporter):
             )
         architecture, runtime = architecture_of(source.config), RUNTIMES["onnx"]
         if architecture.model_type not in runtime.families:
-            reason = "each token runs its own experts, which a graph cannot do"
+            reason = "its architecture is known from a draft only, of which no export was tried"
+            if architecture.mixture is not None:
+                reason = "each token runs its own experts, which a graph cannot do"
             if architecture.recurrent is not None:
                 reason = "the states of its recurrent mixers are not among the inputs and outputs of a graph"
             if architecture.shared is not None:

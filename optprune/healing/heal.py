@@ -28,7 +28,7 @@ from optprune.models.surgery import parameters_in
 from optprune.numerics.fingerprint import fingerprint
 from optprune.report import DivergenceMeasured, Event, PhaseAdvanced, PhaseRecorder
 from optprune.report.phases import HEALING
-from optprune.system.environment import machine, versions
+from optprune.system.environment import COUNTS, machine, versions
 from optprune.texts import check_seq_length, check_vocabulary
 from optprune.work import Work
 
@@ -358,6 +358,7 @@ def healing_facts(
     return {
         "the model": fingerprint(list(model.state_dict().items())),
         "the dense model": teacher.digest(),
+        **dict(zip(COUNTS, (sum(batch.numel() for batch in batches), held_out.numel()), strict=True)),
         "the text": fingerprint([*batches, held_out]),
         "the settings": asdict(settings),
         "the processes": peers.size,

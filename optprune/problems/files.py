@@ -40,8 +40,8 @@ from optprune.system.wording import either, shown
 
 FORMAT = 1
 """the version of the format"""
-HEADER = "optprune"
-"""the entry of the file's metadata"""
+HEADER, SOLUTION = "optprune", "optprune solution"
+"""the entry of the metadata of a problem's file, and of a solution's"""
 Saved = Problem | ExpertChoice | Rotation | Permutation
 """what a file can hold"""
 KINDS: dict[str, type] = {
@@ -87,6 +87,10 @@ def save_problem(problem: Saved, path: str | Path, *, origin: Mapping[str, str |
     class of one's own, as a pattern or a penalty, because a file holds no code, and where there is a file that optprune
     did not write.
     """
+    if origin is not None and not _is_origin(origin):
+        raise InputError(
+            f"the origin cannot be {shown(origin)}: give texts or numbers by name, such as {{'layer': 'mlp.down_proj'}}"
+        )
     names = [name for name, kind in KINDS.items() if type(problem) is kind]
     if not names:
         raise InputError(
@@ -136,6 +140,14 @@ def origin_of(path: str | Path) -> dict[str, Any]:
         return dict(_header(Path(path), file.metadata())["origin"])
 
 
+def _is_origin(origin: object) -> bool:
+    """Return whether an origin holds texts or numbers by name."""
+    return isinstance(origin, Mapping) and all(
+        isinstance(name, str) and isinstance(value, str | int | float)
+        for name, value in cast("Mapping[object, object]", origin).items()
+    )
+
+
 def _opened(path: Path) -> Any:
     """Return a context of an open file."""
     try:
@@ -147,6 +159,8 @@ def _opened(path: Path) -> Any:
 def _header(path: Path, metadata: Mapping[str, str] | None) -> Fields:
     """Return the header of a file. InputError where it is missing, damaged or of another version."""
     text = (metadata or {}).get(HEADER)
+    if text is None and SOLUTION in (metadata or {}):
+        raise InputError(f"{path} holds a solution, not a problem: give the file of the problem that it solves")
     if text is None:
         raise InputError(f"{path} is not a problem that optprune saved: it has no header")
     read = read_json(text, f"the header of {path}")

@@ -178,8 +178,8 @@ class SmallerVocabulary(Group):
     """about how many tokens of the calibration text the rows that stay are refitted on, so that they take over the
     probability of the removed tokens; 0 refits nothing"""
     predictions: int = Field(default=65536, ge=0)
-    """about how many tokens of the calibration text the model's predictions behind which count in the choice, as the
-    text itself does; with 0 the text alone counts"""
+    """about how many tokens of the calibration text the model predicts the next token after; the predicted
+    probabilities count in the choice as the text does; with 0 the text alone counts"""
 
 
 @dataclass(frozen=True)

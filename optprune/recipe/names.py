@@ -131,6 +131,8 @@ def read_solver(value: Any) -> Any:
     if isinstance(value, str):
         return _known("solver", SOLVERS, value)()
     if isinstance(value, list):
+        if not value:
+            raise ValueError("a chain needs at least one solver: give a name, or leave the solver out")
         stages = tuple(read_solver(item) for item in value)
         for stage in stages:
             if not isinstance(stage, Solver):

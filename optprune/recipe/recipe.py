@@ -210,7 +210,10 @@ class Recipe(Displayed, BaseModel):
             return self
         if self.sparsity and abs(self.sparsity - (1 - share)) > 1e-9:
             pattern = "" if self.units.family is None else self.units.family.name
-            raise ValueError(f"the pattern {pattern} has a sparsity of {1 - share:g}, not {self.sparsity:g}")
+            raise ValueError(
+                f"the pattern {pattern} has a sparsity of {1 - share:g}, not {self.sparsity:g}: set sparsity to "
+                f"{1 - share:g}, or choose unstructured, rows or an N:M pattern with N / M = {1 - self.sparsity:g}"
+            )
         return self
 
     @field_serializer("bits", "metric", "refit", "vocabulary")

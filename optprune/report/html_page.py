@@ -115,7 +115,7 @@ def _texts(
     name = one_line(PurePath(source).name or source)
     return {
         "title": f"{name}, pruned by {recipe}",
-        "lead": f"{report.sparsity_reached:.2%} of the linear weights of its decoder blocks are removed "
+        "lead": f"{report.sparsity_reached:.2%} of the linear weights of its decoder blocks are {report.lost} "
         f"({report.sparsity_requested:.2%} requested), by optprune {report.versions.get('optprune', '')}".strip()
         + "."
         + "".join(f" {said.in_words()}." for said in (report.vocabulary, report.goal) if said is not None),

@@ -144,7 +144,7 @@ class Report(Displayed):
     recipe: dict[str, Any]
     sparsity_requested: float
     sparsity_reached: float
-    """the share of the decoder blocks' linear weights that were removed"""
+    """the share of the decoder blocks' linear weights that were removed; after `bits` also those rounded to zero"""
     seconds: float
     floor_seconds: float
     """the seconds of the two calibration passes with their Gram products, which every run needs"""
@@ -183,8 +183,13 @@ class Report(Displayed):
         whole = None if before is None else before + change.parameters_removed
         return replace(self, vocabulary=change, parameters_before=whole)
 
+    @property
+    def lost(self) -> str:
+        """What the weights in `sparsity_reached` are: removed, or zero where a grid of few bits makes zeros too."""
+        return "removed" if self.recipe.get("bits", "none") in (None, "none") else "zero"
+
     def __repr__(self) -> str:
-        removed = f"{self.sparsity_reached:.2%} removed, {self.sparsity_requested:.2%} requested"
+        removed = f"{self.sparsity_reached:.2%} {self.lost}, {self.sparsity_requested:.2%} requested"
         return (
             f"Report({self.model!r}, {self.recipe.get('name')!r}, {removed}, {counted(len(self.layers), 'layer')} "
             "solved)"
@@ -194,7 +199,7 @@ class Report(Displayed):
         errors = [layer.relative_error for layer in self.layers]
         facts = [
             ("model", one_line(self.model)),
-            ("removed", f"{self.sparsity_reached:.2%} of the linear weights ({self.sparsity_requested:.2%} requested)"),
+            (self.lost, f"{self.sparsity_reached:.2%} of the linear weights ({self.sparsity_requested:.2%} requested)"),
             (
                 "calibration",
                 f"{self.tokens:,} tokens" + (f", {one_line(self.calibration)}" if self.calibration else ""),

@@ -52,7 +52,7 @@ class Chain(Solver[Problem, ChainState]):
 
     @property
     def label(self) -> str:
-        return " > ".join(stage.label for stage in self.stages)
+        return " > ".join(stage.label for stage in self.stages) or "an empty chain"
 
     @property
     def cached_bytes(self) -> int:
@@ -63,7 +63,7 @@ class Chain(Solver[Problem, ChainState]):
 
     def unsupported(self, problem: Problem) -> str | None:
         if not self.stages:
-            return "it is an empty chain"
+            return "an empty chain has no solver: give at least one"
         reasons = [(stage.label, stage.refusal(problem)) for stage in self.stages]
         return next((f"its stage {label} refuses: {reason}" for label, reason in reasons if reason), None)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from optprune.errors import InputError
 from optprune.problems import Problem
+from optprune.problems.files import SOLUTION
 from optprune.solvers.base import Certificate, Solution, Status
 from optprune.system.files import GENERATOR, MARK, own_place, read_json, write_whole
 from optprune.system.wording import shown
@@ -19,8 +20,8 @@ FORMAT = 1
 """the version of the format"""
 ROUNDING = 1e-6
 """the largest relative difference between a stated and a measured violation, a sum of float32 numbers"""
-HEADER, VALUE = "optprune solution", "value"
-"""the entry of the file's metadata, and the name of the weight"""
+VALUE = "value"
+"""the name of the weight in a file"""
 
 
 def save_solution(solution: Solution, problem: Problem, path: str | Path) -> None:
@@ -47,7 +48,7 @@ def solution_bytes(solution: Solution, problem: Problem) -> bytes:
         "notes": list(solution.notes),
     }
     value = solution.value.detach().cpu().contiguous()
-    return save({VALUE: value}, {HEADER: json.dumps(header), GENERATOR: MARK})
+    return save({VALUE: value}, {SOLUTION: json.dumps(header), GENERATOR: MARK})
 
 
 def load_solution(path: str | Path, problem: Problem) -> Solution:
@@ -61,7 +62,7 @@ def load_solution(path: str | Path, problem: Problem) -> Solution:
         opened: Any = safe_open(path, "pt", device="cpu")
         with opened as file:
             metadata: dict[str, str] = file.metadata() or {}
-            header: Any = read_json(metadata[HEADER], f"the header of {path}")
+            header: Any = read_json(metadata[SOLUTION], f"the header of {path}")
             value: Tensor = file.get_tensor(VALUE).to(problem.loss.weight.device)
         status, proof = Status[header["status"]], header["certificate"]
         certificate = None if proof is None else Certificate(float(proof[0]), str(proof[1]))

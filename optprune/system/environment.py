@@ -2,18 +2,25 @@
 
 import os
 import platform
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from optprune.errors import InputError
+from optprune.system.wording import shown
 
 if TYPE_CHECKING:  # the import of torch takes seconds
     import torch
 
 KERNELS = ("MKL_CBWR", "ATEN_CPU_CAPABILITY")
 """the environment variables that choose kernels, which differ in rounding"""
+DIGEST = re.compile("[0-9a-f]{64}")
+COUNTS = ("the number of training tokens", "the number of held-out tokens")
+"""facts that records of earlier versions lack; they are compared where both sides have them"""
+TOKENS = ("the text", "the tokens", "the calibration tokens")
+"""the facts about the tokens of a run"""
 
 
 def differences(before: Any, now: Any, what: str = "") -> Iterator[tuple[str, Any, Any]]:
@@ -23,6 +30,20 @@ def differences(before: Any, now: Any, what: str = "") -> Iterator[tuple[str, An
             yield from differences(before.get(key), now.get(key), f"{what}.{key}" if what else key)
     elif before != now:
         yield what, before, now
+
+
+def stored_facts(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the stored values of the facts that are asked for; None for one that is missing."""
+    return {name: stored.get(name, value if name in COUNTS else None) for name, value in asked.items()}
+
+
+def in_words(what: str, before: Any, now: Any) -> str:
+    """Return a difference between two runs in words; two digests say nothing to a reader and are left out."""
+    if not all(isinstance(value, str) and DIGEST.fullmatch(value) for value in (before, now)):
+        return f"{what} was {shown(before)} and is {shown(now)}"
+    other = "were others" if what.endswith("s") else "was another one"
+    why = " (by another file, another number or length of windows, or another seed)" if what in TOKENS else ""
+    return f"{what} {other}{why}"
 
 
 def versions() -> dict[str, str]:

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO, TypeGuard, TypeVar
 from filelock import FileLock, Timeout
 
 from optprune.errors import InputError
-from optprune.system.environment import differences
+from optprune.system.environment import differences, in_words, stored_facts
 from optprune.system.files import (
     digest_of,
     digest_of_file,
@@ -131,10 +131,10 @@ class ManifestFolder:
 
     def check_facts(self, facts: Mapping[str, Any]) -> None:
         """Raise InputError where one of these facts differs from the recorded one."""
-        before = {name: self.facts.get(name) for name in facts} if self.begun else dict(facts)
-        for what, old, new in differences(before, json.loads(json.dumps(facts))):
+        plain = json.loads(json.dumps(facts))
+        for what, old, new in differences(stored_facts(self.facts, plain) if self.begun else plain, plain):
             raise InputError(
-                f"the {self.noun} in {self.folder} cannot continue: {what} was {shown(old)} and is {shown(new)}; "
+                f"the {self.noun} in {self.folder} cannot continue: {in_words(what, old, new)}; "
                 f"nothing was changed: give the command that began it, or {self.begin_anew}"
             )
 

@@ -453,7 +453,8 @@ def test_benchmark_model_in_two_dtypes(attempt: Attempt) -> None:
 
 
 def test_unknown_words(attempt: Attempt) -> None:
-    assert "No such command 'trim'" in attempt.fails(["trim"])
+    assert "No such command 'trim' (see optprune --help)" in attempt.fails(["trim"])
+    assert "Missing argument 'FILE' (see optprune solve --help)" in attempt.fails(["solve"])
     assert "the recipe 'trim' is not known" in attempt.fails(["recipes", "trim"])
 
 

@@ -451,6 +451,8 @@ def test_bits_leave_weights_that_gguf_holds_exactly(
     command = ["prune", str(source), "--calibration", text, "--samples", "4", "--seq-length", "64"]
     command += ["--output", str(tmp_path / "out"), "--recipe", "wanda", "--pattern", "2:4", "--bits", "q4_0"]
     assert main(command) == 0
+    assert "of the decoder's linear weights are zero (50.00% requested)" in capsys.readouterr().out
+    assert "decoder blocks are zero" in (tmp_path / "out" / "README.md").read_text()
     assert main(["export", str(tmp_path / "out"), "--type", "q4_0", "--output", str(tmp_path / "m.gguf")]) == 0
     pruned, read = (load_model(tmp_path / name, dtype="float32").decoder() for name in ("out", "m.gguf"))
     for path in pruned.paths(0):

@@ -120,6 +120,7 @@ def test_a_problem_of_a_model_goes_to_a_file_and_back(tmp_path: Path) -> None:
         (["--solver", "wandaa"], "did you mean wanda?"),
         (["--solver", "{admm: {stepz: 3}}"], "the solver admm has no option 'stepz'"),
         (["--solver", "reap"], "is no solver of layers"),
+        (["--solver", "[]"], "a chain needs at least one solver: give a name"),
         (["--solver", "greedy_obs"], "does not solve this problem"),
         (["--max-seconds", "0"], "--max-seconds cannot be 0"),
         (["--max-steps", "-1"], "--max-steps cannot be -1"),
@@ -132,9 +133,12 @@ def test_what_is_refused(file: Path, words: list[str], reason: str, capsys: pyte
     assert set(file.parent.iterdir()) == before
 
 
-def test_a_file_that_is_no_layer_problem(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_that_is_no_layer_problem(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_problem(Permutation(torch.arange(4), torch.arange(4)), tmp_path / "order")
     assert main(["solve", str(tmp_path / "order")]) == 2
     assert "holds a Permutation, which no solver of layers solves" in capsys.readouterr().err
+    assert main(["solve", str(file), "--max-steps", "1", "--output", str(tmp_path / "answer")]) == 0
+    assert main(["solve", str(tmp_path / "answer")]) == 2
+    assert "answer holds a solution, not a problem: give the file of the problem" in capsys.readouterr().err
     assert main(["solve", str(tmp_path / "missing")]) == 2
     assert "cannot be read as a problem" in capsys.readouterr().err

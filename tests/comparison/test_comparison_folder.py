@@ -151,7 +151,7 @@ def test_a_cell_that_failed_is_tried_again(texts: TwoTexts, tmp_path: Path) -> N
     ("more", "what"),
     [
         ({"sparsities": [0.2, 0.25]}, "the sparsities was [0.2, 0.3] and is [0.2, 0.25]"),
-        ({"recipes": ["fasp"]}, "the recipes.magnitude was"),
+        ({"recipes": ["fasp"]}, "has the recipes fasp, magnitude, and this command asks for fasp; nothing was changed"),
         ({"settings": {"units": "mlp", "damping": 0.02}}, "the recipes.fasp.damping was 0.01 and is 0.02"),
         ({"seeds": 2}, "the seeds was [0] and is [0, 1]"),
         ({"samples": 7}, "the samples was 8 and is 7"),
@@ -165,7 +165,7 @@ def test_changed_options_are_refused_by_name(
 ) -> None:
     place, _ = finished
     before = {file: file.read_bytes() for file in place.rglob("*") if file.is_file()}
-    with pytest.raises(InputError, match=f"cannot continue: {re.escape(what)}"):
+    with pytest.raises(InputError, match=re.escape(what)):
         compared(texts, place, **more)
     assert {file: file.read_bytes() for file in place.rglob("*") if file.is_file()} == before
 
@@ -174,7 +174,7 @@ def test_another_model_of_the_same_name_is_refused(finished: tuple[Path, Compari
     other = loaded()
     other.model.model.layers[0].mlp.up_proj.weight.data[0, 0] += 1
     asked = texts.asked(settings={"units": "mlp"}, folder=finished[0])
-    with pytest.raises(InputError, match="cannot continue: the weights was"):
+    with pytest.raises(InputError, match="cannot continue: the weights were others; nothing was changed"):
         optprune.compare(other, RECIPES, SPARSITIES, **asked)
 
 

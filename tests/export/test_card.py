@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
 from optprune.export import save_model
-from optprune.export.card import is_public
+from optprune.export.card import HEALED, MADE_AGAIN, NOT_MEASURED, healed_card, is_public
 from optprune.export.source_files import origin_of
 from optprune.models import Decoder, LoadedModel, load_model
 from optprune.pruning import prune
@@ -59,6 +59,17 @@ def test_the_card_tells_the_run_the_base_and_its_licence(name: str, units: str, 
         and "smaller" not in card.content
         and "news.txt" not in card.content
     )
+
+
+def test_the_card_of_a_healed_folder_is_true_of_it(tmp_path: Path) -> None:
+    folder, _ = pruned(save_tiny(tiny_llama(), tmp_path / "base"), tmp_path / "smaller")
+    card = (folder / "README.md").read_text()
+    assert NOT_MEASURED in card and MADE_AGAIN in card
+    healing = {"steps": 1, "tokens": 2, "held_out_tokens": 3, "dense_perplexity": 4.0}
+    healing |= {when: {"divergence": 0.5, "perplexity": 6.0} for when in ("before", "after")}
+    healed = healed_card(card, healing, "base")
+    assert NOT_MEASURED not in healed and MADE_AGAIN not in healed
+    assert all(sentence in healed for sentence in HEALED.values()) and "## Healing" in healed
 
 
 def test_a_source_without_a_card_or_with_one_that_is_none(tmp_path: Path) -> None:

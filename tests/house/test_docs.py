@@ -215,7 +215,7 @@ def test_the_readme_stays_short() -> None:
     assert len(TEXTS["README.md"].splitlines()) <= 130
 
 
-def test_the_tower_is_drawn_as_the_contract_has_it() -> None:
+def test_the_levels_are_drawn_as_the_contract_has_it() -> None:
     contracts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"][
         "contracts"
     ]

@@ -131,13 +131,13 @@ def test_the_table_of_architectures_has_each_once() -> None:
     assert sorted(rows) == sorted(ARCHITECTURES)
 
 
-def test_the_pages_count_notebooks_and_floors_right() -> None:
+def test_the_pages_count_notebooks_and_levels_right() -> None:
     contract = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"][
         "contracts"
     ][0]
     assert f"{WORDED[len(CELLS)]} notebooks are stored".capitalize() in TEXTS["docs/index.md"]
-    assert f"form {WORDED[len(contract['layers'])]} floors" in TEXTS["docs/explanation/design.md"]
-    assert f"{WORDED[len(contract['layers'])]} floors, checked by".capitalize() in TEXTS["README.md"]
+    assert f"form {WORDED[len(contract['layers'])]} levels" in TEXTS["docs/explanation/design.md"]
+    assert f"{WORDED[len(contract['layers'])]} levels, checked by".capitalize() in TEXTS["README.md"]
 
 
 def test_the_picture_of_the_readme_is_that_of_the_first_page() -> None:

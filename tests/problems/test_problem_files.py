@@ -191,6 +191,13 @@ def test_damaged_files_are_sentences(part: int, tmp_path: Path, as_users_run: No
     assert len(seen) >= 8
 
 
+@pytest.mark.parametrize("origin", ["mlp.down_proj", {"layer": None}, {1: "layer"}], ids=str)
+def test_an_origin_is_texts_or_numbers_by_name(origin: Any, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="give texts or numbers by name, such as"):
+        save_problem(correlated(0, 8, WIDTH, "2:4"), tmp_path / "file", origin=origin)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("header", "sentence"),
     [

@@ -13,7 +13,8 @@ import optprune
 from optprune.calibration.partial_sums import PartialSums
 from optprune.cli import main
 from optprune.errors import InputError
-from optprune.export import save_model
+from optprune.export import OnnxFolder, save_model
+from optprune.export.exporter import ModelSource
 from optprune.models import Decoder, Draft, load_model, open_model, trace
 from optprune.models.draft import DRAFT_FIELD
 from optprune.pruning import prune
@@ -199,14 +200,19 @@ def test_plan_takes_a_draft(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert main(["plan", str(tmp_path), *options, "--architecture", str(tmp_path / "draft.yaml")]) == 0
 
 
-def test_the_dense_model_is_read_by_the_draft_that_the_pruned_one_carries(tmp_path: Path) -> None:
+def test_the_dense_model_is_read_by_the_draft_that_the_pruned_one_carries(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Beside it in evaluate and audit; by itself it takes an --architecture."""
+    monkeypatch.setattr("optprune.export.onnx_folder.PACKAGES", ())
     dense, out, text = save_tiny(unknown("starcoder2"), tmp_path / "dense"), tmp_path / "out", tmp_path / "text.txt"
     text.write_text("The committee met on Monday and talked about prices. " * 40)
     draft = tmp_path / "draft.yaml"
     draft.write_text(draft_of("starcoder2").to_yaml())
     loaded = optprune.load_model(dense, architecture=draft)
     save_model(loaded.model, out, tokenizer=loaded.tokenizer)
+    refusal = OnnxFolder().unsupported(ModelSource(out))
+    assert refusal is not None and "its architecture is known from a draft only" in refusal
     options = ["--text", str(text), "--seq-length", "64", "--json"]
     assert main(["evaluate", str(out), "--against", str(dense), *options, str(tmp_path / "found.json")]) == 0
     found = json.loads((tmp_path / "found.json").read_text())

@@ -103,7 +103,10 @@ def test_audit_tells_patterns_apart() -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"units.weights": "2:4", "sparsity": 0.4}, "the pattern 2:4 has a sparsity of 0.5, not 0.4"),
+        (
+            {"units.weights": "2:4", "sparsity": 0.4},
+            "the pattern 2:4 has a sparsity of 0.5, not 0.4: set sparsity to 0.5",
+        ),
         ({"units.weights": "4:4"}, "keeps everything"),
         ({"units.weights": "diagonal"}, "cannot be 'diagonal'"),
         ({"units": "mlp"}, "units must be weights"),

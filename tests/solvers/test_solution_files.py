@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from optprune.errors import InputError
 from optprune.problems import save_problem
 from optprune.solvers import Chain, Restore, Swaps, Wanda, solve
-from optprune.solvers.files import HEADER, load_solution, save_solution
+from optprune.solvers.files import SOLUTION, load_solution, save_solution
 from tests.helpers.sparse_cases import correlated
 
 
@@ -43,11 +43,11 @@ def test_what_is_no_solution_of_the_problem_is_a_sentence(tmp_path: Path) -> Non
         save_file({"value": spoiled.contiguous()}, file, header)
         with pytest.raises(InputError, match=sentence):
             load_solution(file, problem)
-    later = header[HEADER].replace('"format": 1', '"format": 2')
-    save_file({"value": value}, file, {HEADER: later})
+    later = header[SOLUTION].replace('"format": 1', '"format": 2')
+    save_file({"value": value}, file, {SOLUTION: later})
     with pytest.raises(InputError, match="is of the format 2, and this optprune reads the format 1"):
         load_solution(file, problem)
-    save_file({"value": value}, file, {HEADER: "{}"})
+    save_file({"value": value}, file, {SOLUTION: "{}"})
     with pytest.raises(InputError, match="is not a solution that optprune saved"):
         load_solution(file, problem)
     with pytest.raises(InputError, match="is not a solution that optprune saved"):
@@ -57,8 +57,8 @@ def test_what_is_no_solution_of_the_problem_is_a_sentence(tmp_path: Path) -> Non
 def changed(file: Path, **entries: object) -> None:
     """Change entries of the header of a solution's file."""
     with safe_open(file, "pt") as opened:
-        header = json.loads(opened.metadata()[HEADER])
-    save_file(load_file(file), file, {HEADER: json.dumps(header | entries)})
+        header = json.loads(opened.metadata()[SOLUTION])
+    save_file(load_file(file), file, {SOLUTION: json.dumps(header | entries)})
 
 
 def test_a_file_that_states_another_violation_or_a_false_bound_is_refused(tmp_path: Path) -> None:
