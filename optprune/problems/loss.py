@@ -294,11 +294,11 @@ class LayerLoss:
 
     def value(self, weight: Float[Tensor, "out in"]) -> float:
         """Return f(V) with its damping; off the CPU by float32 products where the moments are float32 (`ExactLoss`)."""
-        return sum(self._measuring.measured(weight)) / 2
+        return self._measuring.total(weight) / 2
 
     def exact_value(self, weight: Float[Tensor, "out in"]) -> float:
         """Return f(V) by float64 products on every device, for certificates."""
-        return sum(self.exact.measured(weight)) / 2
+        return self.exact.total(weight) / 2
 
     def relative_error(self, weight: Float[Tensor, "out in"]) -> float:
         """Return E|V x* - W x|^2 / E|W x|^2 without damping and metric, of centred outputs if the bias is fitted."""
