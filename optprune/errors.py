@@ -1,7 +1,10 @@
 """The errors of optprune, whose messages are sentences with the cause and the remedy."""
 
 import errno
+import operator
 import re
+
+from optprune.system.wording import shown
 
 NO_ROOM = {
     errno.ENOSPC: "the disk is full",
@@ -38,6 +41,24 @@ def check_at_least(option: str, value: float | None, least: float) -> None:
     """Raise InputError where the value of an option is too small; None is no value."""
     if value is not None and value < least:
         raise InputError(f"{option} cannot be {value}: it is at least {least}")
+
+
+def check_kind(what: str, value: object, kind: type | tuple[type, ...], remedy: str) -> None:
+    """Raise InputError, whose message ends with the remedy, where a value is not of a kind."""
+    if not isinstance(value, kind):
+        plain = value is None or isinstance(value, str | int | float | type)
+        given = shown(value) if plain else f"of type {type(value).__name__}"
+        raise InputError(f"{what} cannot be {given}: {remedy}")
+
+
+def check_count(what: str, value: object) -> None:
+    """Raise InputError unless a value is a whole number that is not negative."""
+    try:
+        counts = operator.index(value) >= 0  # type: ignore[arg-type]  # the error says whether it has an index
+    except TypeError:
+        counts = False
+    if not counts:
+        raise InputError(f"{what} cannot be {shown(value)}: give a whole number of at least 0")
 
 
 def is_out_of_memory(error: BaseException) -> bool:

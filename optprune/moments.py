@@ -7,7 +7,7 @@ deviations, or an x that is large next to d, would leave no digits of them. See 
 conventions.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -15,11 +15,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from optprune.errors import InputError, NumericalError
+from optprune.errors import InputError, NumericalError, check_count
 from optprune.numerics import gram
 from optprune.numerics.gram import ACCUMULATED, check_average, clear_small
 from optprune.numerics.precision import full_precision
-from optprune.numerics.tensors import all_finite
+from optprune.numerics.tensors import FLOATS, all_finite, check_floats, check_tensor
+
+
+def _check_averages(of: str, mean: Tensor, squares: Mapping[str, Tensor]) -> None:
+    """Raise InputError unless a mean and averages of products are of one width, one dtype and one device."""
+    check_floats(f"the mean of {of}", mean, ("in",))
+    for what, average in squares.items():
+        check_floats(f"the {what} of {of}, whose mean is [{len(mean)}],", average, (len(mean), len(mean)), mean)
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +40,9 @@ class DenseMoments:
     mean: Float[Tensor, "in"]
     """E[x]"""
 
+    def __post_init__(self) -> None:
+        _check_averages("the dense inputs", self.mean, {"Gram matrix": self.gram, "products with x*": self.cross})
+
 
 @dataclass(frozen=True, eq=False)
 class Drift:
@@ -44,6 +54,9 @@ class Drift:
     """Cov(d)"""
     mean: Float[Tensor, "in"]
     """E[d]"""
+
+    def __post_init__(self) -> None:
+        _check_averages("the drift", self.mean, {"covariance": self.covariance, "covariance with x*": self.cross})
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +75,12 @@ class InputMoments:
     proved: Tensor | None = field(default=None, compare=False, repr=False)
     """the covariance, where it was summed from tokens here, so that it needs no check"""
 
+    def __post_init__(self) -> None:
+        _check_averages("the inputs", self.mean, {"covariance": self.covariance})
+        if self.drift is not None:
+            check_floats("the mean of the drift", self.drift.mean, self.mean.shape, self.mean)
+        check_count("the number of tokens", self.tokens)
+
     @classmethod
     def from_averages(
         cls,
@@ -74,8 +93,10 @@ class InputMoments:
 
         Raises NumericalError where the square of a mean is above the mean square by more than rounding.
         """
+        _check_averages("the inputs", mean, {"Gram matrix": gram})
         drift = None
         if dense is not None:
+            check_floats("the mean of the dense inputs", dense.mean, mean.shape, mean)
             lag, apart = gram - dense.cross, mean - dense.mean
             square = lag - dense.cross.T + dense.gram
             drift = Drift(torch.addr(lag, apart, mean, alpha=-1), torch.addr(square, apart, apart, alpha=-1), apart)
@@ -119,7 +140,7 @@ class InputMoments:
 
     @property
     def dead(self) -> Tensor:
-        """The inputs that were zero on every token: [in], bool."""
+        """The inputs that were zero, or too small to be kept (`clear_tiny`), on every token: [in], bool."""
         return self.mean_square == 0
 
     @cached_property
@@ -231,6 +252,10 @@ class InputMoments:
         cls, inputs: Float[Tensor, "tokens in"], dense: Float[Tensor, "tokens in"] | None = None
     ) -> "InputMoments":
         """Return the moments of a matrix of inputs x*, one token per row, and of the dense inputs x if they differ."""
+        check_tensor("the matrix of inputs", inputs, ("tokens", "in"))
+        if dense is not None:
+            check_tensor("the matrix of dense inputs", dense, inputs.shape)
+            check_floats("the matrix of dense inputs", floats(dense), inputs.shape, floats(inputs))
         sums = MomentSums(inputs.shape[1], inputs.device, with_dense=dense is not None)
         sums.add(inputs, dense)
         return sums.moments(floats(inputs).dtype)
@@ -374,4 +399,4 @@ class MomentSums:
 def floats(inputs: Float[Tensor, "... in"]) -> Float[Tensor, "tokens in"]:
     """Return the inputs with one token per row, in float32 or better."""
     flat = inputs.reshape(-1, inputs.shape[-1])
-    return flat if flat.dtype in (torch.float32, torch.float64) else flat.float()
+    return flat if flat.dtype in FLOATS else flat.float()

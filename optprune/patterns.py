@@ -11,9 +11,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from optprune.errors import InputError
+from optprune.errors import InputError, check_count, check_kind
 from optprune.numerics import linalg
-from optprune.numerics.tensors import INTEGERS, kth_largest
+from optprune.numerics.tensors import INTEGERS, check_mask, kth_largest
 from optprune.system.wording import shown, suggestion
 
 NETWORK = 16
@@ -39,6 +39,9 @@ class Unstructured(Pattern):
 
     keep: int
 
+    def __post_init__(self) -> None:
+        check_count("the number of entries to keep in a matrix", self.keep)
+
     def project(self, score: Float[Tensor, "out in"]) -> Bool[Tensor, "out in"]:
         return largest(score.reshape(1, -1), self.keep).reshape(score.shape)
 
@@ -52,6 +55,9 @@ class RowWise(Pattern):
     """Keep exactly `keep` entries in every row (output)."""
 
     keep: int
+
+    def __post_init__(self) -> None:
+        check_count("the number of entries to keep in a row", self.keep)
 
     def project(self, score: Float[Tensor, "out in"]) -> Bool[Tensor, "out in"]:
         return largest(score, self.keep)
@@ -67,6 +73,12 @@ class NM(Pattern):
 
     n: int
     m: int
+
+    def __post_init__(self) -> None:
+        check_count("the N of an N:M pattern", self.n)
+        check_count("the M of an N:M pattern", self.m)
+        if not self.n <= self.m or self.m == 0:
+            raise InputError(f"a {self.n}:{self.m} pattern cannot be: it keeps N of every M inputs, so N is at most M")
 
     def project(self, score: Float[Tensor, "out in"]) -> Bool[Tensor, "out in"]:
         if score.shape[1] % self.m:
@@ -89,6 +101,9 @@ class RowLimits(Pattern):
     most: int
 
     def __post_init__(self) -> None:
+        check_count("the number of entries to keep in a matrix", self.keep)
+        for limit in (self.least, self.most):
+            check_count("the limit of a row", limit)
         if not 0 <= self.least <= self.most:
             raise InputError(f"the limits of a row must be 0 <= least <= most, not {self.least} and {self.most}")
 
@@ -122,7 +137,13 @@ class PartlyFixed(Pattern):
     goes: Bool[Tensor, "out in"]
     """the entries that no mask keeps"""
 
+    def __post_init__(self) -> None:
+        check_kind("the pattern of the other entries", self.pattern, Pattern, "give an instance, e.g. RowWise(4)")
+        check_mask("the mask of what stays", self.stays, ("out", "in"))
+        check_mask("the mask of what goes", self.goes, self.stays.shape, self.stays)
+
     def project(self, score: Float[Tensor, "out in"]) -> Bool[Tensor, "out in"]:
+        check_mask("the mask of what stays", self.stays, score.shape, score)
         forced = score.masked_fill(self.stays, torch.inf).masked_fill(self.goes, -torch.inf)
         mask = self.pattern.project(forced)
         if not self._agrees(mask):

@@ -6,14 +6,16 @@ and certifies with any.
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import final
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from optprune.errors import InputError
+from optprune.errors import InputError, check_kind
 from optprune.numerics import linalg
 
 
@@ -24,6 +26,10 @@ class Penalty(ABC):
     def separable(self) -> bool:
         """Whether P is a sum over single entries, so that prox accepts a step for each column or entry."""
         return False
+
+    def check_shape(self, shape: Sequence[int]) -> None:
+        """Raise InputError where P is not a function of weights of a shape; by default it is one of all."""
+        return
 
     @abstractmethod
     def value(self, weight: Float[Tensor, "out in"]) -> float:
@@ -62,6 +68,7 @@ class NormPenalty(Penalty):
 
 
 def _nonnegative(what: str, value: float) -> None:
+    check_kind(what, value, Real, "give a number")
     if not (value >= 0 and math.isfinite(value)):
         raise InputError(f"{what} must be finite and not negative, not {value}")
 
@@ -102,6 +109,9 @@ class WeightedL1(NormPenalty):
     weights: Float[Tensor, "*shape"]
 
     def __post_init__(self) -> None:
+        check_kind("weights of an l1 penalty", self.weights, Tensor, "give a tensor; L1 takes a single number")
+        if not self.weights.numel():
+            raise InputError("the weights of an l1 penalty are empty: give one for each input, output or entry")
         least, largest = linalg.numbers(*torch.aminmax(self.weights))
         _nonnegative("the least weight of an l1 penalty", least)
         _nonnegative("the largest weight of an l1 penalty", largest)
@@ -109,6 +119,14 @@ class WeightedL1(NormPenalty):
     @property
     def separable(self) -> bool:
         return True
+
+    def check_shape(self, shape: Sequence[int]) -> None:
+        rows, width = shape
+        if tuple(self.weights.shape) not in ((rows, width), (width,), (rows, 1), (1, width), ()):
+            raise InputError(
+                f"the weights of an l1 penalty on a [{rows}, {width}] weight must be [{rows}, {width}], [{width}] or "
+                f"[{rows}, 1], not {list(self.weights.shape)}"
+            )
 
     def value(self, weight: Float[Tensor, "out in"]) -> float:
         return float((self.weights.double() * weight.double().abs()).sum())

@@ -6,9 +6,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from optprune.errors import InputError
 from optprune.metric import OutputBasis
 from optprune.numerics.fingerprint import fingerprint
+from optprune.numerics.tensors import check_tensor
 from optprune.problems.loss import LayerLoss
 
 
@@ -46,8 +46,7 @@ class Problem(ABC):
 
     def measure(self, weight: Tensor) -> Measurement:
         """Return the objective and the violation of a weight [out, in]. InputError for a weight of another shape."""
-        if weight.shape != self.loss.weight.shape:
-            raise InputError(f"the weight must be {list(self.loss.weight.shape)}, not {list(weight.shape)}")
+        check_tensor("the weight", weight, self.loss.weight.shape)
         return Measurement(self.objective(weight), self.violation(weight))
 
     def measuring_error(self, weight: Tensor) -> float:

@@ -82,7 +82,19 @@ class ExactLoss:
         return self.measured(self.weight.new_zeros(()).expand_as(self.weight))
 
     def measured(self, weight: Tensor) -> tuple[float, float]:
-        """Return E|V x* - W x|^2 in the metric, formed as E|(V - W) x* + W d|^2, and tr(S (V - W) D (V - W)^T)."""
+        """Return E|V x* - W x|^2 in the metric and tr(S (V - W) D (V - W)^T), neither below zero."""
+        error, ridge = self._terms(weight)
+        return max(error, 0.0), max(ridge, 0.0)
+
+    def total(self, weight: Tensor) -> float:
+        """Return the sum of the two terms of `measured`, not below zero.
+
+        Rounding of the moments may make the first of them negative, as much as the second is positive.
+        """
+        return max(sum(self._terms(weight)), 0.0)
+
+    def _terms(self, weight: Tensor) -> tuple[float, float]:
+        """Return the two terms of `measured`, the first formed as E|(V - W) x* + W d|^2, as the moments have them."""
 
         def change(rows: slice, columns: slice) -> Tensor:
             return weight[rows, columns].double() - self.weight[rows, columns].double()
@@ -90,7 +102,7 @@ class ExactLoss:
         error, drifted, ridge = self._products(change, self.moments.covariance, self.moments.mean)
         if self.pull is not None:
             error += 2 * drifted + self.error_at_weight
-        return max(error, 0.0), max(ridge, 0.0)
+        return error, ridge
 
     @cached_property
     def error_at_weight(self) -> float:
@@ -99,7 +111,9 @@ class ExactLoss:
         return 0.0 if drift is None else self._products(double(self.weight), drift.covariance, drift.mean)[0]
 
     def measuring_error(self, weight: Tensor) -> float:
-        """Return a proven bound of the rounding error of `measured`, for the numbers as stored.
+        """Return a proven bound of the rounding error of `total`, for the numbers as stored.
+
+        It holds where their exact total is not negative, as it is wherever a lower bound above zero was proved.
 
         Each term passes through additions over inputs, over outputs and over a block of columns.
         """

@@ -4,21 +4,26 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from numbers import Real
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from optprune.errors import InputError
+from optprune.errors import InputError, check_kind
 from optprune.metric import OutputMetric
 from optprune.moments import InputMoments
 from optprune.numerics.fingerprint import fingerprint
 from optprune.numerics.precision import excess, full_precision
-from optprune.numerics.tensors import all_finite
+from optprune.numerics.tensors import all_finite, check_floats, check_tensor
 from optprune.problems.exact import ExactLoss, absolute_product, gram_columns, pull_of
 
 MODERATE_INPUTS, MODERATE_WEIGHTS = 12, 24
 """exponents of two: between sizes of 2^-k and 2^k the squares of gradients stay in the range of float32"""
+
+
+def _check_moments(moments: InputMoments) -> None:
+    check_kind("the moments", moments, InputMoments, "make them by InputMoments.from_samples or from_averages")
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +59,9 @@ class LayerLoss:
     """S; None is the identity"""
 
     def __post_init__(self) -> None:
+        _check_moments(self.moments)
+        check_floats("the weight", self.weight, ("out", "in"), self.moments.mean)
+        check_floats("the damping", self.damping, ("in",), self.moments.mean)
         width = self.weight.shape[1]
         if self.moments.width != width or self.damping.shape != (width,):
             raise InputError(
@@ -87,6 +95,8 @@ class LayerLoss:
         metric: OutputMetric | None = None,
     ) -> "LayerLoss":
         """Return the loss of a weight in the moments' dtype, on their device, with damping x mean(diag Gram) as D."""
+        _check_moments(moments)
+        check_tensor("the weight", weight, ("out", "in"))
         # A copy, because later writes to the model must not change the problem.
         own = weight.detach().to(moments.mean, copy=True)
         if metric is not None:
@@ -95,6 +105,7 @@ class LayerLoss:
 
     def damped(self, fraction: float) -> "LayerLoss":
         """Return the same loss with the damping D = fraction x mean(diag E[x* x*^T]) x I."""
+        check_kind("the damping fraction", fraction, Real, "give a number, e.g. 0.01")
         if not 0 <= fraction < math.inf:
             raise InputError(f"the damping fraction must be finite and not negative, not {fraction}")
         level = fraction * self._statistics.mean_square.mean()
@@ -107,6 +118,8 @@ class LayerLoss:
         Exact: the moments are averages, and so are their mixtures. Where the bias is fitted, one bias serves all texts.
         InputError where the weights, the metrics or `fit_bias` differ, or a share is not positive.
         """
+        if not losses:
+            raise InputError("a mixture of no losses cannot be formed: give at least one")
         first, total = losses[0], sum(shares)
         if len(losses) != len(shares) or not all(0 < share < math.inf for share in shares):
             raise InputError(f"{len(losses)} losses need as many shares above zero, not {list(shares)}")
@@ -281,11 +294,11 @@ class LayerLoss:
 
     def value(self, weight: Float[Tensor, "out in"]) -> float:
         """Return f(V) with its damping; off the CPU by float32 products where the moments are float32 (`ExactLoss`)."""
-        return sum(self._measuring.measured(weight)) / 2
+        return self._measuring.total(weight) / 2
 
     def exact_value(self, weight: Float[Tensor, "out in"]) -> float:
         """Return f(V) by float64 products on every device, for certificates."""
-        return sum(self.exact.measured(weight)) / 2
+        return self.exact.total(weight) / 2
 
     def relative_error(self, weight: Float[Tensor, "out in"]) -> float:
         """Return E|V x* - W x|^2 / E|W x|^2 without damping and metric, of centred outputs if the bias is fitted."""

@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from optprune.errors import InputError
+from optprune.numerics.tensors import check_mask
 from optprune.problems.base import Problem
 from optprune.problems.loss import LayerLoss
 
@@ -31,11 +32,9 @@ class MaskedLeastSquares(Problem):
 
     def __post_init__(self) -> None:
         rows, width = self.loss.weight.shape
-        if self.mask.shape not in ((rows, width), (1, width)):
-            raise InputError(
-                f"the mask of a [{rows}, {width}] weight must be [{rows}, {width}] or [1, {width}], "
-                f"not {list(self.mask.shape)}"
-            )
+        check_mask("the mask of weights", self.mask, ("rows", width), self.loss.weight)
+        if len(self.mask) not in (1, rows):
+            raise InputError(f"the mask of {rows} outputs must have {rows} rows or 1 for all, not {len(self.mask)}")
 
     def objective(self, weight: Float[Tensor, "out in"]) -> float:
         # In float64 on every device, as the bounds are, which are compared with it to a millionth.

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from optprune.errors import check_kind
 from optprune.metric import OutputBasis
 from optprune.numerics.rounding import gamma
 from optprune.penalties import Penalty
@@ -28,6 +29,10 @@ class PenalisedLeastSquares(Problem):
 
     loss: LayerLoss
     penalty: Penalty
+
+    def __post_init__(self) -> None:
+        check_kind("the penalty", self.penalty, Penalty, "give an instance, e.g. L1(0.1)")
+        self.penalty.check_shape(self.loss.weight.shape)
 
     def in_output_basis(self) -> "tuple[Problem, OutputBasis | None]":
         """Return the problem itself: the penalty is defined in the basis of the weights only."""

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from optprune.errors import check_kind
 from optprune.patterns import Pattern
 from optprune.problems.loss import LayerLoss
 from optprune.problems.masked import SelectionProblem
@@ -28,6 +29,9 @@ class SparseLeastSquares(SelectionProblem):
 
     loss: LayerLoss
     pattern: Pattern
+
+    def __post_init__(self) -> None:
+        check_kind("the pattern", self.pattern, Pattern, "give an instance, e.g. NM(2, 4)")
 
     def objective(self, weight: Float[Tensor, "out in"]) -> float:
         return self.loss.value(weight)

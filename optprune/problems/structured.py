@@ -9,9 +9,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from optprune.errors import InputError
+from optprune.errors import InputError, check_count, check_kind
 from optprune.metric import OutputBasis
 from optprune.numerics import linalg
+from optprune.numerics.tensors import check_indices
 from optprune.patterns import SlotWise
 from optprune.problems.loss import LayerLoss
 from optprune.problems.masked import SelectionProblem
@@ -27,8 +28,12 @@ class Channels(ABC):
     """the slot of each unit, e.g. its KV head; all slots have equally many units"""
 
     def __post_init__(self) -> None:
+        check_indices("the columns of units", self.columns, ("units", "columns"))
+        check_indices("the slots of units", self.slots, ("units",), self.columns)
         if len(self.slots) != self.units:
             raise InputError(f"{self.units} units have {len(self.slots)} slots: give one for each unit")
+        if int(self.slots.min()) < 0:
+            raise InputError(f"a slot cannot be {int(self.slots.min())}: number them from 0")
         flat = self.columns.reshape(-1)
         if linalg.unique(flat).numel() != flat.numel():
             raise InputError("two units claim the same column of the weight")
@@ -81,8 +86,12 @@ class ChannelGroups(Channels):
 
         They must be on the device of the weight, by default the CPU.
         """
-        if size < 1 or width % size:
-            raise InputError(f"{width} channels cannot be cut into groups of {size}")
+        check_count("the number of channels", width)
+        check_count("the size of a group", size)
+        if width == 0 or size == 0 or width % size:
+            raise InputError(
+                f"{width} channels cannot be cut into groups of {size}: take a size that divides their number"
+            )
         device = torch.device("cpu") if device is None else device
         columns = torch.arange(width, device=device).reshape(-1, size)
         return cls(columns, torch.zeros(width // size, dtype=torch.long, device=device))
@@ -103,6 +112,9 @@ class StructuredProblem(SelectionProblem):
 
     def __post_init__(self) -> None:
         channels, width = self.channels, self.loss.weight.shape[1]
+        check_kind("the units to choose from", channels, Channels, "give ChannelGroups or a Link")
+        check_count("the number of units to keep", self.keep)
+        check_indices("the columns of units", channels.columns, ("units", "columns"), self.loss.weight)
         first, last = int(channels.columns.min()), int(channels.columns.max())
         if first < 0 or last >= width:
             raise InputError(f"the units name columns {first} to {last}, but the layer has {width}: count from 0")

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from optprune.allocation import Allocation
 from optprune.calibration import DenseStatistics, Propagation, calibrating
 from optprune.calibration.partial_sums import PartialSums
-from optprune.errors import InputError
+from optprune.errors import InputError, check_kind
 from optprune.models import Decoder, ImageFeatures
 from optprune.models.store import BlockStore
 from optprune.numerics.precision import full_precision
@@ -76,6 +76,8 @@ def prune(
     - `images` are the features of images that token ids are numbers of, as `DrawnRecords.read` returns both.
     - `on_event` receives the events of the run, and `progress` shows them on stderr with the time left.
     """
+    check_kind("the model", model, torch.nn.Module, "give the model itself, e.g. load_model(...).model")
+    check_kind("the recipe", recipe, Recipe, "give an object, e.g. load_recipe('wanda')")
     if recipe.vocabulary is not None:
         raise InputError(
             "a recipe with a smaller vocabulary needs the text, not its tokens: call prune_vocabulary first, and then "

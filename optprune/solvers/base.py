@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Generic, TypeAlias, TypeVar, cast, final
 
 from torch import Tensor
 
-from optprune.errors import InputError
+from optprune.errors import InputError, check_kind
 from optprune.problems import Problem
 from optprune.system.wording import shown
 from optprune.work import DOUBLE, Work, eigenvectors, product, storage, sweeps
@@ -174,6 +174,13 @@ class Solver(ABC, Generic[P, State]):
 
 AnySolver: TypeAlias = Solver[Any, Any]
 """a solver of any kind of problem; `refusal` tells whether it accepts a given one"""
+
+
+def check_is_solver(solver: AnySolver) -> None:
+    """Raise InputError where a name or a class is given in place of a solver."""
+    check_kind("the solver", solver, Solver, "give an instance, e.g. SparseGpt()")
+
+
 SENSIBLE = (1e-15, 1e15)
 """the limits of the numbers among a solver's options; beyond them results leave the digits or the range of float32"""
 MOST_STEPS = 10_000
@@ -223,7 +230,9 @@ class DirectSolver(Solver[P, Answer]):
         """Return the answer."""
 
     def init(self, problem: P, start: Tensor) -> Answer:
-        return self.answer(problem, start)
+        found = self.answer(problem, start)
+        check_kind(f"the answer of {self.label}", found, Answer, "return Answer(weight)")
+        return found
 
     def step(self, problem: P, state: Answer) -> Answer:
         return state

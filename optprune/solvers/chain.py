@@ -6,9 +6,9 @@ from typing import Any, final
 
 from torch import Tensor
 
-from optprune.errors import InputError
+from optprune.errors import InputError, check_kind
 from optprune.problems import Problem
-from optprune.solvers.base import AnySolver, Certificate, Record, Solver, Status
+from optprune.solvers.base import AnySolver, Certificate, Record, Solver, Status, check_is_solver
 from optprune.work import Work
 
 DEEPEST = 8
@@ -47,6 +47,9 @@ class Chain(Solver[Problem, ChainState]):
     stages: tuple[AnySolver, ...]
 
     def __post_init__(self) -> None:
+        check_kind("the stages of a chain", self.stages, (tuple, list), "give a tuple of solvers, e.g. (Wanda(),)")
+        for stage in self.stages:
+            check_is_solver(stage)
         if _depth(self) > DEEPEST:
             raise InputError(f"a chain of chains is more than {DEEPEST} deep: write one chain")
 

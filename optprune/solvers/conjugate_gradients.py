@@ -50,9 +50,10 @@ class ConjugateGradients(Solver[Restorable, GradientsState]):
     r"""Solve (V A - B)_M = 0, V = 0 outside M, by conjugate gradients with the diagonal of A as preconditioner.
 
     Accepts restoration problems, and selection problems, where it refits on the support of the start; entries of a
-    start outside the mask are ignored. A row is done when its preconditioned residual is `tolerance` of that of the
-    masked original weights. A row whose direction has no curvature beyond rounding (a singular A) stops, and the status
-    says so, unless its residual is so small that it may be rounding of the moments.
+    start outside the mask are ignored. A row whose start costs more than the masked original weights begins at those:
+    next to a large start the answer would be rounding. A row is done when its preconditioned residual is `tolerance` of
+    that of the masked original weights. A row whose direction has no curvature beyond rounding (a singular A) stops,
+    and the status says so, unless its residual is so small that it may be rounding of the moments.
 
     A step is one product [out, in] x [in, in], whatever the masks: for masks that differ between rows it is far
     cheaper than a factorisation per row. Never worse than its start; not exact, but certified where the loss is damped:
@@ -91,10 +92,16 @@ class ConjugateGradients(Solver[Restorable, GradientsState]):
             assert loss.metric is not None
             diagonal = torch.outer(loss.metric.diagonal, diagonal)
         inverse = torch.where(diagonal > 0, 1 / torch.where(diagonal > 0, diagonal, 1.0), 0.0)
-        scale = torch.where(mask, loss.gradient(torch.where(mask, loss.weight, 0.0)), 0.0)
-        target = self.tolerance**2 * _by_system(loss, scale.square_().mul_(inverse))
-        del scale
+        own = torch.where(mask, loss.weight, 0.0)
+        slope = torch.where(mask, loss.gradient(own), 0.0)
+        scale = _by_system(loss, slope.square().mul_(inverse))
+        target = self.tolerance**2 * scale
         residual = torch.where(mask, loss.gradient(start), 0.0).neg_()
+        # Twice what the start costs more, by the gradients at both. Written so that an overflow is far.
+        near = _by_system(loss, (start - own).mul_(slope - residual)) <= 0
+        near = (near | (_by_system(loss, residual.square().mul_(inverse)) <= scale))[:, None]
+        start, residual = torch.where(near, start, own), torch.where(near, residual, slope.neg_())
+        del own, slope
         direction = residual * inverse
         energy = _by_system(loss, residual * direction)
         # Original weights that are optimal as they are would ask for a residual of exactly zero.

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import final
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from optprune.numerics import linalg
@@ -200,6 +200,7 @@ def _share(problem: StructuredProblem, alone: Tensor, coupling: Tensor, steps: i
     `alone` [units] is s, and `coupling` [units, units] is Q of t = 1, scaled by 1 / sqrt(2 s_g 2 s_h).
     """
     # The device is read once, at the end.
+    slots = problem.channels.by_slot
     dearest = torch.where(problem.pattern.project(alone), 0.0, alone).amax()
     share = torch.where(alone > 0, torch.minimum(alone, dearest) / alone, 1.0)
     least = torch.finfo(torch.float64).tiny
@@ -208,12 +209,28 @@ def _share(problem: StructuredProblem, alone: Tensor, coupling: Tensor, steps: i
         root, value = share.sqrt(), share * alone
         sizes, vectors = linalg.eigh(coupling * torch.outer(root, root))
         largest = sizes[-1].clamp(min=least)
-        gone = torch.where(problem.pattern.project(value), 0.0, value)
+        # Equal costs differ by roundings, which must not decide which of them goes.
+        level = (value / value.amax().clamp(min=least)).float()
+        gone = torch.where(problem.pattern.project(level), 0.0, value)
         total = gone.sum()
         better = total / largest > best
         best, kept = torch.where(better, total / largest, best), torch.where(better, share, kept)
         if step < steps:
             leading = vectors.square() @ (SHARPNESS * (sizes / largest - 1)).exp()
-            slope = gone / total.clamp(min=least) - leading / leading.sum().clamp(min=least)
+            slope = _shared(gone, level, slots) / total.clamp(min=least) - leading / leading.sum().clamp(min=least)
             share = share * (LONGEST * slope / slope.abs().amax().clamp(min=least)).exp()
     return kept
+
+
+def _shared(
+    gone: Float[Tensor, " units"], level: Float[Tensor, " units"], slots: Int[Tensor, "slots size"]
+) -> Float[Tensor, " units"]:
+    """Return the costs of the units that go, where in each slot those of the same level as the dearest share theirs.
+
+    Which of them go is arbitrary, so every choice gives a supergradient of the least sum, and so does their average.
+    """
+    costs, levels = gone[slots], level[slots]
+    edge = levels.where(costs > 0, 0.0).amax(1, keepdim=True)
+    tied = (levels == edge) & (edge > 0)
+    average = (costs * tied).sum(1, keepdim=True) / tied.sum(1, keepdim=True).clamp(min=1)
+    return gone.scatter(0, slots.reshape(-1), torch.where(tied, average, costs).reshape(-1))

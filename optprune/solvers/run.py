@@ -5,17 +5,19 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from optprune.errors import InputError, NoSolver
+from optprune.errors import InputError, NoSolver, check_count, check_kind
 from optprune.metric import OutputBasis
 from optprune.numerics.precision import full_precision
+from optprune.numerics.tensors import check_tensor
 from optprune.problems import MaskedLeastSquares, Problem
 from optprune.solvers.admm import Admm
-from optprune.solvers.base import AnySolver, Certificate, Solution, Status
+from optprune.solvers.base import AnySolver, Certificate, Solution, Status, check_is_solver
 from optprune.solvers.chain import Chain
 from optprune.solvers.channel_swaps import ChannelSwaps
 from optprune.solvers.conjugate_gradients import ConjugateGradients
@@ -52,6 +54,7 @@ def choose(problem: Problem, shape: tuple[int, int] | None = None) -> AnySolver:
 
     `shape` is that of the layer for which the problem stands, by default its own.
     """
+    check_kind("the problem", problem, Problem, PROBLEM)
     if isinstance(problem, MaskedLeastSquares) and _costly_to_factorise(problem):
         return ConjugateGradients(GRADIENT_TOLERANCE)
     reasons: list[str] = []
@@ -72,10 +75,14 @@ def _costly_to_factorise(problem: MaskedLeastSquares) -> bool:
 
 
 MOST_STEPS = 10_000
-DEAD = "every input was zero, or constant beside a bias, on all tokens: any choice is as good, and nothing is restored"
+DEAD = (
+    "every input was zero or below the least that the moments keep (about 1e-16 in float32), or constant beside a "
+    "bias, on all tokens: any choice is as good, and nothing is restored"
+)
 """the note, and the proof that the answer is optimal"""
 CONTRADICTED = "the certificate was dropped"
 """the beginning of the note about a lower bound that is above the objective"""
+PROBLEM = "give a problem object, e.g. SparseLeastSquares(loss, NM(2, 4))"
 Callback = Callable[[int, Callable[[], Tensor]], None]
 """called after every step with the number of steps and a function that gives the current weight"""
 
@@ -102,16 +109,12 @@ def solve(
     original problem. Where all feasible weights cost the same, as for inputs that are all zero, one near the start is
     the answer.
     """
+    check_count("max_steps", max_steps)
+    check_kind("max_seconds", max_seconds, Real, "give a number of seconds")
     solver = choose(problem) if solver is None else solver
     transformed = _Transformed.of(problem)
     check_accepted(transformed.problem, solver)
-    if start is None:
-        start = problem.start()
-    elif start.shape != problem.loss.weight.shape:
-        raise InputError(f"the start must be {list(problem.loss.weight.shape)}, not {list(start.shape)}")
-    elif not bool(start.isfinite().all()):
-        raise InputError("the start has entries that are NaN or infinite: give finite ones")
-    start = start.to(problem.loss.weight)
+    start = _start(problem, start)
     began = time.perf_counter()
     with torch.no_grad():
         any_value = problem.trivial_solution(start)
@@ -151,8 +154,20 @@ def solve(
     return Solution(value, objective, violation, status, steps, seconds, certificate, history, notes)
 
 
+def _start(problem: Problem, given: Tensor | None) -> Tensor:
+    """Return a warm start in the dtype of the weight, or else the start of the problem itself."""
+    weight = problem.loss.weight
+    if given is None:
+        return problem.start().to(weight)
+    check_tensor("the start", given, weight.shape)
+    if not bool(given.isfinite().all()):
+        raise InputError("the start has entries that are NaN or infinite: give finite ones")
+    return given.to(weight)
+
+
 def check_accepted(transformed: Problem, solver: AnySolver) -> None:
     """Raise NoSolver when a solver refuses a problem, given in the basis of the outputs in which the solver runs."""
+    check_is_solver(solver)
     reason = solver.refusal(transformed)
     if reason is not None:
         raise NoSolver(f"{solver.label} does not solve this problem: {reason}")
@@ -185,6 +200,7 @@ class _Transformed:
 
     @classmethod
     def of(cls, problem: Problem) -> "_Transformed":
+        check_kind("the problem", problem, Problem, PROBLEM)
         rebased, basis = problem.in_output_basis()
         moderate, size, factor = rebased.in_moderate_units()
         return cls(moderate, basis, size, factor)
@@ -257,4 +273,6 @@ def _versions(problem: Problem) -> list[int]:
 
 def _value(solver: AnySolver, transformed: _Transformed, state: Any) -> Tensor:
     """Return the weight of a state, in the basis and the units of the original problem."""
-    return transformed.back(solver.value(transformed.problem, state))
+    value = solver.value(transformed.problem, state)
+    check_tensor(f"the answer of {solver.label}", value, transformed.problem.loss.weight.shape)
+    return transformed.back(value)

@@ -50,6 +50,42 @@ class Fault:
 
 
 FAULTS = [
+    # Input of the Python API, and what its bounds promise
+    Fault(
+        "checks: numbers of half precision pass",
+        "numerics/tensors.py",
+        "if value.dtype not in FLOATS:",
+        "if False:",
+        "house/test_input_errors.py",
+    ),
+    Fault(
+        "checks: a name passes for a solver",
+        "solvers/base.py",
+        'check_kind("the solver", solver, Solver,',
+        'check_kind("the solver", solver, object,',
+        "house/test_input_errors.py",
+    ),
+    Fault(
+        "measuring: each term of the loss is cut off at zero",
+        "problems/exact.py",
+        "return max(sum(self._terms(weight)), 0.0)",
+        "return sum(self.measured(weight))",
+        "problems/test_exact.py",
+    ),
+    Fault(
+        "removal bound: one of the tied units takes the whole supergradient",
+        "solvers/removal_bound.py",
+        "_shared(gone, level, slots) / total",
+        "gone / total",
+        "solvers/test_removal_bound.py",
+    ),
+    Fault(
+        "conjugate gradients: a start far away is kept",
+        "solvers/conjugate_gradients.py",
+        "torch.where(near, start, own), torch.where(near, residual, slope.neg_())",
+        "start, residual",
+        "solvers/test_conjugate_gradients.py",
+    ),
     # Quantised checkpoints
     Fault(
         "quantised checkpoints: the zero points of GPTQ are taken as they are stored",
@@ -945,8 +981,8 @@ FAULTS = [
     Fault(
         "solve: a start keeps its dtype",
         "solvers/run.py",
-        "    start = start.to(problem.loss.weight)\n",
-        "",
+        "return given.to(weight)",
+        "return given",
         "solvers/test_driver.py",
     ),
     Fault(

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from dataclasses import replace
+from fractions import Fraction
 
 import pytest
 import torch
@@ -11,8 +12,9 @@ from hypothesis import strategies as st
 
 from optprune.metric import OutputMetric
 from optprune.moments import InputMoments
-from optprune.problems import LayerLoss, exact
+from optprune.problems import LayerLoss, MaskedLeastSquares, exact
 from optprune.problems.quadratic import Quadratic, array
+from optprune.solvers import solve
 from optprune.testing.strategies import METRIC_KINDS, losses, metrics, weights
 from tests.helpers import measuring
 from tests.helpers.memory import MIB, told
@@ -38,6 +40,27 @@ def test_blocks_of_any_size_measure_the_same(loss, data):
 
 
 UNIT = 2.0**-24
+
+
+def test_the_measuring_error_holds_where_rounding_makes_the_error_of_the_outputs_negative():
+    """Two nearly equal inputs in float32: their covariance is indefinite, which the damping makes up for."""
+    negative = 0
+    for seed in range(120):
+        generator = torch.Generator().manual_seed(seed)
+        inputs = torch.randn(30, 4, generator=generator, dtype=torch.float64)
+        inputs[:, 0] = inputs[:, 1] + 1e-7 * inputs[:, 0]
+        loss = LayerLoss.of(torch.randn(1, 4, generator=generator), InputMoments.from_samples(inputs.float()), 1e-6)
+        weight = solve(MaskedLeastSquares(loss, torch.tensor([[True, False, True, True]]))).value
+        # The difference of two numbers in float32 of similar sizes is exact in float64.
+        change = [Fraction(float(entry)) for entry in weight[0].double() - loss.weight[0].double()]
+        rows = [[Fraction(float(entry)) for entry in row] for row in loss.moments.covariance]
+        mean, damping = ([Fraction(float(entry)) for entry in part] for part in (loss.moments.mean, loss.damping))
+        error = sum(change[i] * rows[i][j] * change[j] for i in range(4) for j in range(4))
+        error += sum(one * average for one, average in zip(change, mean, strict=True)) ** 2
+        ridge = sum(one * one * added for one, added in zip(change, damping, strict=True))
+        assert abs(Fraction(loss.value(weight)) - max(error + ridge, 0) / 2) <= Fraction(loss.measuring_error(weight))
+        negative += error < 0 < error + ridge
+    assert negative
 
 
 def gathered(parts):
@@ -104,7 +127,8 @@ def test_off_the_cpu_objectives_are_measured_by_float32_products_and_certificate
     assert fast != slow
     assert error == pytest.approx(fast, rel=1e-15)
     assert there.exact_value(candidate.to(set_up())) == loss.value(candidate) == loss.exact_value(candidate)
-    double = moved(replace(loss, weight=weight.double(), moments=loss.moments.to(torch.float64)), set_up())
+    whole = LayerLoss(weight.double(), loss.moments.to(torch.float64), loss.damping.double())
+    double = moved(whole, set_up())
     assert double.value(candidate.double().to(set_up())) == double.exact_value(candidate.double().to(set_up()))
 
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from hypothesis import given
+from hypothesis import strategies as st
 
 from optprune.moments import DenseMoments, InputMoments
 from optprune.problems import LayerLoss, MaskedLeastSquares
@@ -35,6 +36,16 @@ def test_conjugate_gradients_agree_with_restoration(problem):
     assert rough.objective - exact.objective <= 1e-6 * max(gain, 0.0) + slack
     # In exact arithmetic one step an input; a few more in this one, never hundreds.
     assert rough.steps <= 4 * problem.loss.weight.shape[1]
+
+
+@given(masked(generic=True, dtype=torch.float32), st.integers(0, 8), st.integers(0, 100))
+def test_a_start_far_away_ends_where_the_original_weights_do(problem, exponent, seed):
+    start = 10.0**exponent * torch.randn(problem.loss.weight.shape, generator=torch.Generator().manual_seed(seed))
+    near, far = solve(problem, ConjugateGradients()), solve(problem, ConjugateGradients(), start=start)
+    assert far.status is near.status
+    gain = problem.objective(problem.start()) - near.objective
+    slack = rounding(problem.loss, near.value) + rounding(problem.loss, far.value)
+    assert far.objective - near.objective <= 1e-5 * max(gain, 0.0) + slack
 
 
 @pytest.mark.e2e

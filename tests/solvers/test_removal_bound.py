@@ -51,6 +51,32 @@ def test_a_well_conditioned_one_proves_nearly_all():
     assert solve(problem, RemovalBound()).certificate.lower_bound >= 0.9 * best_choice(problem)
 
 
+@pytest.mark.parametrize("slots", [1, 2])
+def test_the_bound_depends_neither_on_the_order_of_the_columns_nor_on_their_unit(slots):
+    """Units at the limit cost the same in the relaxation, so that roundings would decide which of them goes."""
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        inputs, weight, order = removal_case(generator)
+        slot = torch.arange(24) % slots
+
+        def bound(columns, unit, inputs=inputs, weight=weight, slot=slot):
+            loss = LayerLoss.of(weight[:, columns], InputMoments.from_samples(inputs[:, columns] * unit), 0.01)
+            groups = ChannelGroups(torch.arange(24)[:, None], slot[columns])
+            found = solve(StructuredLeastSquares(loss, groups, 14), RemovalBound())
+            return found.certificate.lower_bound / unit**2
+
+        plain = bound(torch.arange(24), 1.0)
+        assert bound(order, 1.0) == pytest.approx(plain, rel=1e-9)
+        assert bound(torch.arange(24), 0.3) == pytest.approx(plain, rel=1e-9)
+
+
+def removal_case(generator):
+    """Samples of 24 correlated inputs, a weight, and another order of the inputs."""
+    spread = torch.randn(24, 24, generator=generator, dtype=torch.float64)
+    inputs = torch.randn(120, 24, generator=generator, dtype=torch.float64) @ spread
+    return inputs, torch.randn(6, 24, generator=generator, dtype=torch.float64), torch.randperm(24, generator=generator)
+
+
 def trusted(verified):
     """In the place of `_inverse_root`: an inverse that is taken for exact."""
     factor, failed = linalg.try_cholesky(verified.inputs.scaled)

@@ -216,7 +216,7 @@ class MixesRows(Broken):
 
     def answer(self, problem, start):
         value = self.good(problem).value
-        return Answer(torch.where(problem.mask, value.mean(0, keepdim=True), 0.0))
+        return Answer(torch.where(problem.mask, value.mean(0).expand_as(value), 0.0))
 
 
 BROKEN = {
