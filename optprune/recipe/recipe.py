@@ -251,9 +251,10 @@ class Recipe(Displayed, BaseModel):
         digests = {}
         # The options of a solver are in the recipe.
         for part in (self.objective, *map(type, stages), self.propagation):
-            owner = part if hasattr(part, "__qualname__") else type(part)
-            if owner.__module__.partition(".")[0] not in ("optprune", "builtins"):
-                digests[f"{owner.__module__}:{owner.__qualname__}"] = code_fingerprint(part)
+            module = str(part.__module__ if hasattr(part, "__qualname__") else type(part).__module__)
+            if module.partition(".")[0] not in ("optprune", "builtins"):
+                name = getattr(part, "__qualname__", type(part).__qualname__)
+                digests[f"{module}:{name}"] = code_fingerprint(part)
         return digests
 
     def state(self, context: LayerContext) -> Problem:
