@@ -161,7 +161,15 @@ class ModelCard:
             "```",
             "",
             MADE_AGAIN,
+            *self._own_code(),
         ]
+
+    def _own_code(self) -> list[str]:
+        """Return what reproducing the model needs beside the recipe."""
+        names = ", ".join(f"`{plain(name)}`" for name in self.report.own_code)
+        if not names:
+            return []
+        return [f"The recipe uses {names}, which no file holds: pass your own code to `load_recipe` in Python."]
 
     def _licence(self) -> str:
         origin = self.origin

@@ -186,6 +186,7 @@ def run_program(
         phases=phases.done,
         goal=program.request.goal,
         parameters_before=parameters_before,
+        own_code=program.request.recipe.own_code(),
         run_facts=run.facts,
     )
 

@@ -171,6 +171,9 @@ class Report(Displayed):
     """the goal that the sparsity was chosen for, if any"""
     parameters_before: int | None = None
     """the parameters of the dense model; None in reports of earlier versions"""
+    own_code: dict[str, str] = field(default_factory=dict)
+    """digests of the code of the user's own solvers, objective and policy, by their places: a recipe file cannot hold
+    them"""
     run_facts: dict[str, Any] = field(default_factory=dict)
     """the facts that determine the weights of a run with a journal (digests of the model and the tokens, the recipe,
     the machine); `--resume` compares them with those of the command"""

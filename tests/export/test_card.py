@@ -10,10 +10,12 @@ import pytest
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
+from optprune import LayerContext, Recipe
 from optprune.export import save_model
 from optprune.export.card import HEALED, MADE_AGAIN, NOT_MEASURED, healed_card, is_public
 from optprune.export.source_files import origin_of
 from optprune.models import Decoder, LoadedModel, load_model
+from optprune.problems import MaskedLeastSquares
 from optprune.pruning import prune
 from optprune.recipe import load_recipe
 from tests.helpers.tiny_models import TINY_MODELS, save_tiny, tiny_llama
@@ -27,6 +29,21 @@ def pruned(source: Path, folder: Path, **options: Any) -> tuple[Path, LoadedMode
     recipe = load_recipe("fasp", {"allocation.multiple": 1, **options})
     report = prune(loaded.model, batches(), recipe, source=str(source), calibration=f"{source}/news.txt, 4 windows")
     return save_model(loaded, folder, report=report, recipe=recipe, check_tokens=batches()[0][:1]).folder, loaded
+
+
+def keep_the_larger_half(context: LayerContext) -> MaskedLeastSquares:
+    size = context.loss.weight.abs()
+    return MaskedLeastSquares(context.loss, size >= size.median())
+
+
+def test_the_card_names_code_that_the_recipe_file_cannot_hold(tmp_path: Path) -> None:
+    own = {"objective": keep_the_larger_half, "units": "weights", "sparsity": 0.5, "allocation": "uniform"}
+    sentence = f"The recipe uses `{__name__}:keep_the_larger_half`, which no file holds"
+    for options, named in (({}, False), (own, True)):
+        loaded, recipe = load_model(save_tiny(tiny_llama(), tmp_path / "base")), Recipe(options)
+        report = prune(loaded.model, batches(), recipe)
+        folder = save_model(loaded, tmp_path / str(named), report=report, recipe=recipe).folder
+        assert (sentence in (folder / "README.md").read_text()) == named
 
 
 @pytest.mark.parametrize(("name", "units"), [("llama", "mlp"), ("opt", "all")])

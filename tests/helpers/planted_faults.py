@@ -1872,6 +1872,13 @@ FAULTS = [
         "return least",
         "pruning/test_pipeline.py",
     ),
+    Fault(
+        "own code: a card says that the recipe file alone makes the model",
+        "pruning/pipeline.py",
+        "        own_code=program.request.recipe.own_code(),\n",
+        "",
+        "export/test_card.py",
+    ),
 ]
 
 
