@@ -167,9 +167,9 @@ def other_tokenizer(attempt: Attempt) -> Attempt:
     [
         (replace, words(keep=390), "the recipe.vocabulary.keep was 400.0 and is 390.0"),
         (replace, words(predictions=1024), "the recipe.vocabulary.predictions was 2048 and is 1024"),
-        (other_text, WORDS, "the text of the vocabulary was '"),
-        (other_tokenizer, WORDS, "the tokenizer was '"),
-        (other_weights, WORDS, "the model was '"),
+        (other_text, WORDS, "the text of the vocabulary was another one"),
+        (other_tokenizer, WORDS, "the tokenizer was another one"),
+        (other_weights, WORDS, "the model was another one"),
     ],
 )
 def test_another_choice_does_not_go_on(

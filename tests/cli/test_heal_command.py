@@ -85,8 +85,9 @@ def test_the_folder_is_checked_and_tells_of_it(folder: Path, whole: Path) -> Non
     assert "8 steps on 1,024 tokens" in told and f"{healing['zeros']:,} zeros" in told
     for when in ("before", "after"):
         assert f"{healing[when]['divergence']:.4f}" in told and f"{healing[when]['perplexity']:.2f}" in told
-    card = (place / "README.md").read_text()
-    assert card.startswith((folder / "pruned" / "README.md").read_text().rstrip())
+    card, pruned_card = ((each / "README.md").read_text() for each in (place, folder / "pruned"))
+    assert card.startswith(pruned_card[: pruned_card.index("Pruning does not measure")])
+    assert "reproduces the model before healing" in card and "reproduces the model before" not in pruned_card
     assert f"| {healing['before']['divergence']:.4f} | {healing['after']['divergence']:.4f} | 0 |" in card
     assert (place / "recipe.yaml").read_bytes() == (folder / "pruned" / "recipe.yaml").read_bytes()
     assert not audit(place).faults

@@ -121,7 +121,7 @@ def begun(prune: Callable[..., int], stop_at, monkeypatch: pytest.MonkeyPatch, *
     [
         (["--sparsity", "0.3"], "the recipe.sparsity was 0.2 and is 0.3"),
         (["--seed", "1"], "the recipe.seed was 0 and is 1"),
-        (["--samples", "3"], "the calibration tokens was"),
+        (["--samples", "3"], "the calibration tokens were others"),
         (["--recipe", "flap"], "the recipe."),
     ],
 )

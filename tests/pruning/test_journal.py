@@ -254,7 +254,7 @@ def other_weight() -> PreTrainedModel:
     [
         (other_weight, 3, {}, "the model was"),
         (lambda: tiny().double(), 3, {}, "the model was"),
-        (tiny, 4, {}, "the calibration tokens was"),
+        (tiny, 4, {}, "the calibration tokens were others"),
         (tiny, 3, {"sparsity": 0.25}, r"the recipe\.sparsity was 0\.2 and is 0\.25"),
         (tiny, 3, {"propagation": "intra"}, r"the recipe\.propagation was 'pruned' and is 'intra'"),
         (tiny, 3, {"seed": 1}, r"the recipe\.seed was 0 and is 1"),

@@ -193,7 +193,7 @@ def test_what_a_killed_run_has_put_aside_goes_with_the_next(tmp_path: Path) -> N
     left = tmp_path / "run" / "scratch" / "optprune-left"
     (left / "aside").mkdir(parents=True)
     (left / "aside" / "x").write_bytes(b"0" * 100)
-    Journal(tmp_path / "run", resume=True)
+    prune(tiny_llama(), batches(), recipe, journal=Journal(tmp_path / "run", resume=True))
     assert not left.exists()
 
 

@@ -176,11 +176,11 @@ def gram_without_damping(self):
 
 
 def half_value(self, weight):
-    return tuple(part / 2 for part in measured(self, weight))
+    return tuple(part / 2 for part in terms(self, weight))
 
 
 def value_without_damping(self, weight):
-    return measured(self, weight)[0], 0.0
+    return terms(self, weight)[0], 0.0
 
 
 def gradient_without_pull(self, weight):
@@ -191,13 +191,13 @@ def complement(self, choice):
     return mask(self, ~choice)
 
 
-measured = ExactLoss.measured
+terms = ExactLoss._terms
 
 CORE_FAULTS = {
     "the Gram matrix without damping": (LayerLoss, "gram", property(gram_without_damping), Restore()),
     "the gradient without the drift of the inputs": (LayerLoss, "residual", gradient_without_pull, Restore()),
-    "the loss halved": (ExactLoss, "measured", half_value, Restore()),
-    "the loss without damping": (ExactLoss, "measured", value_without_damping, Restore()),
+    "the loss halved": (ExactLoss, "_terms", half_value, Restore()),
+    "the loss without damping": (ExactLoss, "_terms", value_without_damping, Restore()),
     "the chosen units removed in place of the others": (LinkedLeastSquares, "mask", complement, FaspMetric()),
     "one unit too many": (
         SlotWise,
@@ -260,6 +260,6 @@ def test_a_loss_that_is_not_the_mean_is_noticed(fault, monkeypatch):
     inputs = torch.randn(9, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     loss = LayerLoss.of(torch.ones(2, 3), InputMoments.from_samples(inputs), 0.1)
     laws.value_is_the_mean_over_samples(loss, torch.zeros(2, 3), inputs, None)
-    monkeypatch.setattr(ExactLoss, "measured", globals()[fault])
+    monkeypatch.setattr(ExactLoss, "_terms", globals()[fault])
     with pytest.raises(AssertionError, match="the samples say"):
         laws.value_is_the_mean_over_samples(loss, torch.zeros(2, 3), inputs, None)
