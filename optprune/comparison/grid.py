@@ -9,6 +9,8 @@ from optprune.errors import InputError
 from optprune.recipe import Recipe, load_recipe
 from optprune.system.wording import shown
 
+RECIPES = "the recipes"
+"""the fact that holds the recipes by name"""
 OF_A_CELL = ("sparsity", "seed")
 """recipe fields that a cell sets"""
 MOST_DRAWS = 1000
@@ -102,9 +104,9 @@ class Grid:
         first = {name: self.recipe(Cell(name, self.sparsities[0], self.seeds[0])) for name in self.recipes}
         fields = {name: recipe.to_dict() for name, recipe in first.items()}
         plain = {name: {key: own[key] for key in own if key not in OF_A_CELL} for name, own in fields.items()}
-        code = {name: recipe.own_code() for name, recipe in first.items() if recipe.own_code()}
+        code = {name: found for name, recipe in first.items() if (found := recipe.own_code())}
         return {
-            "the recipes": plain,
+            RECIPES: plain,
             **({"the user's own code": code} if code else {}),
             "the sparsities": list(self.sparsities),
             "the seeds": list(self.seeds),

@@ -9,14 +9,12 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from optprune.comparison.grid import Cell
+from optprune.comparison.grid import RECIPES, Cell
 from optprune.comparison.results import DENSE, CellResult, Comparison, Figures
 from optprune.errors import InputError
 from optprune.system.files import is_own_folder, real_path
 from optprune.system.folders import ManifestFolder
 
-RECIPES = "the recipes"
-"""the fact that holds the recipes by name"""
 CELLS, WORK, MODELS = "cells", "work", "models"
 RESULT, FIGURES = TypeAdapter(CellResult), TypeAdapter(Figures)
 JSON, TABLE, PAGE = "comparison.json", "comparison.md", "comparison.html"
@@ -45,7 +43,7 @@ class ComparisonFolder(ManifestFolder):
             self._others = None
 
     def check_facts(self, facts: Mapping[str, Any]) -> None:
-        """Raise InputError where one of these facts differs from the recorded one; other recipes are told by name."""
+        """Raise InputError where one of these facts differs from the recorded one; the message names other recipes."""
         asked, kept = (list(some.get(RECIPES) or ()) for some in (facts, self.facts))
         if RECIPES in facts and kept and set(asked) != set(kept):
             raise InputError(

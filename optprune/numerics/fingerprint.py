@@ -59,7 +59,8 @@ def code_fingerprint(value: Any) -> str:
     digest = hashlib.sha256()
     owner = value if isinstance(value, FunctionType | type) else type(value)
     for text in _code_texts(value, _package(owner), set()):
-        digest.update(text.encode())
+        # A line each, so that (1, 23) differs from (12, 3).
+        digest.update(f"{text}\n".encode())
     return digest.hexdigest()
 
 
@@ -108,7 +109,7 @@ def _code_texts(value: Any, package: str, seen: set[int]) -> Iterator[str]:
 
 
 def _definition_texts(value: Any, package: str, seen: set[int]) -> Iterator[str]:
-    """Yield the texts of a function, a class, a code object or an object of a class."""
+    """Yield the texts of a function, a class or an object of a class."""
     if isinstance(value, FunctionType):
         cells = tuple(cell.cell_contents for cell in value.__closure__ or ())
         yield from _code_texts((value.__defaults__, *(value.__kwdefaults__ or {}).items(), *cells), package, seen)

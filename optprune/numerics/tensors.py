@@ -15,10 +15,9 @@ FLOATS = (torch.float32, torch.float64)
 """the dtypes in which problems are solved"""
 
 
-def check_tensor(what: str, value: object, shape: Sequence[int | str]) -> None:
+def check_tensor(what: str, value: Tensor, shape: Sequence[int | str]) -> None:
     """Raise InputError unless a value is a tensor of a shape; a size that is a name stands for any but 0."""
     check_kind(what, value, Tensor, "give a torch tensor, which torch.as_tensor makes of numbers")
-    assert isinstance(value, Tensor)
     fits = len(shape) == value.ndim and all(
         size > 0 if isinstance(wanted, str) else size == wanted for size, wanted in zip(value.shape, shape, strict=True)
     )
@@ -26,10 +25,9 @@ def check_tensor(what: str, value: object, shape: Sequence[int | str]) -> None:
         raise InputError(f"{what} must be [{', '.join(map(str, shape))}], not {list(value.shape)}")
 
 
-def check_floats(what: str, value: object, shape: Sequence[int | str], like: Tensor | None = None) -> None:
+def check_floats(what: str, value: Tensor, shape: Sequence[int | str], like: Tensor | None = None) -> None:
     """Raise InputError unless a value is a float32 or float64 tensor of a shape, as another is and where it is."""
     check_tensor(what, value, shape)
-    assert isinstance(value, Tensor)
     if value.dtype not in FLOATS:
         raise InputError(f"{what} must be torch.float32 or torch.float64, not {value.dtype}: convert it, by .float()")
     if like is not None and value.dtype != like.dtype:
@@ -37,19 +35,17 @@ def check_floats(what: str, value: object, shape: Sequence[int | str], like: Ten
     _check_device(what, value, like)
 
 
-def check_mask(what: str, value: object, shape: Sequence[int | str], like: Tensor | None = None) -> None:
+def check_mask(what: str, value: Tensor, shape: Sequence[int | str], like: Tensor | None = None) -> None:
     """Raise InputError unless a value is a bool tensor of a shape, on the device of another."""
     check_tensor(what, value, shape)
-    assert isinstance(value, Tensor)
     if value.dtype != torch.bool:
         raise InputError(f"{what} must be torch.bool, not {value.dtype}: compare it, as in mask != 0")
     _check_device(what, value, like)
 
 
-def check_indices(what: str, value: object, shape: Sequence[int | str], like: Tensor | None = None) -> None:
+def check_indices(what: str, value: Tensor, shape: Sequence[int | str], like: Tensor | None = None) -> None:
     """Raise InputError unless a value is a tensor of whole numbers of a shape, on the device of another."""
     check_tensor(what, value, shape)
-    assert isinstance(value, Tensor)
     if value.dtype == torch.bool or value.is_floating_point():
         raise InputError(f"{what} must be whole numbers, not {value.dtype}: convert them, by .long()")
     _check_device(what, value, like)

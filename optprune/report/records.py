@@ -188,7 +188,7 @@ class Report(Displayed):
 
     @property
     def lost(self) -> str:
-        """What the weights in `sparsity_reached` are: removed, or zero where a grid of few bits makes zeros too."""
+        """The word for the weights in `sparsity_reached`: removed, or zero where rounding to few bits adds zeros."""
         return "removed" if self.recipe.get("bits", "none") in (None, "none") else "zero"
 
     def __repr__(self) -> str:

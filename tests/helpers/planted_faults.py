@@ -1854,8 +1854,8 @@ FAULTS = [
     Fault(
         "own code: a comparison does not keep what it is",
         "comparison/grid.py",
-        "if recipe.own_code()}",
-        "if False}",
+        "{name: found for name, recipe in first.items() if (found := recipe.own_code())}",
+        "{}",
         "comparison/test_comparison_folder.py",
     ),
     Fault(

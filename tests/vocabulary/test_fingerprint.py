@@ -157,7 +157,7 @@ import numpy
 
 LEAST = 0.5
 
-def score(weight, power=2):
+def score(weight, power=2, pair=(1, 23)):
     """Return a score."""
     return numpy.abs(weight) ** power * LEAST
 
@@ -177,6 +177,7 @@ def objective(context):
 '''
 CHANGES = {
     "a constant of the module": ("LEAST = 0.5", "LEAST = 0.25"),
+    "where one number ends and the next begins": ("(1, 23)", "(12, 3)"),
     "a default": ("power=2", "power=1"),
     "a function that a method calls": ("numpy.abs(weight)", "-numpy.abs(weight)"),
     "the name of a library's function": ("numpy.abs", "numpy.sqrt"),
