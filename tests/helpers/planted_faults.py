@@ -1,9 +1,9 @@
 """Faults in the sources of `optprune`, each planted in a copy of the tree: does a test of `make test` notice it?
 
 `python -m tests.helpers.planted_faults` plants one after the other, runs the test files that should notice it, and
-writes the table tests/planted_faults.md: about ten seconds a fault on a quiet core. `--only TEXT` plants those with the
-text in their description, their file or their tests, and writes no table; `--check` looks only whether each text is in
-its file.
+writes what was found into the table tests/planted_faults.md: about ten seconds a fault on a quiet core. `--only TEXT`
+plants those with the text in their description, their file or their tests, `--missing` those without a row in the
+table; rows of other faults stay. `--check` looks only whether each text is in its file.
 """
 
 import argparse
@@ -1944,20 +1944,36 @@ def run(tests: str, tree: Path, log: Path) -> str:
     return {0: MISSED, 1: NOTICED, -signal.SIGALRM: SLOW}.get(status, BROKEN)
 
 
+def rows_of(table: str) -> dict[str, str]:
+    """Return the rows of a table by the descriptions of their faults."""
+    lines = table.removeprefix(HEAD).splitlines()
+    return {line.removeprefix("| ").partition(" | ")[0]: line for line in lines}
+
+
+def write(found: dict[str, str]) -> None:
+    """Write rows into the table, in the order of the faults, beside those that it has of other faults."""
+    rows = (rows_of(TABLE.read_text(encoding="utf-8")) if TABLE.exists() else {}) | found
+    lines = [rows[each.description] for each in FAULTS if each.description in rows]
+    TABLE.write_text(HEAD + "\n".join(lines) + "\n", encoding="utf-8")
+
+
 def main() -> None:
-    """Plant the faults, print what the tests said, and write the table."""
+    """Plant the faults, print what the tests said, and write it into the table."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--only", default="", help="a text of the faults to plant")
+    parser.add_argument("--missing", action="store_true", help="plant those without a row in the table")
     parser.add_argument("--check", action="store_true", help="plant nothing: look for the texts")
     asked = parser.parse_args()
     chosen = [each for each in FAULTS if asked.only in f"{each.description} {each.file} {each.tests}"]
+    if asked.missing:
+        told = rows_of(TABLE.read_text(encoding="utf-8"))
+        chosen = [each for each in chosen if each.description not in told]
     for each in chosen:
         source(each, ROOT)
     if asked.check:
         return
     for name in IMPORTS:
         __import__(name)
-    rows = list[str]()
     with tempfile.TemporaryDirectory(prefix="faults-") as folder:
         tree, log = Path(folder) / "tree", Path(folder) / "log"
         copy(tree)
@@ -1968,9 +1984,8 @@ def main() -> None:
             print(f"{found}: {each.description} ({each.file}, {time.monotonic() - began:.0f} s)", flush=True)
             if found in (BROKEN, SLOW):
                 print(log.read_text(encoding="utf-8")[-1500:], flush=True)
-            rows.append(f"| {each.description} | `{each.file}` | {each.tests.replace(' ', ', ')} | {found} |")
-    if not asked.only:
-        TABLE.write_text(HEAD + "\n".join(rows) + "\n", encoding="utf-8")
+            row = f"| {each.description} | `{each.file}` | {each.tests.replace(' ', ', ')} | {found} |"
+            write({each.description: row})
 
 
 if __name__ == "__main__":
