@@ -5,6 +5,7 @@ import functools
 import hashlib
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
@@ -111,8 +112,8 @@ def _code_texts(value: Any, package: str, seen: set[int]) -> Iterator[str]:
 def _definition_texts(value: Any, package: str, seen: set[int]) -> Iterator[str]:
     """Yield the texts of a function, a class or an object of a class."""
     if isinstance(value, FunctionType):
-        cells = tuple(cell.cell_contents for cell in value.__closure__ or ())
-        yield from _code_texts((value.__defaults__, *(value.__kwdefaults__ or {}).items(), *cells), package, seen)
+        yield from _code_texts((value.__defaults__, *(value.__kwdefaults__ or {}).items()), package, seen)
+        yield from _code_texts(tuple(_contents(value)), package, seen)
         for code in _nested(value.__code__):
             yield f"{code.co_code.hex()} {code.co_names} {code.co_varnames}"
             yield from _code_texts([item for item in code.co_consts if not isinstance(item, CodeType)], package, seen)
@@ -131,6 +132,13 @@ def _definition_texts(value: Any, package: str, seen: set[int]) -> Iterator[str]
     else:
         yield from _code_texts(type(value), package, seen)
         yield from _code_texts(tuple(getattr(value, "__dict__", {}).items()), package, seen)
+
+
+def _contents(function: FunctionType) -> Iterator[Any]:
+    """Yield the values of the variables around a function that have one."""
+    for cell in function.__closure__ or ():
+        with suppress(ValueError):
+            yield cell.cell_contents
 
 
 def _nested(code: CodeType) -> Iterator[CodeType]:

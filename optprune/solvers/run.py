@@ -111,6 +111,8 @@ def solve(
     """
     check_count("max_steps", max_steps)
     check_kind("max_seconds", max_seconds, Real, "give a number of seconds")
+    if not max_seconds >= 0:  # NaN too
+        raise InputError(f"max_seconds cannot be {max_seconds}: give a number of seconds of at least 0")
     solver = choose(problem) if solver is None else solver
     transformed = _Transformed.of(problem)
     check_accepted(transformed.problem, solver)

@@ -1,6 +1,7 @@
 """One mistake, one error: a bad value is an InputError, which is a ValueError, wherever it is given."""
 
 import ast
+import math
 from collections.abc import Callable
 from functools import reduce
 from pathlib import Path
@@ -188,6 +189,8 @@ MISTAKES: dict[str, Callable[[], Any]] = {
     "start cannot be of type ndarray": lambda: solve(ROWS, start=WEIGHT.numpy()),
     "max_steps cannot be 2.5": lambda: solve(ROWS, max_steps=2.5),
     "max_seconds cannot be 'a'": lambda: solve(ROWS, max_seconds="a"),
+    "max_seconds cannot be nan": lambda: solve(ROWS, max_seconds=math.nan),
+    "max_seconds cannot be -1": lambda: solve(ROWS, max_seconds=-1),
     r"answer of Bare cannot be of type Tensor: return Answer\(weight\)": lambda: solve(ROWS, Bare()),
     r"answer of Short must be \[4, 8\], not \[2, 8\]": lambda: solve(ROWS, Short()),
     "model cannot be 'llama': give the model itself": lambda: prune("llama", [], Recipe()),

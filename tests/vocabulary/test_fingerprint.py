@@ -237,3 +237,15 @@ def test_code_of_a_module_beside_counts_and_that_of_an_installed_package_does_no
     before = found("2 * x")
     helper.__file__ = "/lib/python/site-packages/own_helper/__init__.py"
     assert found("3 * x") == found("2 * x") != before
+
+
+def test_a_variable_that_has_no_value_yet_is_left_out() -> None:
+    def objective(x: float) -> float:
+        return scale(x)
+
+    before = code_fingerprint(objective)
+
+    def scale(x: float) -> float:
+        return 2 * x
+
+    assert code_fingerprint(objective) != before
