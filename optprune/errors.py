@@ -38,8 +38,8 @@ class WorkerError(OptpruneError):
 
 
 def check_at_least(option: str, value: float | None, least: float) -> None:
-    """Raise InputError where the value of an option is too small; None is no value."""
-    if value is not None and value < least:
+    """Raise InputError where the value of an option is too small or NaN; None is no value."""
+    if value is not None and not value >= least:
         raise InputError(f"{option} cannot be {value}: it is at least {least}")
 
 

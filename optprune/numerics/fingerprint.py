@@ -113,7 +113,7 @@ def _definition_texts(value: Any, package: str, seen: set[int]) -> Iterator[str]
     """Yield the texts of a function, a class or an object of a class."""
     if isinstance(value, FunctionType):
         yield from _code_texts((value.__defaults__, *(value.__kwdefaults__ or {}).items()), package, seen)
-        yield from _code_texts(tuple(_contents(value)), package, seen)
+        yield from _code_texts(tuple(_closure_values(value)), package, seen)
         for code in _nested(value.__code__):
             yield f"{code.co_code.hex()} {code.co_names} {code.co_varnames}"
             yield from _code_texts([item for item in code.co_consts if not isinstance(item, CodeType)], package, seen)
@@ -134,8 +134,8 @@ def _definition_texts(value: Any, package: str, seen: set[int]) -> Iterator[str]
         yield from _code_texts(tuple(getattr(value, "__dict__", {}).items()), package, seen)
 
 
-def _contents(function: FunctionType) -> Iterator[Any]:
-    """Yield the values of the variables around a function that have one."""
+def _closure_values(function: FunctionType) -> Iterator[Any]:
+    """Yield the values in the closure of a function, without variables that are not assigned yet."""
     for cell in function.__closure__ or ():
         with suppress(ValueError):
             yield cell.cell_contents

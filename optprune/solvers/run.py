@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optprune.errors import InputError, NoSolver, check_count, check_kind
+from optprune.errors import InputError, NoSolver, check_at_least, check_count, check_kind
 from optprune.metric import OutputBasis
 from optprune.numerics.precision import full_precision
 from optprune.numerics.tensors import check_tensor
@@ -111,8 +111,7 @@ def solve(
     """
     check_count("max_steps", max_steps)
     check_kind("max_seconds", max_seconds, Real, "give a number of seconds")
-    if not max_seconds >= 0:  # NaN too
-        raise InputError(f"max_seconds cannot be {max_seconds}: give a number of seconds of at least 0")
+    check_at_least("max_seconds", max_seconds, 0)
     solver = choose(problem) if solver is None else solver
     transformed = _Transformed.of(problem)
     check_accepted(transformed.problem, solver)

@@ -1944,16 +1944,17 @@ def run(tests: str, tree: Path, log: Path) -> str:
     return {0: MISSED, 1: NOTICED, -signal.SIGALRM: SLOW}.get(status, BROKEN)
 
 
-def rows_of(table: str) -> dict[str, str]:
-    """Return the rows of a table by the descriptions of their faults."""
-    lines = table.removeprefix(HEAD).splitlines()
+def rows() -> dict[str, str]:
+    """Return the rows of the table by the descriptions of their faults."""
+    lines = TABLE.read_text(encoding="utf-8").removeprefix(HEAD).splitlines() if TABLE.exists() else []
     return {line.removeprefix("| ").partition(" | ")[0]: line for line in lines}
 
 
-def write(found: dict[str, str]) -> None:
-    """Write rows into the table, in the order of the faults, beside those that it has of other faults."""
-    rows = (rows_of(TABLE.read_text(encoding="utf-8")) if TABLE.exists() else {}) | found
-    lines = [rows[each.description] for each in FAULTS if each.description in rows]
+def write(fault: Fault, found: str) -> None:
+    """Write the row of a fault into the table, in the order of the faults, beside the rows of other faults."""
+    row = f"| {fault.description} | `{fault.file}` | {fault.tests.replace(' ', ', ')} | {found} |"
+    told = rows() | {fault.description: row}
+    lines = [told[each.description] for each in FAULTS if each.description in told]
     TABLE.write_text(HEAD + "\n".join(lines) + "\n", encoding="utf-8")
 
 
@@ -1966,7 +1967,7 @@ def main() -> None:
     asked = parser.parse_args()
     chosen = [each for each in FAULTS if asked.only in f"{each.description} {each.file} {each.tests}"]
     if asked.missing:
-        told = rows_of(TABLE.read_text(encoding="utf-8"))
+        told = rows()
         chosen = [each for each in chosen if each.description not in told]
     for each in chosen:
         source(each, ROOT)
@@ -1984,8 +1985,7 @@ def main() -> None:
             print(f"{found}: {each.description} ({each.file}, {time.monotonic() - began:.0f} s)", flush=True)
             if found in (BROKEN, SLOW):
                 print(log.read_text(encoding="utf-8")[-1500:], flush=True)
-            row = f"| {each.description} | `{each.file}` | {each.tests.replace(' ', ', ')} | {found} |"
-            write({each.description: row})
+            write(each, found)
 
 
 if __name__ == "__main__":
