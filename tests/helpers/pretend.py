@@ -197,6 +197,10 @@ def set_up() -> torch.device:
         for name in (*COPIED, *MADE):
             setattr(torch, name, _by_way_of_the_cpu(getattr(torch, name)))
         _setup_privateuseone_for_python_backend(NAME)
+        # Who names the device gets it; a library that asks for the machine's accelerator must find none. Tests of one
+        # process share the device, and accelerate would have a Trainer empty the cache of an allocator it lacks.
+        torch.accelerator.current_accelerator = lambda check_available=False: None
+        torch.accelerator.is_available = lambda: False
         # Checkpoints ask every device that torch knows what autocast may compute in, whether it is on or not.
         getattr(torch, NAME).get_amp_supported_dtype = lambda: [torch.bfloat16, torch.float16]
         library = torch.library.Library("_", "IMPL")
