@@ -134,7 +134,11 @@ STUDIES: dict[str, list[tuple[str, Settings]]] = {
     ],
     "efforts": [
         (recipe, settings | changed)
-        for recipe, settings in (("structured_best", {"sparsity": 0.2}), ("sparse_best", HALF), ("sparse_best", PAIRS))
+        for recipe, settings in (
+            *(("structured_best", {"sparsity": share}) for share in (0.2, 0.3)),
+            ("sparse_best", HALF),
+            ("sparse_best", PAIRS),
+        )
         for changed in ({}, *efforts_of(recipe).values())
     ],
     "families": [
