@@ -11,6 +11,7 @@ from optprune.cli.prune_run import WholeRun, run_on_text
 from optprune.cli.request import FIELDS, Options
 from optprune.cli.run_folder import Output
 from optprune.pruning import workers_of
+from optprune.recipe import Recipe
 from optprune.report import Event, Report
 from optprune.report.progress import Reporter
 
@@ -20,7 +21,7 @@ NOT_GIVEN = dict.fromkeys((*FIELDS, "strict", "allocation", "target", "architect
 
 def prune_model(
     model: str | Path,
-    recipe: str = "fasp",
+    recipe: str | Recipe = "fasp",
     *,
     calibration: str,
     output: str | Path,
@@ -44,12 +45,12 @@ def prune_model(
 ) -> Report | None:
     """Prune a model on a text, write it to a folder that is checked by reloading it, and return the report.
 
-    The model is a folder, a GGUF file or a name on the hub; the recipe is a name or a YAML file, whose `fields` are
-    replaced by their dotted names, as in `load_recipe`. `calibration` takes the texts of the command's option. Blocks
-    are in memory one at a time. Finished blocks are kept beside the output until it is whole, so that `resume=True`
-    continues a run that was stopped. `progress` prints what the command prints on stderr, and `on_event` receives the
-    events of the run. A run that does not fit the memory or the disk is refused before it starts. Raises an
-    OptpruneError, and the output folder then does not exist. Processes of torchrun share the run as those of the
+    The model is a folder, a GGUF file or a name on the hub; the recipe is a name, a YAML file or a Recipe, whose
+    `fields` are replaced by their dotted names, as in `load_recipe`. `calibration` takes the texts of the command's
+    option. Blocks are in memory one at a time. Finished blocks are kept beside the output until it is whole, so that
+    `resume=True` continues a run that was stopped. `progress` prints what the command prints on stderr, and `on_event`
+    receives the events of the run. A run that does not fit the memory or the disk is refused before it starts. Raises
+    an OptpruneError, and the output folder then does not exist. Processes of torchrun share the run as those of the
     command do; all but the first return None.
     """
     given = {

@@ -36,7 +36,7 @@ class Options:
     """The options of a command, unresolved."""
 
     model: str
-    recipe: str
+    recipe: "str | Recipe"
     fields: Mapping[str, Any]
     """recipe fields that are given by their own option, or by name in Python"""
     settings: Sequence[str]
@@ -70,7 +70,8 @@ class Options:
         """Return the options among a command's arguments; InputError, without heavy imports, for an unknown name."""
         names = ("units", "bits", "propagation", "target", "states", "dtype", "save_dtype", "effort")
         named = {name: arguments[name] for name in names}
-        check_choices(arguments["recipe"], sequences=arguments["sequences"], **named)
+        recipe = arguments["recipe"]
+        check_choices(recipe if isinstance(recipe, str) else None, sequences=arguments["sequences"], **named)
         if arguments["bits"] not in (None, "none") and arguments["save_dtype"] != "auto":
             raise InputError("--save-dtype would round weights off the grid of --bits: give --dtype in its place")
         check_at_least("--samples", arguments["samples"], 1)
@@ -101,11 +102,16 @@ class Options:
     @property
     def input_files(self) -> list[Input]:
         """Input files that the options name."""
-        return [*files_in([self.recipe]), self.allocation_file, self.expert_scores, self.architecture]
+        return [
+            *files_in([self.recipe] if isinstance(self.recipe, str) else []),
+            self.allocation_file,
+            self.expert_scores,
+            self.architecture,
+        ]
 
     def chosen(self) -> "Recipe":
         """Return the recipe with the user's settings."""
-        from optprune.recipe import load_recipe
+        from optprune.recipe.recipe import recipe_with
         from optprune.solvers import GivenScores
 
         self.runtime()
@@ -115,7 +121,7 @@ class Options:
         if self.expert_scores is not None:
             fields["solver"] = GivenScores.read(self.expert_scores)
         given = overrides(fields, self.settings)
-        recipe = load_recipe(self.recipe, given, effort=self.effort)
+        recipe = recipe_with(self.recipe, given, effort=self.effort)
         if self.generated and recipe.vocabulary is not None:
             raise InputError("--generated gives text in tokens that --vocabulary removes: leave out one of them")
         if self.allocation_file is not None and "sparsity" in given and recipe.only_share is None:

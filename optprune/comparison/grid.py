@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from optprune.errors import InputError
-from optprune.recipe import Recipe, load_recipe
+from optprune.recipe import Recipe
+from optprune.recipe.recipe import recipe_with
 from optprune.system.wording import shown
 
 RECIPES = "the recipes"
@@ -95,9 +96,7 @@ class Grid:
     def recipe(self, cell: Cell) -> Recipe:
         """Return the recipe of a cell. Raises InputError where it is invalid."""
         base, own = self.recipes[cell.recipe], {"sparsity": cell.sparsity, "seed": cell.seed}
-        if isinstance(base, Recipe):
-            return Recipe(dict(base), {**self.settings, **own})
-        return load_recipe(base, {**self.settings, **own})
+        return recipe_with(base, {**self.settings, **own})
 
     def facts(self) -> dict[str, Any]:
         """Return the grid as plain data."""

@@ -340,6 +340,15 @@ def load_recipe(name_or_path: str, overrides: Mapping[str, Any] | None = None, *
     return recipe if "summary" in (overrides or {}) else _with_changes_in_summary(recipe, fields)
 
 
+def recipe_with(recipe: str | Recipe, fields: Mapping[str, Any], *, effort: str = STANDARD) -> Recipe:
+    """Return a recipe, given itself or as `load_recipe` takes it, with some fields replaced."""
+    if isinstance(recipe, str):
+        return load_recipe(recipe, fields, effort=effort)
+    if effort != STANDARD:
+        raise InputError(f"a Recipe has no effort {shown(effort)}: leave the effort out, or give it to load_recipe")
+    return Recipe(dict(recipe), fields)
+
+
 def efforts_of(name_or_path: str) -> dict[str, Any]:
     """Return the fields that the efforts of a recipe change, by effort."""
     return _fields_of(name_or_path).get("efforts", {})

@@ -3,12 +3,16 @@
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 import optprune
 from optprune.cli import main
 from optprune.cli.run_folder import run_folder_of
 from optprune.errors import InputError
+from optprune.patterns import NM, Unstructured
+from optprune.problems import SparseLeastSquares
 from optprune.report import Event, LayerSolved, PhaseFinished
+from optprune.solvers import SparseGpt
 from tests.helpers.attempts import Attempt
 
 
@@ -132,4 +136,33 @@ def test_a_field_that_an_argument_gives_too_is_refused(attempt: Attempt) -> None
             seq_length=64,
             output=attempt.output,
         )
+    assert not attempt.output.parent.exists()
+
+
+def pairs_in_attention(context: optprune.LayerContext) -> SparseLeastSquares:
+    pattern = NM(2, 4) if "self_attn" in context.name else Unstructured(context.keep)
+    return SparseLeastSquares(context.loss, pattern)
+
+
+def test_an_objective_in_python_writes_a_folder_and_is_continued(attempt: Attempt) -> None:
+    own = optprune.Recipe(objective=pairs_in_attention, solver=SparseGpt(), units="weights", sparsity=0.5)
+    text = {"calibration": str(attempt.text), "samples": 8, "seq_length": 64}
+    report = optprune.prune_model(attempt.model, own, output=attempt.output, **text)
+    weights = load_file(attempt.output / "model.safetensors")
+    groups = [tensor.unflatten(1, (-1, 4)) for name, tensor in weights.items() if "_proj" in name and "attn" in name]
+    assert groups and all(((group == 0).sum(2) == 2).all() for group in groups)
+    assert report == optprune.prune_model(attempt.model, own, output=attempt.output, resume=True, **text)
+
+
+def test_a_recipe_of_a_name_is_pruned_by_as_the_name_is(attempt: Attempt) -> None:
+    by_name, by_object = attempt.folder / "name", attempt.folder / "object"
+    own = optprune.load_recipe("structured_best", {"damping": 0.02})
+    text = {"calibration": str(attempt.text), "samples": 8, "seq_length": 64}
+    optprune.prune_model(
+        attempt.model, "structured_best", sparsity=0.25, fields={"damping": 0.02, "seed": 3}, output=by_name, **text
+    )
+    optprune.prune_model(attempt.model, own, sparsity=0.25, fields={"seed": 3}, output=by_object, **text)
+    assert (by_object / "model.safetensors").read_bytes() == (by_name / "model.safetensors").read_bytes()
+    with pytest.raises(InputError, match="a Recipe has no effort 'quick': leave the effort out"):
+        optprune.prune_model(attempt.model, own, effort="quick", output=attempt.output, **text)
     assert not attempt.output.parent.exists()

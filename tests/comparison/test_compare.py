@@ -154,7 +154,7 @@ def test_what_the_cells_of_a_seed_share_is_measured_once(texts: TwoTexts, monkey
     monkeypatch.setattr(session, "DensePredictions", counted_predictions)
     optprune.compare(loaded(), ["structured_best"], [0.1, 0.2, 0.3], seeds=2, **texts.asked())
     assert measured.count("collect_metrics") == 2  # a seed draws other tokens
-    assert measured.count("removal_curve") == 2 * 4
+    assert measured.count("removal_curve") == 2 * 2 * 3  # seeds, blocks, and kinds: units, value dimensions, pairs
     assert len(predicted) == 1
 
 
