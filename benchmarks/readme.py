@@ -130,6 +130,11 @@ def _sparse(label: str, recipe: str, weights: Settings, pairs: Settings | None =
     return label, tuple((recipe, case | policy) for case in (first, second) for policy in policies)
 
 
+def _own(label: str, recipe: str) -> tuple[str, Cells]:
+    """A recipe for single weights at 50 percent and 2:4, under its own policy."""
+    return label, (half(recipe), (recipe, PAIRS))
+
+
 def _unclipped(label: str, metric: Settings) -> tuple[str, Cells]:
     """`sparse_best` as it was; at 2:4 as the ablation, which has more seeds, has it: without a budget to divide."""
     cells = list(_sparse(label, "sparse_best", UNCLIPPED | metric)[1])
@@ -138,7 +143,7 @@ def _unclipped(label: str, metric: Settings) -> tuple[str, Cells]:
 
 
 ON_MLPS = {"units": "mlp"} | BELIEVED | UNCLIPPED
-SMOLLM2, SMALL = "SmolLM2-135M-Instruct", "small-qwen2"
+SMOLLM2, SMALL, OPT = "SmolLM2-135M-Instruct", "small-qwen2", "small-opt-2"
 HALF_STEPS, SIXTY_STEPS = steps("sparse_best", HALF), steps("sparse_best", {"sparsity": 0.6})
 PAIR_STEPS = paired("sparse_best")
 RECOVERED = 7
@@ -307,6 +312,43 @@ TABLES = (
             ),
         ),
         SMALL,
+        8192,
+        deviations=False,
+        count=3,
+    ),
+    Table(
+        ("units removed, OPT", *(f"{share:.0%}" for share in SHARES)),
+        (
+            _units("`structured_best`", "structured_best"),
+            _units("`fasp`, value dimensions too, as published", "fasp", COORDINATES),
+            *(_units(f"`{name}`", name) for name in ("spap_plus", "osscar", "structured_uniform_best", "spap")),
+            _units("`fasp`, MLP units only", "fasp"),
+            _units("`flap`", "flap"),
+        ),
+        OPT,
+        8192,
+        deviations=False,
+        count=3,
+    ),
+    Table(
+        ("sparse weights, OPT", "50%", "2:4"),
+        (
+            _own("`sparse_best`", "sparse_best"),
+            (
+                "`sparse_best`, diagonal metric, not clipped, under `pruned` and `intra`",
+                (
+                    ("sparse_best", HALF | DIAGONAL | UNCLIPPED),
+                    under_intra(("sparse_best", PAIRS | DIAGONAL | UNCLIPPED)),
+                ),
+            ),
+            *(
+                _own(f"`{name}`", name)
+                for name in ("alps_plus", "alps", "fistapruner_plus", "fistapruner", "sparsegpt")
+            ),
+            _own("`wanda`, over rows", "wanda"),
+            ("`wanda`, over the matrix", (("wanda", HALF), None)),
+        ),
+        OPT,
         8192,
         deviations=False,
         count=3,

@@ -135,7 +135,7 @@ STUDIES: dict[str, list[tuple[str, Settings]]] = {
     "efforts": [
         (recipe, settings | changed)
         for recipe, settings in (
-            *(("structured_best", {"sparsity": share}) for share in (0.2, 0.3)),
+            *(structured("structured_best", share) for share in (0.2, 0.3)),
             ("sparse_best", HALF),
             ("sparse_best", PAIRS),
         )

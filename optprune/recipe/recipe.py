@@ -341,7 +341,7 @@ def load_recipe(name_or_path: str, overrides: Mapping[str, Any] | None = None, *
 
 
 def recipe_with(recipe: str | Recipe, fields: Mapping[str, Any], *, effort: str = STANDARD) -> Recipe:
-    """Return a recipe, given itself or as `load_recipe` takes it, with some fields replaced."""
+    """Return a Recipe, or the recipe of a name or file, with some fields replaced."""
     if isinstance(recipe, str):
         return load_recipe(recipe, fields, effort=effort)
     if effort != STANDARD:

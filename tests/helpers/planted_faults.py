@@ -1953,8 +1953,8 @@ def rows() -> dict[str, str]:
 def write(fault: Fault, found: str) -> None:
     """Write the row of a fault into the table, in the order of the faults, beside the rows of other faults."""
     row = f"| {fault.description} | `{fault.file}` | {fault.tests.replace(' ', ', ')} | {found} |"
-    told = rows() | {fault.description: row}
-    lines = [told[each.description] for each in FAULTS if each.description in told]
+    table = rows() | {fault.description: row}
+    lines = [table[each.description] for each in FAULTS if each.description in table]
     TABLE.write_text(HEAD + "\n".join(lines) + "\n", encoding="utf-8")
 
 
@@ -1967,8 +1967,8 @@ def main() -> None:
     asked = parser.parse_args()
     chosen = [each for each in FAULTS if asked.only in f"{each.description} {each.file} {each.tests}"]
     if asked.missing:
-        told = rows()
-        chosen = [each for each in chosen if each.description not in told]
+        in_table = rows()
+        chosen = [each for each in chosen if each.description not in in_table]
     for each in chosen:
         source(each, ROOT)
     if asked.check:

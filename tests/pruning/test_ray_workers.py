@@ -140,7 +140,8 @@ def test_a_cluster_that_is_not_there_or_too_small_is_told(cluster: RayWorkers, m
     recipe, threads = load_recipe("magnitude", {"propagation": "dense"}), torch.get_num_threads()
     torch.set_num_threads(3)  # of two CPUs
     try:
-        with pytest.raises(InputError, match="a worker needs 3 CPUs and no machine of the Ray cluster"):
+        message = "a worker needs 3 CPUs and no machine of the Ray cluster at 'local' has them"
+        with pytest.raises(InputError, match=message):
             prune(tiny(), batches(), recipe, workers=cluster)
     finally:
         torch.set_num_threads(threads)
