@@ -492,7 +492,7 @@ class RunFolder(ManifestFolder, ABC):
             if not self.replaces:
                 self.clear()
         if not self.replaces:
-            self._left_behind += self._left_in_scratch(self.stays)
+            self._left_behind += self._left_in_scratch()
 
     def _check_restart(self) -> None:
         """Raise InputError where a foreign file would prevent the next run."""
@@ -539,14 +539,14 @@ class RunFolder(ManifestFolder, ABC):
             self.clear(but=(SCRATCH,) if self._has_own_scratch else ())
             self.replaces = False
 
-    def _left_in_scratch(self, stays: Collection[str]) -> list[Path]:
+    def _left_in_scratch(self) -> list[Path]:
         """Return the temporary folders of an earlier process, and the drafts in those that this one can use."""
         scratch = self.folder / SCRATCH
         if SCRATCH not in self._manifest[FOLDERS] or not is_own_folder(scratch):
             return []
         found = list[Path]()
         for folder in filter(is_own_folder, scratch.iterdir()):
-            found += _drafts_in(folder) if folder.name in stays else [folder]
+            found += _drafts_in(folder) if folder.name in self.stays else [folder]
         return found
 
     @classmethod
@@ -566,10 +566,10 @@ class RunFolder(ManifestFolder, ABC):
 
     @property
     def scratch(self) -> Path:
-        """The folder for temporary files, without those of a run that this one replaces."""
+        """The folder for temporary files; of a run that this one replaces, those that another process can use stay."""
         place = self.subfolder(SCRATCH)
         if self.replaces and not self._has_own_scratch:
-            _delete_all(self._left_in_scratch(()))
+            _delete_all(self._left_in_scratch())
             self._has_own_scratch = True
         return place
 

@@ -215,17 +215,18 @@ def test_temporary_files_of_an_earlier_process_are_deleted_only_when_a_run_begin
     assert sorted(path.name for path in scratch.rglob("*")) == ["converted", "old", "own"]
 
 
-def test_temporary_files_are_those_of_the_run_that_begins(unfinished: Path) -> None:
+def test_a_run_that_replaces_another_keeps_converted_weights_and_no_other_temporary_files(unfinished: Path) -> None:
+    (unfinished / "scratch" / "states").mkdir()
+    (unfinished / "scratch" / "states" / "of-a-killed-process").write_text("")
     journal = Journal(unfinished, restart=True)
-    assert not list(journal.scratch.iterdir())
-    (journal.scratch / "converted").mkdir()
+    assert [path.name for path in journal.scratch.rglob("*")] == ["converted", "old"]
     (journal.scratch / "converted" / "new").write_text("of this run")
     assert not journal.has_scratch and "run.json" in contents(unfinished) and journal.replaces
     journal.begin({"the blocks": 1})
-    assert contents(unfinished).keys() == {"in-use", "run.json", "scratch/converted/new"}
+    assert contents(unfinished).keys() == {"in-use", "run.json", "scratch/converted/new", "scratch/converted/old"}
     assert journal.has_scratch and journal.scratch.is_dir()
     journal.release()
-    assert contents(unfinished).keys() == {"run.json", "scratch/converted/new"}
+    assert contents(unfinished).keys() == {"run.json", "scratch/converted/new", "scratch/converted/old"}
     assert Journal(unfinished, resume=True).discard() == []
 
 
