@@ -4,6 +4,7 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
 from enum import Enum
+from numbers import Integral, Real
 from typing import Any, ClassVar, Generic, TypeAlias, TypeVar, cast, final
 
 from torch import Tensor
@@ -190,14 +191,18 @@ MOST_STEPS = 10_000
 def check_options(solver: AnySolver, may_be_zero: tuple[str, ...] = ()) -> None:
     """Raise InputError unless every number among a solver's options is positive and sensible; for `__post_init__`."""
     for option in fields(solver):  # type: ignore[arg-type]  # solvers are dataclasses by contract
-        value = getattr(solver, option.name)
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            zero = value == 0 and option.name in may_be_zero
-            least, most = (1, MOST_STEPS) if isinstance(option.default, int) else SENSIBLE
-            if not (zero or least <= value <= most):
-                raise InputError(
-                    f"{option.name} of {solver.label} must be between {least:g} and {most:g}, not {shown(value)}"
-                )
+        value, whole = getattr(solver, option.name), isinstance(option.default, int)
+        if isinstance(option.default, bool) or not isinstance(option.default, int | float):
+            continue
+        if not isinstance(value, Integral if whole else Real):
+            kind = "a whole number" if whole else "a number"
+            raise InputError(f"{option.name} of {solver.label} must be {kind}, not {shown(value)}")
+        zero = value == 0 and option.name in may_be_zero
+        least, most = (1, MOST_STEPS) if whole else SENSIBLE
+        if not (zero or least <= value <= most):
+            raise InputError(
+                f"{option.name} of {solver.label} must be between {least:g} and {most:g}, not {shown(value)}"
+            )
 
 
 def measuring(outputs: int, inputs: int, *, coupled: bool = False) -> float:

@@ -8,11 +8,13 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from optprune.errors import InputError
 from optprune.numerics import linalg
 from optprune.problems import MaskedLeastSquares, Problem, SelectionProblem
 from optprune.solvers.base import Answer, Certificate, DirectSolver, measuring
 from optprune.solvers.spectrum import ScaledGram, factor_rounding
 from optprune.solvers.verified import VerifiedLoss
+from optprune.system.wording import shown
 from optprune.work import Work, factor, product, storage, sweeps
 
 SINGULAR = (
@@ -65,6 +67,12 @@ class Restore(DirectSolver[Restorable]):
     accepts = (MaskedLeastSquares, SelectionProblem)
 
     factor_dtype: torch.dtype = torch.float64
+
+    def __post_init__(self) -> None:
+        if self.factor_dtype not in (torch.float32, torch.float64):
+            raise InputError(
+                f"factor_dtype of {self.label} must be torch.float32 or torch.float64, not {shown(self.factor_dtype)}"
+            )
 
     def work(self, outputs: int, inputs: int, *, coupled: bool = False) -> Work:
         # One mask for all rows that keeps KEPT of the inputs; `choose` prefers gradients for large masks per row.
