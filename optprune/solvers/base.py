@@ -199,7 +199,7 @@ def check_options(solver: AnySolver, may_be_zero: tuple[str, ...] = ()) -> None:
             raise InputError(f"{option.name} of {solver.label} must be {kind}, not {shown(value)}")
         zero = value == 0 and option.name in may_be_zero
         least, most = (1, MOST_STEPS) if whole else SENSIBLE
-        if not (zero or least <= value <= most):
+        if not (zero or least <= float(value) <= most):
             raise InputError(
                 f"{option.name} of {solver.label} must be between {least:g} and {most:g}, not {shown(value)}"
             )
