@@ -194,12 +194,13 @@ def check_options(solver: AnySolver, may_be_zero: tuple[str, ...] = ()) -> None:
         value, whole = getattr(solver, option.name), isinstance(option.default, int)
         if isinstance(option.default, bool) or not isinstance(option.default, int | float):
             continue
-        if not isinstance(value, Integral if whole else Real):
+        numbers: Any = Integral if whole else Real
+        if not isinstance(value, numbers):
             kind = "a whole number" if whole else "a number"
             raise InputError(f"{option.name} of {solver.label} must be {kind}, not {shown(value)}")
         zero = value == 0 and option.name in may_be_zero
         least, most = (1, MOST_STEPS) if whole else SENSIBLE
-        if not (zero or least <= float(value) <= most):
+        if not (zero or least <= value <= most):
             raise InputError(
                 f"{option.name} of {solver.label} must be between {least:g} and {most:g}, not {shown(value)}"
             )
