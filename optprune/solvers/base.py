@@ -194,10 +194,8 @@ def check_options(solver: AnySolver, may_be_zero: tuple[str, ...] = ()) -> None:
         value, whole = getattr(solver, option.name), isinstance(option.default, int)
         if isinstance(option.default, bool) or not isinstance(option.default, int | float):
             continue
-        numbers: Any = Integral if whole else Real
-        if not isinstance(value, numbers):
-            kind = "a whole number" if whole else "a number"
-            raise InputError(f"{option.name} of {solver.label} must be {kind}, not {shown(value)}")
+        kind, remedy = (Integral, "give a whole number") if whole else (Real, "give a number")
+        check_kind(f"{option.name} of {solver.label}", value, kind, remedy)
         zero = value == 0 and option.name in may_be_zero
         least, most = (1, MOST_STEPS) if whole else SENSIBLE
         if not (zero or least <= value <= most):

@@ -566,7 +566,7 @@ class RunFolder(ManifestFolder, ABC):
 
     @property
     def scratch(self) -> Path:
-        """The folder for temporary files; of a run that this one replaces, those that another process can use stay."""
+        """The folder for temporary files; weights converted for a run that this one replaces stay in it."""
         place = self.subfolder(SCRATCH)
         if self.replaces and not self._has_own_scratch:
             _delete_all(self._left_in_scratch())

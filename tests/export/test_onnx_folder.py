@@ -267,7 +267,7 @@ MODELS = {
     **{
         name: lambda make=make: make(num_hidden_layers=4)
         for name, make in ALL_MODELS.items()
-        if not (ARCHITECTURES[name].mixture or ARCHITECTURES[name].recurrent or name == "gemma4_text")
+        if not (ARCHITECTURES[name].mixture or ARCHITECTURES[name].recurrent or ARCHITECTURES[name].shared)
     },
     "qwen2, sliding window": tiny_sliding,
     "llama3's rotary embeddings": lambda: tiny_llama(num_hidden_layers=4, **SCALED),

@@ -67,8 +67,8 @@ def nested(chain: Solver, _: int) -> Chain:
         (lambda: Recipe(solver={"spap": {"first": -1}}), "'solver' cannot be .*: first of Spap must be"),  # type: ignore[arg-type]
         (lambda: Recipe(units={"weights": "2:x"}), "'units' cannot be '2:x': the pattern '2:x' is not known"),  # type: ignore[arg-type]
         (lambda: Fista(-1.0), "tolerance of Fista must be between"),
-        (lambda: Fista("small"), "tolerance of Fista must be a number, not 'small'"),  # type: ignore[arg-type]
-        (lambda: GreedyObs(1.5), r"batch of GreedyObs must be a whole number, not 1\.5"),  # type: ignore[arg-type]
+        (lambda: Fista("small"), "tolerance of Fista cannot be 'small': give a number"),  # type: ignore[arg-type]
+        (lambda: GreedyObs(1.5), r"batch of GreedyObs cannot be 1\.5: give a whole number"),  # type: ignore[arg-type]
         (lambda: Restore(torch.float16), r"factor_dtype of Restore must be torch\.float32 or torch\.float64"),
         (lambda: Random(-1), "seed of Random must be between"),
         (lambda: FistaPath(ratio=0.5), "ratio of FistaPath must be more than 1"),
