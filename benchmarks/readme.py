@@ -173,9 +173,9 @@ def _both(label: str, units: str, weights: Case | None = None, pairs: Case | Non
     return label, (structured(units, 0.2), weights, pairs)
 
 
-def _other(label: str, units: str, weights: str) -> tuple[str, Cells]:
-    """Recipes that are not ours; for single weights under `intra`, which is better for each of them than `pruned`."""
-    return _both(label, units, under_intra(half(weights)), under_intra((weights, PAIRS)))
+def _other(label: str, units: str, weights: str, policy: Settings) -> tuple[str, Cells]:
+    """Recipes that are not ours; for single weights under a policy that is better for them than `pruned`."""
+    return _both(label, units, *((name, settings | policy) for name, settings in (half(weights), (weights, PAIRS))))
 
 
 SHORT = Table(
@@ -187,9 +187,9 @@ SHORT = Table(
             *(("sparse_best", HALF), ("sparse_best", PAIRS)),
         ),
         _both("`structured_uniform_best` (ours)", "structured_uniform_best"),
-        _other("OSSCAR, ALPS", "osscar", "alps"),
-        _other("FASP (MLP units), SparseGPT", "fasp", "sparsegpt"),
-        _other("FLAP, Wanda", "flap", "wanda"),
+        _other("OSSCAR, ALPS", "osscar", "alps", PARTIAL),
+        _other("FASP (MLP units), SparseGPT", "fasp", "sparsegpt", PARTIAL),
+        _other("FLAP, Wanda", "flap", "wanda", INTRA),
         _both("optipfair 0.4.2", "optipfair"),
     ),
     SMOLLM2,
