@@ -11,18 +11,16 @@ windows of the calibration half of the news, `news` of the other half, `speeches
 """
 
 import argparse
-import copy
 import math
-import time
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
 
 import optprune
 from benchmarks.common import evaluation_texts, setting, tokenizer_of, with_earlier, write_table
+from benchmarks.first_blocks import OfTheWhole, prune_first_blocks
 from optprune.measure import divergence_from
 from optprune.metric import Metrics, OutputMetric
 from optprune.models import Decoder
@@ -69,14 +67,13 @@ class DampedByKind(Metrics):
         return made
 
 
-class OfTheWhole(optprune.Statistics):
-    """Output metrics of the whole model, whatever part of it is pruned, with dampings by kind of layer."""
+class WithDampings(OfTheWhole):
+    """Output metrics of the whole model with dampings by kind of layer."""
 
-    whole: Decoder
     dampings: Mapping[str, float]
 
     def metrics(self, decoder: Decoder, *asked: Any) -> Metrics:
-        return DampedByKind.like(super().metrics(self.whole, *asked), self.dampings)
+        return DampedByKind.like(super().metrics(decoder, *asked), self.dampings)
 
 
 def trials(dampings: list[float], kinds: bool) -> list[tuple[str, float]]:
@@ -97,21 +94,18 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     here = setting(2 * options.samples, options.seq_length, options.windows, options.seed)
-    model, statistics, rows = here.loaded.model, OfTheWhole(), list[dict[str, Any]]()
-    statistics.whole = Decoder(model)
+    model, rows = here.loaded.model, list[dict[str, Any]]()
+    statistics = WithDampings(model)
     fitted, choice = torch.cat(list(here.batches)).split(options.samples)
+    batches = fitted.split(len(here.batches[0]))
     texts = {"choice": choice} | evaluation_texts(tokenizer_of(here.loaded), options.seq_length, options.windows)
     for case in options.cases:
         name, fields = CASES[case]
         for kind, damping in trials(options.dampings, options.kinds):
             own = dict.fromkeys([layer for layers in KINDS.values() for layer in layers], OURS)
             statistics.dampings = own | dict.fromkeys(KINDS.get(kind, own), damping)
-            pruned, began = copy.deepcopy(model), time.process_time()
-            every = pruned.model.layers
-            pruned.model.layers = every[: options.blocks]
-            optprune.prune(pruned, fitted.split(len(here.batches[0])), optprune.load_recipe(name, fields), statistics=statistics)
-            seconds = time.process_time() - began
-            pruned.model.layers = nn.ModuleList([*pruned.model.layers, *every[options.blocks :]])
+            recipe = optprune.load_recipe(name, fields)
+            pruned, _, seconds = prune_first_blocks(model, options.blocks, batches, recipe, statistics)
             row: dict[str, Any] = {"case": case, "seed": options.seed, "layers": kind, "damping": str(damping)}
             for text, windows in texts.items():
                 row[text] = round(divergence_from(pruned, model, windows).divergence, 4)

@@ -9,30 +9,17 @@ metrics are those of the whole model. Seconds are of CPU time.
 """
 
 import argparse
-import copy
-import time
 from statistics import mean
 from typing import Any
 
 import torch
-from torch import nn
 
 import optprune
 from benchmarks.common import setting, write_table
-from optprune.metric import Metrics
-from optprune.models import Decoder
+from benchmarks.first_blocks import OfTheWhole, prune_first_blocks
 
 RECIPES = ("wanda", "alps", "sparse_best")
 PERMUTED = ("o_proj", "down_proj")
-
-
-class OfTheWhole(optprune.Statistics):
-    """Output metrics of the whole model, whatever part of it is pruned."""
-
-    whole: Decoder
-
-    def metrics(self, decoder: Decoder, *asked: Any) -> Metrics:
-        return super().metrics(self.whole, *asked)
 
 
 def main() -> None:
@@ -45,19 +32,14 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     here = setting(options.samples, options.seq_length, options.windows, options.seed)
-    model, statistics, rows = here.loaded.model, OfTheWhole(), list[dict[str, Any]]()
-    statistics.whole = Decoder(model)
+    model, rows = here.loaded.model, list[dict[str, Any]]()
+    statistics = OfTheWhole(model)
     dense = optprune.perplexity(model, here.windows).perplexity
     for recipe in options.recipes:
         for permuted in (False, True):
             fields = {"units.weights": "2:4", "propagation": "intra", "permuted": permuted}
-            pruned, began = copy.deepcopy(model), time.process_time()
-            every = pruned.model.layers
-            pruned.model.layers = every[: options.blocks]
             chosen = optprune.load_recipe(recipe, fields)
-            report = optprune.prune(pruned, here.batches, chosen, statistics=statistics)
-            seconds = time.process_time() - began
-            pruned.model.layers = nn.ModuleList([*pruned.model.layers, *every[options.blocks :]])
+            pruned, report, seconds = prune_first_blocks(model, options.blocks, here.batches, chosen, statistics)
             row = {"recipe": recipe, "order": "permuted" if permuted else "as it is"}
             for name in PERMUTED:
                 errors = [layer.relative_error for layer in report.layers if layer.name.endswith(f".{name}")]
