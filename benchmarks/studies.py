@@ -109,6 +109,11 @@ STUDIES: dict[str, list[tuple[str, Settings]]] = {
     "policies": [half(name, policy) for policy in POLICIES for name in SPARSE[1:]] + under_policies(HALF),
     "policies-2:4": [(name, {**PAIRS, "propagation": policy}) for policy in POLICIES for name in SPARSE[1:]]
     + under_policies(PAIRS),
+    "policies-units": [
+        (name, settings | PARTIAL)
+        for name, settings in (structured(recipe, 0.2) for recipe in ("osscar", "fasp", "structured_uniform_best"))
+    ],
+    "damping": [("sparse_best", PAIRS | {"metric.damping": damping}) for damping in (0.1, 1.0)],
     "structured": [structured(recipe, sparsity) for sparsity in (0.2, 0.1, 0.3) for recipe in STRUCTURED]
     + [(recipe, {"sparsity": sparsity}) for recipe in ("structured_best", "fasp") for sparsity in (0.2, 0.1, 0.3)]
     + [
@@ -193,6 +198,8 @@ NAMES = {
     "sparse": "Sparse weights",
     "policies": "Sparse weights at 50 percent under every propagation policy",
     "policies-2:4": "2:4 under every propagation policy",
+    "policies-units": "Whole units under the policy `partial`",
+    "damping": "2:4 by the damping of the output metric",
     "structured": "Whole units",
     "rotated": "Value dimensions that are removed as coordinates, and as directions",
     "qk": "Rotary pairs of queries and keys in the budget of values and MLP units",
