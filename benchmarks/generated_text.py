@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from benchmarks.common import evaluation_texts, machine, setting, tokenizer_of, with_earlier, with_written, write_table
-from benchmarks.studies import DIRECTIONS, HALF, INTRA, PAIRS, PARTIAL, PRUNED, UNCLIPPED
+from benchmarks.studies import DIRECTIONS, HALF, INTRA, PAIRS, PARTIAL, PRUNED, UNCLIPPED, structured
 from optprune import load_recipe, prune
 from optprune.calibration.generated import generated_windows
 from optprune.measure import perplexity
@@ -43,10 +43,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "30% of units": ("structured_best", {"sparsity": 0.3}),
     "ALPS, 50%": ("alps", HALF | PARTIAL),
     "ALPS, 2:4": ("alps", PAIRS | PARTIAL),
-    "SparseGPT, 50%": ("sparsegpt", HALF | PARTIAL),
-    "SparseGPT, 2:4": ("sparsegpt", PAIRS | PARTIAL),
-    "OSSCAR, 20% of units": ("osscar", {"sparsity": 0.2}),
-    "FASP, 20% of units": ("fasp", {"sparsity": 0.2, "units": "mlp"}),
+    "OSSCAR, 20% of units": structured("osscar", 0.2),
+    "FASP, 20% of units": structured("fasp", 0.2),
 }
 KEYS = ("case", "text", "windows more", "temperature", "evaluated", "seeds")
 

@@ -14,6 +14,7 @@ import argparse
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import torch
@@ -21,14 +22,14 @@ import torch
 import optprune
 from benchmarks.common import evaluation_texts, setting, tokenizer_of, with_earlier, write_table
 from benchmarks.first_blocks import OfTheWhole, prune_first_blocks
+from benchmarks.studies import HALF, PAIRS
 from optprune.measure import divergence_from
 from optprune.metric import Metrics, OutputMetric
 from optprune.models import Decoder
 
 CASES = {
-    "2:4": ("sparse_best", {"units.weights": "2:4"}),
-    "50%": ("sparse_best", {"sparsity": 0.5}),
-    "20% of units": ("structured_best", {"sparsity": 0.2}),
+    "2:4": PAIRS,
+    "50%": HALF,
 }
 KINDS = {
     "queries, keys, values": ("q_proj", "k_proj", "v_proj"),
@@ -36,8 +37,6 @@ KINDS = {
     "gate, up": ("gate_proj", "up_proj"),
     "down": ("down_proj",),
 }
-OURS = 0.1
-"""the damping of both recipes"""
 
 
 class DampedByKind(Metrics):
@@ -46,12 +45,10 @@ class DampedByKind(Metrics):
     dampings: Mapping[str, float]
 
     def __getitem__(self, name: str) -> OutputMetric:
-        metric = self.sums(name).metric()
-        damping = self.dampings[name.rsplit(".", 1)[-1]]
+        metric, damping = self.sums(name).metric().damped(1.0), self.dampings[name.rsplit(".", 1)[-1]]
         share = 1.0 if math.isinf(damping) else damping / (1 + damping)
-        own, average = (1 - share) * metric.average, metric.average
-        mean = float((average.diagonal() if metric.full else average).mean())
-        return replace(metric, average=own, damping=torch.full_like(metric.damping, share * mean), proved=own)
+        average = (1 - share) * metric.average
+        return replace(metric, average=average, damping=share * metric.damping, proved=average)
 
     def damped(self, fraction: float) -> "DampedByKind":
         return self
@@ -62,7 +59,7 @@ class DampedByKind(Metrics):
     @classmethod
     def like(cls, metrics: Metrics, dampings: Mapping[str, float]) -> "DampedByKind":
         """Return the metrics with other dampings."""
-        made = cls(metrics._sums)
+        made = cls({name: metrics.sums(name) for name in metrics})
         made.dampings = dampings
         return made
 
@@ -76,16 +73,10 @@ class WithDampings(OfTheWhole):
         return DampedByKind.like(super().metrics(decoder, *asked), self.dampings)
 
 
-def trials(dampings: list[float], kinds: bool) -> list[tuple[str, float]]:
-    """Return the layers that have another damping than the recipe, with the damping."""
-    every = [("all", damping) for damping in dampings]
-    return every + [(kind, damping) for kind in KINDS if kinds for damping in dampings if damping != OURS]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
-    parser.add_argument("--dampings", nargs="+", type=float, default=[0.01, 0.03, 0.1, 0.3, 1.0, 10.0, math.inf])
+    parser.add_argument("--dampings", nargs="+", type=float, default=[0.01, 0.1, 1.0, math.inf])
     parser.add_argument("--kinds", action="store_true", help="also change the damping of one kind of layer alone")
     parser.add_argument("--blocks", type=int, default=6)
     parser.add_argument("--samples", type=int, default=16)
@@ -100,11 +91,16 @@ def main() -> None:
     batches = fitted.split(len(here.batches[0]))
     texts = {"choice": choice} | evaluation_texts(tokenizer_of(here.loaded), options.seq_length, options.windows)
     for case in options.cases:
-        name, fields = CASES[case]
-        for kind, damping in trials(options.dampings, options.kinds):
-            own = dict.fromkeys([layer for layers in KINDS.values() for layer in layers], OURS)
+        recipe = optprune.load_recipe("sparse_best", CASES[case])
+        assert recipe.metric is not None
+        own: dict[str, float] = dict.fromkeys(
+            (layer for layers in KINDS.values() for layer in layers), recipe.metric.damping
+        )
+        others = [damping for damping in options.dampings if damping != recipe.metric.damping]
+        trials = [("all", damping) for damping in options.dampings]
+        trials += product(KINDS, others) if options.kinds else ()
+        for kind, damping in trials:
             statistics.dampings = own | dict.fromkeys(KINDS.get(kind, own), damping)
-            recipe = optprune.load_recipe(name, fields)
             pruned, _, seconds = prune_first_blocks(model, options.blocks, batches, recipe, statistics)
             row: dict[str, Any] = {"case": case, "seed": options.seed, "layers": kind, "damping": str(damping)}
             for text, windows in texts.items():
