@@ -93,11 +93,9 @@ def main() -> None:
     for case in options.cases:
         recipe = optprune.load_recipe("sparse_best", CASES[case])
         assert recipe.metric is not None
-        own: dict[str, float] = dict.fromkeys(
-            (layer for layers in KINDS.values() for layer in layers), recipe.metric.damping
-        )
+        own = {layer: recipe.metric.damping for layers in KINDS.values() for layer in layers}
         others = [damping for damping in options.dampings if damping != recipe.metric.damping]
-        trials = [("all", damping) for damping in options.dampings]
+        trials: list[tuple[str, float]] = [("all", damping) for damping in options.dampings]
         trials += product(KINDS, others) if options.kinds else ()
         for kind, damping in trials:
             statistics.dampings = own | dict.fromkeys(KINDS.get(kind, own), damping)
