@@ -184,16 +184,17 @@ def clipped(
 
 
 class MetricSums:
-    """Sums of an OutputMetric over batches, in the gradients' float dtype; the sums of all layers are in memory.
+    """Sums of an OutputMetric over batches, in float32 or better; the sums of all layers are in memory.
 
     A matrix is symmetric, so half of it is stored, as in LAPACK's rectangular full packed format: with the
     outputs in two halves, the block between them, and the two triangles of the blocks on the diagonal in one square.
     """
 
     def __init__(self, width: int, like: Tensor, *, full: bool) -> None:
-        """Create sums for gradients of a width, with the dtype and on the device of the tensor `like`."""
+        """Create sums for gradients of a width and of the dtype of the tensor `like`, on its device."""
         self.full, self.width, self.tokens = full, width, 0
         first = (width + 1) // 2
+        like = like.new_zeros(0, dtype=torch.promote_types(like.dtype, torch.float32))
         self._sums = {"diagonal": like.new_zeros(width)}
         if full:
             self._sums["between"] = like.new_zeros(width - first, first)
@@ -204,7 +205,7 @@ class MetricSums:
     @full_precision()
     def add(self, gradients: Float[Tensor, "... out"]) -> None:
         """Add a batch of gradients g, one for each token."""
-        rows = gradients.reshape(-1, gradients.shape[-1])
+        rows = gradients.reshape(-1, gradients.shape[-1]).to(self._sums["diagonal"].dtype)
         self._sums["diagonal"].add_(rows.square().sum(0))
         if self.full:
             between, triangles = self._sums["between"], self._sums["triangles"]

@@ -19,7 +19,8 @@ def global_threshold(costs: Mapping[str, Tensor], keep: int, low: float = 0.0, h
     """Return the number of entries that each layer keeps when the `keep` most costly entries of all layers stay.
 
     Each layer keeps at least the share `low` of its entries and at most the share `high`; the counts add up to `keep`
-    exactly, and no other counts within these limits keep a larger sum of costs. Ties go to the layer named first.
+    exactly, and no other counts within these limits keep a larger sum of costs, rounded to float32. Ties go to the
+    layer named first.
     """
     if not 0 <= low <= high <= 1:
         raise InputError(f"layers must keep a share between {low:g} and {high:g}, which is not a range within [0, 1]")

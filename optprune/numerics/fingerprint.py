@@ -10,6 +10,7 @@ from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,6 +18,11 @@ LATER = "later"
 """the metadata of a field that was added later: None, as before, gives the fingerprint of an earlier version"""
 PART = 1 << 22
 """the number of entries of a tensor that are copied at a time"""
+
+
+def plain(value: Any) -> Any:
+    """Return a number of numpy as the Python number, and every other value as it is."""
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def fingerprint(value: Any) -> str:
@@ -27,6 +33,7 @@ def fingerprint(value: Any) -> str:
 
 
 def _feed(digest: "hashlib._Hash", value: Any) -> None:
+    value = plain(value)
     if isinstance(value, Tensor):
         digest.update(f"tensor {value.dtype} {tuple(value.shape)}".encode())
         for part in torch.split(value.detach().cpu().reshape(-1), PART):

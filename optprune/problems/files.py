@@ -21,7 +21,7 @@ from optprune.errors import InputError, OptpruneError
 from optprune.grids import Grid
 from optprune.metric import OutputMetric
 from optprune.moments import Drift, InputMoments
-from optprune.numerics.fingerprint import fingerprint
+from optprune.numerics.fingerprint import fingerprint, plain
 from optprune.numerics.tensors import write_tensors
 from optprune.patterns import NM, PartlyFixed, RowLimits, RowWise, SlotWise, Unstructured
 from optprune.penalties import L1, ColumnGroups, ElasticNet, WeightedL1
@@ -187,6 +187,7 @@ def _encoded_fields(part: Any, name: str, tensors: dict[str, Tensor]) -> Fields:
 
 
 def _encoded(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    value = plain(value)
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, Tensor):

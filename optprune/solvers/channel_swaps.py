@@ -113,7 +113,7 @@ class ChannelSwaps(Solver[StructuredProblem, ChannelSwapsState]):
 
     def value(self, problem: StructuredProblem, state: ChannelSwapsState) -> Tensor:
         weight = state.form.without(problem.channels.columns[~state.best].reshape(-1)).to(state.start)
-        # Where A is singular the refit is one of a slightly different loss.
+        # Where A is singular, or nearly so, the refit is inexact.
         if state.form.notes and problem.objective(weight) > problem.objective(state.start):
             return state.start.clone()
         return weight

@@ -284,13 +284,10 @@ class StopsAtGap:
     """the relative gap at which the solver stops"""
 
     def promised_gap(self, problem: PenalisedLeastSquares) -> float | None:
-        """Return the tolerance in float64, unless the penalty is free for some entry and A undamped, maybe singular."""
-        loss, penalty = problem.loss, problem.penalty
-        free = isinstance(penalty, NormPenalty) and math.isinf(penalty.dual_norm(torch.ones_like(loss.weight)))
+        """Return the tolerance in float64 where A and S are damped; others may be too ill-conditioned for it."""
+        loss = problem.loss
         damped = bool((loss.damping > 0).all()) and (loss.metric is None or bool((loss.metric.damping > 0).all()))
-        if loss.weight.dtype != torch.float64 or (free and not damped):
-            return None
-        return self.tolerance
+        return self.tolerance if loss.weight.dtype == torch.float64 and damped else None
 
     def monotone(self, problem: PenalisedLeastSquares) -> bool:
         """Return True: the start is among the measured weights."""

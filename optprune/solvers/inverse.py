@@ -15,6 +15,11 @@ from optprune.solvers.spectrum import ScaledGram
 from optprune.work import DOUBLE, Work, factor, inverse, product, storage, sweeps
 
 SINGULAR = "singular Gram matrix: units were chosen with a ridge of {:.1e} of its mean diagonal added to it"
+INACCURATE = "nearly singular Gram matrix: the costs of choices by its inverse have few correct digits"
+"""the note where an input is a sum of others up to a share of 1 / `MOST_INFLATION` of its mean square"""
+
+MOST_INFLATION = torch.finfo(torch.float64).eps ** -0.5
+"""the largest A_jj (A^-1)_jj at which inverting a block of A^-1, which squares it, leaves digits"""
 
 LARGEST = 1e-3
 """the largest ridge that is tried, as a share of the mean diagonal"""
@@ -29,7 +34,9 @@ class InverseForm:
     Removing the columns P and refitting the others gives V = V0 - V0_P (A^-1_PP)^-1 A^-1_P and costs
     1/2 tr(V0_P (A^-1_PP)^-1 V0_P^T). Where A is singular, or could be within its own rounding, a ridge towards the
     original weights of the size of that rounding is added to it, and `notes` says so. A damped A is used without a
-    ridge in float64, unless the damping is below the rounding of the moments and A is indefinite.
+    ridge in float64, unless the damping is below the rounding of the moments and A is indefinite. `notes` also says
+    where A is so near to a singular matrix that a block of its inverse cannot be inverted accurately. Where there are
+    notes, an answer may be worse than the start.
 
     Reference: Optimal Brain Surgeon (Hassibi and Stork, 1992).
     """
@@ -58,6 +65,9 @@ class InverseForm:
         if bool(linalg.cholesky_in_place(gram)):
             raise NumericalError("the Gram matrix is indefinite: collect it again, or raise the damping")
         inverse = torch.cholesky_inverse(gram, out=gram)
+        inflation = inverse.diagonal() * loss.gram.diagonal()
+        if not notes and bool((inflation > MOST_INFLATION).any()):
+            notes = (INACCURATE,)
         weight = loss.weight.double()
         # The ridge pulls to the original weights, like damping, so V0 = W - (W A - B) A^-1 holds with it too.
         return cls(inverse, weight if loss.pull is None else weight - loss.pull.double() @ inverse, notes)

@@ -128,7 +128,7 @@ class RefittedSwaps(Solver[SparseLeastSquares, RefittedSwapsState]):
 
     def value(self, problem: SparseLeastSquares, state: RefittedSwapsState) -> Tensor:
         weight = state.weight if state.before is None else state.before
-        # Where A is singular the refit is one of a slightly different loss.
+        # Where A is singular, or nearly so, the refit is inexact.
         if state.form.notes and problem.objective(weight) > problem.objective(state.start):
             return state.start.clone()
         return weight.clone()

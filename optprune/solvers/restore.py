@@ -147,12 +147,16 @@ def restored_bound(problem: MaskedLeastSquares, value: Float[Tensor, "out in"]) 
 
 
 def _floors(verified: VerifiedLoss, mask: Bool[Tensor, "rows in"]) -> Float[Tensor, "rows in"] | None:
-    """Return a diagonal for every mask that A exceeds there; None where none is proved, or a proof takes too long."""
+    """Return a diagonal for every mask that A exceeds there; None where none is proved, or a proof takes too long.
+
+    A full metric S >= diag(s) makes tr(Z A Z^T S) at least the sum of s_i z_i A z_i^T over the rows z_i of Z only where
+    A has no negative eigenvalue on all of their masks together, so with different masks A as a whole must exceed it.
+    """
     whole = verified.floor_of_columns
     if whole is not None:
         return whole.expand(mask.shape)
     different, which = linalg.unique_rows(mask)
-    if len(different) * mask.shape[1] ** 3 > MOST_FACTORS:
+    if len(different) * mask.shape[1] ** 3 > MOST_FACTORS or (verified.outputs is not None and len(different) > 1):
         return None
     floors = torch.ones_like(different, dtype=torch.float64)
     for kept, floor in zip(different, floors, strict=True):

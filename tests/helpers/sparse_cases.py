@@ -33,3 +33,12 @@ def correlated(seed, rows, width, pattern, **options):
 
 PATTERN_NAMES = ("unstructured", "rows", "2:4")
 by_pattern = pytest.mark.parametrize("pattern", PATTERN_NAMES)
+
+
+def nearly_repeated(difference: float, seed: int) -> LayerLoss:
+    """An undamped loss of 12 inputs, of which six are the others but for a difference."""
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(200, 12, generator=generator, dtype=torch.float64)
+    inputs[:, 6:] = inputs[:, :6] + difference * inputs[:, 6:]
+    weight = torch.randn(6, 12, generator=generator, dtype=torch.float64)
+    return LayerLoss.of(weight, InputMoments.from_samples(inputs), 0.0)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -17,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from optprune.errors import InputError
 from optprune.numerics.fingerprint import fingerprint
-from optprune.patterns import Pattern
+from optprune.patterns import Pattern, RowWise
 from optprune.penalties import L1
 from optprune.problems import (
     ChannelGroups,
@@ -25,6 +26,7 @@ from optprune.problems import (
     LayerLoss,
     Link,
     LinkedLeastSquares,
+    PenalisedLeastSquares,
     Permutation,
     Problem,
     Rotation,
@@ -95,6 +97,21 @@ def test_another_process_with_other_threads_finds_the_same_problem(tmp_path: Pat
         words, capture_output=True, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "2"}
     )
     assert found.stdout.split() == [problem.fingerprint(), problem.objective(problem.start()).hex()]
+
+
+@pytest.mark.parametrize(
+    ("given", "same"),
+    [
+        (lambda: PenalisedLeastSquares(loss(), L1(np.float64(0.1))), lambda: PenalisedLeastSquares(loss(), L1(0.1))),
+        (lambda: PenalisedLeastSquares(loss(), L1(np.float32(0.5))), lambda: PenalisedLeastSquares(loss(), L1(0.5))),
+        (lambda: SparseLeastSquares(loss(), RowWise(np.int64(3))), lambda: SparseLeastSquares(loss(), RowWise(3))),
+    ],
+    ids=["float64", "float32", "int64"],
+)
+def test_numbers_of_numpy_are_saved_as_numbers(given: Any, same: Any, tmp_path: Path) -> None:
+    save_problem(given(), tmp_path / "problem.safetensors")
+    loaded = load_problem(tmp_path / "problem.safetensors")
+    assert fingerprint(loaded) == fingerprint(given()) == fingerprint(same())
 
 
 def test_of_a_symmetric_matrix_half_is_stored(tmp_path: Path) -> None:

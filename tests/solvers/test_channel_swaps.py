@@ -8,15 +8,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from optprune.solvers import (
-    ChannelSwaps,
-    Restore,
-    solve,
-)
+from optprune.problems import ChannelGroups, StructuredLeastSquares
+from optprune.solvers import ChannelSwaps, Restore, solve
+from optprune.solvers.inverse import INACCURATE
 from optprune.testing.quadratic import rounding
 from optprune.testing.strategies import linked, structured
 from optprune.testing.transformations import random_feasible
 from tests.helpers.faults import noticed
+from tests.helpers.sparse_cases import nearly_repeated
 from tests.helpers.structured_cases import admissible, by_kind, by_problem, channels, grouped_query, refitted
 
 swaps = importlib.import_module("optprune.solvers.channel_swaps")
@@ -66,6 +65,15 @@ def test_swaps_never_worsen_a_refitted_start(problem, seed):
         end = solve(problem, ChannelSwaps(depth=depth), start=start.value)
         slack = rounding(problem.loss, start.value) + rounding(problem.loss, end.value)
         assert end.objective <= start.objective + slack
+
+
+def test_inputs_that_nearly_repeat_each_other_are_noted_and_nothing_gets_worse():
+    for seed in range(3):
+        problem = StructuredLeastSquares(nearly_repeated(1e-6, seed), ChannelGroups.of(12, 1), 4)
+        start = solve(problem, Restore())
+        found = solve(problem, ChannelSwaps(), start=start.value)
+        assert found.notes == (INACCURATE,)
+        assert found.objective <= start.objective
 
 
 # -- faults planted: heuristics promise little to the laws, so these tests must notice

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 
 from optprune.moments import InputMoments
-from optprune.patterns import NM, Unstructured
+from optprune.patterns import NM, RowWise, Unstructured
 from optprune.problems import LayerLoss, SparseLeastSquares
 from optprune.solvers import (
     Admm,
@@ -20,14 +20,14 @@ from optprune.solvers import (
     refitted_swaps,
     solve,
 )
-from optprune.solvers.inverse import InverseForm
+from optprune.solvers.inverse import INACCURATE, InverseForm
 from optprune.solvers.refitted_swaps import Batch
 from optprune.testing import laws
 from optprune.testing.quadratic import rounding
 from optprune.testing.strategies import sparse
 from optprune.testing.transformations import random_feasible
 from tests.helpers.faults import noticed
-from tests.helpers.sparse_cases import by_pattern, correlated
+from tests.helpers.sparse_cases import by_pattern, correlated, nearly_repeated
 
 
 def refitted(problem, mask):
@@ -172,6 +172,18 @@ def test_where_the_gram_matrix_is_singular_a_note_says_so_and_nothing_gets_worse
     found = solve(problem, RefittedSwaps())
     assert "singular Gram matrix" in found.notes[0]
     assert found.objective <= problem.objective(problem.start()) and found.violation == 0
+
+
+@pytest.mark.parametrize("difference", [1e-5, 1e-6])
+@pytest.mark.parametrize("pattern", [RowWise(4), NM(1, 4)], ids=repr)
+def test_inputs_that_nearly_repeat_each_other_are_noted_and_nothing_gets_worse(pattern, difference):
+    """The inverse of A is accurate, and that of a block of it is not."""
+    for seed in range(3):
+        problem = SparseLeastSquares(nearly_repeated(difference, seed), pattern)
+        start = solve(problem, Restore())
+        found = solve(problem, RefittedSwaps(), start=start.value)
+        assert found.notes == (INACCURATE,)
+        assert found.objective <= start.objective
 
 
 @by_pattern

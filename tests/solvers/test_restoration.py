@@ -10,11 +10,12 @@ import torch
 from hypothesis import given, settings
 
 from optprune.errors import InputError, NumericalError
+from optprune.metric import OutputMetric
 from optprune.moments import InputMoments
 from optprune.patterns import RowWise
 from optprune.problems import LayerLoss, MaskedLeastSquares
 from optprune.problems.quadratic import Quadratic
-from optprune.solvers import Restore, Status, solve
+from optprune.solvers import ConjugateGradients, Restore, Status, solve
 from optprune.solvers.restore import SINGULAR
 from optprune.solvers.run import DEAD, answer
 from optprune.solvers.spectrum import ScaledGram
@@ -249,6 +250,26 @@ def test_what_the_pseudo_inverse_leaves_is_not_proved_to_be_optimal(rows):
     again = solve(problem, Restore(), start=start)
     assert torch.equal(again.value, start)
     assert again.gap < 1e-4
+
+
+def test_rows_that_depend_on_each_other_need_a_proof_for_all_of_their_inputs():
+    """A has a negative eigenvalue within rounding, and is positive on each mask but not on both together."""
+    direction = torch.full((3,), 3**-0.5, dtype=torch.float64)
+    gram = torch.eye(3, dtype=torch.float64) - (1 + 1e-6) * torch.outer(direction, direction)
+    zeros, damping = torch.zeros(3, dtype=torch.float64), torch.full((3,), 1e-12, dtype=torch.float64)
+    metric = OutputMetric(torch.tensor([[1, 1 - 1e-8], [1 - 1e-8, 1]], dtype=torch.float64), zeros[:2], 100)
+    weight = torch.tensor([[1, 2, 5], [0.5, -1, 3]], dtype=torch.float64)
+    loss = LayerLoss(weight, InputMoments.from_averages(gram, zeros, 100), damping, metric=metric)
+    mask = torch.tensor([[True, True, False], [False, False, True]])
+    problem = MaskedLeastSquares(loss, mask)
+    # The gradient vanishes on the mask at this weight, which is no minimiser: the loss falls along the mask itself.
+    hessian, kept = torch.kron(metric.average, gram + damping.diag()), mask.flatten()
+    stationary = torch.zeros(6, dtype=torch.float64)
+    stationary[kept] = torch.linalg.solve(hessian[kept][:, kept], (hessian @ weight.flatten())[kept])
+    found = solve(problem, ConjugateGradients(), start=stationary.reshape(2, 3))
+    lower = problem.objective(found.value + 100 * mask)
+    assert lower < 0.1 * found.objective
+    assert found.certificate is None or found.certificate.lower_bound <= lower
 
 
 def test_an_inner_step_measures_and_proves_nothing(monkeypatch):

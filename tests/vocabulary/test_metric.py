@@ -326,6 +326,18 @@ def test_a_wide_metric_takes_nothing_from_what_is_kept(spike):
             assert loss.relative_error(solve(problem, solver).value) < 1e-5
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_gradients_in_half_precision_are_summed_in_float32(dtype):
+    """In bfloat16 a sum of ones stays at 256."""
+    gradients = torch.ones(8, 4, dtype=dtype)
+    sums = MetricSums(4, gradients, full=True)
+    for _ in range(300):
+        sums.add(gradients)
+    found = sums.metric()
+    assert found.average.dtype == torch.float32
+    assert torch.equal(found.average, torch.ones(4, 4))
+
+
 # -- faults planted
 
 gradients = importlib.import_module("optprune.solvers.conjugate_gradients")
