@@ -257,7 +257,8 @@ class InputMoments:
             check_tensor("the matrix of dense inputs", dense, inputs.shape)
             check_floats("the matrix of dense inputs", floats(dense), inputs.shape, floats(inputs))
         sums = MomentSums(inputs.shape[1], inputs.device, with_dense=dense is not None)
-        sums.add(inputs, dense)
+        with torch.no_grad():
+            sums.add(inputs, dense)
         return sums.moments(floats(inputs).dtype)
 
 

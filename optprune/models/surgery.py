@@ -167,6 +167,11 @@ def check_linear(layer: nn.Module, path: str, transposed: bool) -> None:
             f"{path} is a {type(layer).__name__}, not a plain linear layer: load the model without quantisation or "
             "adapters"
         )
+    if layer._parameters.get("weight") is None:
+        raise InputError(
+            f"the weight of {path} is computed in each forward pass (by torch.nn.utils.prune, for example), which "
+            "would undo the pruning: make it a parameter first, e.g. by torch.nn.utils.prune.remove(layer, 'weight')"
+        )
 
 
 def numbers_of(module: nn.Module) -> dict[str, int]:

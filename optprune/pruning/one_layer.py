@@ -41,7 +41,8 @@ def layer_loss(
     `model` may be pruned up to that layer, and `dense` is then the model before pruning: it gives the layer's weight W
     and its dense inputs x, and the `policy` decides which inputs x* the layer gets. Without `dense` nothing is pruned
     yet, so that x* = x under every policy. `batches`, `damping` and `fit_bias` are as in `prune`; a `metric` weighs the
-    outputs. The models are unchanged, and no block after the layer's is run.
+    outputs. No weight of the models changes, but layers in another form (Conv1D, stacked experts) become linear layers.
+    No block after the layer's is run.
     """
     now = Decoder(model)
     before = now if dense is None else Decoder(dense)
@@ -79,7 +80,7 @@ def layer_problem(
 
     It has the budget, the metric and the damping of the recipe, and the link of the units or the pattern of the single
     weights. If the recipe's policy takes inputs from pruned blocks, the blocks before the layer's are pruned first, in
-    a copy; no later block is solved, and the model is unchanged. The rest is as in `prune`.
+    a copy; no later block is solved. No weight of the model changes. The rest is as in `prune`.
     """
     block, path = place_of(Decoder(model), name)
     every = check_batches(model.config, batches)

@@ -179,7 +179,8 @@ def write_solver(solver: Solver | ExpertSolver | None) -> Any:
     name = names[0] if names else type(solver).__name__
     changed = {
         field.name: getattr(solver, field.name)
-        for field in dataclasses.fields(solver)  # type: ignore[arg-type]  # solvers are dataclasses by contract
+        # A solver without options need not be a dataclass.
+        for field in (dataclasses.fields(solver) if dataclasses.is_dataclass(solver) else ())
         if getattr(solver, field.name) != field.default
     }
     return {name: {option: _write_option(value) for option, value in changed.items()}} if changed else name

@@ -9,7 +9,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from optprune.errors import InputError
+from optprune.errors import InputError, check_kind
+from optprune.numerics.tensors import check_tensor
 from optprune.problems import Problem
 from optprune.problems.files import SOLUTION
 from optprune.solvers.base import Certificate, Solution, Status
@@ -27,8 +28,17 @@ VALUE = "value"
 def save_solution(solution: Solution, problem: Problem, path: str | Path) -> None:
     """Write a solution of a problem to a safetensors file, as a whole or not at all; its history is left out.
 
-    InputError where there is a file that optprune did not write.
+    InputError where there is a file that optprune did not write, and where the solution is one of another problem.
     """
+    check_kind("the solution", solution, Solution, "give what solve returns, then its problem, then the path")
+    check_kind("the problem", problem, Problem, "give what solve returns, then its problem, then the path")
+    check_tensor("the weight of the solution", solution.value, problem.loss.weight.shape)
+    violation = problem.violation(solution.value.to(problem.loss.weight.device))
+    if not math.isclose(violation, solution.violation, rel_tol=ROUNDING):
+        raise InputError(
+            f"the solution has a violation of {solution.violation:g}, and this problem measures {violation:g}: give "
+            "the problem that it solves"
+        )
     data = solution_bytes(solution, problem)
     write_whole(own_place(path), lambda stream: stream.write(data))
 

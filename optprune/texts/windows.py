@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from optprune.errors import InputError, check_at_least
+from optprune.errors import InputError, check_at_least, check_kind
 from optprune.system.wording import counted
 from optprune.texts.documents import Conversation, Document, conversation_pieces
 
@@ -122,13 +122,18 @@ def _cut(tokenizer: "Tokenizer", found: _Tokens, place: int, pairs: set[str]) ->
 def tokenise(tokenizer: "Tokenizer", documents: Iterable[Document], most: int | None = None) -> "IntTensor":
     """Return the token ids [tokens] of documents joined by blank lines and tokenised once, as in the papers.
 
+    InputError for a single text, and for documents of another kind.
     Conversations are written by the chat template of the tokenizer, with nothing between them; InputError without a
     template, or for a mix of texts and conversations. With `most`, tokenising stops at this number of tokens or a few
     more. The text is tokenised in pieces if that gives the same tokens, and each id takes four bytes of memory.
     """
     import torch
 
+    if isinstance(documents, str):
+        raise InputError("the documents cannot be one text: give a list of texts, e.g. [text]")
     documents = documents if isinstance(documents, Sequence) else list(documents)
+    for document in documents:
+        check_kind("a document", document, (str, Conversation), "give texts, or conversations as read_texts does")
     texts = [document for document in documents if isinstance(document, str)]
     chats = [document for document in documents if isinstance(document, Conversation)]
     if texts and chats:

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.utils.prune
 from transformers import BloomConfig, BloomForCausalLM, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 from transformers.pytorch_utils import Conv1D
@@ -161,6 +162,16 @@ def test_a_layer_that_is_not_plain_linear_is_refused() -> None:
     model.model.layers[0].mlp.down_proj = torch.nn.Sequential(model.model.layers[0].mlp.down_proj)
     with pytest.raises(InputError, match=r"mlp.down_proj is a Sequential, not a plain linear layer"):
         Decoder(model)
+
+
+def test_a_weight_that_is_computed_in_each_forward_pass_is_refused() -> None:
+    """It would be computed again from its parts, without the pruning."""
+    model = tiny_llama()
+    torch.nn.utils.prune.l1_unstructured(model.model.layers[1].mlp.down_proj, "weight", 0.3)
+    with pytest.raises(InputError, match=r"the weight of mlp.down_proj is computed in each forward pass"):
+        Decoder(model)
+    torch.nn.utils.prune.remove(model.model.layers[1].mlp.down_proj, "weight")
+    Decoder(model)
 
 
 @pytest.mark.parametrize("name", ALL_MODELS)

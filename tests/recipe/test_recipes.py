@@ -17,7 +17,8 @@ from optprune.patterns import RowWise, Unstructured
 from optprune.problems import LayerLoss, SparseLeastSquares
 from optprune.pruning import prune
 from optprune.recipe import Recipe, load_recipe
-from optprune.solvers import SparseGpt, Wanda, solve
+from optprune.solvers import Answer, DirectSolver, SparseGpt, Wanda, solve
+from optprune.work import Work
 from tests.helpers.tiny_models import tiny_llama, tiny_opt
 from tests.helpers.token_batches import batches
 
@@ -226,3 +227,16 @@ def test_the_summary_of_a_recipe_that_was_changed_says_so() -> None:
         "(changed here: allocation uniform)"
     )
     assert load_recipe("fasp", {"units": "mlp", "summary": "mine"}).summary == "mine"
+
+
+def test_an_own_solver_without_options_need_not_be_a_dataclass() -> None:
+    class Largest(DirectSolver[SparseLeastSquares]):
+        accepts = (SparseLeastSquares,)
+
+        def answer(self, problem: SparseLeastSquares, start: torch.Tensor) -> Answer:
+            return Answer(start)
+
+        def work(self, outputs: int, inputs: int, *, coupled: bool = False) -> Work:
+            return Work()
+
+    assert Recipe(solver=Largest(), units="weights", sparsity=0.5).to_dict()["solver"] == "Largest"

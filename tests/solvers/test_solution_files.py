@@ -4,6 +4,7 @@ import json
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,9 +12,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from optprune.errors import InputError
-from optprune.problems import save_problem
+from optprune.patterns import RowWise
+from optprune.problems import SparseLeastSquares, save_problem
 from optprune.solvers import Chain, Restore, Swaps, Wanda, solve
-from optprune.solvers.files import SOLUTION, load_solution, save_solution
+from optprune.solvers.files import SOLUTION, load_solution, save_solution, solution_bytes
 from tests.helpers.sparse_cases import correlated
 
 
@@ -76,9 +78,22 @@ def test_a_file_that_states_another_violation_or_a_false_bound_is_refused(tmp_pa
             load_solution(file, problem)
         file.unlink()
     dense = replace(found, value=problem.loss.weight, objective=problem.objective(problem.loss.weight), violation=0.0)
-    save_solution(dense, problem, file)
+    file.write_bytes(solution_bytes(dense, problem))
     with pytest.raises(InputError, match=r"its violation is \d+ and not 0"):
         load_solution(file, problem)
+
+
+def test_a_solution_of_another_problem_is_not_saved(tmp_path: Path) -> None:
+    problem, file = correlated(0, 8, 12, "2:4"), tmp_path / "file"
+    dense = solve(SparseLeastSquares(problem.loss, RowWise(12)), Restore())
+    with pytest.raises(InputError, match="give the problem that it solves"):
+        save_solution(dense, problem, file)
+    with pytest.raises(InputError, match="the weight of the solution"):
+        save_solution(solve(correlated(0, 4, 12, "2:4"), Wanda()), problem, file)
+    swapped: Any = (problem, dense)
+    with pytest.raises(InputError, match="give what solve returns, then its problem, then the path"):
+        save_solution(*swapped, file)
+    assert not file.exists()
 
 
 @pytest.mark.parametrize("what", ["problem", "solution"])

@@ -261,3 +261,9 @@ def test_a_tokenizer_of_another_model() -> None:
     check_vocabulary(config, torch.tensor([0, 511]))
     with pytest.raises(InputError, match="token 512, but the model has only 512 embeddings"):
         check_vocabulary(config, torch.tensor([512, 3]))
+
+
+@pytest.mark.parametrize("documents", ["hello world", [{"text": "hello"}], [3]], ids=["text", "record", "number"])
+def test_what_is_no_list_of_texts_is_refused(documents):
+    with pytest.raises(InputError, match="give"):
+        tokenise(tiny_tokenizer(), documents)

@@ -217,3 +217,8 @@ def test_a_sum_that_rounding_left_uneven_has_a_symmetric_average() -> None:
     assert torch.equal(found, found.T)
     assert torch.allclose(found[0, 1:], before[0, 1:] + 6.0 / 60)
     assert torch.equal(found[1:, 1:], before[1:, 1:])
+
+
+def test_moments_of_inputs_with_gradients_hold_no_graph():
+    inputs = torch.randn(9, 4, requires_grad=True)
+    assert not InputMoments.from_samples(inputs, 2 * inputs).gram.requires_grad
