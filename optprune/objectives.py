@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from optprune.errors import InputError
+from optprune.errors import InputError, check_kind
 from optprune.patterns import Pattern
 from optprune.problems import LayerLoss, Link, LinkedLeastSquares, Problem, SparseLeastSquares
 
@@ -18,7 +18,8 @@ class LayerContext:
     loss: LayerLoss
     """the loss over the layer's weight [out, in], with the damping of the recipe"""
     keep: int
-    """the number of units (with a link) or weights (without) that the budget leaves"""
+    """the number of units (with a link) or weights (without) that the budget leaves; `link.columns` has the columns of
+    each unit, which may be several"""
     link: Link | None
     """the units that this layer shares with the layers before it, where the recipe prunes units; for every problem the
     units without an input in `Problem.inputs` of the answer are removed, equally many in every slot"""
@@ -44,3 +45,18 @@ def sparse(context: LayerContext) -> SparseLeastSquares:
 
 
 OBJECTIVES: dict[str, Objective] = {"linked": linked, "sparse": sparse}
+
+
+def stated(objective: Objective, context: LayerContext) -> Problem:
+    """Return the problem of a layer; InputError where the objective returns none, or writes into the weight."""
+    weight = context.loss.weight
+    before = None if weight.is_inference() else weight._version
+    problem = objective(context)
+    if before is not None and weight._version != before:
+        raise InputError(
+            f"the objective writes into the weight of {context.name}, which changes the model: let it work on a copy, "
+            "by clone()"
+        )
+    what = f"what the objective returns at {context.name}"
+    check_kind(what, problem, Problem, "return a problem, e.g. MaskedLeastSquares(context.loss, mask)")
+    return problem

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from optprune.errors import InputError
+from optprune.errors import InputError, check_kind
 from optprune.models.architecture import GATED, KEPT_PAIRS, BlockShape, Classes, counts_of_heads
 from optprune.models.images import ImageFeatures
 from optprune.models.mixture import SeparateExperts, experts_in, join, keep_experts, only_experts, separate
@@ -66,6 +66,8 @@ class Decoder:
         computes_in: torch.dtype | None = None,
         images: ImageFeatures | None = None,
     ) -> None:
+        remedy = "give a model of transformers, and merge adapters first, e.g. by merge_and_unload()"
+        check_kind("the model", model, PreTrainedModel, remedy)
         self.model, self.store, self.computes_in = model, store, computes_in
         self.states: Place = OnDevice()
         """the place of hidden states while no block needs them"""

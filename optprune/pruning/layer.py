@@ -14,7 +14,7 @@ from optprune.metric import OutputMetric
 from optprune.models import BlockAllocation, Decoder, LinkedLayers, Target, reorderable
 from optprune.models.surgery import write
 from optprune.moments import InputMoments
-from optprune.objectives import LayerContext
+from optprune.objectives import LayerContext, stated
 from optprune.patterns import NM
 from optprune.problems import GridLeastSquares, LayerLoss, Permutation, Problem, Rotation
 from optprune.program import Method
@@ -217,7 +217,7 @@ def stated_problem(task: LayerTask, moments: InputMoments) -> Problem:
     if task.reordered is not None and isinstance(context.pattern, NM):
         order = best_permutation(context.loss, task.reordered.link.to(context.loss.weight.device), context.pattern)
         context = replace(context, loss=order.loss(context.loss))
-    return task.method.objective(context)
+    return stated(task.method.objective, context)
 
 
 def _in_order(
@@ -234,7 +234,7 @@ def _answer(task: LayerTask, context: LayerContext, held_out: InputMoments | Non
     method = task.method
     if task.target.grid is not None and context.keep == context.loss.weight.numel():
         return _on_grid(task, context.loss, context.loss.weight, held_out)
-    problem = method.objective(context)
+    problem = stated(method.objective, context)
     solution = solve(problem, method.solver)
     _check(solution, task.name)
     if task.target.grid is not None:

@@ -25,7 +25,7 @@ from optprune.calibration import POLICIES, Propagation
 from optprune.errors import InputError
 from optprune.models import UNITS, Decoder, Experts, Units
 from optprune.numerics.fingerprint import code_fingerprint
-from optprune.objectives import OBJECTIVES, LayerContext, Objective
+from optprune.objectives import OBJECTIVES, LayerContext, Objective, stated
 from optprune.patterns import InGroups
 from optprune.problems import Problem
 from optprune.recipe.groups import (
@@ -259,8 +259,7 @@ class Recipe(Displayed, BaseModel):
 
     def state(self, context: LayerContext) -> Problem:
         """Return the problem of a layer."""
-        objective = self.objective or OBJECTIVES[self.units.objective]
-        return objective(context)
+        return stated(self.objective or OBJECTIVES[self.units.objective], context)
 
     @property
     def only_share(self) -> float | None:

@@ -161,6 +161,22 @@ def test_an_objective_of_the_user_runs_on_single_weights() -> None:
     assert float((model.model.layers[0].mlp.up_proj.weight == 0).float().mean()) == pytest.approx(0.5, abs=1e-3)
 
 
+def test_an_objective_that_writes_into_the_weight_or_states_no_problem_is_refused() -> None:
+    def writes(context: LayerContext) -> Problem:
+        context.loss.weight.zero_()
+        return MaskedLeastSquares(context.loss, context.loss.weight == 0)
+
+    def states_none(context: LayerContext) -> Any:
+        return None
+
+    for objective, sentence in (
+        (writes, r"the objective writes into the weight of model\.layers\.0\.\S+, which changes the model"),
+        (states_none, r"what the objective returns at model\.layers\.0\.\S+ cannot be None"),
+    ):
+        with pytest.raises(InputError, match=sentence):
+            prune(tiny_llama(), batches(), Recipe(objective=objective, units="weights", sparsity=0.5))
+
+
 @dataclass(frozen=True)
 class MostEnergy:
     """An objective with a parameter."""
