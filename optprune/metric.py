@@ -19,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from optprune.errors import InputError, NumericalError
+from optprune.moments import floats
 from optprune.numerics import linalg
 from optprune.numerics.gram import check_average
 from optprune.numerics.precision import full_precision
@@ -191,7 +192,7 @@ class MetricSums:
     """
 
     def __init__(self, width: int, like: Tensor, *, full: bool) -> None:
-        """Create sums for gradients of a width and of the dtype of the tensor `like`, on its device."""
+        """Create empty sums for gradients [tokens, width] that have the dtype and the device of the tensor `like`."""
         self.full, self.width, self.tokens = full, width, 0
         first = (width + 1) // 2
         like = like.new_zeros(0, dtype=torch.promote_types(like.dtype, torch.float32))
@@ -205,7 +206,7 @@ class MetricSums:
     @full_precision()
     def add(self, gradients: Float[Tensor, "... out"]) -> None:
         """Add a batch of gradients g, one for each token."""
-        rows = gradients.reshape(-1, gradients.shape[-1]).to(self._sums["diagonal"].dtype)
+        rows = floats(gradients)
         self._sums["diagonal"].add_(rows.square().sum(0))
         if self.full:
             between, triangles = self._sums["between"], self._sums["triangles"]

@@ -22,7 +22,7 @@ from optprune.metric import OutputMetric
 from optprune.models import BlockAllocation, Decoder, Experts, Target, Units
 from optprune.models.places import OnDevice, States
 from optprune.moments import InputMoments
-from optprune.objectives import LayerContext
+from optprune.objectives import LayerContext, stated
 from optprune.patterns import ANYWHERE
 from optprune.problems import ChannelGroups, LayerLoss, Link, Problem
 from optprune.program.method import BlockProgram, Method, Request
@@ -151,7 +151,7 @@ class Program:
             context = LayerContext("", 0, loss, inputs // 2, Link(groups.columns, groups.slots))
         else:
             context = LayerContext("", 0, loss, weight.numel() // 2, None, family.of(4, inputs, 0.5))
-        return self.method.objective(context)
+        return stated(self.method.objective, context)
 
     # -- the text
 

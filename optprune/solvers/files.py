@@ -30,8 +30,9 @@ def save_solution(solution: Solution, problem: Problem, path: str | Path) -> Non
 
     InputError where there is a file that optprune did not write, and where the solution is one of another problem.
     """
-    check_kind("the solution", solution, Solution, "give what solve returns, then its problem, then the path")
-    check_kind("the problem", problem, Problem, "give what solve returns, then its problem, then the path")
+    remedy = "give what solve returns, then its problem, then the path"
+    check_kind("the solution", solution, Solution, remedy)
+    check_kind("the problem", problem, Problem, remedy)
     check_tensor("the weight of the solution", solution.value, problem.loss.weight.shape)
     violation = problem.violation(solution.value.to(problem.loss.weight.device))
     if not math.isclose(violation, solution.violation, rel_tol=ROUNDING):

@@ -16,10 +16,10 @@ from optprune.work import DOUBLE, Work, factor, inverse, product, storage, sweep
 
 SINGULAR = "singular Gram matrix: units were chosen with a ridge of {:.1e} of its mean diagonal added to it"
 INACCURATE = "nearly singular Gram matrix: the costs of choices by its inverse have few correct digits"
-"""the note where an input is a sum of others up to a share of 1 / `MOST_INFLATION` of its mean square"""
+"""the note where a variance inflation factor is above `MOST_INFLATION`"""
 
 MOST_INFLATION = torch.finfo(torch.float64).eps ** -0.5
-"""the largest A_jj (A^-1)_jj at which inverting a block of A^-1, which squares it, leaves digits"""
+"""the largest variance inflation factor A_jj (A^-1)_jj at which a block of A^-1 is inverted with correct digits"""
 
 LARGEST = 1e-3
 """the largest ridge that is tried, as a share of the mean diagonal"""

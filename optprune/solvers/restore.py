@@ -147,7 +147,7 @@ def restored_bound(problem: MaskedLeastSquares, value: Float[Tensor, "out in"]) 
 
 
 def _floors(verified: VerifiedLoss, mask: Bool[Tensor, "rows in"]) -> Float[Tensor, "rows in"] | None:
-    """Return a diagonal for every mask that A exceeds there; None where none is proved, or a proof takes too long.
+    """Return a diagonal d for each mask, with A >= diag(d) on it; None where it is not proved, or takes too long.
 
     A full metric S >= diag(s) makes tr(Z A Z^T S) at least the sum of s_i z_i A z_i^T over the rows z_i of Z only where
     A has no negative eigenvalue on all of their masks together, so with different masks A as a whole must exceed it.
