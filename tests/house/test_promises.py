@@ -16,7 +16,7 @@ from tests.helpers.pages import ROOT, TEXTS
 PROMISES = {
     (
         "README.md",
-        "The same command makes it again, byte for byte",
+        "The same command makes a folder again, byte for byte",
     ): "cli/test_cli.py::test_the_same_command_gives_the_same_bytes",
     ("docs/reference/folders.md", "The same command on the same machine gives the same weights, byte for byte"): (
         "cli/test_cli.py::test_the_same_command_gives_the_same_bytes"
