@@ -11,6 +11,7 @@ from optprune.cli.options import Device, Dtype, SeqLength
 from optprune.cli.outputs import Input, check_file, echo, start, write_file
 from optprune.errors import InputError, check_at_least
 from optprune.system.files import is_marked, real_path
+from optprune.system.wording import install
 
 if TYPE_CHECKING:
     from optprune.report import EvaluationReport
@@ -71,7 +72,7 @@ def report_command(
         )
         measured = _evaluated(evaluated, generations)
     if not can_draw():
-        reporter.say("matplotlib is not installed, so tables replace pictures (pip install 'optprune[plot]')")
+        reporter.say(f"matplotlib is not installed, so tables replace pictures: {install('plot')}")
     drawn = page(report, model=model, evaluation=measured, speed=speeds, healing=healing)
     write_file(place, drawn.encode(), "page", f"{folder} is as it was")
     echo(f"{place}: {len(drawn.encode()) / 1024:.0f} KiB")

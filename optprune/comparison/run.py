@@ -29,7 +29,7 @@ from optprune.report import Event
 from optprune.system.environment import machine, versions
 from optprune.system.files import real_path
 from optprune.system.folders import check_manifest_folder
-from optprune.system.wording import shown
+from optprune.system.wording import install, shown
 from optprune.texts import (
     Document,
     DrawnWindows,
@@ -46,7 +46,7 @@ from optprune.texts import (
     tokenise,
 )
 
-NO_PICTURE = "the page has no picture, which needs matplotlib: pip install 'optprune[plot]'"
+NO_PICTURE = f"the page has no picture, which needs matplotlib: {install('plot')}"
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from torch import Tensor
 from optprune.errors import InputError, OptpruneError
 from optprune.grids import GRIDS, Codes
 from optprune.measure.llama_cpp_binding import binding
+from optprune.system.wording import install
 
 WITHOUT_GGML = (GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.Q8_0)
 """types that gguf's functions pack as ggml does; the rounding of q8_0 does not depend on an importance"""
@@ -115,9 +116,7 @@ def _library() -> Any:
     try:
         quantise = library.ggml_quantize_chunk
     except AttributeError as error:
-        raise InputError(
-            f"this xllamacpp does not export ggml's quantiser ({error}): run pip install 'optprune[llama]'"
-        ) from error
+        raise InputError(f"this xllamacpp does not export ggml's quantiser ({error}): {install('llama')}") from error
     quantise.restype = ctypes.c_size_t
     pointer, count = ctypes.c_void_p, ctypes.c_int64
     quantise.argtypes = [ctypes.c_int, pointer, pointer, count, count, count, pointer]

@@ -24,7 +24,7 @@ from optprune.export.source_files import origin_of
 from optprune.models import Decoder, LoadedModel, architecture_of
 from optprune.models.architecture import rope_types
 from optprune.program import RUNTIMES
-from optprune.system.wording import one_line
+from optprune.system.wording import install, one_line
 from optprune.work import Work
 
 PACKAGES = ("onnx", "onnxruntime", "onnxscript")
@@ -72,10 +72,7 @@ class OnnxFolder(Exporter):
     def unsupported(self, source: ModelSource) -> str | None:
         absent = [name for name in PACKAGES if find_spec(name) is None]
         if absent:
-            return (
-                f"the export to ONNX needs the package {absent[0]}, which is not installed: run "
-                "pip install 'optprune[onnx]'"
-            )
+            return f"the export to ONNX needs the package {absent[0]}, which is not installed: {install('onnx')}"
         architecture, runtime = architecture_of(source.config), RUNTIMES["onnx"]
         if architecture.model_type not in runtime.families:
             reason = "its architecture is known from a draft only, of which no export was tried"

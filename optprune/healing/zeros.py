@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 from optprune.errors import InputError
 from optprune.models import Decoder
 from optprune.models.surgery import as_buffers
-from optprune.system.wording import counted
+from optprune.system.wording import counted, install
 
 
 class Masks:
@@ -75,12 +75,12 @@ class Masks:
         """Merge the adapters of a peft model (such as LoRA) into the weights, and return the model without them.
 
         The part of an adapter's update that falls on pruned weights is dropped and lost, so that zeros stay zeros.
-        Needs peft, the extra optprune[heal].
+        Needs peft, the extra `heal`.
         """
         try:
             from peft import PeftModel
         except ImportError as error:
-            raise InputError(f"adapters need peft ({error}): pip install 'optprune[heal]'") from error
+            raise InputError(f"adapters need peft ({error}): {install('heal')}") from error
         if not isinstance(adapted, PeftModel):
             raise InputError(f"a {type(adapted).__name__} is not a peft model: give the model that peft returned")
         merged: Any = adapted.merge_and_unload()

@@ -3,6 +3,7 @@
 from types import ModuleType
 
 from optprune.errors import InputError
+from optprune.system.wording import install
 
 
 def binding() -> ModuleType:
@@ -11,6 +12,6 @@ def binding() -> ModuleType:
         import xllamacpp
     except ImportError as error:
         raise InputError(
-            f"llama.cpp is needed for this, through the package xllamacpp ({error}): pip install 'optprune[llama]'"
+            f"llama.cpp is needed for this, through the package xllamacpp ({error}): {install('llama')}"
         ) from error
     return xllamacpp

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from optprune.errors import InputError, is_out_of_memory
 from optprune.measure.evaluate import evaluating
-from optprune.system.wording import one_line, shown
+from optprune.system.wording import install, one_line, shown
 
 Scores = dict[str, dict[str, Any]]
 """the scores of lm-eval by task or group of tasks, and metric"""
@@ -34,7 +34,7 @@ class Tasks:
         installed, a task is unknown, or its questions cannot be read.
         """
         if find_spec("lm_eval") is None:
-            raise InputError("tasks need the package lm-eval, which is not installed: run pip install 'optprune[eval]'")
+            raise InputError(f"tasks need the package lm-eval, which is not installed: {install('eval')}")
         if not names or not all(name.strip() for name in names):
             raise InputError(
                 f"the tasks {shown(','.join(names))} hold an empty name: give names such as hellaswag,arc_easy"

@@ -15,6 +15,7 @@ from optprune.errors import InputError
 from optprune.models.sources import NO_CODE, reading
 from optprune.models.vision import QUANTISED, SHAPES, TEXT, Further, VisionFolder, language_name
 from optprune.numerics.precision import full_precision
+from optprune.system.wording import install
 
 ADDED = "optprune_added"
 """the entry of a block's arguments with features that are added to its outputs"""
@@ -109,7 +110,7 @@ def with_added(output: Tensor, added: tuple[Tensor, Tensor]) -> Tensor:
 def load_processor(whole: VisionFolder) -> ProcessorMixin:
     """Return the processor of a vision-language model; InputError where its images cannot be read."""
     if not is_vision_available():
-        raise InputError("images are read by Pillow, which is not installed: pip install 'optprune[images]'")
+        raise InputError(f"images are read by Pillow, which is not installed: {install('images')}")
     with reading("processor", whole.source, whole.where, {}):
         processor = AutoProcessor.from_pretrained(whole.where, **NO_CODE)
     if not isinstance(processor, ProcessorMixin) or getattr(processor, "image_processor", None) is None:

@@ -22,6 +22,7 @@ from optprune.problems.program_file import set_variables, write_program
 from optprune.problems.quadratic import Array, Quadratic, array, roots
 from optprune.problems.sparse import SparseLeastSquares
 from optprune.problems.structured import StructuredProblem
+from optprune.system.wording import install
 
 if TYPE_CHECKING:
     import cvxpy
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 LARGEST = 2 * 10**7
 """the most coefficients of a program: a layer's are the product of its outputs, its inputs and the inputs again"""
 NONE = "a {} problem has no convex or mixed-integer program that cvxpy takes"
-MISSING = "a cvxpy program needs cvxpy: pip install 'optprune[testing]'"
+MISSING = f"a cvxpy program needs cvxpy: {install('testing')}"
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,11 +10,11 @@ import numpy as np
 from optprune.errors import InputError
 from optprune.problems.quadratic import Array
 from optprune.system.files import real_path, write_whole
-from optprune.system.wording import either, shown
+from optprune.system.wording import either, install, shown
 
 FORMATS = (".lp", ".mps", ".cip")
 """the endings of files that SCIP writes with quadratic constraints"""
-MISSING = "writing a program to a file needs SCIP: pip install 'optprune[testing]'"
+MISSING = f"writing a program to a file needs SCIP: {install('testing')}"
 
 
 def write_program(program: Any, path: str | Path) -> None:

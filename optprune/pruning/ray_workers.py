@@ -21,6 +21,7 @@ from optprune.pruning.workers import (
     run_job,
 )
 from optprune.system.environment import KERNELS
+from optprune.system.wording import install
 
 LOCAL = "local"
 RETRIES = 3
@@ -100,7 +101,7 @@ def _ray() -> Any:
     try:
         return importlib.import_module("ray")
     except ImportError as error:
-        raise InputError("Ray is not installed: pip install optprune[ray]") from error
+        raise InputError(f"Ray is not installed: {install('ray')}") from error
 
 
 class _Cluster(WorkerPool[Any]):
@@ -174,7 +175,7 @@ def check_closed(ray: Any) -> None:
         if not ip_address(address).is_loopback:
             raise OptpruneError(
                 f"this version of Ray ({ray.__version__}) would listen on {address}, which other machines may reach: "
-                "install the version that optprune[ray] requires"
+                "install the version that the extra ray requires"
             )
 
 

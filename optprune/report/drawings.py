@@ -18,7 +18,7 @@ from optprune.report.records import LayerReport, Report
 from optprune.report.stored import Original
 from optprune.system.display import printable
 from optprune.system.files import MARK
-from optprune.system.wording import counted
+from optprune.system.wording import counted, install
 
 if TYPE_CHECKING:  # matplotlib is optional
     from matplotlib.axes import Axes
@@ -358,7 +358,7 @@ def check_plot(file: Path) -> str:
     if kind not in FORMATS:
         raise InputError(f"the plot {file} must end in {', '.join(f'.{name}' for name in FORMATS)}")
     if not can_draw():
-        raise InputError("a plot needs matplotlib, which is not installed: pip install 'optprune[plot]'")
+        raise InputError(f"a plot needs matplotlib, which is not installed: {install('plot')}")
     return kind
 
 

@@ -32,7 +32,7 @@ from optprune.report.page_tables import (
 from optprune.report.reading import EvaluationReport, HealingReport, SpeedReport
 from optprune.report.records import Report
 from optprune.report.stored import ModelSummary, loading_code
-from optprune.system.wording import counted, one_line
+from optprune.system.wording import counted, install, one_line
 
 NOT_ALLOWED = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 """the characters that HTML does not allow"""
@@ -65,7 +65,7 @@ def page(
         style=Markup(page_text("page.css")),
         pictures={name: Markup(svg) for name, svg in found.items()},
         drawn_kept={"widths", "shares"} & found.keys(),
-        undrawn=drawn is None and not can_draw(),
+        undrawn=install("plot") if drawn is None and not can_draw() else None,
     )
 
 

@@ -50,6 +50,11 @@ def either(names: Sequence[str]) -> str:
     return " or ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
 
+def install(extras: str) -> str:
+    """Return the words on how to install what extras bring, from a checkout, because no package index has optprune."""
+    return f"run pip install -e '.[{extras}]' in optprune's checkout"
+
+
 def nearest(name: object, known: Iterable[str]) -> str | None:
     """Return the known name that is most like a name; None where none is like it."""
     found = difflib.get_close_matches(name[:100] if isinstance(name, str) else "", list(known), n=1)

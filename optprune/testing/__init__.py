@@ -1,6 +1,6 @@
 """Checks of solvers and penalties, for third parties too: laws, strategies and independent references.
 
-Needs the extra `optprune[testing]` (hypothesis, cvxpy); a missing one is an ImportError, never a skipped check.
+Needs the extra `testing` (hypothesis, cvxpy); a missing one is an ImportError, never a skipped check.
 """
 
 from optprune.testing.check import check_penalty, check_solver

@@ -1,7 +1,7 @@
 """References: the optimum of small problems by numpy, scipy and cvxpy, without any solver of optprune.
 
 A reference reads only a problem's data: quadratic.py rebuilds the loss from the moments. It needs scipy and
-cvxpy, with SCIP for `mixed_integer` (`pip install optprune[testing]`); without them the import fails, because a skipped
+cvxpy, with SCIP for `mixed_integer` (the extra `testing`); without them the import fails, because a skipped
 check proves nothing.
 """
 

@@ -418,7 +418,7 @@ def test_audit(attempt: Attempt, file: str, reason: str) -> None:
 def test_a_plot_without_matplotlib(attempt: Attempt, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     sentence = attempt.fails(["audit", str(attempt.model), "--plot", str(attempt.folder / "kept.png")])
-    assert "pip install 'optprune[plot]'" in sentence
+    assert "pip install -e '.[plot]'" in sentence
 
 
 # -- benchmark-model

@@ -59,7 +59,10 @@ def test_a_failed_cell_is_an_exit_status(
     told = capsys.readouterr().out
     assert "failed: structured_best at 0.7, seed 0: a sparsity of 0.7 is out of reach" in told
     assert "<svg" not in (tmp_path / "out" / "comparison.html").read_text()
-    assert told.splitlines()[-1] == "the page has no picture, which needs matplotlib: pip install 'optprune[plot]'"
+    assert (
+        told.splitlines()[-1]
+        == "the page has no picture, which needs matplotlib: run pip install -e '.[plot]' in optprune's checkout"
+    )
 
 
 @pytest.mark.parametrize(

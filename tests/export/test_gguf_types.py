@@ -354,10 +354,10 @@ def test_without_the_package_it_says_how_to_get_it(tmp_path: Path, monkeypatch: 
     folder = save_tiny(tiny_llama(), tmp_path / "model")
 
     def missing() -> None:
-        raise InputError("llama.cpp is needed for this: pip install 'optprune[llama]'")
+        raise InputError("llama.cpp is needed for this: run pip install -e '.[llama]'")
 
     monkeypatch.setitem(__import__("sys").modules, "xllamacpp", None)
-    with pytest.raises(InputError, match=r"through the package xllamacpp .*: pip install 'optprune\[llama\]'"):
+    with pytest.raises(InputError, match=r"through the package xllamacpp .*: run pip install -e '\.\[llama\]'"):
         llama_cpp_binding.binding()
     with pytest.raises(InputError, match=r"llama\.cpp is needed for this"):
         export(folder, tmp_path / "x.gguf", GgufFile(kind="q4_0"))

@@ -200,7 +200,8 @@ def test_what_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_wei
         export(moving, tmp_path / "onnx", OnnxFolder())
     monkeypatch.setattr(onnx_folder, "find_spec", lambda name: None if name == "onnxscript" else True)
     with pytest.raises(
-        InputError, match=r"needs the package onnxscript, .* not installed: run pip install 'optprune\[onnx\]'$"
+        InputError,
+        match=r"the package onnxscript, .* not installed: run pip install -e '\.\[onnx\]' in optprune's checkout$",
     ):
         export(source, tmp_path / "onnx", OnnxFolder())
     assert {path.name for path in tmp_path.iterdir()} == {"llama", "moving"}

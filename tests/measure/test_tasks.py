@@ -53,7 +53,9 @@ def test_without_the_package(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.setattr(of_tasks, "find_spec", lambda name: None)
-    sentence = "tasks need the package lm-eval, which is not installed: run pip install 'optprune[eval]'"
+    sentence = (
+        "tasks need the package lm-eval, which is not installed: run pip install -e '.[eval]' in optprune's checkout"
+    )
     with pytest.raises(InputError) as caught:
         Tasks.found(["hellaswag"])
     assert str(caught.value) == sentence

@@ -167,7 +167,7 @@ def test_an_unsolved_program_has_no_value(loss):
 
 def test_without_cvxpy_the_sentence_says_what_to_install(loss, monkeypatch):
     monkeypatch.setitem(sys.modules, "cvxpy", None)
-    with pytest.raises(InputError, match=r"pip install 'optprune\[testing\]'"):
+    with pytest.raises(InputError, match=r"pip install -e '\.\[testing\]'"):
         optprune.to_cvxpy(PenalisedLeastSquares(loss, L1(0.1)))
 
 

@@ -69,5 +69,5 @@ def test_values_that_are_no_answer_are_refused(values: list[float]) -> None:
 def test_without_scip_the_sentence_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = to_cvxpy(PROBLEMS["sparse"])
     monkeypatch.setitem(sys.modules, "pyscipopt", None)
-    with pytest.raises(InputError, match=r"pip install 'optprune\[testing\]'"):
+    with pytest.raises(InputError, match=r"pip install -e '\.\[testing\]'"):
         model.write(tmp_path / "program.lp")

@@ -131,7 +131,7 @@ def test_what_a_killed_worker_had_begun_is_done_by_another(tmp_path: Path, clust
 
 def test_without_ray_its_extra_is_named(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(InputError, match=r"pip install optprune\[ray\]"):
+    with pytest.raises(InputError, match=r"pip install -e '\.\[ray\]' in optprune's checkout"):
         workers_of(load_recipe("magnitude", {"propagation": "dense"}).propagation, ray="local")
 
 
