@@ -1,5 +1,7 @@
 """Generated parts of README.md and docs/: tables of results from the rows in results/, and the reference.
 
+The texts that `optprune recipes` prints are stored beside, which tests/cli/test_recipes_command.py checks.
+
     .venv/bin/python -m benchmarks.readme    # write them into the pages; tests/house/test_docs.py checks them
 
 A cell is the mean perplexity on held-out news, with the standard deviation of its seeds; the lowest of a column, among
@@ -44,6 +46,7 @@ from benchmarks.studies import (
     structured,
     under_intra,
 )
+from optprune.cli.printed_recipes import store_texts
 
 ROOT = Path(__file__).parents[1]
 SHARES = (0.1, 0.2, 0.3)
@@ -407,6 +410,7 @@ def main() -> None:
         path = ROOT / page
         path.write_text(put(path.read_text(encoding="utf-8"), tables(page)), encoding="utf-8")
     (ROOT / COMMANDS).write_text(command_page(), encoding="utf-8")
+    store_texts()
 
 
 if __name__ == "__main__":
