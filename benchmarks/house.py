@@ -13,7 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "optprune"
-DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+DOCUMENTED = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 PARTS = ("mixture", "recurrent", "latent", "shared")
 """the attributes of an architecture that say which parts its blocks have"""
 UNIT_KINDS = ("Blocks", "Experts", "KvGroups", "LinkedUnits", "Mlp", "Pairs", "RecurrentHeads", "Values", "Weights")
@@ -37,7 +37,8 @@ def documentation(tree: ast.Module) -> set[int]:
     lines = set[int]()
     for node in ast.walk(tree):
         if isinstance(node, DOCUMENTED) and ast.get_docstring(node, clean=False) is not None:
-            lines |= set(range(node.body[0].lineno, (node.body[0].end_lineno or 0) + 1))
+            first: ast.stmt = next(iter(node.body))
+            lines |= set(range(first.lineno, (first.end_lineno or 0) + 1))
     return lines
 
 
@@ -59,8 +60,7 @@ def lines_by_room() -> dict[str, int]:
     """Return the lines of code of each folder of the package, of its root, and of the folders beside it."""
     found = Counter[str]()
     for file in files_in(PACKAGE):
-        parts = file.relative_to(ROOT).parts
-        found["/".join(parts[:2]) if len(parts) > 2 else parts[0]] += code_lines(file)
+        found["/".join(file.relative_to(ROOT).parts[:-1][:2])] += code_lines(file)
     for folder in ("optprune", "tests", "benchmarks"):
         found[f"{folder} in all"] = sum(map(code_lines, files_in(ROOT / folder)))
     return dict(sorted(found.items()))
@@ -68,12 +68,12 @@ def lines_by_room() -> dict[str, int]:
 
 def fields_of_classes(folder: Path) -> list[tuple[int, str]]:
     """Return the number of annotated fields of each class of a folder, the largest first."""
-    found = [
-        (sum(isinstance(each, ast.AnnAssign) for each in node.body), f"{file.relative_to(PACKAGE)}:{node.name}")
-        for file in files_in(folder)
-        for node in ast.walk(tree_of(file))
-        if isinstance(node, ast.ClassDef)
-    ]
+    found = list[tuple[int, str]]()
+    for file in files_in(folder):
+        for node in ast.walk(tree_of(file)):
+            if isinstance(node, ast.ClassDef):
+                count = sum(isinstance(each, ast.AnnAssign) for each in node.body)
+                found.append((count, f"{file.relative_to(PACKAGE)}:{node.name}"))
     return sorted(found, reverse=True)
 
 
