@@ -56,7 +56,7 @@ CHOICES: Mapping[str, Sequence[str]] = {
 
 def check_choices(recipe: str | None = None, **given: str | None) -> None:
     """Raise InputError unless the recipe and the values of options in `CHOICES` are known; None is not checked."""
-    if recipe is not None and recipe not in RECIPES and Path(recipe).suffix not in (".yaml", ".yml"):
+    if recipe is not None and recipe not in RECIPES and Path(recipe).suffix.lower() not in (".yaml", ".yml"):
         raise InputError(
             f"the recipe {shown(recipe)} is not known{suggestion(recipe, RECIPES)}: use one of {', '.join(RECIPES)}, "
             "or a .yaml file"

@@ -136,8 +136,10 @@ def _paths_in(given: Input) -> Iterator[Path]:
 
 def _is_read(place: Path, path: Path) -> bool:
     """Return whether the file `place` is the input `path`, or a text file in the input folder `path`."""
+    from optprune.texts.documents import is_txt
+
     if path.is_dir():
-        return place.suffix == ".txt" and place.parent.is_dir() and place.parent.samefile(path)
+        return is_txt(place) and place.parent.is_dir() and place.parent.samefile(path)
     return place.is_file() and place.samefile(path)
 
 

@@ -115,4 +115,4 @@ class Grid:
 def _label(recipe: str | Recipe) -> str:
     if isinstance(recipe, Recipe):
         return recipe.name
-    return Path(recipe).stem if Path(recipe).suffix in (".yaml", ".yml") else recipe
+    return Path(recipe).stem if Path(recipe).suffix.lower() in (".yaml", ".yml") else recipe

@@ -110,7 +110,7 @@ def origin_of(source: str) -> Origin:
     if source == DEMO:
         return Origin(DEMO_NAME, DEMO_LICENCE, languages=("en",))
     path = Path(source)
-    if path.suffix == ".gguf" and not path.is_dir():
+    if path.suffix.lower() == ".gguf" and not path.is_dir():
         return _of_gguf(path)
     if path.is_dir():
         files = [file for file in sorted(path.iterdir()) if LICENCE_FILE.fullmatch(file.name)]

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from optprune.errors import InputError
 from optprune.measure.evaluate import evaluating
-from optprune.system.files import read_json
+from optprune.system.files import read_json_lines
 from optprune.system.wording import shown
 
 FORM = '{"question": "2 + 2 =", "choices": ["3", "4"], "answer": 1}'
@@ -44,14 +44,9 @@ def read_questions(file: Path) -> list[Question]:
     InputError when the file cannot be read or a line is not a question.
     """
     try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
+        found = [_question(record, where) for where, record in read_json_lines(file)]
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"the questions {file} cannot be read: {error}") from error
-    found = [
-        _question(read_json(line, f"line {number} of {file}"), f"line {number} of {file}")
-        for number, line in enumerate(lines, start=1)
-        if line.strip()
-    ]
     if not found:
         raise InputError(f"there is no question in {file}: write one on each line, such as {FORM}")
     return found

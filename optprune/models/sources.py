@@ -42,7 +42,7 @@ def demo_model_file() -> Path:
 def locate(source: str) -> tuple[str, dict[str, Any]]:
     """Return the argument of from_pretrained for a source, and the options that a GGUF file needs; InputError."""
     path = Path(demo_model_file() if source == DEMO else source)
-    if path.suffix == ".gguf" and not path.is_dir():
+    if path.suffix.lower() == ".gguf" and not path.is_dir():
         if not path.is_file():
             raise InputError(f"there is no GGUF file {source}: check the path")
         return str(path.parent), {"gguf_file": path.name}

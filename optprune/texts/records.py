@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from optprune.errors import InputError, check_at_least, is_out_of_memory
-from optprune.system.files import read_json
+from optprune.system.files import read_json_lines
 from optprune.system.wording import counted, one_line, shown
 from optprune.texts.calibration import DrawnWindows
 from optprune.texts.documents import DEFAULT_COLUMN, MESSAGES
@@ -66,14 +66,9 @@ def read_records(path: str | Path) -> list[Record]:
     """
     path = Path(path)
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        found = [_record(value, where, path.parent) for where, value in read_json_lines(path)]
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"the records {path} cannot be read: {one_line(error)}") from error
-    found = [
-        _record(read_json(line, f"line {number} of {path}"), f"line {number} of {path}", path.parent)
-        for number, line in enumerate(lines, start=1)
-        if line.strip()
-    ]
     if not found:
         raise InputError(f"the file {path} has no records: write one a line, such as {EXAMPLE}")
     return found

@@ -171,7 +171,8 @@ def test_a_file_that_would_be_a_text_of_the_folder_that_is_read(attempt: Attempt
     folder = attempt.folder / "texts"
     folder.mkdir()
     (folder / "a.txt").write_text(attempt.text.read_text())
-    assert "is an input too" in attempt.fails(attempt.command("--log", str(folder / "run.txt"), calibration=folder))
+    for name in ("run.txt", "run.TXT"):
+        assert "is an input too" in attempt.fails(attempt.command("--log", str(folder / name), calibration=folder))
     check_json(folder / "run.json", inputs=[str(folder)])
 
 

@@ -226,7 +226,7 @@ def test_models_are_kept_and_speed_is_measured_only_where_asked(texts: TwoTexts,
 @pytest.mark.e2e
 def test_a_recipe_of_ones_own_and_a_file_may_be_compared(texts: TwoTexts, tmp_path: Path) -> None:
     own = optprune.Recipe(name="mine", units="mlp", solver="magnitude", damping=0.1)
-    file = tmp_path / "other.yaml"
+    file = tmp_path / "other.YAML"
     file.write_text(own.to_yaml())
     found = optprune.compare(loaded(), [own, str(file)], [0.2], settings={"damping": 0.2}, **texts.asked())
     mine, other = found.results

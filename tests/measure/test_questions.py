@@ -15,13 +15,16 @@ GOOD = {"question": "The colour of the sky is", "choices": ["blue", "a loud gree
 
 def written(folder: Path, *records: object) -> Path:
     file = folder / "questions.jsonl"
-    file.write_text("\n".join(map(json.dumps, records)) + "\n\n")
+    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+    file.write_text("".join([*lines, "\n"]), encoding="utf-8")
     return file
 
 
 def test_a_file_is_read(tmp_path: Path) -> None:
-    assert read_questions(written(tmp_path, GOOD)) == [
-        Question("The colour of the sky is", ("blue", "a loud green"), 0)
+    separated = GOOD | {"question": "A line\u2028and\x85more is"}
+    assert read_questions(written(tmp_path, GOOD, separated)) == [
+        Question("The colour of the sky is", ("blue", "a loud green"), 0),
+        Question("A line\u2028and\x85more is", ("blue", "a loud green"), 0),
     ]
 
 

@@ -212,3 +212,8 @@ def test_weights_are_not_written_through_a_link(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="converted is a link, but converted weights are written to a folder there"):
         open_model(file, scratch=tmp_path / "scratch")
     assert not list(elsewhere.iterdir())
+
+
+def test_the_ending_of_a_file_may_be_in_capitals(tmp_path: Path) -> None:
+    write_gguf(tiny_llama(), tmp_path / "tiny.gguf").rename(tmp_path / "TINY.GGUF")
+    assert load_config(tmp_path / "TINY.GGUF").model_type == "llama"

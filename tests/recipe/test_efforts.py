@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from optprune.cli import main
+from optprune.cli.choices import check_choices
 from optprune.errors import InputError
 from optprune.models import Decoder
 from optprune.pruning import prune
@@ -74,8 +75,10 @@ def test_an_unknown_effort_is_refused() -> None:
         load_recipe("fasp", effort="fast")
 
 
-def test_a_file_has_efforts_of_its_own(tmp_path: Path) -> None:
-    file = tmp_path / "mine.yaml"
+@pytest.mark.parametrize("name", ["mine.yaml", "MINE.YML"])
+def test_a_file_has_efforts_of_its_own(name: str, tmp_path: Path) -> None:
+    file = tmp_path / name
+    check_choices(str(file))
     file.write_text("solver: wanda\nunits: weights\nsparsity: 0.5\nefforts: {quick: {sparsity: 0.25}}\n")
     assert load_recipe(str(file)).sparsity == 0.5
     assert load_recipe(str(file), effort="quick").sparsity == 0.25

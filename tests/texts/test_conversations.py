@@ -139,6 +139,16 @@ def test_a_parquet_file_that_is_none(content: bytes, reason: str, tmp_path: Path
         read_documents(str(file))
 
 
+def test_a_text_in_parquet_that_is_not_utf8(tmp_path: Path) -> None:
+    file, good = tmp_path / "a.parquet", pyarrow.array(["one", "two"])
+    ends = pyarrow.array([0, 2, 6], pyarrow.int32()).buffers()[1]
+    bad = pyarrow.Array.from_buffers(pyarrow.string(), 2, [None, ends, pyarrow.py_buffer(b"okcaf\xe9")])
+    table = pyarrow.table({"text": pyarrow.chunked_array([good, bad])})
+    parquet.write_table(table, file, row_group_size=2)
+    with pytest.raises(InputError, match=r"^a text behind row \d of .*a.parquet is not UTF-8: convert it first$"):
+        read_documents(str(file))
+
+
 def test_a_parquet_file_without_the_column(tmp_path: Path) -> None:
     file = tmp_path / "a.parquet"
     parquet.write_table(pyarrow.table({"body": ["one"]}), file)

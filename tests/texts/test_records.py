@@ -57,6 +57,12 @@ def test_a_line_of_another_kind_is_refused(changed: dict[str, Any], sentence: st
         read_records(write_records(tmp_path / "data", **changed))
 
 
+def test_a_text_with_other_line_separators_is_one_record(tmp_path: Path) -> None:
+    text, file = "a\u2028b\x85c\x1cd", tmp_path / "records.jsonl"
+    file.write_text('{"text": "a\u2028b\x85c\\u001cd"}\n', encoding="utf-8")
+    assert [record.text for record in read_records(file)] == [text]
+
+
 def test_files_that_are_no_records_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "records.jsonl"
     with pytest.raises(InputError, match=r"the records .* cannot be read: .*No such file"):

@@ -1,9 +1,12 @@
 """Texts in all forms, and their windows."""
 
 import json
+import re
 from pathlib import Path
 
 import datasets
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 
@@ -35,17 +38,46 @@ def test_a_txt_file_is_one_document(tmp_path: Path) -> None:
 
 
 def test_a_folder_is_its_txt_files_by_name(tmp_path: Path) -> None:
-    for name in ("b.txt", "a.txt", "ignored.md"):
+    for name in ("b.txt", "a.txt", "C.TXT", "ignored.md"):
         (tmp_path / name).write_text(name)
-    assert read_documents(str(tmp_path)) == ["a.txt", "b.txt"]
+    assert read_documents(str(tmp_path)) == ["C.TXT", "a.txt", "b.txt"]
 
 
 def test_csv_columns_quotes_and_long_fields(tmp_path: Path) -> None:
     file = tmp_path / "a.csv"
     long = "word " * 100_000
-    file.write_text(f'text,body\none,"two\nlines, and a ""quote"""\n,\nthree,{long}\nshort row\n')
-    assert read_documents(str(file)) == ["one", "three", "short row"]
+    file.write_text(f'text,body\none,"two\nlines, and a ""quote"""\n,\n\nthree,{long}\na 5" disk,\n')
+    assert read_documents(str(file)) == ["one", "three", 'a 5" disk']
     assert read_documents(f"{file}:body") == ['two\nlines, and a "quote"', long]
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("text\nHello, world\n", "the row at line 2 of .*a.csv has 2 cells, and the header 1: write each text within"),
+        ("text,body\none,two\nshort row\n", "the row at line 3 of .*a.csv has 1 cell, and the header 2"),
+        ('text,body\n"a\nb",two\n"beta" two,x\n', r"the row at line 4 of .* is not valid CSV \(',' expected after"),
+        ('text,body\none,two\nthree,"four\nfive,six\n' * 2, r"the row at line 3 of .* is not valid CSV \(',' expected"),
+        ('text,body\none,two\n"three,four\nfive,six\n', "the row at line 3 of .* is not valid CSV .unexpected end of"),
+    ],
+    ids=["a comma", "a short row", "text behind quotes", "a stray quote in another column", "a quote that stays open"],
+)
+def test_csv_that_would_lose_text_is_refused_with_its_first_bad_row(tmp_path: Path, content: str, reason: str) -> None:
+    file = tmp_path / "a.csv"
+    file.write_text(content)
+    with pytest.raises(InputError, match=f"^{reason}"):
+        read_documents(str(file))
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    csv, parquet = tmp_path / "a.csv", tmp_path / "a.parquet"
+    csv.write_text("text,body,text\none,two,three\n")
+    columns = [pyarrow.array(["one"]), pyarrow.array(["two"]), pyarrow.array(["three"])]
+    pyarrow.parquet.write_table(pyarrow.table(columns, names=["text", "body", "text"]), parquet)
+    for file in (csv, parquet):
+        with pytest.raises(InputError, match=f"^{file} has 2 columns 'text': rename all but one$"):
+            read_documents(str(file))
+        assert read_documents(f"{file}:body") == ["two"]
 
 
 def test_jsonl_columns_and_blank_lines(tmp_path: Path) -> None:
@@ -53,6 +85,14 @@ def test_jsonl_columns_and_blank_lines(tmp_path: Path) -> None:
     file.write_text('{"text": "one", "body": "two"}\n\n{"text": null, "body": "dr\\u00e4i"}\n')
     assert read_documents(str(file)) == ["one"]
     assert read_documents(f"{file}:body") == ["two", "dräi"]
+
+
+def test_lines_of_jsonl_end_at_line_feeds_only(tmp_path: Path) -> None:
+    """Other separators, and a carriage return that is escaped, are a part of a text."""
+    text, file = "a\u2028b\u2029c\x85d\u3000e\rf", tmp_path / "a.jsonl"
+    for end in ("\n", "\r\n"):
+        file.write_bytes((json.dumps({"text": text}, ensure_ascii=False) + end).encode() * 2)
+        assert read_documents(str(file)) == [text, text]
 
 
 def test_demo_texts() -> None:
@@ -156,9 +196,27 @@ def test_a_text_that_cannot_be_used(tmp_path: Path, name: str, content: bytes, s
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("spec", ["", " ", "hf:", "hf:name", "hf:a:b:c:d", "hf::train", "demo:training"])
-def test_a_text_that_has_no_known_form(spec: str) -> None:
-    with pytest.raises(InputError):
+@pytest.mark.parametrize(
+    ("spec", "reason"),
+    [
+        ("", "there is no text '': give a .txt, .jsonl, .csv or .parquet file"),
+        (" ", "there is no text ' ': give a .txt"),
+        ("wikitext", "there is no text 'wikitext': give a .txt"),
+        ("hf:", "the data set 'hf:' cannot be found: write hf:DATASET[:CONFIG]:SPLIT"),
+        ("hf:name", "the data set 'hf:name' cannot be found: write hf:"),
+        ("hf:a:b:c:d", "the data set 'hf:a:b:c:d' cannot be found: write hf:"),
+        ("hf::train", "the data set 'hf::train' cannot be found: write hf:"),
+        ("hf:a:train:", "the data set 'hf:a:train:' cannot be found: write hf:"),
+        ("demo:training", "the demo text 'training' is not known: use demo:calibration"),
+        ("demo:", "the demo text '' is not known: use demo:calibration"),
+    ],
+)
+def test_a_text_that_has_no_known_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spec: str, reason: str) -> None:
+    """The form is refused, not a text that fails to load: nothing is asked for, and no folder is read in its place."""
+    (tmp_path / "a.txt").write_text("words")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *name, **options: pytest.fail(f"loaded {name}"))
+    with pytest.raises(InputError, match=f"^{re.escape(reason)}"):
         read_documents(spec)
 
 

@@ -1,5 +1,6 @@
 """The stock: small models, texts, finished and unfinished runs, from which malformed inputs are made by copying."""
 
+import csv
 import json
 import os
 import shutil
@@ -71,7 +72,8 @@ def make(folder: Path) -> None:
     for file, documents in ((stock.text, articles[:12]), (stock.held, articles[12:15])):
         file.write_text("\n".join(json.dumps({"text": document}) for document in documents), encoding="utf-8")
     rows = [document[:2000] for document in articles[:6]]
-    stock.csv.write_text("text,more\n" + "\n".join(f"{json.dumps(row)},3" for row in rows), encoding="utf-8")
+    with stock.csv.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([("text", "more"), *((row, 3) for row in rows)])
     parquet.write_table(pyarrow.table({"text": rows, "more": list(range(6))}), stock.parquet)
     stock.questions.write_text("\n".join(map(json.dumps, QUESTIONS)))
     words = stock.words()
