@@ -25,6 +25,7 @@ from optprune.models import DTYPES, Decoder, LoadedModel, check_dtype, is_stock,
 from optprune.models.sources import file_bytes
 from optprune.models.store import BlockStore
 from optprune.models.vision import stand_alone
+from optprune.numerics.tensors import all_finite, rounded
 from optprune.recipe import Recipe
 from optprune.report import (
     Event,
@@ -347,14 +348,14 @@ def cast(model: PreTrainedModel, dtype: torch.dtype, store: BlockStore | None = 
     decoder, names = Decoder(model, store), {parameter: name for name, parameter in model.named_parameters()}
     exact = tuple(f".{name}" for name in decoder.architecture.float32)
     narrow = {parameter: name for parameter, name in names.items() if not (exact and name.endswith(exact))}
-    rounded = {parameter: _rounded(name, parameter, dtype) for parameter, name in narrow.items()}
+    values = {parameter: _rounded(name, parameter, dtype) for parameter, name in narrow.items()}
     for index in range(0 if store is None else len(decoder.blocks)):
         with decoder.resident(index) as block:
             for name, parameter in block.named_parameters():
                 if name in decoder.architecture.float32:
                     continue
                 _rounded(decoder.name(index, name), parameter, dtype)
-    for parameter, value in rounded.items():
+    for parameter, value in values.items():
         parameter.data = value
     decoder.joined()
     if store is not None:
@@ -362,7 +363,8 @@ def cast(model: PreTrainedModel, dtype: torch.dtype, store: BlockStore | None = 
 
 
 def _rounded(name: str, parameter: Tensor, dtype: torch.dtype) -> Tensor:
-    value = parameter.detach().to(dtype) if parameter.is_floating_point() else parameter.detach()
-    if not value.is_meta and not bool(torch.isfinite(value).all()):
-        raise InputError(f"{name} holds values beyond {dtype}: save in bfloat16 or float32")
+    value = parameter.detach()
+    value = rounded(name, value, dtype, "save it as") if value.is_floating_point() else value
+    if not value.is_meta and not all_finite(value):
+        raise InputError(f"{name} holds NaN or infinity, so it is not saved: prune or train again")
     return value

@@ -19,11 +19,32 @@ from optprune.errors import InputError, OptpruneError
 from optprune.grids import GRIDS, Codes
 from optprune.measure.llama_cpp_binding import binding
 from optprune.system.wording import install
+from optprune.numerics.tensors import all_finite
 
 WITHOUT_GGML = (GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.Q8_0)
 """types that gguf's functions pack as ggml does; the rounding of q8_0 does not depend on an importance"""
 FLOOR = 1e-6
 """least importance of a column, as a share of the mean: ggml divides by sums of importances"""
+SCALES = {
+    **dict.fromkeys((GGMLQuantizationType.Q4_0, GGMLQuantizationType.Q5_0, GGMLQuantizationType.Q8_0), (0,)),
+    **dict.fromkeys((GGMLQuantizationType.Q4_1, GGMLQuantizationType.Q5_1), (0, 2)),
+    **dict.fromkeys((GGMLQuantizationType.Q4_K, GGMLQuantizationType.Q5_K), (0, 2)),
+    GGMLQuantizationType.Q2_K: (80, 82),
+    GGMLQuantizationType.Q3_K: (108,),
+    GGMLQuantizationType.Q6_K: (208,),
+}
+"""places of the float16 numbers in a block, in bytes; the others are whole numbers. Source: ggml-common.h"""
+
+MOST = 65_504 * 127 * 32
+"""bound of the numbers that any type but f32 holds: the largest scale of scales in q6_K, with the largest integers"""
+PLAIN = {GGMLQuantizationType.F32: "f4", GGMLQuantizationType.F16: "f2", GGMLQuantizationType.F64: "f8"}
+"""numpy's names of types without blocks"""
+BF16_INFINITY = 0x7F80
+"""bits of the exponent of bfloat16, all of which are set in infinity and NaN"""
+
+
+class BeyondType(InputError):
+    """Error for a weight with a number that its type in a file cannot hold."""
 
 
 def packed(weight: Tensor, kind: GGMLQuantizationType, importance: Tensor | None = None) -> NDArray[np.uint8]:
@@ -32,16 +53,46 @@ def packed(weight: Tensor, kind: GGMLQuantizationType, importance: Tensor | None
     `importance` [columns], or [experts, columns] for a weight [experts, rows, columns], says how much the squared error
     of each column counts: the mean square of its input. Types of `WITHOUT_GGML` do not use it. A weight that is on the
     grid of its type already, as after a recipe with bits, is packed exactly. Raises InputError for a row whose length
-    the type does not take, for NaN, and where xllamacpp is needed and not installed.
+    the type does not take, for NaN, and where xllamacpp is needed and not installed, and BeyondType for a number that
+    would be infinite in the file.
     """
+    if not all_finite(weight):
+        raise InputError("a weight holds NaN or infinity, which has no place in a file: prune again")
     plain = weight.to(torch.float32).contiguous()
+    # ggml's sums of squares would overflow too.
+    within = all_finite(plain) and (kind == GGMLQuantizationType.F32 or float(plain.abs().max()) < MOST)
+    found = _packed(plain, kind, importance) if within else None
+    if found is None or not is_finite(found, kind):
+        raise BeyondType(f"{float(weight.abs().max()):.6g} is beyond the numbers that {kind.name.lower()} holds")
+    return found
+
+
+def is_finite(data: NDArray[Any], kind: GGMLQuantizationType, order: str = "<") -> bool:
+    """Return whether all numbers are finite that the bytes of a tensor stand for, in an order of bytes (< or >).
+
+    Of blocks only the scales are looked at, where their places are known.
+    """
+    if data.dtype.kind == "f":
+        return bool(np.isfinite(data).all())
+    if kind == GGMLQuantizationType.BF16:
+        return bool((np.ascontiguousarray(data).view(f"{order}u2") & BF16_INFINITY != BF16_INFINITY).all())
+    if kind in PLAIN:
+        return bool(np.isfinite(np.ascontiguousarray(data).view(f"{order}{PLAIN[kind]}")).all())
+    if kind in SCALES:
+        blocks = np.ascontiguousarray(data).reshape(-1, gguf.GGML_QUANT_SIZES[kind][1])
+        scales = [np.ascontiguousarray(blocks[:, at : at + 2]).view(f"{order}f2") for at in SCALES[kind]]
+        return all(bool(np.isfinite(each).all()) for each in scales)
+    return True
+
+
+def _packed(plain: Tensor, kind: GGMLQuantizationType, importance: Tensor | None) -> NDArray[np.uint8]:
+    """Return a finite weight in float32 as bytes, which may stand for infinite numbers."""
     codes = codes_of(plain, kind)
     if codes is not None:
         return pack(codes, kind).reshape(*plain.shape[:-1], -1)
     if kind in WITHOUT_GGML:
-        return np.ascontiguousarray(gguf.quantize(plain.numpy(), kind)).view(np.uint8)
-    if not bool(plain.isfinite().all()):
-        raise InputError("a weight holds NaN or infinity, which has no place in a quantised file: prune again")
+        with np.errstate(all="ignore"):  # what is beyond the type is looked for afterwards
+            return np.ascontiguousarray(gguf.quantize(plain.numpy(), kind)).view(np.uint8)
     matrices = plain.reshape(-1, *plain.shape[-2:])
     # ggml reads as many importances as there are columns, whatever there is.
     if importance is not None and importance.shape[-1] != plain.shape[-1]:

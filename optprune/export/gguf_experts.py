@@ -15,6 +15,7 @@ from torch import Tensor
 
 from optprune.errors import InputError, OptpruneError
 from optprune.export.exporter import Draft, Exporter, ModelSource, OnEvent
+from optprune.export.ggml import is_finite
 from optprune.export.gguf_file import MAGIC, write_content
 from optprune.export.place import check_apart
 from optprune.models.checkpoint import Checkpoint
@@ -183,6 +184,11 @@ class GgufExperts(Exporter):
             for tensor in reader.tensors:
                 chosen = rows[tensor.name]
                 part = np.ascontiguousarray(tensor.data if chosen is None else tensor.data[chosen])
+                if not is_finite(part, tensor.tensor_type, ">" if reader.endianess == gguf.GGUFEndian.BIG else "<"):
+                    raise InputError(
+                        f"the tensor {tensor.name} of {self.original} holds NaN or infinity: fetch the file again, or "
+                        "export the folder with --type instead of --original"
+                    )
                 digests[tensor.name] = _digest(part)
                 yield part
 

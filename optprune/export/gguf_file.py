@@ -1,8 +1,10 @@
 """Exporter to GGUF for llama.cpp: models whose blocks are alike under their own architecture, others as deci."""
 
-from collections.abc import Iterable, Iterator, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar
 
@@ -14,7 +16,7 @@ from torch import Tensor
 
 from optprune.errors import InputError, OptpruneError
 from optprune.export.exporter import Draft, Exporter, ModelSource, OnEvent
-from optprune.export.ggml import check_ggml, packed
+from optprune.export.ggml import BeyondType, check_ggml, packed
 from optprune.export.gguf_families import LLAMA_CPP, UNEVEN, Family, family_of, has_windows
 from optprune.export.gguf_tensors import IDLE_WIDTH, Target, Tensors
 from optprune.export.gguf_types import SMALL_BLOCK, TYPES
@@ -93,9 +95,20 @@ class GgufFile(Exporter):
             Vocabulary.of(tokenizer, source.config.vocab_size).write(writer, tokenizer, folder)
         targets = list(content.targets())
         with draft.open("wb") as stream:
-            write_tensors(writer, targets, stream, self.importance)
+            write_tensors(writer, targets, stream, self.importance, partial(self._others, source))
         size = draft.stat().st_size
         return Draft(draft, size, f"architecture {content.family.name}", content.notes(targets), expected=targets)
+
+    def _others(self, source: ModelSource, name: str) -> list[str]:
+        """Return the types of files in which all numbers of a tensor are finite."""
+        found = list[str]()
+        for kind in TYPES:
+            targets = replace(self, kind=kind, importance=None).targets(source)
+            target = next(one for one in targets if one.name == name)
+            with contextlib.suppress(InputError):  # beyond this type too, or it needs xllamacpp
+                packed(target.make(), target.kind)
+                found.append(kind)
+        return found
 
     def check(self, source: ModelSource, draft: Draft, on_event: OnEvent) -> float | None:
         """Read the header back, and compare names, shapes and types of all tensors."""
@@ -120,15 +133,39 @@ class GgufFile(Exporter):
 
 
 def write_tensors(
-    writer: GGUFWriter, targets: list[Target], stream: BinaryIO, importance: Importance | None = None
+    writer: GGUFWriter,
+    targets: list[Target],
+    stream: BinaryIO,
+    importance: Importance | None = None,
+    others: Callable[[str], list[str]] = lambda name: [],
 ) -> None:
-    """Write the header, the metadata and the tensors, one at a time."""
+    """Write the header, the metadata and the tensors, one at a time.
+
+    Raises InputError for a number that is not finite in the file; `others` returns the types of files that hold the
+    tensor of a name.
+    """
+
+    def made(target: Target, own: Tensor | None) -> np.ndarray[Any, Any]:
+        try:
+            return packed(target.make(), target.kind, own)
+        except BeyondType as error:
+            held = others(target.name)
+            advice = f"give --type {' or '.join(held)}" if held else "no type holds it, so prune or train again"
+            raise InputError(f"{_described(target)} cannot be written, because {error}: {advice}") from error
+        except InputError as error:
+            raise InputError(f"{_described(target)} cannot be written: {error}") from error
+
     for target in targets:
         as_stored = np.dtype(np.float32)  # unused where the kind is given
         writer.add_tensor_info(target.name, target.shape, as_stored, target.bytes, raw_dtype=target.kind)
     weights = (None if importance is None else target.importance(importance.squares) for target in targets)
-    numbers = (packed(target.make(), target.kind, own) for target, own in zip(targets, weights, strict=True))
+    numbers = (made(target, own) for target, own in zip(targets, weights, strict=True))
     write_content(writer, numbers, stream)
+
+
+def _described(target: Target) -> str:
+    """Return the name of a tensor in the file, with that in the model where it is made of one."""
+    return f"the tensor {target.name}" + (f" ({target.sources[0][0]})" if len(target.sources) == 1 else "")
 
 
 def write_content(writer: GGUFWriter, tensors: Iterable[np.ndarray[Any, Any]], stream: BinaryIO) -> None:

@@ -16,7 +16,7 @@ from optprune.models import Decoder, is_stock
 from optprune.models.checkpoint import InFiles, stored_tensors
 from optprune.models.mixture import SeparateExperts, experts_in
 from optprune.models.vision import VisionFolder, is_language
-from optprune.numerics.tensors import write_tensors
+from optprune.numerics.tensors import all_finite, write_tensors
 from optprune.system.files import write_whole
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -227,7 +227,9 @@ def _write(content: Content, file: Path, names: Sequence[str], on_tensor: Callab
     """Write tensors of a content into a file."""
 
     def values() -> Iterator[Tensor]:
-        for value in content.values(names):
+        for name, value in zip(names, content.values(names), strict=True):
+            if not all_finite(value):
+                raise InputError(f"{name} holds NaN or infinity, so it is not saved: prune or train again in float32")
             yield value
             on_tensor()
 

@@ -16,7 +16,7 @@ from transformers.utils.hub import cached_file
 
 from optprune.errors import InputError
 from optprune.models.architecture import KEPT_PAIRS
-from optprune.numerics.tensors import NAMES
+from optprune.numerics.tensors import NAMES, rounded
 from optprune.system.files import read_json
 from optprune.system.wording import shown
 
@@ -192,7 +192,7 @@ class Checkpoint:
         for name in names:
             full = f"{prefix}.{name}" if prefix else name
             tensor = self.tensors[full].read()
-            found[name] = tensor if dtype is None else tensor.to(dtype)
+            found[name] = tensor if dtype is None else rounded(f"{full} of {self.source}", tensor, dtype, "load it as")
             check_finite(full, found[name], self.source)
         return found
 

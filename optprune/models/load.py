@@ -19,12 +19,13 @@ from optprune.models.gguf import GgufTensor, converted, gguf_config, tensors_in
 from optprune.models.images import ImageFeatures
 from optprune.models.quantised import Quantisation
 from optprune.models.registry import architecture_named, architecture_of, check_config
-from optprune.models.skeleton import check_whole, fill, skeleton
+from optprune.models.skeleton import check_whole, fill, skeleton, with_model_names
 from optprune.models.sources import CONVERT, NO_CODE, cause, is_gguf, locate, reading
 from optprune.models.store import BlockSink, BlockStore
 from optprune.models.tokenizer import load_tokenizer
 from optprune.models.tracing import check_laws
 from optprune.models.vision import QUANTISED, VisionFolder, stand_alone
+from optprune.numerics.tensors import all_finite
 from optprune.system.display import Displayed, SummaryTable
 from optprune.system.wording import one_line
 
@@ -105,7 +106,13 @@ def load_model(
     whole = _whole(source, config)
     model = _weights(source, where, config, quantised, options, DTYPES.get(dtype, "auto"), whole)
     for name, weight in model.named_parameters():
-        check_finite(name, weight, source)
+        if not all_finite(weight):
+            with reading("weights", source, where, options):
+                checkpoint = None if options else stored_checkpoint(source, quantised, whole)
+                there = None if checkpoint is None else with_model_names(model, checkpoint)
+            if there is not None and name in there.tensors:
+                there.read("", [name], weight.dtype)  # says which number is beyond the dtype
+            check_finite(name, weight, source)
     Decoder(model).joined()
     model.to(target)  # type: ignore[arg-type]  # transformers overloads .to
     return LoadedModel(model.eval(), load_tokenizer(source), source, whole=whole)

@@ -13,6 +13,8 @@ from optprune.errors import InputError, check_kind
 
 FLOATS = (torch.float32, torch.float64)
 """the dtypes in which problems are solved"""
+WIDER = (torch.bfloat16, torch.float32)
+"""the dtypes whose range is wider than that of float16"""
 
 
 def check_tensor(what: str, value: Tensor, shape: Sequence[int | str]) -> None:
@@ -62,6 +64,22 @@ def all_finite(values: Tensor) -> bool:
     A finite sum proves it in one fast pass. A sum that overflows needs a second pass.
     """
     return bool(torch.isfinite(values.sum())) or bool(torch.isfinite(values).all())
+
+
+def rounded(what: str, value: Tensor, dtype: torch.dtype, advice: str) -> Tensor:
+    """Return a weight in another dtype. Raises InputError where one of its numbers becomes infinite.
+
+    The error gives the advice, such as "save it as", with the names of wider dtypes.
+    """
+    found = value.to(dtype)
+    if dtype in (torch.float64, value.dtype) or not dtype.is_floating_point or found.is_meta or all_finite(found):
+        return found
+    if all_finite(value):
+        largest, name = float(value.abs().max()), str(dtype).removeprefix("torch.")
+        held = [str(each).removeprefix("torch.") for each in WIDER if largest <= torch.finfo(each).max]
+        wider = f"{advice} {' or '.join(held)}" if held else "scale the weights"
+        raise InputError(f"{what} holds {largest:.6g}, which is beyond {name}: {wider}")
+    return found
 
 
 INTEGERS = {torch.float32: torch.int32, torch.float64: torch.int64}

@@ -89,6 +89,20 @@ def test_what_stays_is_copied_byte_for_byte(tmp_path: Path) -> None:
     assert fields[1]["qwen3moe.expert_count"].contents() == 3
 
 
+@pytest.mark.parametrize("kind", ["f32", "q4_0"])
+def test_infinity_in_the_original_is_not_copied(kind: str, tmp_path: Path) -> None:
+    dense = mixture("qwen3_moe", tmp_path / "dense")
+    folder = prune(dense, tmp_path / "pruned")
+    original = export(dense, tmp_path / "dense.gguf", GgufFile(kind=kind)).path
+    tensor = next(one for one in PlainReader(original).tensors if one.name == "blk.1.attn_q.weight")
+    with original.open("r+b") as file:
+        file.seek(int(tensor.data_offset))
+        file.write(np.array(np.inf, "<f4" if kind == "f32" else "<f2").tobytes())  # a number, or the scale of a block
+    with pytest.raises(InputError, match=r"the tensor blk.1.attn_q.weight of .* holds NaN or infinity"):
+        export(folder, tmp_path / "small.gguf", GgufExperts(original))
+    assert not (tmp_path / "small.gguf").exists()
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_llama_cpp_runs_it(family: str, tmp_path: Path) -> None:
     dense = mixture(family, tmp_path / "dense")

@@ -451,3 +451,37 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert file.read_bytes() == before
     assert main(["export", str(folder), "--output", str(file), "--overwrite"]) == 0
     assert len(file.read_bytes()) > len(before)
+
+
+@pytest.mark.parametrize(
+    ("kind", "number", "named", "held"),
+    [
+        ("f16", 65_520.0, "65520 is beyond the numbers that f16 holds", "f32 or q8_0"),
+        ("q8_0", 1e7, "1e+07 is beyond the numbers that q8_0 holds", "f32"),
+    ],
+)
+def test_a_weight_beyond_the_type_is_named_with_the_types_that_hold_it(
+    kind: str, number: float, named: str, held: str, tmp_path: Path
+) -> None:
+    model = tiny_llama()
+    model.get_parameter("model.layers.1.mlp.down_proj.weight").data[3, 5] = number
+    folder = save_tiny(model, tmp_path / "model")
+    with pytest.raises(InputError) as refused:
+        export(folder, tmp_path / "x.gguf", GgufFile(kind=kind))
+    told = str(refused.value)
+    assert "blk.1.ffn_down.weight (model.layers.1.mlp.down_proj.weight)" in told and named in told
+    assert f"give --type {held}" in told
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    for other in held.split(" or "):
+        read = load_model(export(folder, tmp_path / f"{other}.gguf", GgufFile(kind=other)).path, dtype="float32")
+        found = float(read.decoder().layer(1, "mlp.down_proj").weight.detach()[3, 5])
+        assert abs(found / number - 1) < 0.01
+
+
+def test_a_weight_that_is_no_number_is_not_written(tmp_path: Path) -> None:
+    model = tiny_llama()
+    model.model.norm.weight.data[3] = torch.nan
+    folder = save_tiny(model, tmp_path / "model")
+    with pytest.raises(InputError, match=r"the tensor output_norm.weight .* holds NaN or infinity"):
+        export(folder, tmp_path / "x.gguf", GgufFile())
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]

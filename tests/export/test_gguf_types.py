@@ -15,7 +15,7 @@ from optprune.calibration.input_squares import mean_squares
 from optprune.cli import main
 from optprune.errors import InputError, OptpruneError
 from optprune.export import GgufFile, Importance, ModelSource, export, ggml, importance_of
-from optprune.export.ggml import packed
+from optprune.export.ggml import BeyondType, packed
 from optprune.export.gguf_families import FAMILIES
 from optprune.export.gguf_tensors import Tensors
 from optprune.export.gguf_types import SMALL_BLOCK, TYPES, Choice, fallback
@@ -187,6 +187,27 @@ def test_what_cannot_be_packed_is_refused() -> None:
         packed(torch.randn(2, 64, generator=torch.Generator().manual_seed(0)), Kind.Q4_0, torch.ones(40))
     with pytest.raises(InputError, match="NaN or infinity"):
         packed(torch.full((2, 32), float("nan")), Kind.Q4_0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "largest"),
+    [(Kind.F16, 65_504.0), (Kind.Q8_0, 8e6), (Kind.Q5_0, 9e5), (Kind.Q4_0, 4e5), (Kind.Q6_K, 2e8), (Kind.Q4_K, 4e6)],
+)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_no_number_becomes_infinite(kind: Kind, largest: float, weighted: bool) -> None:
+    """Numbers up to the largest are in the file, up to rounding; others are refused, or are in the file too."""
+    weight = torch.randn(3, 512, generator=torch.Generator().manual_seed(0))
+    importance = torch.rand(512, generator=torch.Generator().manual_seed(1)) if weighted else None
+    for number in (largest, -largest, 70_000.0, 1e7, 1e8, 1e12, 1e20, 1e38, -1e7, -1e30):
+        weight[1, 77] = number
+        try:
+            found = packed(weight, kind, importance)
+        except BeyondType as error:
+            assert f"{abs(number):.6g} is beyond the numbers that {kind.name.lower()} holds" in str(error)
+            assert abs(number) > largest
+        else:
+            written = decoded(found, kind)
+            assert bool(written.isfinite().all()) and abs(float(written[1, 77]) / number - 1) < 0.15
 
 
 @pytest.mark.parametrize("kind", SMALL)

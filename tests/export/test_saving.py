@@ -20,7 +20,7 @@ from huggingface_hub import constants
 import optprune
 from optprune.allocation import Allocation
 from optprune.errors import InputError, OptpruneError
-from optprune.export import GgufFile, cast, check_output, export, save_model
+from optprune.export import GgufFile, TransformersFolder, cast, check_output, export, save_model
 from optprune.export.place import Scratch, check_apart, delete_left_behind, put_in_place
 from optprune.export.shards import write_weights
 from optprune.models import BlockAllocation, Decoder, load_model, load_tokenizer
@@ -681,11 +681,37 @@ def test_values_beyond_a_dtype_are_not_saved_as_infinity() -> None:
     with torch.no_grad():
         model.model.norm.weight[3] = 1e6
     before = {name: value.clone() for name, value in model.named_parameters()}
-    with pytest.raises(InputError, match=r"model.norm.weight holds values beyond torch.float16"):
+    with pytest.raises(
+        InputError, match=r"model.norm.weight holds 1e\+06, which is beyond float16: save it as bfloat16 or"
+    ):
         cast(model, torch.float16)
     assert all(torch.equal(value, before[name]) for name, value in model.named_parameters())
     cast(model, torch.bfloat16)
     assert {value.dtype for value in model.parameters()} == {torch.bfloat16}
+
+
+def test_a_number_that_became_infinite_in_half_precision_is_not_saved(tmp_path: Path) -> None:
+    model = tiny_llama().half()
+    with torch.no_grad():
+        model.get_parameter("model.layers.1.mlp.down_proj.weight")[2, 3] *= 1e9
+    with pytest.raises(InputError, match=r"model.layers.1.mlp.down_proj.weight holds NaN or infinity, so it is not"):
+        save_model(model, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float16"])
+def test_an_exported_folder_holds_no_infinity(dtype: str, tmp_path: Path) -> None:
+    model = tiny_llama()
+    with torch.no_grad():
+        model.get_parameter("model.layers.1.mlp.down_proj.weight")[2, 3] = 7e4
+    model.save_pretrained(tmp_path / "model")
+    if dtype == "auto":
+        config = (tmp_path / "model" / "config.json").read_text()
+        (tmp_path / "model" / "config.json").write_text(config.replace('"float32"', '"float16"'))
+    named = r"model.layers.1.mlp.down_proj.weight of .* holds 70000, which is beyond float16: load it as bfloat16"
+    with pytest.raises(InputError, match=named):
+        export(tmp_path / "model", tmp_path / "out", TransformersFolder(dtype=dtype))
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 @pytest.mark.parametrize("name", ["opt", "qwen2"])
