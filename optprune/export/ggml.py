@@ -18,8 +18,8 @@ from torch import Tensor
 from optprune.errors import InputError, OptpruneError
 from optprune.grids import GRIDS, Codes
 from optprune.measure.llama_cpp_binding import binding
-from optprune.system.wording import install
 from optprune.numerics.tensors import all_finite
+from optprune.system.wording import install
 
 WITHOUT_GGML = (GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.Q8_0)
 """types that gguf's functions pack as ggml does; the rounding of q8_0 does not depend on an importance"""
