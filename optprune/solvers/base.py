@@ -27,10 +27,12 @@ class Status(Enum):
 
 @dataclass(frozen=True)
 class Certificate:
-    """A proved lower bound on the optimal objective of the problem, and the method of its proof."""
+    """A lower bound on the optimal objective of the problem, and the method of its proof."""
 
     lower_bound: float
     proof: str
+    stated_by_file: bool = False
+    """whether the bound was read from a file and not proved here"""
 
 
 @dataclass(frozen=True)
@@ -61,12 +63,12 @@ class Solution:
 
     @property
     def gap(self) -> float | None:
-        """(objective - lower bound) / |objective|, the most that can be gained; None where nothing is proved.
+        """(objective - lower bound) / |objective|, the most that can be gained; None where nothing is proved here.
 
         The bound of a solution is lowered by the rounding error of measuring its objective, so the smallest possible
         gap is a few roundings.
         """
-        if self.certificate is None or self.violation > 0:
+        if self.certificate is None or self.certificate.stated_by_file or self.violation > 0:
             return None
         excess = self.objective - self.certificate.lower_bound
         if excess == 0:

@@ -10,7 +10,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from optprune.errors import InputError, check_kind
-from optprune.numerics.tensors import check_tensor
+from optprune.numerics.tensors import all_finite, check_floats, check_tensor
 from optprune.problems import Problem
 from optprune.problems.files import SOLUTION
 from optprune.solvers.base import Certificate, Solution, Status
@@ -33,13 +33,22 @@ def save_solution(solution: Solution, problem: Problem, path: str | Path) -> Non
     remedy = "give what solve returns, then its problem, then the path"
     check_kind("the solution", solution, Solution, remedy)
     check_kind("the problem", problem, Problem, remedy)
-    check_tensor("the weight of the solution", solution.value, problem.loss.weight.shape)
-    violation = problem.violation(solution.value.to(problem.loss.weight.device))
-    if not math.isclose(violation, solution.violation, rel_tol=ROUNDING):
-        raise InputError(
-            f"the solution has a violation of {solution.violation:g}, and this problem measures {violation:g}: give "
-            "the problem that it solves"
-        )
+    weight, what = problem.loss.weight, "the weight of the solution"
+    check_tensor(what, solution.value, weight.shape)
+    value = solution.value.to(weight.device)
+    check_floats(what, value, weight.shape, weight)
+    if not all_finite(value):
+        raise InputError(f"{what} holds NaN or infinity: it is no answer, so solve the problem again")
+    measured, error = problem.measure(value), problem.measuring_error(value)
+    for name, own, here, close in (
+        ("a violation", solution.violation, measured.violation, {"rel_tol": ROUNDING}),
+        ("an objective", solution.objective, measured.objective, {"rel_tol": 0.0, "abs_tol": 2 * error}),
+    ):
+        if not math.isclose(own, here, **close):
+            raise InputError(
+                f"the solution has {name} of {own:.6g}, and this problem measures {here:.6g}: give the problem that it "
+                "solves"
+            )
     data = solution_bytes(solution, problem)
     write_whole(own_place(path), lambda stream: stream.write(data))
 
@@ -65,7 +74,8 @@ def solution_bytes(solution: Solution, problem: Problem) -> bytes:
 def load_solution(path: str | Path, problem: Problem) -> Solution:
     """Return the solution of a problem in a file, with the objective and the violation that the problem measures now.
 
-    The status and the certificate are those that the file states; to prove a bound again, solve the problem again.
+    The status and the certificate are those that the file states: the certificate says so, and there is no gap to it.
+    To prove a bound, solve the problem again.
     InputError where the file is no solution, is one of another problem, differs from these measurements by more than
     rounding, or states a lower bound above the objective.
     """
@@ -76,7 +86,7 @@ def load_solution(path: str | Path, problem: Problem) -> Solution:
             header: Any = read_json(metadata[SOLUTION], f"the header of {path}")
             value: Tensor = file.get_tensor(VALUE).to(problem.loss.weight.device)
         status, proof = Status[header["status"]], header["certificate"]
-        certificate = None if proof is None else Certificate(float(proof[0]), str(proof[1]))
+        certificate = None if proof is None else Certificate(float(proof[0]), str(proof[1]), stated_by_file=True)
         stated, outside = float(header["objective"]), float(header["violation"])
         steps, seconds = int(header["steps"]), float(header["seconds"])
         version = header["format"]

@@ -222,8 +222,8 @@ class _Transformed:
 
 
 def _best(*found: Certificate | None) -> Certificate | None:
-    """Return the certificate with the highest bound."""
-    proved = [one for one in found if one is not None]
+    """Return the certificate with the highest bound that was proved here."""
+    proved = [one for one in found if one is not None and not one.stated_by_file]
     return max(proved, key=lambda one: one.lower_bound, default=None)
 
 

@@ -2,7 +2,7 @@
 
 import json
 import os
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +14,44 @@ from safetensors.torch import load_file, save_file
 from optprune.errors import InputError
 from optprune.patterns import RowWise
 from optprune.problems import SparseLeastSquares, save_problem
-from optprune.solvers import Chain, Restore, Swaps, Wanda, solve
+from optprune.solvers import Certificate, Chain, Restore, Swaps, Wanda, solve
 from optprune.solvers.files import SOLUTION, load_solution, save_solution, solution_bytes
 from tests.helpers.sparse_cases import correlated
 
 
 def test_a_solution_is_the_same_in_its_file(tmp_path: Path) -> None:
-    problem = correlated(0, 8, 12, "2:4", dtype=torch.float32)
-    found = solve(problem, Chain((Wanda(), Swaps(), Restore())))
+    sparse = correlated(0, 8, 12, "2:4", dtype=torch.float32)
+    problem = sparse.restrict(sparse.support(solve(sparse, Chain((Wanda(), Swaps()))).value))
+    found = solve(problem, Restore())
     save_solution(found, problem, tmp_path / "file")
     loaded = load_solution(tmp_path / "file", problem)
     assert torch.equal(loaded.value, found.value)
-    for name in ("objective", "violation", "status", "steps", "seconds", "certificate", "notes", "gap"):
+    for name in ("objective", "violation", "status", "steps", "seconds", "notes"):
         assert getattr(loaded, name) == getattr(found, name), name
+    assert found.certificate is not None
+    assert loaded.certificate == replace(found.certificate, stated_by_file=True)
+    save_solution(loaded, problem, tmp_path / "again")
+    assert (tmp_path / "again").read_bytes() == (tmp_path / "file").read_bytes()
+
+
+def test_a_bound_in_a_file_is_stated_and_not_proved(tmp_path: Path) -> None:
+    problem, file = correlated(0, 8, 12, "2:4"), tmp_path / "file"
+    found = solve(problem, Wanda())
+    assert found.certificate is None
+    save_solution(found, problem, file)
+    changed(file, certificate=[found.objective, "by the word of a stranger"])
+    loaded = load_solution(file, problem)
+    assert loaded.gap is None, "the gap to a bound that nobody has checked is none"
+    assert "stated_by_file=True" in repr(loaded)
+
+    @dataclass(frozen=True)
+    class Believer(Wanda):
+        """Passes on what a file states."""
+
+        def prove(self, problem: Any, value: Any) -> Certificate | None:
+            return loaded.certificate
+
+    assert solve(problem, Believer()).certificate is None
 
 
 def test_what_is_no_solution_of_the_problem_is_a_sentence(tmp_path: Path) -> None:
@@ -90,6 +115,16 @@ def test_a_solution_of_another_problem_is_not_saved(tmp_path: Path) -> None:
         save_solution(dense, problem, file)
     with pytest.raises(InputError, match="the weight of the solution"):
         save_solution(solve(correlated(0, 4, 12, "2:4"), Wanda()), problem, file)
+    other = solve(correlated(2, 8, 12, "2:4"), Wanda())
+    assert other.violation == 0 and problem.violation(other.value) == 0
+    with pytest.raises(InputError, match="has an objective of .*: give the problem that it solves"):
+        save_solution(other, problem, file)
+    half = solve(correlated(0, 8, 12, "2:4", dtype=torch.float32), Wanda())
+    with pytest.raises(InputError, match="is torch.float32, but the rest is torch.float64"):
+        save_solution(half, problem, file)
+    not_finite = replace(other, value=other.value * torch.nan, objective=torch.nan, violation=torch.nan)
+    with pytest.raises(InputError, match="holds NaN or infinity"):
+        save_solution(not_finite, problem, file)
     swapped: Any = (problem, dense)
     with pytest.raises(InputError, match="give what solve returns, then its problem, then the path"):
         save_solution(*swapped, file)
