@@ -51,14 +51,20 @@ def check_kind(what: str, value: object, kind: type | tuple[type, ...], remedy: 
         raise InputError(f"{what} cannot be {given}: {remedy}")
 
 
+LARGEST_COUNT = 2**63 - 1
+"""the largest whole number that a tensor holds; a message shows it whole"""
+
+
 def check_count(what: str, value: object) -> None:
-    """Raise InputError unless a value is a whole number that is not negative."""
+    """Raise InputError unless a value is a whole number that is not negative, and that a tensor holds."""
     try:
-        counts = operator.index(value) >= 0  # type: ignore[arg-type]  # the error says whether it has an index
+        count = operator.index(value)  # type: ignore[arg-type]  # the error says whether it has an index
     except TypeError:
-        counts = False
-    if not counts:
+        count = -1
+    if count < 0:
         raise InputError(f"{what} cannot be {shown(value)}: give a whole number of at least 0")
+    if count > LARGEST_COUNT:
+        raise InputError(f"{what} cannot be {shown(value)}: give a smaller number")
 
 
 def is_out_of_memory(error: BaseException) -> bool:

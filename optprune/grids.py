@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from optprune.errors import InputError
+from optprune.errors import InputError, check_count
 
 SPREAD = (-1.5, 3.0)
 """limits of the integers, beyond the largest one, to which the largest weight of a block is tried to be rounded"""
@@ -57,6 +57,9 @@ class Grid:
     """the most binary digits of a scale"""
 
     def __post_init__(self) -> None:
+        check_count("the number of bits of a grid", self.bits)
+        check_count("the length of a block of a grid", self.block)
+        check_count("the number of digits of a scale", self.digits)
         if not 2 <= self.bits <= 8:
             raise InputError(f"a grid has 2 to 8 bits, not {self.bits}")
         if self.block < 1:

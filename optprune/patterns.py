@@ -13,7 +13,7 @@ from torch import Tensor
 
 from optprune.errors import InputError, check_count, check_kind
 from optprune.numerics import linalg
-from optprune.numerics.tensors import INTEGERS, check_mask, kth_largest
+from optprune.numerics.tensors import INTEGERS, as_indices, check_mask, kth_largest
 from optprune.system.wording import shown, suggestion
 
 NETWORK = 16
@@ -165,6 +165,10 @@ class SlotWise(Pattern):
     slots: Int[Tensor, " units"]
     """the slot of each unit; all slots have the same size"""
     keep: int
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "slots", as_indices("the slots of units", self.slots, ("units",)))
+        check_count("the number of units to keep in a slot", self.keep)
 
     def project(self, score: Float[Tensor, " units"]) -> Bool[Tensor, " units"]:
         order = torch.argsort(self.slots, stable=True)

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from optprune.errors import InputError, check_kind
 from optprune.numerics import linalg
+from optprune.numerics.tensors import check_real
+from optprune.system.wording import shown
 
 
 class Penalty(ABC):
@@ -70,7 +72,7 @@ class NormPenalty(Penalty):
 def _nonnegative(what: str, value: float) -> None:
     check_kind(what, value, Real, "give a number")
     if not (value >= 0 and math.isfinite(value)):
-        raise InputError(f"{what} must be finite and not negative, not {value}")
+        raise InputError(f"{what} must be finite and not negative, not {shown(value)}")
 
 
 @final
@@ -110,6 +112,7 @@ class WeightedL1(NormPenalty):
 
     def __post_init__(self) -> None:
         check_kind("weights of an l1 penalty", self.weights, Tensor, "give a tensor; L1 takes a single number")
+        check_real("weights of an l1 penalty", self.weights, self.weights.shape)
         if not self.weights.numel():
             raise InputError("the weights of an l1 penalty are empty: give one for each input, output or entry")
         least, largest = linalg.numbers(*torch.aminmax(self.weights))

@@ -10,10 +10,14 @@ FLOAT32 = "ieee"
 """torch's name for products of float32 in float32"""
 
 
-def excess(size: float, most: int) -> float:
-    """Return the power of two that scales a size to about 1 if it is above 2^most or below 2^-most, else 1."""
+def excess(size: float, most: int, dtype: torch.dtype) -> float:
+    """Return the power of two that scales a size to about 1 if it is above 2^most or below 2^-most, else 1.
+
+    It is a number of the dtype, so a subnormal size stays below 1.
+    """
     exponent = math.frexp(size)[1] if size > 0 else 0
-    return 1.0 if abs(exponent) <= most else 2.0**-exponent
+    largest = math.frexp(torch.finfo(dtype).max)[1] - 1
+    return 1.0 if abs(exponent) <= most else 2.0 ** min(-exponent, largest)
 
 
 @contextmanager

@@ -37,6 +37,13 @@ def check_floats(what: str, value: Tensor, shape: Sequence[int | str], like: Ten
     _check_device(what, value, like)
 
 
+def check_real(what: str, value: Tensor, shape: Sequence[int | str]) -> None:
+    """Raise InputError unless a value is a tensor of real numbers, of any precision, of a shape."""
+    check_tensor(what, value, shape)
+    if not value.is_floating_point():
+        raise InputError(f"{what} must be real numbers, not {value.dtype}: convert it, by .float()")
+
+
 def check_mask(what: str, value: Tensor, shape: Sequence[int | str], like: Tensor | None = None) -> None:
     """Raise InputError unless a value is a bool tensor of a shape, on the device of another."""
     check_tensor(what, value, shape)
@@ -45,12 +52,16 @@ def check_mask(what: str, value: Tensor, shape: Sequence[int | str], like: Tenso
     _check_device(what, value, like)
 
 
-def check_indices(what: str, value: Tensor, shape: Sequence[int | str], like: Tensor | None = None) -> None:
-    """Raise InputError unless a value is a tensor of whole numbers of a shape, on the device of another."""
+def as_indices(what: str, value: Tensor, shape: Sequence[int | str], like: Tensor | None = None) -> Tensor:
+    """Return a tensor of whole numbers of any size, as torch takes indices: in int64.
+
+    InputError for other tensors, of another shape or not on the device of another tensor.
+    """
     check_tensor(what, value, shape)
-    if value.dtype == torch.bool or value.is_floating_point():
+    if value.dtype == torch.bool or value.is_floating_point() or value.is_complex():
         raise InputError(f"{what} must be whole numbers, not {value.dtype}: convert them, by .long()")
     _check_device(what, value, like)
+    return value.long()
 
 
 def _check_device(what: str, value: Tensor, like: Tensor | None) -> None:

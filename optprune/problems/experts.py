@@ -14,8 +14,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from optprune.errors import InputError
+from optprune.errors import InputError, check_count
 from optprune.numerics.fingerprint import LATER, fingerprint
+from optprune.numerics.tensors import all_finite, check_real
 
 
 def router_gates(logits: Float[Tensor, "tokens experts"], *, sigmoids: bool) -> Float[Tensor, "tokens experts"]:
@@ -50,7 +51,22 @@ class ExpertChoice:
     """the numbers that a router by sigmoids adds to them for the choice; None for a router by a softmax"""
 
     def __post_init__(self) -> None:
-        if not self.chosen <= self.keep <= self.experts:
+        check_real("the router's output", self.logits, ("tokens", "experts"))
+        tokens, experts = self.logits.shape
+        for what, value, shape in (
+            ("the router's output", self.logits, (tokens, experts)),
+            ("the products of the experts' outputs", self.products, (tokens, experts, experts)),
+            ("the router's correction", self.correction, (experts,)),
+        ):
+            if value is not None:
+                check_real(what, value, shape)
+                if not all_finite(value):
+                    raise InputError(
+                        f"{what} must be finite: look for NaN in the model, or load it with --dtype float32"
+                    )
+        check_count("the number of experts that the router chooses", self.chosen)
+        check_count("the number of experts to keep", self.keep)
+        if not 0 < self.chosen <= self.keep <= self.experts:
             raise InputError(
                 f"{self.keep} of {self.experts} experts cannot be kept: the router chooses {self.chosen} for each "
                 f"token; keep {self.chosen} to {self.experts}"

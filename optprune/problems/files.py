@@ -23,7 +23,7 @@ from optprune.metric import OutputMetric
 from optprune.moments import Drift, InputMoments
 from optprune.numerics.fingerprint import fingerprint, plain
 from optprune.numerics.tensors import write_tensors
-from optprune.patterns import NM, PartlyFixed, RowLimits, RowWise, SlotWise, Unstructured
+from optprune.patterns import NM, PartlyFixed, RowLimits, RowWise, Unstructured
 from optprune.penalties import L1, ColumnGroups, ElasticNet, WeightedL1
 from optprune.problems.base import Problem
 from optprune.problems.experts import ExpertChoice
@@ -57,7 +57,7 @@ KINDS: dict[str, type] = {
 }
 """the kinds by their names in files"""
 CLASSES: tuple[type, ...] = (
-    LayerLoss, InputMoments, Drift, OutputMetric, Unstructured, RowWise, NM, RowLimits, PartlyFixed, SlotWise,
+    LayerLoss, InputMoments, Drift, OutputMetric, Unstructured, RowWise, NM, RowLimits, PartlyFixed,
     L1, WeightedL1, ElasticNet, ColumnGroups, Grid, Link, ChannelGroups,
 )  # fmt: skip
 PARTS = dict(zip(map(attrgetter("__name__"), CLASSES), CLASSES, strict=True))
@@ -169,7 +169,8 @@ def _header(path: Path, metadata: Mapping[str, str] | None) -> Fields:
     if version != FORMAT:
         raise InputError(f"{path} is of the format {shown(version)}, and this optprune reads the format {FORMAT}")
     digest = header.pop("digest", None)
-    if digest != digest_of(header) or not {"kind", "fingerprint", "origin", "fields", "tensors"} <= header.keys():
+    known = {"kind", "fingerprint", "origin", "fields", "tensors"} <= header.keys()
+    if digest != digest_of(header) or not known or not _is_origin(header["origin"]):
         raise InputError(f"{path} is damaged: its header was changed; save it again")
     return header
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from optprune.errors import InputError
 from optprune.metric import OutputMetric
 from optprune.moments import InputMoments
-from optprune.numerics.tensors import check_indices
+from optprune.numerics.tensors import as_indices
 from optprune.problems.loss import LayerLoss
 from optprune.problems.structured import Channels, StructuredProblem
 
@@ -33,8 +33,9 @@ class Link(Channels):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for rows in self.rows:
-            check_indices("the rows of units", rows, ("units", "rows"), self.columns)
+        every = tuple(as_indices("the rows of units", rows, ("units", "rows"), self.columns) for rows in self.rows)
+        object.__setattr__(self, "rows", every)
+        for rows in every:
             if len(rows) != self.units:
                 raise InputError(f"a link of {self.units} units has {len(rows)} rows: give one for each unit")
 

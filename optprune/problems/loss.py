@@ -15,7 +15,7 @@ from optprune.metric import OutputMetric
 from optprune.moments import InputMoments
 from optprune.numerics.fingerprint import fingerprint
 from optprune.numerics.precision import excess, full_precision
-from optprune.numerics.tensors import all_finite, check_floats, check_tensor
+from optprune.numerics.tensors import all_finite, check_floats, check_real
 from optprune.problems.exact import ExactLoss, absolute_product, gram_columns, pull_of
 
 MODERATE_INPUTS, MODERATE_WEIGHTS = 12, 24
@@ -96,7 +96,7 @@ class LayerLoss:
     ) -> "LayerLoss":
         """Return the loss of a weight in the moments' dtype, on their device, with damping x mean(diag Gram) as D."""
         _check_moments(moments)
-        check_tensor("the weight", weight, ("out", "in"))
+        check_real("the weight", weight, ("out", "in"))
         # A copy, because later writes to the model must not change the problem.
         own = weight.detach().to(moments.mean, copy=True)
         if metric is not None:
@@ -186,9 +186,10 @@ class LayerLoss:
         numbers are extreme, the loss is returned unchanged. The unit of weights may have to stay (not `of_weights`).
         """
         size = float(self._statistics.mean_square.double().mean()) ** 0.5
-        inputs, weights = excess(size, MODERATE_INPUTS), 1.0
+        dtype = self.weight.dtype
+        inputs, weights = excess(size, MODERATE_INPUTS, dtype), 1.0
         if of_weights:
-            weights = excess(float(self.weight.abs().max()), MODERATE_WEIGHTS)
+            weights = excess(float(self.weight.abs().max()), MODERATE_WEIGHTS, dtype)
         if inputs == weights == 1:
             return self, 1.0, 1.0
         moments = self.moments if inputs == 1 else self.moments.times(inputs)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from optprune.errors import InputError
 from optprune.moments import Drift, InputMoments
+from optprune.numerics.tensors import as_indices, check_real
 from optprune.problems.loss import LayerLoss
 from optprune.problems.structured import Channels
 
@@ -27,6 +28,13 @@ class Rotation:
     """the columns are the new units, in terms of the old ones"""
     columns: Int[Tensor, "slots size tied"]
     """the columns of the weight that each slot's units stand for"""
+
+    def __post_init__(self) -> None:
+        check_real("the matrices of a rotation", self.matrices, ("slots", "size", "size"))
+        slots, size, _ = self.matrices.shape
+        check_real("the matrices of a rotation", self.matrices, (slots, size, size))
+        columns = as_indices("the columns of a rotation", self.columns, (slots, size, "tied"))
+        object.__setattr__(self, "columns", columns)
 
     @classmethod
     def of(cls, matrices: Float[Tensor, "slots size size"], channels: Channels) -> "Rotation":
@@ -104,10 +112,18 @@ class Permutation:
     inputs: Int[Tensor, " in"]
     """the old index of the column of the weight at each new index"""
 
+    def __post_init__(self) -> None:
+        for field, what in (("units", "the order of units"), ("inputs", "the order of inputs")):
+            order = as_indices(what, getattr(self, field), (field,))
+            if int(order.min()) < 0 or int(order.max()) >= len(order):
+                raise InputError(f"{what} must hold the numbers from 0 to {len(order) - 1}, each once")
+            object.__setattr__(self, field, order)
+
     @classmethod
     def of(cls, units: Int[Tensor, " units"], channels: Channels, width: int) -> "Permutation":
         """Return the permutation of a weight with `width` columns by an order of units that keeps each in its slot."""
         slots = channels.slots
+        units = as_indices("the order of units", units, ("units",), slots)
         every = torch.arange(channels.units, device=slots.device)
         if units.shape != every.shape or not torch.equal(units.sort().values, every):
             raise InputError(

@@ -12,7 +12,7 @@ from torch import Tensor
 from optprune.errors import InputError, check_count, check_kind
 from optprune.metric import OutputBasis
 from optprune.numerics import linalg
-from optprune.numerics.tensors import check_indices
+from optprune.numerics.tensors import as_indices
 from optprune.patterns import SlotWise
 from optprune.problems.loss import LayerLoss
 from optprune.problems.masked import SelectionProblem
@@ -28,18 +28,22 @@ class Channels(ABC):
     """the slot of each unit, e.g. its KV head; all slots have equally many units"""
 
     def __post_init__(self) -> None:
-        check_indices("the columns of units", self.columns, ("units", "columns"))
-        check_indices("the slots of units", self.slots, ("units",), self.columns)
+        object.__setattr__(self, "columns", as_indices("the columns of units", self.columns, ("units", "columns")))
+        object.__setattr__(self, "slots", as_indices("the slots of units", self.slots, ("units",), self.columns))
         if len(self.slots) != self.units:
             raise InputError(f"{self.units} units have {len(self.slots)} slots: give one for each unit")
-        if int(self.slots.min()) < 0:
-            raise InputError(f"a slot cannot be {int(self.slots.min())}: number them from 0")
+        first, last = (int(end) for end in torch.aminmax(self.slots))
+        # Before anything is counted: memory and messages are bounded by the number of units.
+        if first < 0 or last >= self.units:
+            wrong = first if first < 0 else last
+            raise InputError(f"a slot of {self.units} units cannot be {wrong}: number them from 0, without a gap")
         flat = self.columns.reshape(-1)
         if linalg.unique(flat).numel() != flat.numel():
             raise InputError("two units claim the same column of the weight")
         counts = torch.bincount(self.slots)
         if bool((counts != counts[0]).any()):
-            raise InputError(f"all slots must have the same number of units, not {[int(count) for count in counts]}")
+            least, most = (int(end) for end in torch.aminmax(counts))
+            raise InputError(f"all slots must have the same number of units, not {least} to {most}")
 
     @property
     def units(self) -> int:
@@ -114,7 +118,7 @@ class StructuredProblem(SelectionProblem):
         channels, width = self.channels, self.loss.weight.shape[1]
         check_kind("the units to choose from", channels, Channels, "give ChannelGroups or a Link")
         check_count("the number of units to keep", self.keep)
-        check_indices("the columns of units", channels.columns, ("units", "columns"), self.loss.weight)
+        as_indices("the columns of units", channels.columns, ("units", "columns"), self.loss.weight)
         first, last = int(channels.columns.min()), int(channels.columns.max())
         if first < 0 or last >= width:
             raise InputError(f"the units name columns {first} to {last}, but the layer has {width}: count from 0")

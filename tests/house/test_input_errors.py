@@ -19,6 +19,7 @@ from optprune.patterns import NM, PartlyFixed, RowLimits, RowWise, Unstructured
 from optprune.penalties import L1, WeightedL1
 from optprune.problems import (
     ChannelGroups,
+    ExpertChoice,
     LayerLoss,
     LinkedLeastSquares,
     MaskedLeastSquares,
@@ -113,6 +114,15 @@ def averages(gram: Tensor = GRAM, mean: Tensor = MEAN, dense: DenseMoments | Non
     return InputMoments.from_averages(gram, mean, 50, dense)
 
 
+LOGITS, PRODUCTS = torch.ones(5, 3), torch.ones(5, 3, 3)
+
+
+def chosen_experts(
+    logits: Tensor = LOGITS, products: Tensor = PRODUCTS, chosen: int = 1, correction: Tensor | None = None
+) -> ExpertChoice:
+    return ExpertChoice(logits, products, chosen, True, 2, correction)
+
+
 def weighted(weights: object) -> PenalisedLeastSquares:
     return PenalisedLeastSquares(LOSS, WeightedL1(weights))  # type: ignore[arg-type]
 
@@ -142,6 +152,8 @@ MISTAKES: dict[str, Callable[[], Any]] = {
     r"dense inputs must be \[50, 8\], not \[50, 5\]": lambda: InputMoments.from_samples(SAMPLES, SAMPLES[:, :5]),
     "dense inputs is torch.float64": lambda: InputMoments.from_samples(SAMPLES, SAMPLES.double()),
     r"weight must be \[out, in\], not \[8\]": lambda: LayerLoss.of(WEIGHT[0], MOMENTS),
+    "weight must be real numbers, not torch.int64": lambda: LayerLoss.of((10 * WEIGHT).long(), MOMENTS),
+    "weight must be real numbers, not torch.complex64": lambda: LayerLoss.of(WEIGHT.to(torch.complex64), MOMENTS),
     r"weight must be \[out, in\], not \[0, 8\]": lambda: LayerLoss.of(WEIGHT[:0], MOMENTS),
     "moments cannot be of type Tensor: make them by InputMoments": lambda: LayerLoss.of(WEIGHT, GRAM),
     "damping fraction cannot be 'a': give a number": lambda: LayerLoss.of(WEIGHT, MOMENTS, "a"),
@@ -172,12 +184,25 @@ MISTAKES: dict[str, Callable[[], Any]] = {
     "weights of an l1 penalty cannot be 0.1: give a tensor": lambda: weighted(0.1),
     "the strength of an l1 penalty cannot be 'a'": lambda: L1("a"),
     "penalty cannot be 'l1': give an instance": lambda: PenalisedLeastSquares(LOSS, "l1"),
+    "weights of an l1 penalty must be real numbers, not torch.bool": lambda: weighted(WEIGHT > 0),
+    # Mixtures of experts
+    "the router's output must be finite": lambda: chosen_experts(logits=LOGITS / 0),
+    "the products of the experts' outputs must be finite": lambda: chosen_experts(products=PRODUCTS * math.nan),
+    "the router's correction must be finite": lambda: chosen_experts(correction=torch.full((3,), math.inf)),
+    "the router's output must be real numbers, not torch.int64": lambda: chosen_experts(logits=LOGITS.long()),
+    r"the products of the experts' outputs must be \[5, 3, 3\], not \[5, 3, 2\]": lambda: chosen_experts(
+        products=PRODUCTS[:, :, :2]
+    ),
+    "the number of experts that the router chooses cannot be -1": lambda: chosen_experts(chosen=-1),
+    "2 of 3 experts cannot be kept: the router chooses 0": lambda: chosen_experts(chosen=0),
     # Units
     "units to keep cannot be 4.0": lambda: StructuredLeastSquares(LOSS, ChannelGroups.of(8), 4.0),
     "0 channels cannot be cut": lambda: ChannelGroups.of(0),
     "number of channels cannot be 8.0": lambda: ChannelGroups.of(8.0),
     "slots of units must be whole numbers, not torch.float32": lambda: ChannelGroups(EVERY, NONE.float()),
-    "a slot cannot be -1": lambda: ChannelGroups(EVERY, NONE - 1),
+    "a slot of 8 units cannot be -1: number them from 0": lambda: ChannelGroups(EVERY, NONE - 1),
+    "a slot of 8 units cannot be 8: number them from 0": lambda: ChannelGroups(EVERY, NONE + 8),
+    "same number of units, not 1 to 7": lambda: ChannelGroups(EVERY, (EVERY[:, 0] == 0).long()),
     r"must be \[units, columns\], not \[8\]": lambda: ChannelGroups(EVERY[:, 0], NONE),
     r"must be \[units, columns\], not \[0, 1\]": lambda: ChannelGroups(EVERY[:0], NONE[:0]),
     "rows of units must be whole numbers": lambda: Link(EVERY, NONE, (EVERY.float(),)),

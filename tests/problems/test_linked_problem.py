@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +11,16 @@ from hypothesis import strategies as st
 
 from optprune.errors import InputError
 from optprune.moments import InputMoments
-from optprune.problems import LayerLoss, Link, LinkedLeastSquares, MaskedLeastSquares
+from optprune.patterns import SlotWise
+from optprune.problems import (
+    LayerLoss,
+    Link,
+    LinkedLeastSquares,
+    MaskedLeastSquares,
+    Permutation,
+    load_problem,
+    save_problem,
+)
 from optprune.solvers import Chain, FaspMetric, Magnitude, Random, Restore, solve
 from optprune.testing import REFERENCES, reference
 from optprune.testing.quadratic import rounding
@@ -214,3 +224,20 @@ def test_refitting_a_choice_attains_the_optimum_of_that_choice(problem, seed):
     nothing = problem.objective(torch.zeros_like(start))
     alike = abs(nothing - problem.objective(problem.loss.weight)) <= slack + rounding(problem.loss, problem.loss.weight)
     assert solution.certificate is None or alike
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int16, torch.int32, torch.uint8], ids=str)
+def test_indices_may_be_whole_numbers_of_any_size(dtype: torch.dtype, tmp_path: Path, as_users_run: None) -> None:
+    inputs = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
+    loss = LayerLoss.of(inputs[:4], InputMoments.from_samples(inputs), 0.01)
+    columns, slots = torch.arange(8)[:, None], torch.arange(8) % 2
+    wide = LinkedLeastSquares(loss, Link(columns, slots, (columns,)), 4)
+    small = LinkedLeastSquares(loss, Link(columns.to(dtype), slots.to(dtype), (columns.to(dtype),)), 4)
+    assert small.fingerprint() == wide.fingerprint()
+    assert solve(small).objective == solve(wide).objective
+    save_problem(small, tmp_path / "file")
+    assert load_problem(tmp_path / "file").fingerprint() == wide.fingerprint()
+    order = torch.tensor([2, 1, 0, 3, 4, 5, 6, 7])
+    turned = Permutation.of(order.to(dtype), small.link, 8)
+    assert turned.onto(loss.weight).equal(loss.weight[:, order])
+    assert SlotWise(slots.to(dtype), 2).project(inputs[0]).sum() == 4

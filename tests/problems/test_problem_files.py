@@ -5,7 +5,10 @@ import os
 import random
 import subprocess
 import sys
+import tracemalloc
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +18,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from optprune.errors import InputError
+from optprune.grids import Grid
 from optprune.numerics.fingerprint import fingerprint
-from optprune.patterns import Pattern, RowWise
+from optprune.patterns import NM, Pattern, RowLimits, RowWise
 from optprune.penalties import L1
 from optprune.problems import (
     ChannelGroups,
     ExpertChoice,
+    GridLeastSquares,
     LayerLoss,
     Link,
     LinkedLeastSquares,
@@ -245,6 +252,65 @@ def test_an_index_that_asks_for_all_memory_is_a_sentence(index: int, tmp_path: P
     save_problem(problem, tmp_path / "file")
     with pytest.raises(InputError, match="its fields make no linked problem"):
         load_problem(tmp_path / "file")
+
+
+class Largest(TorchDispatchMode):
+    """The largest number of entries of a tensor that any operation returns."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        sizes = [each.numel() for each in tree_leaves(found) if isinstance(each, torch.Tensor)]
+        self.numel = max(self.numel, *sizes, 0)
+        return found
+
+
+def forged(problem: Any, file: Path, **fields: Any) -> None:
+    """Write a problem whose fields are as `given`, by their paths, although no such problem can be made."""
+    for path, value in fields.items():
+        *parts, last = path.split("__")
+        object.__setattr__(reduce(getattr, parts, problem), last, value)
+    save_problem(problem, file)
+
+
+HUGE = 10**4000
+FORGED: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
+    "slots with a gap": (
+        lambda: LinkedLeastSquares(loss(2), replace(LINK), 6),
+        {"link__slots": LINK.slots.index_fill(0, torch.tensor([3]), 2**24)},
+    ),
+    "a group of millions": (lambda: SparseLeastSquares(loss(), NM(2, 4)), {"pattern__m": HUGE}),
+    "as many to keep": (lambda: SparseLeastSquares(loss(), RowWise(4)), {"pattern__keep": HUGE}),
+    "limits of rows": (lambda: SparseLeastSquares(loss(), RowLimits(24, 1, 6)), {"pattern__most": HUGE}),
+    "a block of a grid": (lambda: GridLeastSquares(loss(), Grid(4, 4)), {"grid__block": HUGE}),
+    "bits of a grid": (lambda: GridLeastSquares(loss(), Grid(4, 4)), {"grid__bits": HUGE}),
+    "tokens": (lambda: SparseLeastSquares(loss(), NM(2, 4)), {"loss__moments__tokens": HUGE}),
+    "units to keep": (lambda: LinkedLeastSquares(loss(2), replace(LINK), 6), {"keep": HUGE}),
+    "experts without tokens": (
+        lambda: others()["expert choice"],
+        {"logits": torch.zeros(0, 2**40), "products": torch.zeros(0, 2**40, 2**20), "chosen": 1, "keep": 1},
+    ),
+    "a rotation of nothing": (lambda: others()["rotation"], {"matrices": torch.zeros(0, 2**40, 2**20)}),
+    "an order with a gap": (lambda: others()["permutation"], {"units": torch.tensor([0, 2**24])}),
+}
+"""problems with the fields that are forged"""
+
+
+@pytest.mark.parametrize("what", FORGED)
+def test_memory_is_bounded_by_what_the_file_holds(what: str, tmp_path: Path, as_users_run: None) -> None:
+    problem, fields = FORGED[what]
+    forged(problem(), tmp_path / "file", **fields)
+    tracemalloc.start()
+    try:
+        with Largest() as largest, pytest.raises(InputError, match="is damaged: its fields make no") as caught:
+            load_problem(tmp_path / "file")
+        taken = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert largest.numel <= 1000 and taken < 2**20
+    reason = caught.value.__cause__
+    assert isinstance(reason, InputError) and len(str(reason)) < 300 and len(str(caught.value)) < 300
 
 
 def test_changed_numbers_are_seen_before_anything_is_made_of_them(tmp_path: Path) -> None:

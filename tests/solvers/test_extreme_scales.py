@@ -1,15 +1,23 @@
 """Penalised problems whose numbers are at the ends of a dtype's range, and weights of any strides, end in an answer."""
 
+from dataclasses import replace
 from itertools import product
 
 import pytest
 import torch
 
 from optprune.moments import InputMoments
-from optprune.patterns import RowWise
+from optprune.patterns import NM, RowWise
 from optprune.penalties import L1, ColumnGroups, ElasticNet
-from optprune.problems import LayerLoss, MaskedLeastSquares, PenalisedLeastSquares, SparseLeastSquares
-from optprune.solvers import Fista, ProximalAdmm, solve
+from optprune.problems import (
+    ChannelGroups,
+    LayerLoss,
+    MaskedLeastSquares,
+    PenalisedLeastSquares,
+    SparseLeastSquares,
+    StructuredLeastSquares,
+)
+from optprune.solvers import Fista, ProximalAdmm, Status, solve
 
 SCALES = (1e-30, 1e-15, 1.0, 1e15, 1e30)
 
@@ -75,3 +83,27 @@ def test_the_strides_of_a_weight_do_not_matter(shape):
             assert problem.fingerprint() == expected.fingerprint()
             found = solve(problem)
             assert found.objective == pytest.approx(solve(expected).objective, rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1e-39, 1e-40, 1e-43])
+def test_weights_below_the_normal_numbers_of_float32_are_solved(scale):
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(60, 8, generator=generator)
+    weight = torch.randn(4, 8, generator=generator) * scale
+    loss = LayerLoss.of(weight, InputMoments.from_samples(inputs), 0.01)
+    assert 0 < float(loss.weight.abs().max()) < torch.finfo(torch.float32).tiny
+    for problem in (
+        SparseLeastSquares(loss, NM(2, 4)),
+        StructuredLeastSquares(loss, ChannelGroups.of(8), 4),
+        MaskedLeastSquares(loss, torch.arange(8)[None] < 4),
+    ):
+        found = solve(problem)
+        assert found.status is Status.CONVERGED
+        assert found.violation == 0
+        assert bool(found.value.isfinite().all())
+        # The same weights in float64, where they are normal numbers; what differs is the rounding of the answer.
+        wide = LayerLoss.of(weight.double(), loss.moments.to(torch.float64), 0.01)
+        best = solve(replace(problem, loss=wide))
+        spacing = 2.0**-149
+        rounding = wide.moments.gram.abs().sum().item() * spacing * (spacing + 2 * float(weight.double().abs().max()))
+        assert found.objective <= best.objective + 4 * rounding

@@ -117,10 +117,10 @@ def test_a_solution_of_another_problem_is_not_saved(tmp_path: Path) -> None:
         save_solution(solve(correlated(0, 4, 12, "2:4"), Wanda()), problem, file)
     other = solve(correlated(2, 8, 12, "2:4"), Wanda())
     assert other.violation == 0 and problem.violation(other.value) == 0
-    with pytest.raises(InputError, match="has an objective of .*: give the problem that it solves"):
+    with pytest.raises(InputError, match=r"has an objective of .*: give the problem that it solves"):
         save_solution(other, problem, file)
     half = solve(correlated(0, 8, 12, "2:4", dtype=torch.float32), Wanda())
-    with pytest.raises(InputError, match="is torch.float32, but the rest is torch.float64"):
+    with pytest.raises(InputError, match=r"is torch\.float32, but the rest is torch\.float64"):
         save_solution(half, problem, file)
     not_finite = replace(other, value=other.value * torch.nan, objective=torch.nan, violation=torch.nan)
     with pytest.raises(InputError, match="holds NaN or infinity"):
