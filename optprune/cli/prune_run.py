@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from optprune.cli.run_folder import Output, keep_or_delete
+from optprune.cli.run_folder import Output, keep_or_delete, run_folder_of
 from optprune.cli.tokens import calibration_of, vocabulary_for, with_digests
 
 if TYPE_CHECKING:
@@ -269,7 +269,7 @@ def run_on_text(
     the processes that share the run.
     """
     from optprune.models import device_of
-    from optprune.program.room import Room, check_room
+    from optprune.program.room import Room, check_room, placed
     from optprune.program.time import expected_seconds
     from optprune.pruning import joined
     from optprune.report import PhaseRecorder
@@ -288,10 +288,12 @@ def run_on_text(
     # Processes join first, so that each has its own GPU from here on.
     with joined(whole.device) as peers:
         device = device_of(whole.device)
+        samples, generated = -(-request.samples // peers.size), -(-request.generated // peers.size)
+        own = replace(program, request=replace(request, samples=samples, generated=generated))
+        room = Room.measured(device, whole.output.folder, run_folder_of(whole.output.folder))
         if planned:
-            samples, generated = -(-request.samples // peers.size), -(-request.generated // peers.size)
-            own = replace(request, samples=samples, generated=generated)
-            reporter.say(check_room(replace(program, request=own), Room.measured(device, whole.output.folder)))
+            reporter.say(check_room(own, room))
+        program = replace(program, request=replace(request, states=placed(own, room).request.states))
         expected = expected_seconds(program, characters, device, started=started)
         with reporter.events(expected) as show:
 

@@ -28,13 +28,15 @@ from optprune.export.source_files import check_own_files
 from optprune.measure.memory import free_memory
 from optprune.models import Decoder, LoadedModel, load_config, load_model, load_shapes, load_tokenizer, vision_folder
 from optprune.models.vision import VisionFolder
-from optprune.program.plan import MARGIN
 from optprune.report import Event, PhaseRecorder, PhaseReport
 from optprune.report.phases import CHECKING, SAVING
 from optprune.system.files import flush_all, real_path
 from optprune.system.interrupts import interrupts_held, record_done
 from optprune.system.wording import amount
 from optprune.work import Work
+
+MARGIN = 1.25
+"""an export is refused above this multiple of the free memory: what exporters declare of their memory is an estimate"""
 
 OnEvent = Callable[[Event], None]
 

@@ -9,8 +9,6 @@ from optprune.program.memory import DEVICE, DISK, HOST, PHASES, RELOADING, Part,
 from optprune.program.program import Program
 from optprune.report.phases import CHOOSING, GENERATING, VOCABULARY
 
-MARGIN = 1.25
-"""a plan is refused above this multiple of the free memory: plans are accurate within a fifth"""
 FIRST_USE = 32 * 2**20
 """bytes that libraries allocate on first use, such as the buffers of matrix products"""
 

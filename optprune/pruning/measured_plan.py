@@ -26,7 +26,7 @@ from optprune.models.skeleton import keep_block, one_block_model
 from optprune.numerics.precision import full_precision
 from optprune.objectives import OBJECTIVES
 from optprune.program.method import Method, Request
-from optprune.program.plan import MARGIN, Plan, planned_memory
+from optprune.program.plan import Plan, planned_memory
 from optprune.program.program import Program
 from optprune.program.resolve import places_of, resolve
 from optprune.program.time import (
@@ -126,7 +126,7 @@ def _check_probe_fits(program: Program, batches: int, base: int) -> None:
     small = replace(program, request=fewer)
     phases = planned_memory(small, base, 0).phases
     needed = next(phase.host_bytes for phase in phases if phase.name == "pruning") - base
-    if free is not None and needed > MARGIN * free:
+    if free is not None and needed > free:
         raise InputError(
             f"measuring one block takes {amount(needed)} of memory, and {amount(free)} are free: use --no-probe to "
             "plan the memory without times"

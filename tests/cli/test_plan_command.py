@@ -89,7 +89,7 @@ def test_prune_refuses_what_cannot_fit_before_it_begins(attempt: Attempt, monkey
     monkeypatch.setattr(Room, "measured", lambda *_: Room(host=10**8))
     sentence = attempt.fails(attempt.command())
     assert "B of memory in the phase checking" in sentence and "100 MB are there" in sentence
-    assert "use a machine with more (--no-plan begins all the same)" in sentence
+    assert "use a machine with more (--no-plan begins all the same;" in sentence
 
 
 @pytest.fixture

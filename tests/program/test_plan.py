@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,21 +13,23 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from optprune.calibration import first_inputs
 from optprune.calibration.generated import generated_windows
 from optprune.errors import InputError
 from optprune.export.check import logits_of
 from optprune.models import Decoder
-from optprune.program import Program, resolve
+from optprune.program import Program, Request, resolve
 from optprune.program.memory import Part, parts_of
 from optprune.program.plan import planned_memory
-from optprune.program.room import Room, alternatives, check_room
+from optprune.program.room import Room, alternatives, check_room, placed
 from optprune.program.time import Rates, Surroundings, block_passes, seconds_of
 from optprune.pruning import Measuring, plan, prune
 from optprune.pruning.measured_plan import BlockProbe, _check_probe_fits
 from optprune.recipe import load_recipe
 from optprune.report import Event, LayerSolved
+from optprune.system.wording import amount
 from tests.helpers.memory import told
 from tests.helpers.programs import LENGTH, program_of
 from tests.helpers.short_runs import batches
@@ -203,7 +206,7 @@ def test_the_choice_of_tokens_is_a_phase_with_the_predictions_of_the_dense_model
 
 def test_a_smaller_vocabulary_is_refitted_on_less_text_where_memory_is_short() -> None:
     work = program_of("vocabulary", fields={"vocabulary.tokens": 10**8})
-    with pytest.raises(InputError, match=r"--set vocabulary.tokens=8192 would fit"):
+    with pytest.raises(InputError, match=r"with --set vocabulary.tokens=8192 it needs [\d.]+ [GM]B"):
         check_room(work, Room(host=8 * GB))
 
 
@@ -302,7 +305,7 @@ def test_the_logits_of_all_pieces_that_are_generated_at_once_are_counted(length:
     [(Room(host=GB), "GB of memory"), (Room(process=GB), "(ulimit -v)"), (Room(disk=1000), "MB of the disk")],
 )
 def test_what_cannot_fit_is_refused_in_a_sentence(room: Room, what: str) -> None:
-    work = program_of("alps", samples=10**6, propagation="cross")
+    work = program_of("alps", samples=10**6, propagation="cross", states="device")
     with pytest.raises(InputError) as refused:
         check_room(work, room)
     sentence = str(refused.value)
@@ -312,36 +315,95 @@ def test_what_cannot_fit_is_refused_in_a_sentence(room: Room, what: str) -> None
 
 def test_a_refusal_proposes_what_fits_and_nothing_else() -> None:
     work = program_of("structured_best", samples=800_000, propagation="cross")
-    room = Room(host=5 * GB)
-    with pytest.raises(InputError, match=r"--samples \d+ would fit") as refused:
+    room = Room(host=5 * GB, disk=GB)
+    with pytest.raises(InputError, match=r"with --samples \d+ it needs") as refused:
         check_room(work, room)
-    proposed = str(refused.value)
-    fits = 0
-    for words, other in alternatives(work):
-        if words in proposed:
-            fits += 1
-            check_room(other, room)
-    assert fits
-    assert "--set metric=diagonal" not in proposed
+    proposed = re.findall(r"with (--[^()]*?) it needs ([\d.]+ [GM]B)", str(refused.value))
+    every = {words: other for variants in alternatives(work) for words, other in variants}
+    assert proposed
+    for words, needed in proposed:
+        check_room(every[words], room)
+        assert needed == amount(planned_memory(placed(every[words], room)).host_bytes)
+    assert "--set metric=diagonal" not in str(refused.value)
+    assert len({words.split()[0] for words, _ in proposed}) == len(proposed), "each option once, the nearest value"
+
+
+@pytest.fixture
+def nothing_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process holds nothing, which otherwise changes from one look to the next."""
+    monkeypatch.setattr("optprune.program.plan.held_bytes", lambda: 0)
 
 
 def test_fewer_generated_windows_are_proposed_and_never_so_little_text_that_they_are_held_out() -> None:
     work = program_of("alps", samples=64, generated=800_000, propagation="cross")
-    with pytest.raises(InputError, match=r"--generated \d+ would fit"):
-        check_room(work, Room(host=5 * GB))
+    with pytest.raises(InputError, match=r"with --generated \d+ it needs"):
+        check_room(work, Room(host=5 * GB, disk=GB))
     work = program_of("spap_plus", samples=64, generated=100)
     assert round((100 + 8) * work.held_out) > 8
-    proposed = {words for words, _ in alternatives(work) if words.startswith("--samples")}
-    assert proposed == {"--samples 32"}
+    proposed = {words for variants in alternatives(work) for words, _ in variants if words.startswith("--samples")}
+    assert proposed == {"--samples 32", "--samples 16"}
 
 
 def test_another_policy_is_proposed_where_that_is_enough() -> None:
-    work = program_of("alps", samples=40_000, propagation="cross")
-    need = planned_memory(work).host_bytes
+    work = program_of("alps", samples=40_000, propagation="cross", states="device")
     # Refused by a hair: half of the hidden states less is enough.
-    room = Room(host=round(need / 1.3))
-    with pytest.raises(InputError, match="--propagation pruned would fit"):
+    room = Room(host=round(planned_memory(work).host_bytes / 1.3))
+    with pytest.raises(InputError, match="with --propagation pruned it needs"):
         check_room(work, room)
+
+
+@pytest.mark.usefixtures("nothing_held")
+@pytest.mark.parametrize("lacking", ["host", "device", "disk"])
+def test_a_shortfall_of_one_byte_is_refused(lacking: str) -> None:
+    work = program_of("alps", samples=40_000, propagation="cross", device="cuda", states="device")
+    planned = planned_memory(work)
+    need = {"host": planned.host_bytes, "device": planned.device_bytes, "disk": planned.disk_bytes}[lacking]
+    check_room(work, Room(**{lacking: need}))
+    with pytest.raises(InputError, match=r"the run needs .* are there"):
+        check_room(work, Room(**{lacking: need - 1}))
+
+
+def eight_billion() -> Program:
+    """structured_best, at its defaults, for the shapes of Llama 3 8B in bfloat16 on a GPU."""
+    sizes = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "vocab_size": 128256}
+    heads = {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": None, "max_position_embeddings": 8192}
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(**sizes, **heads)).to(torch.bfloat16)
+    return resolve(Decoder(model), Request(recipe=load_recipe("structured_best"), device="cuda", dtype=torch.bfloat16))
+
+
+def test_hidden_states_are_kept_where_the_plan_fits() -> None:
+    """By the figures that the guide names."""
+    work = eight_billion()
+    assert [placed(work, Room(device=size * GB)).request.states for size in (26, 24, 17)] == ["device", "host", "host"]
+    assert placed(work, Room(device=24 * GB, host=8 * GB, disk=10**12)).request.states == "disk"
+    told_of = check_room(work, Room(device=24 * GB))
+    assert "16.5 GB of the GPU" in told_of
+    assert "hidden states are kept on the host, because they would need 25.1 GB of the GPU's memory" in told_of
+    fixed = replace(work, request=replace(work.request, states="device"))
+    with pytest.raises(InputError) as refused:
+        check_room(fixed, Room(device=24 * GB, host=64 * GB))
+    assert "needs 25.1 GB of the GPU's memory in the phase pruning" in str(refused.value)
+    assert "and 24.0 GB are there: with --states host it needs 16.5 GB, with --samples 64 it needs" in str(refused.value)
+    guide = Path("docs/guide/large.md").read_text()
+    assert "25.1 GB" in guide and "16.5 GB" in guide
+
+
+def test_a_refusal_proposes_two_options_where_none_alone_is_enough() -> None:
+    work = eight_billion()
+    fixed = replace(work, request=replace(work.request, states="device"))
+    with pytest.raises(InputError, match=r"are there: with --states disk --propagation pruned it needs 12.6 GB \("):
+        check_room(fixed, Room(device=16 * GB))
+
+
+def test_a_run_that_was_begun_has_the_disk_that_it_has_filled(tmp_path: Path) -> None:
+    begun = tmp_path / "out.run"
+    begun.mkdir()
+    with (begun / "block.safetensors").open("wb") as file:
+        file.truncate(10**12)
+    without, there = (Room.measured(torch.device("cpu"), tmp_path / "out", *more) for more in ((), (begun,)))
+    assert without.disk is not None and there.disk is not None
+    assert 0.95 * 10**12 < there.disk - without.disk < 1.05 * 10**12
 
 
 def test_what_fits_is_told_in_a_line() -> None:
@@ -350,7 +412,7 @@ def test_what_fits_is_told_in_a_line() -> None:
 
 
 def test_the_gpu_has_room_of_its_own() -> None:
-    work = program_of(samples=10**6, device="cuda")
+    work = program_of(samples=10**6, device="cuda", states="device")
     assert planned_memory(work).device_bytes > 8 * GB > planned_memory(work).host_bytes
     with pytest.raises(InputError, match="of the GPU's memory"):
         check_room(work, Room(host=8 * GB, device=GB))
