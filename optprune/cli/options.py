@@ -201,7 +201,7 @@ States = Annotated[
     str,
     typer.Option(
         "--states",
-        help="Where hidden states between blocks are kept: device, host, disk, or auto by their size.",
+        help="Where hidden states between blocks are kept: device, host, disk, or auto, where the plan fits.",
         rich_help_panel=ADVANCED,
     ),
 ]

@@ -113,6 +113,7 @@ def plan_command(
     reporter = start()
     from optprune.models import check_dtype, device_of
     from optprune.program.plan import planned_memory
+    from optprune.program.room import Room, placed, refusal
     from optprune.pruning import workers_of
     from optprune.pruning.measured_plan import timed
     from optprune.texts import check_sequences
@@ -131,15 +132,18 @@ def plan_command(
     began = time.perf_counter()
     resolved = options.with_calibration(calibration, chosen).resolve(chosen)
     counting = time.perf_counter() - began
-    program = resolved.program
     resolved.report_notes(reporter.say)
+    room = Room.here(resolved.program.request.device, output or Path())
+    program, lacking = placed(resolved.program, room), refusal(resolved.program, room)
     if no_probe:
         planned = planned_memory(program)
     else:
-        reporter.say("measuring one block")
-        planned = timed(program, model, _measuring(resolved, model, calibration, output, counting))
-    write_json(json_file, json_text({**planned.to_dict(), "program": program.to_dict()}), "nothing else is written")
-    for line in [*lines(planned), *program_lines(program)]:
+        measuring = _measuring(resolved, model, calibration, output, counting)
+        with reporter.count("measuring one block", "step") as update:
+            planned = timed(program, model, measuring, update)
+    told = {**planned.to_dict(), "states": program.request.states, "refusal": lacking, "program": program.to_dict()}
+    write_json(json_file, json_text(told), "nothing else is written")
+    for line in [*lines(planned), *room_lines(program, lacking), *program_lines(program)]:
         echo(line)
 
 
@@ -210,7 +214,23 @@ def lines(planned: "Plan") -> Sequence[str]:
     whole = "" if planned.seconds is None else f"{duration(planned.seconds)}; "
     sizes = f"{amount(planned.host_bytes)} of memory" + (f", {amount(planned.device_bytes)} of the GPU" if gpu else "")
     disk = amount(planned.disk_bytes)
-    return [*table, f"{whole}at most {sizes} and {disk} of the disk", f"the most is in {peak.name}: {made_of}"]
+    unmeasured = f"the time of {', '.join(planned.guessed)} is guessed: measuring it takes over a tenth of the run"
+    return [
+        *table,
+        f"{whole}at most {sizes} and {disk} of the disk",
+        f"the most is in {peak.name}: {made_of}",
+        *([unmeasured] if planned.guessed else []),
+    ]
+
+
+def room_lines(program: "Program", lacking: str | None) -> Sequence[str]:
+    """Return a line on where hidden states are kept, and one on what this machine lacks."""
+    from optprune.program.room import saved_by_host
+
+    states, saved = program.request.states, saved_by_host(program)
+    other = "" if saved is None else f"; with --states host the run needs {amount(saved)} of the GPU"
+    kept = f"hidden states between blocks are kept on the {states}{other}"
+    return [kept, *([] if lacking is None else [f"on this machine it does not fit: {lacking}"])]
 
 
 def program_lines(program: "Program") -> Sequence[str]:

@@ -42,9 +42,11 @@ class Plan:
     host_bytes: int
     disk_bytes: int
     seconds: float | None
+    guessed: tuple[str, ...] = ()
+    """the kinds of work whose time was not measured, because that would have taken too much of the run's"""
 
     @classmethod
-    def of(cls, phases: Sequence[PlannedPhase]) -> "Plan":
+    def of(cls, phases: Sequence[PlannedPhase], guessed: tuple[str, ...] = ()) -> "Plan":
         """Return the plan of these phases."""
         times = [phase.seconds for phase in phases if phase.seconds is not None]
         return cls(
@@ -53,6 +55,7 @@ class Plan:
             max(phase.host_bytes for phase in phases),
             max(phase.disk_bytes for phase in phases),
             sum(times) if times else None,
+            guessed,
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -58,6 +58,13 @@ class Room:
             shutil.disk_usage(existing_folder(output)).free + sum(there),
         )
 
+    @classmethod
+    def here(cls, device: str, output: Path) -> "Room":
+        """Return the present room for a kind of device; nothing is known where this machine has no such device."""
+        if device != "cpu" and not torch.cuda.is_available():
+            return cls()
+        return cls.measured(torch.device(device), output)
+
 
 def placed(program: Program, room: Room) -> Program:
     """Return the program with the place of hidden states that the plan decides, where the request leaves it open.
@@ -90,7 +97,7 @@ def refusal(program: Program, room: Room) -> str | None:
     """Return what a run lacks, and the options with which its plan fits; None where it fits as it is."""
     chosen = placed(program, room)
     lacking = _lacking(chosen, room)
-    if lacking is None:
+    if lacking is None or lacking.there is None:
         return None
     largest = max(lacking.parts, key=lambda name: lacking.parts[name])
     fitting = _fitting(program, room, lacking.what)
@@ -164,6 +171,12 @@ def _shortfall(program: Program, room: Room) -> float:
     """Return the largest share by which a resource falls short; 0 where all suffice."""
     each = _needs(program, room).values()
     return max(0.0, *(one.needed / max(1, one.there) - 1 for one in each if one.there is not None), 0.0)
+
+
+def saved_by_host(program: Program) -> int | None:
+    """Return the bytes of the GPU that a run needs if hidden states are kept on the host; None if that is no less."""
+    plans = [planned_memory(one).device_bytes for one in (program, _asked(program, states="host"))]
+    return plans[1] if plans[1] < plans[0] else None
 
 
 def _moved(program: Program, chosen: Program, room: Room) -> str:

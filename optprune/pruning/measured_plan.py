@@ -36,6 +36,8 @@ from optprune.program.time import (
     block_passes,
     block_refinement,
     block_solves,
+    expected_seconds,
+    operations_per_second,
     seconds_of,
 )
 from optprune.pruning.block import BlockTask, prune_block
@@ -46,8 +48,34 @@ from optprune.work import Work
 
 MOST_TOKENS, MOST_LOGITS = 128, 2**23
 """the most tokens, and the most logits of all of them, with which the head is timed"""
+SHARE = 0.1
+"""the most of a run's expected time that its probe takes"""
+GUESSED = ("solves", "refinement", "metric", "budget")
+"""the kinds of work whose rates are not measured where that would take too long"""
 TOKENS_OVER_WIDTH = 1.25
 """the tokens of a probe over the inputs of the widest layer, so that its Gram matrix has full rank as in a run"""
+
+
+class Steps:
+    """The measurements of a probe: how many are done, and the time that is left for the others."""
+
+    TOTAL = 5
+
+    def __init__(
+        self, on_step: Callable[[int, int], None] = lambda done, total: None, seconds: float = math.inf
+    ) -> None:
+        """Start the time; `on_step` is called with the number of measurements that are done, and with that of all."""
+        self._on_step, self._done, self._ends = on_step, 0, time.perf_counter() + seconds
+        on_step(0, self.TOTAL)
+
+    def done(self) -> None:
+        """Count one more measurement."""
+        self._done += 1
+        self._on_step(self._done, self.TOTAL)
+
+    def has_time(self, seconds: float) -> bool:
+        """Return whether so many seconds are left."""
+        return time.perf_counter() + seconds <= self._ends
 
 
 @dataclass(frozen=True)
@@ -96,19 +124,33 @@ def plan(
     return timed(program, source, measuring) if measuring is not None else planned_memory(program)
 
 
-def timed(program: Program, source: str, measuring: Measuring) -> Plan:
-    """Return the plan with times, measured on this machine in about the time of one block."""
+def timed(
+    program: Program,
+    source: str,
+    measuring: Measuring,
+    on_step: Callable[[int, int], None] = lambda done, total: None,
+) -> Plan:
+    """Return the plan with times, measured on this machine in about the time of one block.
+
+    What would take more than a tenth of the run is not measured: the plan names what is guessed. `on_step` is called
+    with the number of measurements that are done, and with that of all.
+    """
     base, count = held_bytes(), probe_batches(program)
     _check_probe_fits(program, count, base)
-    around = Surroundings.measured(measuring.place)
+    limit = SHARE * sum(expected_seconds(program, 0, torch.device(program.request.device)).values())
+    steps, around = Steps(on_step, limit), Surroundings.assumed()
+    if steps.has_time(around.start + around.draw):
+        around = Surroundings.measured(measuring.place)
+    steps.done()
     decoder, opening = _opened(program, source)
+    steps.done()
     index = program.largest if len(decoder.blocks) == program.block_count else 0
     batches = _batches(program, measuring.tokens, count)
-    rates = BlockProbe(program, decoder, batches, index).rates()
+    rates, guessed = BlockProbe(program, decoder, batches, index).rates_within(steps)
     starting = around.start if measuring.starting is None else measuring.starting
     seconds = seconds_of(program, rates, around, opening=opening, tokenising=measuring.tokenising, starting=starting)
     plan = planned_memory(program, base, around.fresh)
-    return Plan.of([replace(phase, seconds=seconds[phase.name]) for phase in plan.phases])
+    return Plan.of([replace(phase, seconds=seconds[phase.name]) for phase in plan.phases], guessed)
 
 
 def probe_batches(program: Program) -> int:
@@ -180,9 +222,16 @@ class BlockProbe:
         self.hidden = stream.hidden
         """the inputs of the block, by batch"""
 
-    @full_precision()
     def rates(self) -> Rates:
         """Return the seconds per operation of each kind of work, each timed once after a warm-up."""
+        return self.rates_within(Steps())[0]
+
+    @full_precision()
+    def rates_within(self, steps: Steps) -> tuple[Rates, tuple[str, ...]]:
+        """Return the seconds per operation of each kind of work, and the kinds that are guessed for want of time.
+
+        Guessed work is as much slower than a large matrix product as the passes are.
+        """
         program, index = self.program, self.program.largest
         with calibrating(self.decoder):
             tokens, few = self.tokens, max(1, len(self.batches) // 2)
@@ -192,14 +241,21 @@ class BlockProbe:
             some = sum(batch.numel() for batch in self.batches[:few])
             passes = max(0.0, whole.passes - first.passes) / (tokens - some) if tokens > some else 0.0
             passes = passes or whole.passes / tokens
+            fixed, rate = max(0.0, whole.passes - passes * tokens), _rate(passes, block_passes(program, index))
+            steps.done()
+            slow = max(rate, 1 / operations_per_second(self.device))
+            if not steps.has_time(slow * self.work_of_rest().flops):
+                kinds = dict.fromkeys(GUESSED, slow)
+                return Rates(passes=rate, head=slow, fixed=fixed, read=self.read, **kinds), GUESSED
             metrics, metric, metric_head = self.metric()
+            steps.done()
             full = self.prune(program.method, metrics, len(self.batches))
             refinement = full.recovery + max(0.0, full.passes - whole.passes) if full.recovery else 0.0
             # The probe refines on all of its tokens, the run on those of the settings.
             recovery = program.method.recovery
             fitted = tokens if recovery is None else program.fitted_tokens(recovery)
-            return Rates(
-                passes=_rate(passes, block_passes(program, index)),
+            found = Rates(
+                passes=rate,
                 head=_rate(
                     metric_head / 3 if program.metric is not None else self.head(), head_work(program.decoder, 1)
                 ),
@@ -207,9 +263,19 @@ class BlockProbe:
                 refinement=_rate(refinement * fitted / tokens, block_refinement(program, index)),
                 metric=_rate(metric, block_metric(program, index)),
                 budget=self.budget(metrics),
-                fixed=max(0.0, whole.passes - passes * tokens),
+                fixed=fixed,
                 read=self.read,
             )
+            steps.done()
+            return found, ()
+
+    def work_of_rest(self) -> Work:
+        """Return the declared work of all that is measured after the passes."""
+        program, index = self.program, self.program.largest
+        metric = block_metric(program, index) * min(self.tokens, 4 * TOKENS_AT_ONCE)
+        solves = block_solves(program, index, self.tokens) + block_refinement(program, index)
+        budget = program.allocator.work(program.decoder, self.tokens) * (1 / program.block_count)
+        return block_passes(program, index) * self.tokens + metric + solves + budget
 
     def prune(self, method: Method, metrics: Metrics, count: int) -> "Times":
         """Return the times of pruning the block on the first `count` batches."""

@@ -1,6 +1,7 @@
 """optprune plan: what it prints and writes; and what prune makes of a plan that does not fit."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -38,7 +39,8 @@ def test_a_plan_is_printed_and_written(attempt: Attempt, capsys: pytest.CaptureF
     assert main(["plan", str(attempt.model), *words]) == 0
     lines = capsys.readouterr().out.splitlines()
     written = json.loads(file.read_text())
-    assert set(written) == {"generator", "device_bytes", "host_bytes", "disk_bytes", "seconds", "phases", "program"}
+    names = {"device_bytes", "host_bytes", "disk_bytes", "seconds", "phases", "program", "states", "refusal", "guessed"}
+    assert set(written) == {"generator", *names}
     assert [phase["name"] for phase in written["phases"]] == PHASES
     for field in ("host_bytes", "disk_bytes"):
         assert written[field] == max(phase[field] for phase in written["phases"]) > 0
@@ -46,7 +48,8 @@ def test_a_plan_is_printed_and_written(attempt: Attempt, capsys: pytest.CaptureF
     assert written["seconds"] == pytest.approx(sum(phase["seconds"] for phase in written["phases"]))
     assert all(phase["seconds"] > 0 for phase in written["phases"])
     assert [line.split()[0] for line in lines[1:8]] == PHASES
-    assert lines[-4].count("at most") == 1 and lines[-3].startswith("the most is in ")
+    assert lines[8].count("at most") == 1 and lines[9].startswith("the most is in ")
+    assert "hidden states between blocks are kept on the device" in lines[-3] and written["states"] == "device"
     assert lines[-2].startswith("recipe structured_best, policy ") and "mlp.down_proj" in lines[-1]
     blocks = written["program"]["blocks"]
     in_order = [[f"self_attn.{name}"] for name in ("q_proj", "o_proj")] + [["mlp.down_proj"]]
@@ -71,6 +74,23 @@ def test_without_a_probe_a_config_is_enough_and_a_gpu_need_not_be_there(
     written = json.loads(file.read_text())
     assert written["seconds"] is None and written["device_bytes"] > 0
     assert "of the GPU" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_a_plan_says_what_this_machine_lacks_and_what_the_host_would_save(
+    config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    file = tmp_path / "plan.json"
+    assert (
+        main(["plan", str(config), "--device", "cuda", "--no-probe", "--samples", "20000", "--seq-length", "64"]) == 0
+    )
+    assert re.search(r"kept on the device; with --states host the run needs \d+ MB of the GPU", capsys.readouterr().out)
+    monkeypatch.setattr(Room, "here", lambda *_: Room(host=10**9))
+    words = ["--no-probe", "--samples", "60000", "--seq-length", "64", "--states", "device", "--json", str(file)]
+    assert main(["plan", str(config), "--device", "cpu", *words]) == 0
+    told = capsys.readouterr().out
+    assert "on this machine it does not fit: the run needs " in told and "with --states disk it needs " in told
+    assert json.loads(file.read_text())["refusal"] in told
 
 
 @pytest.mark.usefixtures("no_weights")

@@ -25,8 +25,8 @@ from optprune.program.memory import Part, parts_of
 from optprune.program.plan import planned_memory
 from optprune.program.room import Room, alternatives, check_room, placed
 from optprune.program.time import Rates, Surroundings, block_passes, seconds_of
-from optprune.pruning import Measuring, plan, prune
-from optprune.pruning.measured_plan import BlockProbe, _check_probe_fits
+from optprune.pruning import Measuring, measured_plan, plan, prune
+from optprune.pruning.measured_plan import BlockProbe, Steps, _check_probe_fits
 from optprune.recipe import load_recipe
 from optprune.report import Event, LayerSolved
 from optprune.system.wording import amount
@@ -245,6 +245,29 @@ def test_a_probe_times_what_a_recipe_does_and_leaves_the_model(recipe: str) -> N
     assert all(torch.equal(weight, after[name]) for name, weight in before.items())
 
 
+def test_a_probe_leaves_out_what_would_take_over_a_tenth_of_the_run() -> None:
+    model, seen = tiny_llama(num_hidden_layers=2), list[tuple[int, int]]()
+    program = program_of("structured_best", decoder=Decoder(model))
+    probe = BlockProbe(program, Decoder(model), batches(), 1)
+    steps = Steps(lambda done, total: seen.append((done, total)))
+    assert probe.rates_within(steps)[1] == () and seen == [(0, 5), (1, 5), (2, 5), (3, 5)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(BlockProbe, "metric", None)  # it would fail where it is called
+        rates, guessed = probe.rates_within(Steps(seconds=0.0))
+    assert guessed == ("solves", "refinement", "metric", "budget")
+    assert rates.solves == rates.metric == rates.budget >= rates.passes > 0
+
+
+def test_a_probe_has_a_tenth_of_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    given = list[float]()
+    monkeypatch.setattr(measured_plan, "expected_seconds", lambda *_: {"pruning": 20.0, "saving": 10.0})
+    monkeypatch.setattr(measured_plan, "Steps", lambda _, seconds: given.append(seconds) or Steps(seconds=0.0))
+    monkeypatch.setattr(Surroundings, "measured", None)  # it starts a process, which takes longer than nothing
+    tiny_llama().config.save_pretrained(tmp_path)
+    planned = plan(tmp_path, load_recipe("fasp"), samples=8, seq_length=LENGTH, device="cpu", measuring=Measuring())
+    assert given == [pytest.approx(3.0)] and planned.guessed[0] == "solves"
+
+
 def test_a_probe_is_fed_with_what_enters_its_block() -> None:
     decoder, given = Decoder(tiny_llama(num_hidden_layers=2)), batches()
     probe = BlockProbe(program_of(decoder=decoder), decoder, given, 1)
@@ -365,11 +388,19 @@ def test_a_shortfall_of_one_byte_is_refused(lacking: str) -> None:
 
 def eight_billion() -> Program:
     """structured_best, at its defaults, for the shapes of Llama 3 8B in bfloat16 on a GPU."""
-    sizes = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "vocab_size": 128256}
-    heads = {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": None, "max_position_embeddings": 8192}
+    sizes: Any = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "vocab_size": 128256}
+    heads: Any = {
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": None,
+        "max_position_embeddings": 8192,
+    }
     with torch.device("meta"):
-        model = LlamaForCausalLM(LlamaConfig(**sizes, **heads)).to(torch.bfloat16)
-    return resolve(Decoder(model), Request(recipe=load_recipe("structured_best"), device="cuda", dtype=torch.bfloat16))
+        model: Any = LlamaForCausalLM(LlamaConfig(**sizes, **heads))
+    return resolve(
+        Decoder(model.to(torch.bfloat16)),
+        Request(recipe=load_recipe("structured_best"), device="cuda", dtype=torch.bfloat16),
+    )
 
 
 def test_hidden_states_are_kept_where_the_plan_fits() -> None:
@@ -384,7 +415,9 @@ def test_hidden_states_are_kept_where_the_plan_fits() -> None:
     with pytest.raises(InputError) as refused:
         check_room(fixed, Room(device=24 * GB, host=64 * GB))
     assert "needs 25.1 GB of the GPU's memory in the phase pruning" in str(refused.value)
-    assert "and 24.0 GB are there: with --states host it needs 16.5 GB, with --samples 64 it needs" in str(refused.value)
+    assert "and 24.0 GB are there: with --states host it needs 16.5 GB, with --samples 64 it needs" in str(
+        refused.value
+    )
     guide = Path("docs/guide/large.md").read_text()
     assert "25.1 GB" in guide and "16.5 GB" in guide
 
