@@ -33,6 +33,7 @@ def benchmark_model_command(
     from optprune.measure import SpeedWorkload, measure_speed
     from optprune.measure.speed import PEAK_MEMORY, device_name
     from optprune.models import check_dtype, device_of, load_config, load_model
+    from optprune.models.checkpoint import digest_of_source
     from optprune.models.sources import file_bytes
 
     work = SpeedWorkload(prompt_tokens, new_tokens, batch, repeats)
@@ -44,6 +45,7 @@ def benchmark_model_command(
     check_json(json_file, models=sources)
     for source in sources:
         work.check(source, load_config(source))
+    digests = [None if json_file is None else digest_of_source(source) for source in sources]
     models = {}
     for source in sources:
         reporter.say(f"loading {source}")
@@ -57,7 +59,10 @@ def benchmark_model_command(
         "dtype": str(models[model].dtype).removeprefix("torch."),
         **asdict(work),
         "peak_memory_is": PEAK_MEMORY,
-        "models": [{**speed.to_dict(), "file_bytes": size} for speed, size in zip(speeds, files, strict=True)],
+        "models": [
+            {**speed.to_dict(), "file_bytes": size, "weights": digest}
+            for speed, size, digest in zip(speeds, files, digests, strict=True)
+        ],
     }
     lines = [
         f"{result['device']}, {result['dtype']}, batch {batch}, prompts of {prompt_tokens} tokens, {new_tokens} new "

@@ -69,6 +69,7 @@ def evaluate_command(
     reporter = start()
     from optprune.measure import read_questions
     from optprune.models import check_dtype, device_of
+    from optprune.models.checkpoint import digest_of_source
     from optprune.texts import PACKED, check_sequences
 
     models = [model, *([] if against is None else [against])]
@@ -86,11 +87,12 @@ def evaluate_command(
     choices = [] if questions is None else read_questions(questions)
     named = _named_tasks(reporter, tasks, include_path)
     places = {"device": device, "dtype": dtype, "architecture": architecture, "sequences": sequences}
+    weights = {} if json_file is None else {"weights": digest_of_source(model)}
     evaluated = ModelEvaluation.loaded_for(reporter, model, against, text, seq_length, windows, **places)
     run = None if named is None else TaskRun(named, limit, task_batch)
     result, lines = evaluated.measured(choices, generations, run)
     already = f"the perplexity is {result['perplexity']:.4f}" if text is not None else lines[0]
-    write_json(json_file, json_text(result), already)
+    write_json(json_file, json_text({**result, **weights}), already)
     for line in lines:
         echo(line)
 

@@ -11,7 +11,7 @@ from optprune.cli.options import Device, Dtype, SeqLength
 from optprune.cli.outputs import Input, check_file, echo, start, write_file
 from optprune.errors import InputError, check_at_least
 from optprune.system.files import is_marked, real_path
-from optprune.system.wording import install
+from optprune.system.wording import install, one_line
 
 if TYPE_CHECKING:
     from optprune.report import EvaluationReport
@@ -65,6 +65,10 @@ def report_command(
     place = _place(folder, output, against, [text, evaluation, speed])
     measured = None if evaluation is None else read_evaluation(evaluation)
     speeds = None if speed is None else read_speed(speed)
+    if evaluation is not None and measured is not None:
+        _check_measured(folder, evaluation, measured.model, measured.weights, "evaluate")
+    if speed is not None and speeds is not None:
+        _check_measured(folder, speed, speeds.models[0].name, speeds.models[0].weights, "benchmark-model")
     model, healing = summarise_model(folder, report), read_healing(folder)
     if text is not None:
         evaluated = ModelEvaluation.loaded_for(
@@ -83,6 +87,17 @@ def _check_together(against: str | None, text: str | None, evaluation: Path | No
         raise InputError("--against compares predictions on a text: give one by --text")
     if evaluation is not None and text is not None:
         raise InputError("--evaluation reads a measurement and --text makes one: give one of them")
+
+
+def _check_measured(folder: Path, file: Path, model: str, weights: str, command: str) -> None:
+    """Raise InputError unless a file of measurements is of the weights in the folder."""
+    from optprune.models.checkpoint import digest_of_source
+
+    again = f"measure {folder} by optprune {command} --json"
+    if not weights:
+        raise InputError(f"{file} does not say which weights were measured, as files of earlier versions: {again}")
+    if weights != digest_of_source(str(folder)):
+        raise InputError(f"{file} has figures of other weights ({one_line(model)}) than those in {folder}: {again}")
 
 
 def _place(folder: Path, output: Path | None, against: str | None, inputs: Iterable[Input]) -> Path:

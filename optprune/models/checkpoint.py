@@ -1,9 +1,10 @@
 """Safetensors files of a model: found, checked, and read or written one tensor at a time."""
 
+import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 from typing import Any, BinaryIO, Protocol, Self
@@ -16,6 +17,7 @@ from transformers.utils.hub import cached_file
 
 from optprune.errors import InputError
 from optprune.models.architecture import KEPT_PAIRS
+from optprune.models.sources import locate
 from optprune.numerics.tensors import NAMES, rounded
 from optprune.system.files import read_json
 from optprune.system.wording import shown
@@ -25,6 +27,8 @@ PLAIN = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 """the dtypes of weights that are not quantised"""
 LONGEST_HEADER = 100_000_000
 """the most bytes of a header that safetensors reads"""
+PIECE = 1 << 24
+"""the number of bytes of a file that are hashed at a time"""
 FETCH = "fetch it again"
 ENDING = ".safetensors"
 
@@ -342,6 +346,27 @@ def _is_own(name: Any) -> bool:
         return False
     path = PurePath(name)
     return not path.is_absolute() and ".." not in path.parts
+
+
+def digest_of_source(source: str) -> str:
+    """Return a SHA-256 hex digest of the weights files of a model source."""
+    where, options = locate(source)
+    gguf = options.get("gguf_file")
+    return digest_of_files([Path(where, str(gguf))] if gguf else weights_files(source, where))
+
+
+def digest_of_files(files: Sequence[Path], on_bytes: Callable[[int, int], None] = lambda done, total: None) -> str:
+    """Return a SHA-256 hex digest of the bytes of files; `on_bytes` receives the number of bytes read and the total."""
+    digest, done = hashlib.sha256(), 0
+    size = sum(file.stat().st_size for file in files)
+    for file in files:
+        of_file = hashlib.sha256()
+        with file.open("rb") as stream:
+            while piece := stream.read(PIECE):
+                of_file.update(piece)
+                on_bytes(done := done + len(piece), size)
+        digest.update(of_file.digest())
+    return digest.hexdigest()
 
 
 def stated(config: Any, where: str) -> Any:

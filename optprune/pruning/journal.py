@@ -30,7 +30,7 @@ from optprune.calibration.partial_sums import PartialSums
 from optprune.calibration.statistics_cache import Key
 from optprune.metric import Metrics, MetricSums
 from optprune.models import Decoder
-from optprune.models.checkpoint import Checkpoint, stored_tensors
+from optprune.models.checkpoint import Checkpoint, digest_of_files, stored_tensors
 from optprune.models.gguf import CONVERTED
 from optprune.models.store import ShardSink
 from optprune.numerics.fingerprint import fingerprint
@@ -47,8 +47,6 @@ CHOSEN_TOKENS = "tokens.json"
 BLOCKS = "the blocks"
 """the key of the number of blocks among the facts"""
 RECIPE = "the recipe"
-PIECE = 1 << 24
-"""the number of bytes of a file that are hashed at a time"""
 PREFIX, REST = "cost-", "rest"
 INDEX = "metrics.json"
 
@@ -360,16 +358,7 @@ def digest_of_model(decoder: Decoder, on_bytes: Callable[[int, int], None] = lam
         found = fingerprint(weights)
         on_bytes(size, size)
         return found
-    digest, files, done = hashlib.sha256(), decoder.store.checkpoint.files, 0
-    size = sum(file.stat().st_size for file in files)
-    for file in files:
-        of_file = hashlib.sha256()
-        with file.open("rb") as stream:
-            while piece := stream.read(PIECE):
-                of_file.update(piece)
-                on_bytes(done := done + len(piece), size)
-        digest.update(of_file.digest())
-    return digest.hexdigest()
+    return digest_of_files(decoder.store.checkpoint.files, on_bytes)
 
 
 def _name(block: int) -> str:

@@ -36,6 +36,8 @@ from optprune.system.wording import counted, install, one_line
 
 NOT_ALLOWED = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 """the characters that HTML does not allow"""
+DIGITS = 12
+"""number of digits of a digest on the page"""
 
 
 def page(
@@ -169,9 +171,10 @@ def _measured(report: Report, evaluation: EvaluationReport | None, speed: SpeedR
             "report DIR --speed FILE."
         )
     else:
+        models = " beside ".join(_named(one.name, one.weights) for one in speed.models)
         sentences.append(
-            f"Speed on {speed.device} in {speed.dtype}: batch {speed.batch}, prompts of {speed.prompt_tokens} tokens, "
-            f"{speed.new_tokens} new ones, medians of {speed.repeats} repeats."
+            f"Speed of {models} on {speed.device} in {speed.dtype}: batch {speed.batch}, prompts of "
+            f"{speed.prompt_tokens} tokens, {speed.new_tokens} new ones, medians of {speed.repeats} repeats."
         )
     if (pattern := pattern_of(report)) is not None:
         sentences.append(
@@ -271,13 +274,19 @@ def _statuses(report: Report) -> list[str]:
     ]
 
 
+def _named(model: str, weights: str) -> str:
+    """Return the name of a measured model, with the first digits of the digest of its weights."""
+    return one_line(model) + (f" (weights {weights[:DIGITS]})" if weights else "")
+
+
 def _evaluated_on(found: EvaluationReport) -> str:
     beside, known = "" if found.against is None else f", beside {found.against}", found.standard_errors
     error = "" if known is None else f" ± is the standard error over {known.windows:,} windows, of differences paired."
     start = f", each begun with {found.begin}" if found.begin else ""
+    model = f"{_named(found.model, found.weights)} on " if found.model else ""
     return (
-        f"{found.text}, {found.windows:,} windows of {found.seq_length:,} tokens{start}, {found.tokens:,} predictions"
-        f"{beside}.{error}"
+        f"{model}{found.text}, {found.windows:,} windows of {found.seq_length:,} tokens{start}, {found.tokens:,} "
+        f"predictions{beside}.{error}"
     )
 
 

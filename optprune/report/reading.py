@@ -100,6 +100,10 @@ class EvaluationReport:
     perplexity: float | None
     """the perplexity; None where it is infinite"""
     bits_per_byte: float | None
+    model: str = ""
+    """the name of the model"""
+    weights: str = ""
+    """a digest of its weights files; empty where the model was just measured, and in files of earlier versions"""
     against: str | None = None
     """the name of the dense model"""
     divergence: float | None = None
@@ -139,6 +143,8 @@ class SpeedOfModel:
     parameters: int
     peak_bytes: int | None
     file_bytes: int
+    weights: str = ""
+    """a digest of its weights files; empty in files of earlier versions"""
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """report.html: prune writes it with the folder, and optprune report makes it again with what was measured since."""
 
+import hashlib
 import json
 import os
 import re
@@ -127,17 +128,38 @@ def test_beside_the_dense_model_it_has_what_was_measured(folder: Path, dense: Pa
 
 
 def test_with_figures_from_files_nothing_is_measured(folder: Path, no_weights: None) -> None:
-    files = {"evaluation": evaluated(), "speed": speed()}
+    inner = hashlib.sha256((folder / "model.safetensors").read_bytes()).digest()
+    digest = hashlib.sha256(inner).hexdigest()
+    files = {"evaluation": evaluated(weights=digest), "speed": speed(digest)}
     words: list[str] = []
     for name, data in files.items():
         (folder.parent / f"{name}.json").write_text(json.dumps(data))
         words += [f"--{name}", str(folder.parent / f"{name}.json")]
     assert main(["report", str(folder), *words]) == 0
-    rows = {
-        row[0]: row[1:3] for row in parsed((folder / "report.html").read_text()).tables()["The model before and after"]
-    }
+    root = parsed((folder / "report.html").read_text())
+    rows = {row[0]: row[1:3] for row in root.tables()["The model before and after"]}
     assert rows["perplexity"] == ["29.4321", "35.0123"]
     assert rows["decoding, tokens a second"] == ["20.0", "30.0"]
+    assert f"pruned (weights {digest[:12]}) on heldout.txt" in root.text
+    assert f"Speed of pruned (weights {digest[:12]}) beside dense on cpu" in root.text
+
+
+def test_figures_of_another_model_are_refused(
+    folder: Path, dense: Path, attempted_text: Path, refused: Callable[..., str]
+) -> None:
+    files = {name: folder.parent / f"{name}.json" for name in ("own", "other", "fast", "slow")}
+    words = ["--text", str(attempted_text), "--seq-length", "64", "--windows", "1", "--json"]
+    times = ["--prompt-tokens", "4", "--new-tokens", "2", "--repeats", "1", "--json"]
+    for model, name, other in ((folder, "own", "fast"), (dense, "other", "slow")):
+        assert main(["evaluate", str(model), *words, str(files[name])]) == 0
+        assert main(["benchmark-model", str(model), *times, str(files[other])]) == 0
+    for option, file in (("--evaluation", files["other"]), ("--speed", files["slow"])):
+        told = refused(str(folder), option, str(file))
+        assert f"has figures of other weights ({dense}) than those in {folder}: measure {folder} by optprune" in told
+    for option, data in (("--evaluation", evaluated()), ("--speed", speed())):
+        (file := folder.parent / "older.json").write_text(json.dumps(data))
+        assert "does not say which weights were measured" in refused(str(folder), option, str(file))
+    assert main(["report", str(folder), "--evaluation", str(files["own"]), "--speed", str(files["fast"])]) == 0
 
 
 def test_a_folder_with_only_a_report_has_a_page(tmp_path: Path) -> None:

@@ -103,8 +103,8 @@ def evaluated(**fields: Any) -> dict[str, Any]:
     }
 
 
-def speed() -> dict[str, Any]:
-    """What optprune benchmark-model --json writes."""
+def speed(weights: str = "") -> dict[str, Any]:
+    """What optprune benchmark-model --json writes, with the digest of the weights of the first model."""
 
     def model(name: str, factor: float) -> dict[str, Any]:
         spread = {"median": 100.0 * factor, "quartiles": [90.0, 110.0], "values": [100.0 * factor]}
@@ -113,4 +113,5 @@ def speed() -> dict[str, Any]:
 
     work = {"prompt_tokens": 512, "new_tokens": 32, "batch": 1, "repeats": 5}
     models = [model("pruned", 1.5), model("dense", 1.0)]
+    models[0]["weights"] = weights
     return {"device": "cpu (1 thread)", "dtype": "float32", **work, "models": models}

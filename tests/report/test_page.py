@@ -398,7 +398,7 @@ def test_what_was_not_measured_is_said(measured: EvaluationReport, fast: SpeedRe
     assert missing in text and "Speed was not measured" in text and "there is nothing to load" in text
     text = made(narrowed(), model=MODEL, evaluation=measured, speed=fast).text
     assert missing not in text and "Speed was not measured" not in text and "nothing to load" not in text
-    assert "Speed on cpu (1 thread) in float32: batch 1, prompts of 512 tokens, 32 new ones, medians of 5" in text
+    assert "Speed of pruned beside dense on cpu (1 thread) in float32: batch 1, prompts of 512 tokens, 32 new" in text
     alone = replace(measured, against=None, dense_perplexity=None, divergence=None, agreement=None, along=())
     rows = {row[0]: row[1:] for row in made(narrowed(), evaluation=alone).tables()["The model before and after"]}
     assert rows["perplexity"] == ["-", "35.0123", ""] and "divergence, nats a prediction" not in rows
