@@ -55,6 +55,16 @@ def test_costs_take_a_pass_of_the_tokens_and_a_probe_more(name: str) -> None:
     assert sum(blocks, end).flops == pytest.approx(probed.work(decoder, 10**5).flops)
 
 
+@pytest.mark.parametrize("name", ["structured_best", "sparse_best", "structured_uniform_best"])
+def test_a_probe_keeps_the_layers_that_it_tries_in_float32(name: str) -> None:
+    decoder = shapes(hidden_size=512, intermediate_size=2048)
+    allocator = by_cost(load_recipe(name, {"allocation.kind": "global"}))
+    # So few tokens that the statistics are the largest part.
+    plain, probed = (replace(allocator, probe_tokens=count).work(decoder, 64).bytes for count in (0, 8))
+    paths = {target.path for target in allocator.units.candidates(decoder, 0)}
+    assert probed - plain == 4 * sum(decoder.layer(0, path).weight.numel() for path in paths) > 0
+
+
 def test_experts_run_twice_and_their_probe_grows_with_the_blocks() -> None:
     units = UNITS["experts"]
     assert isinstance(units, Experts)

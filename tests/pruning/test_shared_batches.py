@@ -33,6 +33,7 @@ RUNS = {
     "wanda": ("wanda", {"propagation": "local"}),
     "sparsegpt": ("sparsegpt", {"propagation": "cross"}),
     "metric": ("sparse_best", {"metric.tokens": 200}),
+    "a metric of one batch, which one process has": ("sparse_best", {"metric.tokens": 48}),
     "probes": ("structured_best", {"refit.held_out": 0.2, "metric.tokens": 600}),
     "recovery": ("spap", {"refit.recovery.tokens": 96}),
     "recovery in a metric": (
