@@ -14,7 +14,7 @@ from optprune.comparison.frontier import Pair
 from optprune.comparison.frontier_folder import FrontierFolder
 from optprune.comparison.frontier_session import Wanted
 from optprune.errors import InputError
-from optprune.measure import SpeedWorkload, bits_per_byte, perplexity
+from optprune.measure import ModelSpeed, Repeats, SpeedWorkload, bits_per_byte, perplexity
 from optprune.measure.llama_cpp import LlamaRequest, LlamaRun, run
 from optprune.models import load_tokenizer
 from optprune.report.frontier_picture import Mark, frontier_svg
@@ -303,3 +303,16 @@ def test_speeds_are_of_the_rows_there_are(texts: TwoTexts, tmp_path: Path, monke
     assert found.rows[0].speed == Speed((0.0, 10.0, 20.0), (5.0, 5.0, 5.0), 7)
     assert "| 10 | 5.0 | 0 |" in found.markdown()
     assert torch.get_num_threads() >= 1 and not (tmp_path / "out" / "files").exists()
+
+
+def test_speeds_in_transformers_are_those_of_the_models(
+    texts: TwoTexts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def timed(models: dict[str, Any], work: SpeedWorkload) -> list[ModelSpeed]:
+        return [ModelSpeed(name, Repeats((10.0,)), Repeats((5.0,)), 1, 2, 7) for name in models]
+
+    monkeypatch.setattr(frontier_session, "measure_speed", timed)
+    more: dict[str, Any] = {"recipes": [], "sparsities": [], "calibration": None, "types": ["f32"]}
+    work = SpeedWorkload(8, 4, 1, 1)
+    found = measured(texts, tmp_path / "out", runtime="transformers", speed=work, **more)
+    assert [row.speed for row in found.rows] == [Speed(prefill=(10.0,), decode=(5.0,), peak_bytes=7)]
