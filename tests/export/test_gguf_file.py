@@ -134,9 +134,10 @@ def test_the_vocabulary_and_the_template_go_along(tmp_path: Path) -> None:
     assert {kinds[index] for index in (0, 1)} == {int(gguf.TokenType.CONTROL)}
     assert set(kinds[VOCABULARY:]) == {int(gguf.TokenType.UNUSED)}
     assert fields["tokenizer.ggml.eos_token_id"].contents() == tokenizer.eos_token_id  # type: ignore[union-attr]
+    assert fields["tokenizer.ggml.add_space_prefix"].contents() is False
 
 
-def test_pieces_are_merged_by_their_rank() -> None:
+def test_pieces_are_merged_by_their_rank(tmp_path: Path) -> None:
     """As in Llama 2: byte fallback, a space before the text; the earlier a merge, the higher its score."""
     from tokenizers import Tokenizer, decoders, normalizers
     from tokenizers.models import BPE
@@ -146,8 +147,13 @@ def test_pieces_are_merged_by_their_rank() -> None:
     made = Tokenizer(BPE(vocabulary, [("a", "b"), ("▁", "ab")], unk_token="<unk>", byte_fallback=True))
     made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     made.decoder = decoders.ByteFallback()
-    found = Vocabulary.of(PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>"), 7)
-    assert (found.model, found.space_first) == ("llama", True)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>")
+    found = Vocabulary.of(tokenizer, 7)
+    assert found.model == "llama"
+    writer = gguf.GGUFWriter(tmp_path / "vocabulary.gguf", "llama")
+    found.write(writer, tokenizer, tmp_path)
+    (written,) = writer.kv_data
+    assert written["tokenizer.ggml.add_space_prefix"].value is True
     assert found.scores[5] == 0.0 and found.scores[6] == -1.0 and found.scores[3] < -1.0
     kinds = [gguf.TokenType(kind).name for kind in found.kinds]
     assert kinds == ["UNKNOWN", "BYTE", "NORMAL", "NORMAL", "NORMAL", "NORMAL", "NORMAL"]

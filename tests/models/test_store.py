@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from optprune.errors import InputError
+from optprune.export.shards import Content
 from optprune.models import LoadedModel, load_model, open_model
 from optprune.models.store import BlockStore, ShardSink
 from optprune.report import model_patterns
@@ -77,6 +78,14 @@ def test_a_folder_of_the_model_without_its_head(tmp_path: Path) -> None:
     named["layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)  # of an older transformers
     save_file(named, tmp_path / "model.safetensors", {"format": "pt"})
     assert torch.equal(logits(open_model(tmp_path)), logits(load_model(tmp_path)))
+
+
+def test_values_of_a_folder_are_read_with_one_block_in_memory(tmp_path: Path) -> None:
+    save_tiny(tiny_llama(num_hidden_layers=3), tmp_path / "model")
+    decoder = open_model(tmp_path / "model").decoder()
+    content = Content.of(decoder)
+    held = [sum(in_memory(block) > 0 for block in decoder.blocks) for _ in content.values(list(content.tensors))]
+    assert set(held) == {0, 1}
 
 
 def test_what_a_context_did_is_forgotten_or_kept(tmp_path: Path) -> None:
