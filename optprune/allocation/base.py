@@ -67,6 +67,10 @@ class Allocator(ABC):
     def work(self, shapes: Decoder, tokens: int) -> Work:
         """Return the work of `divide` on so many calibration tokens; `shapes` may be on the meta device."""
 
+    def step(self, shapes: Decoder) -> float:
+        """Return the number of linear weights by which a division may miss the budget, because units go whole."""
+        return 1.0
+
     def head_tokens(self, shapes: Decoder, tokens: int) -> int:
         """Return the number of tokens that `divide` sends through the head, beside that work."""
         return 0

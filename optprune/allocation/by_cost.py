@@ -94,6 +94,10 @@ class CostBudget(ABC):
     def layer_work(self, shapes: Decoder, block: int, target: Target) -> Work:
         """Return the work of measuring the costs of a layer of a block."""
 
+    @abstractmethod
+    def step(self, shapes: Decoder) -> float:
+        """Return the most linear weights that one choice more removes."""
+
     def held_bytes(self, decoder: Decoder) -> int:
         """Return the memory of the costs of all layers, which are held until the end."""
         return 0
@@ -137,6 +141,9 @@ class ByCost(MeasuredBudget):
 
     def check(self, decoder: Decoder) -> None:
         self.budget.check(decoder)
+
+    def step(self, shapes: Decoder) -> float:
+        return self.budget.step(shapes)
 
     def work(self, shapes: Decoder, tokens: int) -> Work:
         blocks, end = self._works(shapes, tokens, self.probe_tokens)

@@ -70,6 +70,10 @@ class Depth(Allocator):
         kept = 0 if shapes.store is not None else len(candidates) * states
         return Work(self._tried(shapes) * half.flops, half.bytes + states + kept)
 
+    def step(self, shapes: Decoder) -> float:
+        # The nearest sum is at most half of a sub-block away, unless all that may go are gone.
+        return 0.5 * max((candidate.weights for candidate in _candidates(shapes, self.parts)), default=0)
+
     def head_tokens(self, shapes: Decoder, tokens: int) -> int:
         return min(tokens, self.tokens) * self._tried(shapes) if self.score == "perplexity" else 0
 

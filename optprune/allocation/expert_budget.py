@@ -126,6 +126,14 @@ class ExpertBudget(MeasuredBudget):
             shapes[int(name)] = replace(shapes[int(name)], experts=counts[name][choice])
         return Allocation.of(decoder, map(BlockAllocation, shapes))
 
+    def step(self, shapes: Decoder) -> float:
+        # At least the budget is removed, by whole experts.
+        return max(
+            shapes.weights_of(shape) - shapes.weights_of(replace(shape, experts=shape.experts - 1))
+            for shape in shapes.shapes()
+            if shape.experts
+        )
+
     def _fewest(self, decoder: Decoder) -> int:
         most = max(shape.experts for shape in decoder.shapes())
         return max(self.units.least(decoder), math.ceil(self.least * most))

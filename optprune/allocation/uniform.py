@@ -1,6 +1,7 @@
 """Allocators without measurements: uniform shares, a given allocation, and the dense model."""
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import final
 
 from optprune.allocation.allocation import Allocation, everything
@@ -31,6 +32,20 @@ class Uniform(Allocator):
     def allocation(self, decoder: Decoder) -> Allocation:
         """Return the allocation, for which shapes are enough."""
         return uniform(decoder, self.sparsity, self.units, self.width_multiple)
+
+    def step(self, shapes: Decoder) -> float:
+        # All blocks are rounded alike, by half a step at most.
+        if isinstance(self.units, Experts):
+            removed = removed_by_experts(shapes, self.units.least(shapes)).values()
+            return 0.5 * shapes.linear_weights() * max((more - less for more, less in pairwise(removed)), default=0.0)
+        if not self.units.kinds:
+            return 1.0
+        last = self.units.kinds[-1]
+        return 0.5 * sum(
+            last.multiple(shape, self.width_multiple, alike=True) * _weights_of_one(shapes, shape, last)
+            for shape in shapes.shapes()
+            if last.there(shape)
+        )
 
     def work(self, shapes: Decoder, tokens: int) -> Work:
         return Work()
@@ -173,9 +188,12 @@ def _unpruned_expert(decoder: Decoder, units: Units) -> str:
 
 def _weights_in(decoder: Decoder, shape: BlockShape, kind: LinkedUnits) -> int:
     """Return the linear weights that the units hold, without others of the sub-block."""
-    there = kind.there(shape)
-    one = decoder.weights_of(kind.with_count(shape, there + 1)) - decoder.weights_of(shape)
-    return one * there
+    return _weights_of_one(decoder, shape, kind) * kind.there(shape)
+
+
+def _weights_of_one(decoder: Decoder, shape: BlockShape, kind: LinkedUnits) -> int:
+    """Return the linear weights that one more unit would hold."""
+    return decoder.weights_of(kind.with_count(shape, kind.there(shape) + 1)) - decoder.weights_of(shape)
 
 
 def _narrower(shape: BlockShape, kind: LinkedUnits, ratio: float, multiple: int) -> BlockShape:

@@ -52,6 +52,13 @@ class WeightBudget(CostBudget):
         outputs, inputs = shapes.layer(block, target.path).weight.shape
         return entry_costs_work(outputs, inputs)
 
+    def step(self, shapes: Decoder) -> float:
+        # Where a pattern allows one share only, a layer has it or stays dense.
+        if self.family.only_share is None:
+            return 1.0
+        places = [(block, path) for block in range(len(shapes.blocks)) for path in shapes.paths(block)]
+        return (1 - self.family.only_share) * max(shapes.layer(*place).weight.numel() for place in places)
+
     def held_bytes(self, decoder: Decoder) -> int:
         # The costs, and the copies that are sorted.
         return 5 * 4 * min(MOST_COSTS, decoder.linear_weights())

@@ -87,6 +87,18 @@ class WidthBudget(CostBudget):
     def costs(self, decoder: Decoder, statistics: DenseStatistics, probe: Probe | None, in_nats: bool) -> Costs:
         return WidthCosts(self, decoder, statistics, probe, in_nats)
 
+    def step(self, shapes: Decoder) -> float:
+        steps = (
+            shapes.weights_of(kind.with_count(shape, more)) - shapes.weights_of(kind.with_count(shape, more - multiple))
+            for shape in shapes.shapes()
+            for kind in self.units.kinds
+            for multiple in (kind.multiple(shape, self.multiple),)
+            # The last multiple may take the whole sub-block with it.
+            for more in (kind.there(shape), multiple)
+            if kind.there(shape) >= more >= multiple and (more > multiple or not self.least)
+        )
+        return max(steps, default=0)
+
     def layer_work(self, shapes: Decoder, block: int, target: Target) -> Work:
         assert target.kind is not None
         multiple = target.kind.multiple(shapes.shape(block), self.multiple)

@@ -4,6 +4,7 @@ from optprune.program.check import check_batches
 from optprune.program.method import BlockProgram, Method, Request, Stage
 from optprune.program.program import Program
 from optprune.program.resolve import resolve
+from optprune.program.rounding import rounded_budget
 from optprune.program.runtimes import RUNTIMES, Runtime
 
 __all__ = [
@@ -16,4 +17,5 @@ __all__ = [
     "Stage",
     "check_batches",
     "resolve",
+    "rounded_budget",
 ]

@@ -292,14 +292,14 @@ class Program:
         return self.expected(self.largest)
 
     @cached_property
-    def _known(self) -> Allocation | None:
+    def known(self) -> Allocation | None:
         """Allocation that is known before the run, if any."""
         return None if self.divides else self.allocator.divide(DenseModel(self.decoder, ())).allocation
 
     def expected(self, index: int) -> BlockAllocation:
         """Return what a block keeps, or about the average where a budget is not divided yet."""
-        if self._known is not None:
-            return self._known.blocks[index]
+        if self.known is not None:
+            return self.known.blocks[index]
         shape, kept = self.decoder.shape(index), 1 - self.sparsity
         if self.units.family is not None:
             return BlockAllocation(shape, dict.fromkeys(self.decoder.paths(index), kept))
@@ -479,6 +479,6 @@ class Program:
     @property
     def pruned_numbers(self) -> int:
         """The numbers in all parameters of the pruned model; exact but for biases where shapes are known before."""
-        sparsity = self.sparsity if self._known is None else self._known.sparsity
+        sparsity = self.sparsity if self.known is None else self.known.sparsity
         removed = 0 if self.units.family is not None else sparsity * self.decoder.linear_weights()
         return round(self.dense_numbers - self.vocabulary_removed - removed)

@@ -68,7 +68,9 @@ class BlockRecord:
     zeros: int
     """weights of the solved layers that are zero"""
     due: int
-    """weights of the solved layers that the budget makes zero, apart from rounding"""
+    """weights of the solved layers that the budget makes zero at least, apart from rounding"""
+    most_zeros: int
+    """weights of the solved layers that the budget makes zero at most, with those that were zero before"""
     floor_seconds: float
     """the least seconds of any run with this policy: two passes of the block and the Gram products of its inputs"""
 
@@ -123,13 +125,13 @@ class _BlockRun:
         self.decoder, self.task, self.on_event, self.executor = decoder, task, on_event, executor
         self.layers: list[LayerReport] = []
         self.recovered: list[RecoveredPart] = []
-        self.zeros = self.due = 0
+        self.zeros = self.due = self.most_zeros = 0
         self.floor_seconds = 0.0
 
     def result(self) -> BlockResult:
         """Return the result of the block."""
         index, decoder = self.task.index, self.decoder
-        done = tuple(self.layers), tuple(self.recovered), self.zeros, self.due, self.floor_seconds
+        done = tuple(self.layers), tuple(self.recovered), self.zeros, self.due, self.most_zeros, self.floor_seconds
         record = BlockRecord(index, decoder.shape(index), *done)
         return BlockResult(record, decoder.weights(index), self.task.path)
 
@@ -232,6 +234,7 @@ class _BlockRun:
         self.layers.append(pruned.report)
         self.zeros += pruned.zeros
         self.due += pruned.due
+        self.most_zeros += pruned.most_zeros
         self.on_event(LayerSolved(pruned.report))
 
     def recover(self, path: str, calls: Calls) -> None:

@@ -105,7 +105,9 @@ class PrunedLayer:
     zeros: int
     """number of its weights that are zero"""
     due: int
-    """number of its weights that the budget makes zero, apart from rounding, where single weights are pruned"""
+    """number of its weights that the budget makes zero at least, apart from rounding, where single weights are pruned"""
+    most_zeros: int
+    """number of its weights that may be zero: by the budget, before, or by a grid or a removal of units"""
 
 
 def solve_layer(task: LayerTask, moments: InputMoments, held_out: InputMoments | None) -> SolvedLayer:
@@ -134,14 +136,17 @@ def write_layer(task: LayerTask, solved: SolvedLayer) -> PrunedLayer:
     StrictError where the recipe is strict and the report has a note.
     """
     layer, units, report = task.layer, task.units, solved.report
+    before = int((layer.weight == 0).sum())
     write(layer, solved.weight, solved.bias)
     linked = units or task.reordered
     if linked is not None and solved.basis is not None:
         _apply_basis(task, linked, solved.basis)
-    due = 0
+    due, most = 0, None
     if units is None:
         # A custom pattern may round the count of every row.
-        due = solved.weight.numel() - solved.keep - layer.out_features // 2
+        asked, rounding = solved.weight.numel() - solved.keep, layer.out_features // 2
+        due = asked - rounding
+        most = None if task.target.grid is not None else asked + rounding + before
     else:
         choice = units.link.units_reading(solved.reads)
         _check_alike(task, int(choice.sum()))
@@ -149,7 +154,8 @@ def write_layer(task: LayerTask, solved: SolvedLayer) -> PrunedLayer:
         report = replace(report, kept=int(choice.sum()), units=choice.numel())
     if task.method.strict and report.notes:
         raise StrictError(f"{task.name}: {report.notes[0]} (strict mode makes this an error)")
-    return PrunedLayer(report, int((layer.weight == 0).sum()), due)
+    zeros = int((layer.weight == 0).sum())
+    return PrunedLayer(report, zeros, due, zeros if most is None else most)
 
 
 def _check_alike(task: LayerTask, kept: int) -> None:

@@ -30,10 +30,10 @@ if TYPE_CHECKING:
     from optprune.pruning.journal import Journal
 
 BUDGET_MISSED = (
-    "the budget is not met: {:.2%} of the decoder's linear weights are removed, not {:.2%}, because answers keep more "
+    "the budget is not met: {:.2%} of the decoder's linear weights are removed, not {:.2%}, because answers keep {} "
     "than the budget: keep the number in context.keep in a custom objective"
 )
-"""the note of a run whose problems exceed the budget"""
+"""the note of a run whose answers keep more or less than the budget"""
 
 
 @renamed_argument("lanes", "partial_sums")
@@ -160,10 +160,13 @@ def run_program(
     records = sorted(run.records, key=lambda record: record.index)
     layers = [layer for record in records for layer in record.layers]
     kept = decoder.linear_weights() - sum(record.zeros for record in records)
-    most = sum(decoder.weights_of(block.shape) for block in divided.blocks) - sum(record.due for record in records)
+    planned = sum(decoder.weights_of(block.shape) for block in divided.blocks)
+    most = planned - sum(record.due for record in records)
+    least = planned - sum(record.most_zeros for record in records)
     reached = 1 - kept / weights_before
-    if kept > most:
-        notes += warn_or_raise(program.method.strict, (BUDGET_MISSED.format(reached, divided.sparsity),))
+    if not least <= kept <= most:
+        missed = BUDGET_MISSED.format(reached, divided.sparsity, "more" if kept > most else "less")
+        notes += warn_or_raise(program.method.strict, (missed,))
     blocks, left = tuple(map(BlockChange, shapes, decoder.shapes())), divided.with_shapes(decoder, weights_before)
     decoder.record_shapes()
     return Report(

@@ -30,7 +30,7 @@ from optprune.metric import Metrics
 from optprune.models import Decoder
 from optprune.models.draft import DRAFT_FIELD
 from optprune.models.places import InFile, OnDevice, OnHost, Place
-from optprune.program import BlockProgram, Program
+from optprune.program import BlockProgram, Program, rounded_budget
 from optprune.pruning.block import BlockJob, BlockOutcome, BlockRecord, BlockResult, BlockTask, moved, prune_block
 from optprune.pruning.executors import LayerExecutor
 from optprune.report import BlockFinished, BlockStarted, Event, PhaseAdvanced, PhaseRecorder
@@ -287,6 +287,7 @@ def begin(
         division = _division(program.allocator, dense, shared)
         entering = first_inputs(decoder, fitted, partial_sums)
         path = program.policy.start(entering)
+    missed = rounded_budget(program, division.allocation) if program.divides else ()  # else the check has told it
     known = statistics.known(decoder, fitted, held_out, partial_sums)
     finished = set[int]() if shared is None else set(shared.finished())
     repaired = () if shared is None else shared.repaired()  # known once `finished` has read the files
@@ -300,7 +301,7 @@ def begin(
         metrics=metrics,
         held_out=held_out,
         tokens=sum(batch.numel() for batch in fitted),
-        notes=notes + warn_or_raise(strict, division.warnings) + division.notes + repaired,
+        notes=notes + warn_or_raise(strict, division.warnings + missed) + division.notes + repaired,
         journal=shared,
         facts={} if journal is None else decided,
         finished=finished,

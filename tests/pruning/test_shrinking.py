@@ -153,6 +153,32 @@ def test_a_budget_that_is_not_met_is_told_and_an_error_in_strict_mode(settings: 
         prune(tiny_llama(), batches(), Recipe(**settings, strict=True))
 
 
+def half_of_the_columns(context: LayerContext) -> MaskedLeastSquares:
+    """A problem that keeps every second column, whatever the budget."""
+    columns = torch.arange(context.loss.weight.shape[1]) % 2 == 0
+    return MaskedLeastSquares(context.loss, columns[None])
+
+
+@pytest.mark.parametrize(("units", "reached"), [("mlp", "33.33%"), ("weights", "50.00%")])
+def test_answers_that_remove_more_than_the_budget_are_told_and_an_error_in_strict_mode(
+    units: str, reached: str
+) -> None:
+    settings: dict[str, Any] = {"objective": half_of_the_columns, "units": units, "sparsity": 0.25}
+    [note] = [note for note in prune(tiny_llama(), batches(), Recipe(**settings)).notes if NOT_MET in note]
+    assert f"{reached} of the decoder's linear weights are removed, not 25.00%, because answers keep less" in note
+    with pytest.raises(StrictError, match=NOT_MET):
+        prune(tiny_llama(), batches(), Recipe(**settings, strict=True))
+
+
+def test_weights_that_were_zero_before_are_no_missed_budget() -> None:
+    model = tiny_llama()
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[:, ::2] = 0
+    report = prune(model, batches(), load_recipe("magnitude", {"sparsity": 0.2}))
+    assert report.sparsity_reached > 0.2
+    assert not any(NOT_MET in note for note in report.notes)
+
+
 @pytest.mark.e2e
 @pytest.mark.parametrize("sparsity", [0.253, 0.777])
 @pytest.mark.parametrize("pattern", ["unstructured", "rows"])
