@@ -26,6 +26,10 @@ class FrontierFolder(ManifestFolder):
         """Take a folder that is new, empty, or holds a frontier. Raises InputError otherwise."""
         super().__init__(real_path(Path(folder)))
 
+    @property
+    def worth_keeping(self) -> bool:
+        return super().worth_keeping or (PRUNED in self.subfolders and any((self.folder / PRUNED).iterdir()))
+
     def row(self, name: str, make: Callable[[], FrontierRow]) -> FrontierRow:
         """Return a row: the stored one, or a new one, which is stored."""
         file = f"{ROWS}/{name}.json"

@@ -13,8 +13,9 @@ from optprune.calibration.statistics_cache import digest_of_weights
 from optprune.comparison.frontier import DENSE, Frontier, with_speeds
 from optprune.comparison.frontier_folder import MODELS, PRUNED, FrontierFolder
 from optprune.comparison.frontier_session import LLAMA, FrontierSession, Wanted
-from optprune.comparison.run import compare, texts_apart, windows_to_evaluate
-from optprune.errors import InputError
+from optprune.comparison.grid import Grid
+from optprune.comparison.run import TextOptions, compare, texts_apart, windows_to_evaluate
+from optprune.errors import InputError, check_at_least
 from optprune.export import Importance, importance_of, save_model
 from optprune.measure import SpeedWorkload
 from optprune.measure.llama_cpp_binding import binding
@@ -32,7 +33,7 @@ from optprune.models.sources import DEMO, DEMO_NAME
 from optprune.report import Event
 from optprune.system.environment import machine, versions
 from optprune.system.files import real_path
-from optprune.system.folders import check_manifest_folder
+from optprune.system.folders import check_manifest_folder, kept_or_discarded
 from optprune.texts import check_seq_length, read_documents
 
 BY_DECODING = (
@@ -59,11 +60,14 @@ class FrontierRequest:
     windows: int | None
     settings: Mapping[str, Any]
     speed: SpeedWorkload | None
+    generations: int
 
     def check(self) -> None:
         """Raise InputError where the options do not fit together."""
         if self.wanted.runtime == LLAMA:
             binding()
+        check_at_least("samples", self.samples, 1)
+        check_at_least("generations", self.generations, 0)
         if bool(self.recipes) != bool(self.sparsities) or (self.recipes and self.calibration is None):
             raise InputError("recipes need sparsities and a calibration text: give all three, or none")
         names = [*self.folders(), DENSE]
@@ -75,17 +79,30 @@ class FrontierRequest:
         check_seq_length(config, self.seq_length)
         if self.speed is not None:
             self.speed.check(self.model, config)
+        if self.recipes:
+            self.data.check(Grid.of(self.recipes, self.sparsities, 1, self.settings))
+        self.wanted.check(DENSE, self.model)
+        for name, folder in self.folders().items():
+            self.wanted.check(name, folder)
+
+    @property
+    def data(self) -> TextOptions:
+        """The texts, as a comparison of the recipes has them."""
+        return TextOptions(str(self.calibration), self.text, self.sequences, self.samples, self.seq_length, 0)
 
     def folders(self) -> dict[str, Path]:
         """Return the folders of pruned models by their names in the table."""
         return {Path(name).resolve().name: Path(name) for name in self.against}
 
     def held(self) -> Tensor:
-        """Return the evaluation windows [n, length]."""
-        calibration = self.calibration
-        documents = read_documents(self.text) if calibration is None else texts_apart(calibration, self.text)[1]
+        """Return the evaluation windows [n, length]; InputError where a text is too short for what is asked."""
         tokenizer, config = need_tokenizer(load_tokenizer(self.model), self.model), load_config(self.model)
         with using_tokenizer(self.model):
+            if self.calibration is None:
+                documents = read_documents(self.text)
+            else:
+                fitted, documents = texts_apart(self.calibration, self.text)
+                self.data.drawn(tokenizer, config, fitted, [0])
             return windows_to_evaluate(tokenizer, config, documents, self.seq_length, self.windows, self.sequences)
 
     def facts(self, dense: LoadedModel, held: Tensor) -> dict[str, Any]:
@@ -197,13 +214,13 @@ def frontier(
         windows=windows,
         settings=dict(settings or {}),
         speed=speed,
+        generations=generations,
     )
     request.check()
     check_manifest_folder(real_path(Path(folder)), FrontierFolder.noun)
     held = request.held()
     with ExitStack() as contexts:
-        place = FrontierFolder(folder)
-        contexts.callback(place.close)
+        place = contexts.enter_context(kept_or_discarded(FrontierFolder(folder)))
         say(f"loading {model}")
         dense = load_model(str(model), dtype="float32", device="cpu")
         options = request.facts(dense, held)

@@ -22,7 +22,8 @@ from optprune.measure import Evaluation, SpeedWorkload, bits_per_byte, generate,
 from optprune.measure.evaluate import negative_log_likelihood, passes, perplexity_from_nll, without_begin
 from optprune.measure.llama_cpp import LlamaRequest, measure_in_turn
 from optprune.measure.memory import release
-from optprune.models import LoadedModel, load_config, load_model, load_tokenizer, need_tokenizer
+from optprune.models import LoadedModel, is_gguf, load_config, load_model, load_tokenizer, need_tokenizer
+from optprune.models.checkpoint import weights_files
 from optprune.models.sources import file_bytes
 from optprune.system.wording import either
 from optprune.texts import begin_tokens
@@ -60,6 +61,21 @@ class Wanted:
     ) -> "Wanted":
         """Return the rows for options, of which None takes the usual types."""
         return cls(tuple(types or DENSE_TYPES), tuple(pruned_types or PRUNED_TYPES), runtime, importance)
+
+    def check(self, name: str, folder: str | Path) -> None:
+        """Raise InputError where a model cannot be measured in its types, before its weights are read."""
+        source = ModelSource(folder)
+        if name != DENSE:
+            if is_gguf(source.name):
+                raise InputError(f"the pruned model {folder} is a GGUF file: give the folder that prune wrote")
+            weights_files(source.name, source.name)
+        need_tokenizer(source.tokenizer, source.name)
+        if self.runtime == LLAMA and not is_gguf(source.name):
+            for kind in dict.fromkeys(kind for kind, _ in self.rows(name)):
+                refusal = GgufFile(kind=kind).unsupported(source)
+                if refusal is not None:
+                    raise InputError(refusal)
+        assert source.shapes
 
     def rows(self, model: str) -> Iterator[tuple[str, bool]]:
         """Yield the types of a model, each with whether its rounding is by importance."""

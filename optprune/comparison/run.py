@@ -28,7 +28,7 @@ from optprune.recipe import Recipe
 from optprune.report import Event
 from optprune.system.environment import machine, versions
 from optprune.system.files import real_path
-from optprune.system.folders import check_manifest_folder
+from optprune.system.folders import check_manifest_folder, kept_or_discarded
 from optprune.system.wording import install, shown
 from optprune.texts import (
     Document,
@@ -148,7 +148,8 @@ def compare(
         drawn = data.drawn(tokenizer, config, texts, grid.seeds)
         held = windows_to_evaluate(tokenizer, config, documents, seq_length, windows, sequences)
     with ExitStack() as contexts:
-        place = _folder(folder, contexts)
+        named = folder or contexts.enter_context(tempfile.TemporaryDirectory(prefix="optprune-"))
+        place = contexts.enter_context(kept_or_discarded(ComparisonFolder(named)))
         say(f"loading {source.source}")
         dense = source.to_measure(place.work, whole=speed is not None)
         options = {
@@ -170,13 +171,6 @@ def compare(
         comparison = Comparison(source.source, session.dense(), session.measure(), options)
         place.conclude(comparison)
     return comparison
-
-
-def _folder(folder: str | Path | None, contexts: ExitStack) -> ComparisonFolder:
-    """Return the folder of a comparison, which the contexts close; a temporary one where none is named."""
-    place = ComparisonFolder(folder or contexts.enter_context(tempfile.TemporaryDirectory(prefix="optprune-")))
-    contexts.callback(place.close)
-    return place
 
 
 def windows_to_evaluate(

@@ -16,8 +16,8 @@ from optprune.objectives import OBJECTIVES
 from optprune.patterns import ANYWHERE
 from optprune.problems import GridLeastSquares, LayerLoss
 from optprune.program.program import Program
-from optprune.program.runtimes import RUNTIMES
 from optprune.program.rounding import rounded_budget
+from optprune.program.runtimes import RUNTIMES
 from optprune.recipe import Recipe
 from optprune.solvers.run import check_accepted
 from optprune.system.wording import counted
@@ -72,8 +72,7 @@ def check(program: Program) -> tuple[str, ...]:
             )
     notes = _check_grid(program) + _coordinates(program)
     notes += _idle_recovery(program, pruned) + _idle_order(program, pruned)
-    if program.known is not None:
-        notes += rounded_budget(program, program.known)
+    notes += rounded_budget(program, program.known)
     if notes and method.strict:
         raise StrictError(f"{notes[0]} (strict mode makes this an error)")
     if method.solver is not None and method.objective in OBJECTIVES.values() and pruned:

@@ -20,14 +20,14 @@ WHY = {
 BY_UNITS = "units are removed whole, in multiples of some: ask for another sparsity, or for other units"
 
 
-def rounded_budget(program: Program, allocation: Allocation) -> tuple[str, ...]:
+def rounded_budget(program: Program, allocation: Allocation | None) -> tuple[str, ...]:
     """Return a sentence where an allocation misses the budget by more than a hundredth and one step of the allocator.
 
     A step is one weight, or what goes when one unit goes, but no more than half of the budget. A budget in operations
-    or time is not one of weights, and the allocation itself says what it saves.
+    or time is not one of weights, and the allocation itself says what it saves. None is one that is not known yet.
     """
     decoder, given = program.decoder, program.allocation is not None
-    if allocation.saves:
+    if allocation is None or allocation.saves:
         return ()
     total = decoder.linear_weights()
     asked = (allocation.sparsity if given else program.sparsity) * total
@@ -42,12 +42,11 @@ def rounded_budget(program: Program, allocation: Allocation) -> tuple[str, ...]:
 
 def _removed(program: Program, allocation: Allocation) -> int:
     """Return the number of linear weights that an allocation removes, with what each layer's pattern rounds."""
-    decoder = program.decoder
+    decoder, family = program.decoder, program.units.family
     removed = decoder.linear_weights()
     for index, block in enumerate(allocation.blocks):
         removed -= decoder.weights_of(block.shape)
-        for target in program.block(index, block).targets:
-            if target.kind is None:
-                outputs, inputs = decoder.layer(index, target.path).weight.shape
-                removed += outputs * inputs - target.keep(outputs, inputs, block)
+        for path, share in block.shares.items() if family is not None else ():
+            outputs, inputs = decoder.layer(index, path).weight.shape
+            removed += outputs * inputs - family.keep(outputs, inputs, share) if share < 1 else 0
     return removed

@@ -105,7 +105,7 @@ class PrunedLayer:
     zeros: int
     """number of its weights that are zero"""
     due: int
-    """number of its weights that the budget makes zero at least, apart from rounding, where single weights are pruned"""
+    """number of its weights that the budget makes zero at least, apart from rounding; none where units are removed"""
     most_zeros: int
     """number of its weights that may be zero: by the budget, before, or by a grid or a removal of units"""
 

@@ -3,7 +3,9 @@
 import importlib
 import os
 import secrets
-from collections.abc import Iterator
+import socket
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from ipaddress import ip_address
@@ -24,6 +26,8 @@ from optprune.system.environment import KERNELS
 from optprune.system.wording import install
 
 LOCAL = "local"
+PROBE, STARTING = 10.0, 180.0
+"""the seconds that an address may take to accept a connection, and a cluster to start or to answer"""
 RETRIES = 3
 """the number of times that Ray repeats a task whose worker died"""
 
@@ -46,7 +50,9 @@ class RayWorkers(ParallelWorkers):
 
     def check(self, policy: Propagation) -> None:
         super().check(policy)
-        _ray()
+        connected = _ray().is_initialized()
+        if self.address != LOCAL and not connected:
+            check_listening(self.address)
 
     @contextmanager
     def pool(self, context: WorkerContext) -> Iterator[WorkerPool]:
@@ -76,11 +82,19 @@ class RayWorkers(ParallelWorkers):
             else {"include_dashboard": False, "num_cpus": self.count and self.count * context.threads}
         )
         kernels = {name: os.environ[name] for name in KERNELS if name in os.environ}
+        given = {"log_to_driver": False, "runtime_env": {"env_vars": kernels}, **size}
         try:
-            ray.init(self.address, log_to_driver=False, runtime_env={"env_vars": kernels}, **size)
-        except (ConnectionError, ValueError, RuntimeError, OSError) as error:
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise InputError(f"there is no Ray cluster at {self.address!r}: {first}") from error
+            within(STARTING, lambda: ray.init(self.address, **given))
+        except Exception as error:  # Ray raises plain exceptions too
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+            if self.address == LOCAL:
+                raise WorkerError(
+                    f"Ray did not start on this machine: {first}; free memory or processors, or use --workers in its "
+                    "place"
+                ) from error
+            raise InputError(
+                f"there is no Ray cluster at {self.address!r}: {first}; start one there, or give another address"
+            ) from error
 
     def _room(self, ray: Any, context: WorkerContext) -> int:
         """Return the number of tasks that the cluster can run at a time; InputError where it is 0."""
@@ -95,6 +109,39 @@ class RayWorkers(ParallelWorkers):
                 f"{self.address!r} has them: lower OMP_NUM_THREADS, or add such a machine"
             )
         return tasks
+
+
+def check_listening(address: str) -> None:
+    """Raise InputError where nobody listens at the host and the port of an address, for which Ray would wait long."""
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if not host or not port.isdecimal():
+        return  # Ray finds the place
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=PROBE).close()
+    except (OSError, OverflowError) as error:
+        raise InputError(
+            f"nobody listens at the Ray address {address!r} ({error}): start a cluster there, or give another address"
+        ) from error
+
+
+def within(seconds: float, call: Callable[[], object]) -> None:
+    """Call a function in a thread of its own, and raise what it raises; TimeoutError where it is not done in time."""
+    raised = list[BaseException]()
+
+    def run() -> None:
+        try:
+            call()
+        except BaseException as error:
+            raised.append(error)
+
+    # A daemon does not keep the process alive where the call never returns.
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if thread.is_alive():
+        raise TimeoutError(f"no answer within {seconds:g} seconds")
+    if raised:
+        raise raised[0]
 
 
 def _ray() -> Any:

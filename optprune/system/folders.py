@@ -4,8 +4,8 @@ import json
 import os
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, TypeGuard, TypeVar
 
@@ -30,6 +30,7 @@ MARK, FORMAT = "optprune", 1
 FACTS, FILES, FOLDERS, MADE, DIGEST = "facts", "files", "folders", "made", "digest"
 """the entries of a manifest"""
 Value = TypeVar("Value")
+Folder = TypeVar("Folder", bound="ManifestFolder")
 
 
 class ManifestFolder:
@@ -221,6 +222,11 @@ class ManifestFolder:
         return [name for name in self._manifest[FILES] if self.lists(name)]
 
     @property
+    def worth_keeping(self) -> bool:
+        """Whether the folder has results that took time."""
+        return bool(self.files)
+
+    @property
     def subfolders(self) -> list[str]:
         """The names of the folders created in this one."""
         return list(self._manifest[FOLDERS])
@@ -321,6 +327,24 @@ class ManifestFolder:
         content = {name: value for name, value in self._manifest.items() if name != DIGEST}
         text = json.dumps({**content, DIGEST: digest_of(content)}, indent=2).encode()
         write_whole(self.folder / MANIFEST, lambda stream: stream.write(text))
+
+
+@contextmanager
+def kept_or_discarded(place: Folder) -> Iterator[Folder]:
+    """Close a folder at the end; delete it where it was begun here and the work failed before it had any result.
+
+    Facts without results would only refuse the next call, which may have other options.
+    """
+    had = place.begun
+    try:
+        yield place
+    except BaseException:
+        if had or place.worth_keeping:
+            place.close()
+        else:
+            place.discard()
+        raise
+    place.close()
 
 
 def check_manifest_folder(folder: Path, noun: str) -> dict[str, Any] | None:
@@ -575,8 +599,7 @@ class RunFolder(ManifestFolder, ABC):
 
     @property
     def worth_keeping(self) -> bool:
-        """Whether the folder has results that took time."""
-        return bool(self.files) or self.has_scratch
+        return super().worth_keeping or self.has_scratch
 
     @property
     def has_scratch(self) -> bool:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import optprune
-from optprune.comparison import Frontier, FrontierRow, Speed, frontier, frontier_session
+from optprune.comparison import Frontier, FrontierRow, Speed, frontier, frontier_run, frontier_session
 from optprune.comparison.frontier import Pair
 from optprune.comparison.frontier_folder import FrontierFolder
 from optprune.comparison.frontier_session import Wanted
@@ -144,6 +144,12 @@ def test_other_options_are_refused(
         ({"sparsities": []}, "recipes need sparsities and a calibration text"),
         ({"against": ["x/one", "y/one"]}, "the pruned folders are called one: give folders of different names"),
         ({"against": ["x/dense"]}, "give folders of different names"),
+        ({"recipes": ["wandda"]}, "wandda"),
+        ({"settings": {"bogus": 1}}, "bogus"),
+        ({"sparsities": [1.5]}, "1.5"),
+        ({"samples": 0}, "samples cannot be 0"),
+        ({"generations": -1}, "generations cannot be -1"),
+        ({"samples": 4000}, "4000"),  # more than the calibration text has
     ],
 )
 def test_options_that_do_not_fit_change_nothing(
@@ -151,6 +157,38 @@ def test_options_that_do_not_fit_change_nothing(
 ) -> None:
     with pytest.raises(InputError, match=sentence):
         measured(texts, tmp_path / "out", **more)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("runtime", ["llama.cpp", "transformers"])
+@pytest.mark.parametrize("wrong", ["missing", "empty", "without weights", "without a tokenizer", "a file"])
+def test_a_wrong_folder_is_refused_before_anything_is_loaded(
+    texts: TwoTexts, tmp_path: Path, wrong: str, runtime: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(frontier_run, "load_model", None)
+    place = tmp_path / "pruned"
+    if wrong == "a file":
+        place.write_text("none")
+    elif wrong != "missing":
+        place.mkdir()
+    if wrong.startswith("without"):
+        left_out = {"without weights": "model.safetensors", "without a tokenizer": "tokenizer.json"}[wrong]
+        for file in texts.model.iterdir():
+            if file.name not in (left_out, "tokenizer_config.json"):
+                (place / file.name).write_bytes(file.read_bytes())
+    before = sorted(path.name for path in tmp_path.rglob("*"))
+    with pytest.raises(InputError, match="pruned"):
+        measured(texts, tmp_path / "out", against=[place], runtime=runtime)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == before
+
+
+def test_one_that_fails_before_its_first_row_leaves_no_folder(
+    texts: TwoTexts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its options would only refuse the right ones."""
+    monkeypatch.setattr(frontier_session, "load_model", None)
+    with pytest.raises(TypeError):
+        measured(texts, tmp_path / "new" / "out", recipes=[], sparsities=[])
     assert not list(tmp_path.iterdir())
 
 

@@ -3,8 +3,12 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
+import time
+from contextlib import nullcontext
 from ipaddress import ip_address
 from pathlib import Path
 from unittest import mock
@@ -15,9 +19,9 @@ from transformers import PreTrainedModel
 
 from benchmarks.tiny_models import TINY_MODELS
 from optprune import LayerContext, load_recipe
-from optprune.errors import InputError, StrictError
+from optprune.errors import InputError, StrictError, WorkerError
 from optprune.problems import Problem
-from optprune.pruning import RayWorkers, prune, workers_of
+from optprune.pruning import RayWorkers, prune, ray_workers, workers_of
 from optprune.pruning.ray_workers import for_this_machine
 from tests.helpers.short_runs import batches, same
 
@@ -147,8 +151,51 @@ def test_a_cluster_that_is_not_there_or_too_small_is_told(cluster: RayWorkers, m
         torch.set_num_threads(threads)
     monkeypatch.setattr("ray.is_initialized", lambda: False)
     monkeypatch.setattr("ray.init", mock.Mock(side_effect=ConnectionError("nobody answers\nat all")))
-    with pytest.raises(InputError, match=r"there is no Ray cluster at 'ray.example:6379': nobody answers$"):
-        prune(tiny(), batches(), recipe, workers=RayWorkers("ray.example:6379"))
+    with pytest.raises(InputError, match=r"there is no Ray cluster at 'auto': nobody answers; start one there"):
+        prune(tiny(), batches(), recipe, workers=RayWorkers("auto"))
+
+
+def test_an_address_where_nobody_listens_is_refused_at_once() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        free = server.getsockname()[1]
+    policy, began = load_recipe("magnitude", {"propagation": "dense"}).propagation, time.monotonic()
+    for address in (f"127.0.0.1:{free}", f"ray://127.0.0.1:{free}"):
+        with pytest.raises(InputError, match=f"nobody listens at the Ray address '{address}'"):
+            workers_of(policy, ray=address)
+    assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize(
+    ("address", "kind", "sentence"),
+    [
+        ("local", WorkerError, "Ray did not start on this machine: {}; free memory or processors"),
+        ("auto", InputError, "there is no Ray cluster at 'auto': {}; start one there"),
+    ],
+)
+def test_ray_that_fails_or_never_answers_is_told_in_a_sentence(
+    address: str, kind: type[Exception], sentence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended = threading.Event()
+    ray = mock.Mock()
+    ray.is_initialized.return_value = False
+    monkeypatch.setattr(ray_workers, "_ray", lambda: ray)
+    monkeypatch.setattr(ray_workers, "for_this_machine", nullcontext)
+    monkeypatch.setattr(ray_workers, "STARTING", 0.1)
+    recipe = load_recipe("magnitude", {"propagation": "dense"})
+    try:
+        for does, said in (
+            (
+                Exception("The node timed out during startup.\nmore"),
+                "The node timed out during startup",
+            ),
+            (lambda *_, **__: ended.wait(), "no answer within 0.1 seconds"),
+        ):
+            ray.init.side_effect = does
+            with pytest.raises(kind) as caught:
+                prune(tiny(), batches(), recipe, workers=RayWorkers(address))
+            assert str(caught.value).startswith(sentence.format(said))
+    finally:
+        ended.set()
 
 
 @pytest.mark.slow
