@@ -67,11 +67,17 @@ def check_count(what: str, value: object) -> None:
         raise InputError(f"{what} cannot be {shown(value)}: give a smaller number")
 
 
+NO_MEMORY = ("out of memory", "can't allocate memory", "can't start new thread", "std::bad_alloc")
+"""words of an error of Python or torch that has no memory, for a thread's stack too"""
+
+
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error of Python or torch reports that memory is exhausted."""
+    """Return whether an error of Python or torch reports that memory is exhausted, or a limit of it (ulimit -v)."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
     words = str(error).lower()
     return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and ("out of memory" in words or "can't allocate memory" in words)
+        isinstance(error, RuntimeError) and any(map(words.__contains__, NO_MEMORY))
     )
 
 

@@ -11,7 +11,7 @@ from optprune.cli.audit import audit_command
 from optprune.cli.benchmark_model import benchmark_model_command
 from optprune.cli.compare import compare_command
 from optprune.cli.demo import demo_command
-from optprune.cli.errors import report_error, report_errors
+from optprune.cli.errors import open_standard_streams, report_error, report_errors
 from optprune.cli.evaluate import evaluate_command
 from optprune.cli.experts import experts_command
 from optprune.cli.export import export_command
@@ -27,6 +27,7 @@ from optprune.cli.recipes import recipes_command
 from optprune.cli.report import report_command
 from optprune.cli.serve_check import serve_check_command
 from optprune.cli.solve import solve_command
+from optprune.system.environment import check_docstrings
 from optprune.system.interrupts import raise_on_signals
 
 app = typer.Typer(
@@ -81,8 +82,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     With OPTPRUNE_DEBUG=1 in the environment, a traceback comes before the sentence.
     """
+    open_standard_streams()
     restore = raise_on_signals()
     try:
+        check_docstrings()
         # Without a command, print the help.
         result = app(
             args=list(sys.argv[1:] if arguments is None else arguments) or ["--help"],

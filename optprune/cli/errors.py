@@ -1,5 +1,6 @@
 """Errors as one sentence on stderr and an exit status; a traceback only on request."""
 
+import errno
 import functools
 import os
 import sys
@@ -11,7 +12,7 @@ import typer
 
 from optprune.cli.outputs import echo
 from optprune.errors import OptpruneError, is_out_of_memory, no_room
-from optprune.system.interrupts import done_sentence, forget_done
+from optprune.system.interrupts import NOTHING, done_sentence, forget_done
 from optprune.system.wording import one_line
 
 INTERRUPTED = 130
@@ -20,6 +21,18 @@ LONGEST = 4000
 """the most characters of a sentence; one that lists the reasons of all solvers is half as long"""
 
 P = ParamSpec("P")
+
+
+def open_standard_streams() -> None:
+    """Open stdin, stdout and stderr, where the shell has closed them (`2>&-`), to the null device.
+
+    A file would get the number of a closed one, and what is printed would be written into it.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            free = os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+            os.set_inheritable(free, True)
+            setattr(sys, name, os.fdopen(free, mode))
 
 
 def report_errors(command: Callable[P, None]) -> Callable[P, None]:
@@ -54,6 +67,18 @@ def report_error(error: BaseException) -> int:
     return FAILED
 
 
+def _with_done(text: str) -> str:
+    """Return a sentence with the results that are kept, which an error of ours names itself."""
+    done = done_sentence()
+    return text if done == NOTHING else f"{text}; {done}"
+
+
+def _remedy(error: OSError) -> str:
+    """Return what to do about an error of the operating system, where it says too little itself."""
+    many = error.errno in (errno.EMFILE, errno.ENFILE)
+    return ": let a process open more of them (ulimit -n 1024)" if many else ""
+
+
 def _sentence(error: BaseException) -> str:
     if isinstance(error, OptpruneError):
         text = str(error)
@@ -66,11 +91,13 @@ def _sentence(error: BaseException) -> str:
             "the memory is not enough: lower --samples, --seq-length, --batch or --prompt-tokens (whichever the "
             "command takes), or use --dtype bfloat16"
         )
+        text = _with_done(text)
     elif (full := no_room(error)) is not None:
         text = f"{full} ({done_sentence()}): make room and run again"
     elif isinstance(error, OSError):
-        text = f"{error.filename or 'a file'} cannot be used: {error.strerror or error}"
+        text = _with_done(f"{error.filename or 'a file'} cannot be used: {error.strerror or error}{_remedy(error)}")
     else:
         first = (str(error).strip().splitlines() or [""])[0]
         text = f"{type(error).__name__}: {first} (unexpected: set OPTPRUNE_DEBUG=1 for the traceback, and report it)"
+        text = _with_done(text)
     return one_line(text, LONGEST)

@@ -46,7 +46,8 @@ def _removed(program: Program, allocation: Allocation) -> int:
     removed = decoder.linear_weights()
     for index, block in enumerate(allocation.blocks):
         removed -= decoder.weights_of(block.shape)
-        for path, share in block.shares.items() if family is not None else ():
-            outputs, inputs = decoder.layer(index, path).weight.shape
-            removed += outputs * inputs - family.keep(outputs, inputs, share) if share < 1 else 0
+        for path, share in block.shares.items():
+            if family is not None and share < 1:
+                outputs, inputs = decoder.layer(index, path).weight.shape
+                removed += outputs * inputs - family.keep(outputs, inputs, share)
     return removed

@@ -17,6 +17,7 @@ from optprune.models import Decoder, ImageFeatures
 from optprune.models.store import BlockStore
 from optprune.numerics.precision import full_precision
 from optprune.program import Program, Request, check_batches, resolve
+from optprune.pruning.block import BlockRecord
 from optprune.pruning.layer import summary
 from optprune.pruning.run import Listener, begin, warn_or_raise
 from optprune.pruning.workers import Layers, Processes, Serial, Workers
@@ -160,12 +161,10 @@ def run_program(
     records = sorted(run.records, key=lambda record: record.index)
     layers = [layer for record in records for layer in record.layers]
     kept = decoder.linear_weights() - sum(record.zeros for record in records)
-    planned = sum(decoder.weights_of(block.shape) for block in divided.blocks)
-    most = planned - sum(record.due for record in records)
-    least = planned - sum(record.most_zeros for record in records)
     reached = 1 - kept / weights_before
-    if not least <= kept <= most:
-        missed = BUDGET_MISSED.format(reached, divided.sparsity, "more" if kept > most else "less")
+    wrong = _kept_wrongly(kept, records, sum(decoder.weights_of(block.shape) for block in divided.blocks))
+    if wrong:
+        missed = BUDGET_MISSED.format(reached, divided.sparsity, wrong)
         notes += warn_or_raise(program.method.strict, (missed,))
     blocks, left = tuple(map(BlockChange, shapes, decoder.shapes())), divided.with_shapes(decoder, weights_before)
     decoder.record_shapes()
@@ -192,6 +191,13 @@ def run_program(
         own_code=program.request.recipe.own_code(),
         run_facts=run.facts,
     )
+
+
+def _kept_wrongly(kept: int, records: list[BlockRecord], planned: int) -> str:
+    """Return whether more or less is kept than of the `planned` weights of the shapes; an empty text for neither."""
+    if kept > planned - sum(record.due for record in records):
+        return "more"
+    return "less" if kept < planned - sum(record.most_zeros for record in records) else ""
 
 
 def workers_of(policy: Propagation, count: int | None = None, ray: str | None = None) -> Workers:

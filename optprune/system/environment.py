@@ -3,6 +3,7 @@
 import os
 import platform
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
@@ -21,6 +22,15 @@ COUNTS = ("the number of training tokens", "the number of held-out tokens")
 """facts that records of earlier versions lack; they are compared where both sides have them"""
 TOKENS = ("the text", "the tokens", "the calibration tokens")
 """the facts about the tokens of a run"""
+
+
+def check_docstrings() -> None:
+    """Raise InputError where Python was started without docstrings, which transformers reads when it is imported."""
+    if sys.flags.optimize > 1:
+        raise InputError(
+            "Python was started without docstrings (-OO or PYTHONOPTIMIZE=2), and transformers cannot be imported "
+            "without them: start it without that option, or with -O"
+        )
 
 
 def differences(before: Any, now: Any, what: str = "") -> Iterator[tuple[str, Any, Any]]:

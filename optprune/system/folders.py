@@ -11,7 +11,7 @@ from typing import Any, BinaryIO, TypeGuard, TypeVar
 
 from filelock import FileLock, Timeout
 
-from optprune.errors import InputError
+from optprune.errors import InputError, OptpruneError
 from optprune.system.environment import differences, in_words, stored_facts
 from optprune.system.files import (
     digest_of,
@@ -22,7 +22,7 @@ from optprune.system.files import (
     read_json,
     write_whole,
 )
-from optprune.system.interrupts import interrupts_held
+from optprune.system.interrupts import NOTHING, done_sentence, interrupts_held, record_done
 from optprune.system.wording import shown
 
 MANIFEST, LOCK = "run.json", "in-use"
@@ -47,6 +47,9 @@ class ManifestFolder:
     """the way to discard the content, for messages"""
     written: tuple[str, ...] = ()
     """`fnmatch` patterns of the names that may be written; a foreign file with such a name is an error"""
+
+    goes_on: bool = False
+    """whether `begin` was called, and has accepted the facts"""
 
     def __init__(self, folder: str | Path) -> None:
         """Lock the folder, which is created if needed.
@@ -128,6 +131,7 @@ class ManifestFolder:
         if not self.begun:
             self._manifest[FACTS] = plain
             self._write_manifest()
+        self.goes_on = True
         _delete_all(self._left_behind)
 
     def check_facts(self, facts: Mapping[str, Any]) -> None:
@@ -338,11 +342,17 @@ def kept_or_discarded(place: Folder) -> Iterator[Folder]:
     had = place.begun
     try:
         yield place
-    except BaseException:
-        if had or place.worth_keeping:
-            place.close()
-        else:
+    except BaseException as error:
+        if not had and not place.worth_keeping:
             place.discard()
+            raise
+        place.close()
+        if not place.goes_on:  # it was refused, and nothing was changed
+            raise
+        kept = f"what is finished is kept in {place.folder}: run again to continue"
+        record_done(kept if (done := done_sentence()) == NOTHING else done)
+        if isinstance(error, OptpruneError):
+            raise type(error)(f"{error}; {done_sentence()}") from error
         raise
     place.close()
 
