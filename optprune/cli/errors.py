@@ -32,7 +32,7 @@ def open_standard_streams() -> None:
         if getattr(sys, name) is None:
             free = os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
             os.set_inheritable(free, True)
-            setattr(sys, name, os.fdopen(free, mode))
+            setattr(sys, name, os.fdopen(free, mode, closefd=False))
 
 
 def report_errors(command: Callable[P, None]) -> Callable[P, None]:

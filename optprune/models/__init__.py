@@ -1,5 +1,9 @@
 """Models: their architectures as data, the units that can be removed from them, and how they are loaded."""
 
+from optprune.system.environment import check_docstrings
+
+check_docstrings()  # before transformers is imported
+
 from optprune.models.architecture import PARTS, Architecture, BlockAllocation, BlockShape, Heads, rope_types
 from optprune.models.checkpoint import has_weights
 from optprune.models.decoder import Decoder, LinkedLayers

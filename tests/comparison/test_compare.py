@@ -14,7 +14,8 @@ import optprune
 from optprune import Recipe, Statistics
 from optprune.calibration import dense_statistics
 from optprune.calibration.generated import generated_windows, with_generated
-from optprune.comparison import Cell, session
+from optprune.comparison import Cell, CellResult, Comparison, session
+from optprune.comparison.results import Figures, Row
 from optprune.errors import InputError, NumericalError
 from optprune.measure import SpeedWorkload, divergence_from
 from optprune.models import load_model
@@ -112,6 +113,18 @@ def test_several_texts_are_drawn_from_by_their_shares(
         expected = divergence_from(alone, model.model, windows)
         assert result.figures is not None and result.figures.agreement == expected.agreement
         assert result.figures.perplexity == pytest.approx(expected.perplexity, rel=1e-6)
+
+
+def test_a_deviation_is_that_of_a_sample() -> None:
+    """Of 10, 12 and 17, whose mean is 13: the square root of (9 + 1 + 16) / 2."""
+    figures = [Figures(value, 0.1, 0.9, 0.2, 100, 400, 1.0) for value in (10.0, 12.0, 17.0)]
+    row = Row("wanda", 0.2, tuple(figures))
+    assert row.deviation("perplexity") == pytest.approx(13**0.5)
+    assert row.deviation("divergence") == pytest.approx(0.0)
+    assert Row("wanda", 0.2, tuple(figures[:1])).deviation("perplexity") is None
+    cells = [Cell("wanda", 0.2, seed) for seed in range(3)]
+    results = tuple(CellResult(cell, found) for cell, found in zip(cells, figures, strict=True))
+    assert "13.00 ± 3.61" in str(Comparison("tiny", figures[0], results, {}))
 
 
 @pytest.mark.e2e

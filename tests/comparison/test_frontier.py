@@ -126,6 +126,7 @@ def test_one_that_was_stopped_goes_on_with_its_rows(
         ({"windows": 1}, "the windows evaluated was 2 and is 1"),
         ({"types": ["f16"]}, "the types was"),
         ({"sparsities": [0.2]}, "the sparsities was"),
+        ({"settings": {"units": "mlp", "damping": 0.5}}, r"the settings.damping was None and is 0\.5"),
     ],
 )
 def test_other_options_are_refused(

@@ -46,8 +46,9 @@ def healed(steps: int = 6, model: Any = None, **options: Any) -> tuple[HealRepor
     """A pruned tiny model after a few steps, and the report; options are of the settings or of `heal`."""
     model = halved(trained()) if model is None else model
     own = {name: options.pop(name) for name in ("folder", "peers", "on_event") if name in options}
+    teacher = options.pop("teacher", None) or trained()
     settings = HealingSettings(**{"learning_rate": RATE, **options})
-    return heal(model, trained(), text(steps), held_out=held_out(), settings=settings, **own), model
+    return heal(model, teacher, text(steps), held_out=held_out(), settings=settings, **own), model
 
 
 def test_a_pruned_model_is_healed() -> None:
@@ -335,6 +336,8 @@ def test_a_run_begun_otherwise_does_not_go_on(tmp_path: Any) -> None:
         healed(4, every=1, folder=folder, clip=2.0)
     with pytest.raises(InputError, match=r"cannot continue: the number of training tokens was \d+ and is \d+; nothing"):
         healed(5, every=1, folder=folder)
+    with pytest.raises(InputError, match="cannot continue: the dense model was another one; nothing was changed"):
+        healed(4, every=1, folder=folder, teacher=trained().to(torch.float64))
     (tmp_path / "run" / "progress.json").write_text("{}")
     with pytest.raises(InputError, match=r"progress.json of the healing run in .* is damaged"):
         healed(4, every=1, folder=folder)

@@ -50,6 +50,98 @@ class Fault:
 
 
 FAULTS = [
+    # Runs: what they may go on with, what they are planned to take, and what they reached
+    Fault(
+        "frontier: one goes on with other settings of its recipes",
+        "comparison/frontier_run.py",
+        '"the settings": dict(self.settings),',
+        '"the settings": {},',
+        "comparison/test_frontier.py",
+    ),
+    Fault(
+        "frontier: folders of pruned models are not looked at before the dense rows",
+        "comparison/frontier_run.py",
+        "            self.wanted.check(name, folder)",
+        "            assert name",
+        "comparison/test_frontier.py",
+    ),
+    Fault(
+        "comparisons: one that failed before its first result leaves its options",
+        "system/folders.py",
+        "        if not had and not place.worth_keeping:",
+        "        if not had and place.worth_keeping:",
+        "comparison/test_frontier.py",
+    ),
+    Fault(
+        "healing: a run goes on with another teacher",
+        "healing/heal.py",
+        '"the dense model": teacher.digest(),',
+        '"the dense model": "",',
+        "healing/test_heal.py",
+    ),
+    Fault(
+        "comparisons: seeds do not deviate",
+        "comparison/results.py",
+        "return stdev(values) if len(values) > 1 else None",
+        "return 0.0 if len(values) > 1 else None",
+        "comparison/test_compare.py",
+    ),
+    Fault(
+        "plan: the probe's forward pass is not divided by its tokens",
+        "pruning/measured_plan.py",
+        "lambda: advance(one.blocks[0], stream)) / self.tokens",
+        "lambda: advance(one.blocks[0], stream))",
+        "program/test_plan.py",
+    ),
+    Fault(
+        "plan: the probe's passes are divided by all of its tokens",
+        "pruning/measured_plan.py",
+        "/ (tokens - some) if tokens > some",
+        "/ tokens if tokens > some",
+        "program/test_plan.py",
+    ),
+    Fault(
+        "plan: moments of held-out tokens are not counted",
+        "program/memory.py",
+        "(3 if drifted else 1) * (2 if held_out else 1) * sum(",
+        "(3 if drifted else 1) * sum(",
+        "program/test_plan.py",
+    ),
+    Fault(
+        "budget: rounding of rows to nothing is not told",
+        "program/rounding.py",
+        "if abs(removed - asked) <= max(",
+        "if asked - removed <= asked or abs(removed - asked) <= max(",
+        "program/test_rounded_budget.py",
+    ),
+    Fault(
+        "budget: answers that remove more than asked are not told",
+        "pruning/pipeline.py",
+        'return "less" if',
+        'return "less" if not records and',
+        "pruning/test_shrinking.py",
+    ),
+    Fault(
+        "ray: an address is not tried before Ray waits for it",
+        "pruning/ray_workers.py",
+        "        if self.address != LOCAL and not connected:",
+        "        if self.address == LOCAL and not connected:",
+        "pruning/test_ray_workers.py",
+    ),
+    Fault(
+        "errors: an unexpected one does not say what is kept",
+        "cli/errors.py",
+        'return text if done == NOTHING else f"{text}; {done}"',
+        "return text",
+        "cli/test_environment.py",
+    ),
+    Fault(
+        "errors: a closed stream stays closed for the processes that are started",
+        "cli/errors.py",
+        "os.set_inheritable(free, True)",
+        "os.set_inheritable(free, False)",
+        "cli/test_environment.py",
+    ),
     # Input of the Python API, and what its bounds promise
     Fault(
         "checks: numbers of half precision pass",

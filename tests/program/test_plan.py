@@ -21,11 +21,12 @@ from optprune.errors import InputError
 from optprune.export.check import logits_of
 from optprune.models import Decoder
 from optprune.program import Program, Request, resolve
-from optprune.program.memory import Part, parts_of
+from optprune.program.memory import Part, moments, parts_of
 from optprune.program.plan import planned_memory
 from optprune.program.room import Room, alternatives, check_room, placed
 from optprune.program.time import Rates, Surroundings, block_passes, seconds_of
 from optprune.pruning import Measuring, measured_plan, plan, prune
+from optprune.pruning.executors import SerialExecutor
 from optprune.pruning.measured_plan import BlockProbe, Steps, _check_probe_fits
 from optprune.recipe import load_recipe
 from optprune.report import Event, LayerSolved
@@ -266,6 +267,52 @@ def test_a_probe_has_a_tenth_of_the_run(monkeypatch: pytest.MonkeyPatch, tmp_pat
     tiny_llama().config.save_pretrained(tmp_path)
     planned = plan(tmp_path, load_recipe("fasp"), samples=8, seq_length=LENGTH, device="cpu", measuring=Measuring())
     assert given == [pytest.approx(3.0)] and planned.guessed[0] == "solves"
+
+
+def test_times_of_a_probe_are_those_of_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of passes that take 2 seconds and half a second for each token, and of a metric that takes a second for each."""
+    decoder, given = Decoder(tiny_llama(num_hidden_layers=2)), batches()
+    program = program_of(decoder=decoder)
+    probe = BlockProbe(program, decoder, given, 1)
+    tokens = sum(batch.numel() for batch in given)
+
+    def pruned(method: Any, metrics: Any, count: int) -> measured_plan.Times:
+        return measured_plan.Times(2.0 + 0.5 * sum(batch.numel() for batch in given[:count]), 3.0, 0.0)
+
+    monkeypatch.setattr(probe, "prune", pruned)
+    monkeypatch.setattr(measured_plan, "_timed", lambda device, run: 6.0)
+    rates = probe.rates()
+    assert rates.passes * block_passes(program, program.largest).flops == pytest.approx(0.5)
+    assert rates.fixed == pytest.approx(2.0)
+    assert probe.forward() == 6.0 / tokens
+    assert probe.head() == 6.0 / min(128, given[0].numel())
+    # Of a first batch, of all four, and of the gradient at the head of one.
+    ticks = iter([0.0, 1.0, 1.0, 1.0 + tokens, 500.0, 500.0 + given[0].numel() / 4])
+    weighed = BlockProbe(program_of("sparse_best", decoder=decoder), decoder, given, 1)
+    monkeypatch.setattr(measured_plan, "clock", lambda device: next(ticks))
+    monkeypatch.setattr(weighed, "forward", lambda: 0.0)
+    assert weighed.metric()[1:] == (0.75, 0.25)
+
+
+@pytest.mark.parametrize(("recipe", "pairs"), [("fasp", 1), ("spap_plus", 2)])
+def test_moments_of_held_out_tokens_are_counted_as_they_are_held(
+    recipe: str, pairs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = list[int]()
+    solve = SerialExecutor.solve
+
+    def solving(self: SerialExecutor, tasks: Any, collected: Any, take: Any) -> None:
+        every = [*collected.moments.values(), *collected.held_out.values()]
+        held.append(sum(each.covariance.nbytes for each in every))
+        solve(self, tasks, collected, take)
+
+    monkeypatch.setattr(SerialExecutor, "solve", solving)
+    fields = {"propagation": "pruned", "units": "mlp"}
+    prune(tiny_llama(), batches(), load_recipe(recipe, fields))
+    program = program_of(recipe, fields=fields)
+    [stage] = program.example.stages
+    assert held == [pairs * 4 * 128**2] * 2  # the inputs of the last matrix of an MLP, in two blocks
+    assert moments(program, program.taps(stage.targets), False, bool(program.held_out)) == held[0]
 
 
 def test_a_probe_is_fed_with_what_enters_its_block() -> None:
