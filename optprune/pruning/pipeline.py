@@ -164,8 +164,7 @@ def run_program(
     reached = 1 - kept / weights_before
     wrong = _kept_wrongly(kept, records, sum(decoder.weights_of(block.shape) for block in divided.blocks))
     if wrong:
-        missed = BUDGET_MISSED.format(reached, divided.sparsity, wrong)
-        notes += warn_or_raise(program.method.strict, (missed,))
+        notes += warn_or_raise(program.method.strict, (BUDGET_MISSED.format(reached, divided.sparsity, wrong),))
     blocks, left = tuple(map(BlockChange, shapes, decoder.shapes())), divided.with_shapes(decoder, weights_before)
     decoder.record_shapes()
     return Report(

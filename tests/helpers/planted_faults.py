@@ -133,14 +133,14 @@ FAULTS = [
         "cli/errors.py",
         'return text if done == NOTHING else f"{text}; {done}"',
         "return text",
-        "cli/test_environment.py",
+        "cli/test_poor_environments.py",
     ),
     Fault(
         "errors: a closed stream stays closed for the processes that are started",
         "cli/errors.py",
         "os.set_inheritable(free, True)",
         "os.set_inheritable(free, False)",
-        "cli/test_environment.py",
+        "cli/test_poor_environments.py",
     ),
     # Input of the Python API, and what its bounds promise
     Fault(
