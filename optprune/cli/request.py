@@ -246,11 +246,13 @@ class Resolved:
     """the device, as the option names it"""
 
     def report_notes(self, say: Callable[[str], None]) -> None:
-        """Report the changes of the recipe for the runtime, and what becomes of weights that are in few bits."""
+        """Report the recipe's changes for the runtime, what becomes of weights in few bits, and spare workers."""
         if self.few_bits is not None:
             say(f"its weights are stored in {self.few_bits}: they are read and saved as floats")
         for sentence in self.notes:
             say(f"for the target {self.runtime.name if self.runtime else ''}: {sentence}")
+        if self.program.spare_workers:
+            say(self.program.spare_workers)
 
     def check(self, folder: Path) -> None:
         """Raise OptpruneError unless the runtime takes the folder that was written."""

@@ -31,6 +31,7 @@ from optprune.solvers import AnySolver, choose
 from optprune.solvers.greedy_obs import removal_curve_work
 from optprune.solvers.inverse import entry_costs_work
 from optprune.solvers.value_basis import best_basis_work
+from optprune.system.wording import counted
 from optprune.work import Work, product, sweeps
 
 FIRST_FEW = 4
@@ -352,6 +353,18 @@ class Program:
     def layers(self) -> int:
         """Layers of a block that are solved at a time, where blocks depend on each other."""
         return 1 if self.request.ray or self.policy.independent else self.request.workers
+
+    @property
+    def spare_workers(self) -> str:
+        """A sentence where the request has more workers than can be at work; empty where it has not."""
+        asked, most, what = self.request.workers, self.block_count, "block"
+        if asked > 1 and not self.policy.independent:
+            most, what = max((len(stage.targets) for stage in self.example.stages), default=0), "layer"
+        if asked == 1 or asked <= most:
+            return ""
+        if not most:
+            return f"of {asked} workers no more than 1 is used, because the recipe solves no layer"
+        return f"of {asked} workers no more than {most} are used, because {counted(most, what)} can be pruned at a time"
 
     @property
     def whole_metric(self) -> Collection[str]:

@@ -140,6 +140,27 @@ def test_workers_are_counted_each() -> None:
     assert elsewhere.host_bytes < four.host_bytes
 
 
+@pytest.mark.parametrize(
+    ("recipe", "policy", "workers", "sentence"),
+    [
+        (
+            "fasp",
+            "pruned",
+            8,
+            "8 workers do no more than one, because no more than 1 layer can be pruned at a time with",
+        ),
+        ("wanda", "pruned", 8, "of 8 workers 1 have nothing to do, because no more than 7 layers can be"),
+        ("wanda", "pruned", 7, ""),
+        ("wanda", "intra", 3, "of 3 workers no more than 2 are used, because 2 blocks can be pruned at a time"),
+        ("wanda", "intra", 2, ""),
+        ("depth", "pruned", 2, "of 2 workers no more than 1 is used, because the recipe solves no layer"),
+        ("fasp", "pruned", 1, ""),
+    ],
+)
+def test_workers_that_a_recipe_cannot_use_are_told(recipe: str, policy: str, workers: int, sentence: str) -> None:
+    assert program_of(recipe, propagation=policy, workers=workers).spare_workers == sentence
+
+
 # -- times
 
 
