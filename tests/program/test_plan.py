@@ -143,13 +143,9 @@ def test_workers_are_counted_each() -> None:
 @pytest.mark.parametrize(
     ("recipe", "policy", "workers", "sentence"),
     [
-        (
-            "fasp",
-            "pruned",
-            8,
-            "8 workers do no more than one, because no more than 1 layer can be pruned at a time with",
-        ),
-        ("wanda", "pruned", 8, "of 8 workers 1 have nothing to do, because no more than 7 layers can be"),
+        ("flap", "pruned", 8, "of 8 workers no more than 1 are used, because 1 layer can be pruned at a time"),
+        ("fasp", "pruned", 8, "of 8 workers no more than 2 are used, because 2 layers can be pruned at a time"),
+        ("wanda", "pruned", 8, "of 8 workers no more than 7 are used, because 7 layers can be pruned at a time"),
         ("wanda", "pruned", 7, ""),
         ("wanda", "intra", 3, "of 3 workers no more than 2 are used, because 2 blocks can be pruned at a time"),
         ("wanda", "intra", 2, ""),
