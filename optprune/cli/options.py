@@ -15,7 +15,7 @@ Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N
 Dtype = Annotated[str, typer.Option("--dtype", help="auto (as stored), float32, bfloat16 or float16.")]
 JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the results there as JSON.")]
 Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Replace the output folder if it exists and holds a model.")
+    bool, typer.Option("--overwrite", help="Replace the output folder if optprune wrote all that it holds.")
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue the unfinished run of this output, if there is one.")]
 Restart = Annotated[

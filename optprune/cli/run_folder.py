@@ -48,7 +48,8 @@ class Output:
         if self.resume and self.restart:
             raise InputError("--resume continues an unfinished run and --restart deletes it: give one of them")
         check_apart(self.folder, self.reads)
-        check_output(self.folder, self.overwrite or self.may_be_finished)
+        if self.overwrite or not self.may_be_finished:
+            check_output(self.folder, self.overwrite)
 
     @property
     def may_be_finished(self) -> bool:

@@ -22,6 +22,7 @@ from optprune.export.place import (
     former_notes,
     missing_parents,
     put_in_place,
+    record_written,
     set_aside,
 )
 from optprune.export.source_files import check_own_files
@@ -200,12 +201,14 @@ def export(
                 difference = exporter.check(source, draft, on_event)
             checked = True
             exporter.record_phases(draft, phases.done)
+        record_written(draft.path)
         with interrupts_held():
             put_in_place(draft.path, place, overwrite, exporter.magic)
             record_done(f"the {exporter.noun} is in {output}")
             scratch.discard()
-            notes = *draft.notes, *former_notes(place)
-            return Exported(output, draft.bytes, draft.summary, notes, difference, phases.done)
+            return Exported(
+                output, draft.bytes, draft.summary, (*draft.notes, *former_notes(place)), difference, phases.done
+            )
     except BaseException as error:
         unchecked = None
         with interrupts_held():

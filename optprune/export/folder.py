@@ -17,7 +17,7 @@ from optprune.export.around import check_around, write_around
 from optprune.export.card import ModelCard, healed_card, plain
 from optprune.export.check import compare, logits_of
 from optprune.export.exporter import Draft, Exporter, ModelSource, OnEvent, export
-from optprune.export.place import check_apart, check_output
+from optprune.export.place import check_apart
 from optprune.export.portable import make_portable
 from optprune.export.shards import MAX_SHARD_SIZE, size_of, write_weights
 from optprune.export.source_files import CARD, origin_of, own_text
@@ -204,9 +204,6 @@ class TransformersFolder(Exporter):
         except InputError as error:
             return str(error)
         return None
-
-    def check_output(self, output: Path, overwrite: bool) -> None:
-        check_output(output, overwrite, self.files or ())
 
     def write(self, source: ModelSource, draft: Path, on_event: OnEvent) -> Draft:
         loaded = source.loaded or open_model(source.name, dtype=self.dtype, device="cpu", scratch=draft.parent)

@@ -7,12 +7,9 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
 
 from optprune.errors import InputError
-from optprune.export.place import UNCHECKED, model_files
-from optprune.report.reading import PAGE, REPORT
+from optprune.export.place import REPORTS, UNCHECKED, WRITTEN, model_files
 from optprune.system.wording import one_line, shown
 
-REPORTS = (REPORT, PAGE)
-"""the files that may hold paths of this machine"""
 WEIGHTS = (".safetensors", ".onnx")
 OF_THE_HUB = {".gitattributes"}
 """the files that a new repository has"""
@@ -71,4 +68,4 @@ def _files(folder: Path, reports: bool) -> list[str]:
     known = sorted(model_files(folder))
     if not any(name.endswith(WEIGHTS) for name in known):
         raise InputError(f"the folder {folder} holds no weights: give a folder that prune, heal or export wrote")
-    return [name for name in known if reports or name not in REPORTS]
+    return [name for name in known if name != WRITTEN and (reports or name not in REPORTS)]

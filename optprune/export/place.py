@@ -9,7 +9,8 @@ import shutil
 import stat
 import tempfile
 import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,26 @@ from filelock import BaseFileLock, FileLock, Timeout
 
 from optprune.errors import InputError, OptpruneError
 from optprune.models.sources import DEMO
-from optprune.system.files import flush_all, flush_name, is_own_file, is_own_folder, real_path
+from optprune.report.reading import PAGE, REPORT
+from optprune.system.files import (
+    GENERATOR,
+    MARK,
+    digest_of_file,
+    flush_all,
+    flush_name,
+    is_marked,
+    is_own_file,
+    is_own_folder,
+    json_text,
+    real_path,
+    write_whole,
+)
 from optprune.system.wording import shown
 
+WRITTEN = "optprune.json"
+"""name of the record of the files that optprune wrote into a folder, with their digests"""
+REPORTS = (REPORT, PAGE)
+"""files of a report, which commands write again, and which may hold paths of this machine"""
 UNCHECKED = ".unchecked"
 """end of the name of a folder that failed its check"""
 OLD = ".old"
@@ -30,7 +48,7 @@ SCRATCH_MODE = 0o700
 """permissions of a folder of `tempfile.mkdtemp`"""
 WEIGHTS_INDEX = r"model\.safetensors\.index(\.\w+)?\.json"
 MODEL_FILES = re.compile(
-    r"(report|(generation_)?config|tokenizer(_config)?|special_tokens_map|added_tokens|vocab)\.json"
+    r"(report|optprune|(generation_)?config|tokenizer(_config)?|special_tokens_map|added_tokens|vocab)\.json"
     r"|report\.html|recipe\.yaml|(vocab|merges)\.txt|README\.md|(LICEN[CS]E|NOTICE|COPYING|USE_POLICY)(\.txt|\.md)?"
     rf"|model(\.\w+)?(-\d{{5}}-of-\d{{5}})?\.safetensors|{WEIGHTS_INDEX}"
 )
@@ -50,10 +68,10 @@ GRAPH_FILES = re.compile(r"model\.onnx([._]data)?")
 """the names that files of an exported graph may have"""
 
 
-def check_output(folder: str | Path, overwrite: bool, files: Collection[str] = ()) -> None:
+def check_output(folder: str | Path, overwrite: bool) -> None:
     """Raise InputError unless the output folder can be written: call it before the long work.
 
-    A folder is overwritten only where it holds a model and nothing else but `files` of these names.
+    A folder is overwritten only where it is empty, or holds unchanged files that optprune wrote and nothing else.
     """
     folder = Path(folder)
     place = real_path(folder)
@@ -71,9 +89,8 @@ def check_output(folder: str | Path, overwrite: bool, files: Collection[str] = (
             )
         if not overwrite:
             raise InputError(f"the output folder {folder} exists already: choose another, or pass --overwrite")
-        if any(place.iterdir()) and not _is_model(place):
-            raise InputError(f"the folder {folder} is not a model, so it is not overwritten: choose another")
-        _check_all_known(folder, place, files)
+        if any(place.iterdir()):
+            _check_written(folder, place)
         if not os.access(place, os.W_OK):
             raise InputError(f"the output folder {folder} cannot be replaced: it is not writable")
     _check_parent(f"the output folder {folder}", place)
@@ -147,16 +164,6 @@ def _begins_with(file: Path, magic: bytes) -> bool:
     return False
 
 
-def _is_model(place: Path) -> bool:
-    """Return whether a folder holds the config of a model and weights."""
-    file = place / "config.json"
-    config = _json_in(file) if file.is_file() else None
-    if not isinstance(config, dict):
-        return False
-    named = isinstance(config.get("model_type"), str) or isinstance(config.get("architectures"), list)
-    return named and any(path.suffix in (".safetensors", ".onnx") for path in place.iterdir())
-
-
 def _check_parent(described: str, place: Path) -> None:
     """Raise InputError where no file or folder can be made at this place."""
     parent = place.parent
@@ -168,16 +175,59 @@ def _check_parent(described: str, place: Path) -> None:
         raise InputError(f"{described} cannot be created: {parent} is not writable")
 
 
-def _check_all_known(folder: Path, place: Path, files: Collection[str]) -> None:
-    """Raise InputError where an output holds a file that no saved model has: it would be deleted with the rest."""
-    known = model_files(place).union(files)
+def record_written(folder: Path) -> None:
+    """Write into a folder the digests of its files, by which a later command knows that it may replace them.
+
+    The report and its page are not among them, since they may be made again, and have the seconds of a run.
+    """
+    if folder.is_file():
+        return  # an output of one file is known by the first bytes of its format
+    digests = {name: digest_of_file(path) for name, path in sorted(entries(folder).items()) if name not in REPORTS}
+    text = json_text({GENERATOR: MARK, "files": digests}).encode()
+    write_whole(folder / WRITTEN, lambda stream: stream.write(text), lasting=False)
+
+
+def _check_written(folder: Path, place: Path) -> None:
+    """Raise InputError where an output holds anything but unchanged files that optprune wrote there."""
+    record = _json_in(place / WRITTEN) if is_own_file(place / WRITTEN) else None
+    digests = record.get("files") if isinstance(record, dict) else None
+    if not isinstance(digests, dict):
+        raise InputError(
+            f"the folder {folder} has no record of what optprune wrote there ({WRITTEN}), as folders of others and of "
+            "earlier versions, so it is not overwritten: delete it, or choose another"
+        )
     for name, path in sorted(entries(place).items()):
         compiled = name.startswith(f"{COMPILED}/") and name.endswith(".pyc")
-        if not ((name in known or compiled) and is_own_file(path)):
+        own = name in digests or name == WRITTEN or compiled or (name in REPORTS and _is_report(path))
+        if not (own and is_own_file(path)):
             raise InputError(
-                f"the folder {folder} holds {shown(name)}, which is not a file of a model, so it is not "
+                f"the folder {folder} holds {shown(name)}, which optprune did not write there, so it is not "
                 "overwritten: move that file away, or choose another folder"
             )
+        if name in digests and _digest(path, *_state(path)) != digests[name]:
+            raise InputError(
+                f"{shown(name)} in {folder} was changed after optprune wrote it, so the folder is not overwritten: "
+                "move that file away, or choose another folder"
+            )
+
+
+def _is_report(path: Path) -> bool:
+    """Return whether a file is a page or a report of a run, as it was written or made again."""
+    if path.name == PAGE:
+        return is_marked(path)
+    content = _json_in(path)
+    return isinstance(content, dict) and ("versions" in content or "healing" in content)
+
+
+def _state(path: Path) -> tuple[int, int, int]:
+    status = path.stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+@cache
+def _digest(path: Path, *state: int) -> str:
+    """Return the digest of a file, which is read once in a process as long as its state is the same."""
+    return digest_of_file(path)
 
 
 def entries(folder: Path) -> dict[str, Path]:
@@ -377,7 +427,7 @@ def put_in_place(draft: Path, place: Path, overwrite: bool, magic: bytes = b"") 
     replaced = place.exists()
     if replaced:
         # Another process may have made it meanwhile.
-        check_output(place, overwrite, [path.name for path in draft.iterdir()])
+        check_output(place, overwrite)
         place.rename(old)
     try:
         draft.rename(place)

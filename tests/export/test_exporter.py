@@ -84,7 +84,7 @@ def stranger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 def test_an_exporter_of_somebody_else(stranger: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, place = save_tiny(tiny_llama(), tmp_path / "model"), tmp_path / "here" / "flat"
     written = export(model, place, stranger.FlatFolder())
-    assert sorted(file.name for file in place.iterdir()) == ["config.json", "flat.safetensors"]
+    assert sorted(file.name for file in place.iterdir()) == ["config.json", "flat.safetensors", "optprune.json"]
     assert written.bytes == (place / "flat.safetensors").stat().st_size and written.notes == ("biases are left out",)
     assert [phase.name for phase in written.phases] == ["saving", "checking"]
     name = "model.layers.0.mlp.down_proj"

@@ -21,7 +21,15 @@ import optprune
 from optprune.allocation import Allocation
 from optprune.errors import InputError, OptpruneError
 from optprune.export import GgufFile, TransformersFolder, cast, check_output, export, save_model
-from optprune.export.place import Scratch, check_apart, delete_left_behind, put_in_place
+from optprune.export.place import (
+    WRITTEN,
+    Scratch,
+    check_apart,
+    delete_left_behind,
+    entries,
+    model_files,
+    put_in_place,
+)
 from optprune.export.shards import write_weights
 from optprune.models import BlockAllocation, Decoder, load_model, load_tokenizer
 from optprune.models import load as load_module
@@ -104,7 +112,7 @@ def test_an_existing_folder_is_kept_unless_asked(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "second").exists()
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "thesis.txt").write_text("do not lose me")
-    with pytest.raises(InputError, match="is not a model, so it is not overwritten"):
+    with pytest.raises(InputError, match="has no record of what optprune wrote there"):
         save_model(model, tmp_path / "notes", overwrite=True)
 
 
@@ -361,25 +369,39 @@ def test_an_output_that_cannot_work_is_refused_at_once(tmp_path: Path, monkeypat
     ],
 )
 def test_a_folder_with_a_file_that_no_model_has_is_not_overwritten(name: str, tmp_path: Path) -> None:
-    """Also where an `auto_map` names other modules, and one in a repository of that name."""
     save_model(tiny_llama(), folder := tmp_path / "out")
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    named = {"AutoConfig": "own.Own", "AutoModel": "them/my_eval--my_eval.Theirs"}
-    (folder / "config.json").write_text(json.dumps({**config, "auto_map": named}), encoding="utf-8")
-    (folder / "own.py").write_text("import my_eval\n", encoding="utf-8")
     (folder / name).parent.mkdir(exist_ok=True)
     (folder / name).write_text("weeks of work", encoding="utf-8")
     before = {file.name: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
-    with pytest.raises(InputError, match=rf"out holds '{re.escape(name)}', which is not a file of a model, so it is"):
+    with pytest.raises(InputError, match=rf"out holds '{re.escape(name)}', which optprune did not write there, so it"):
         save_model(tiny_llama(), folder, overwrite=True)
     assert {file.name: file.read_bytes() for file in folder.rglob("*") if file.is_file()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     (folder / name).unlink()
     save_model(tiny_llama(), folder, overwrite=True)
-    assert not (folder / "own.py").exists()
 
 
-def test_a_folder_with_code_and_shards_of_its_own_is_overwritten(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["README.md", "model.safetensors", "generation_config.json", "report.json"])
+def test_a_file_that_the_user_changed_is_not_overwritten(name: str, tmp_path: Path) -> None:
+    save_model(tiny_llama(), folder := tmp_path / "out", files={"README.md": "a card"})
+    data = (folder / name).read_bytes() if (folder / name).exists() else b"weeks of work"
+    (folder / name).write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    told = "which optprune did not write there" if name == "report.json" else "was changed after optprune wrote it"
+    with pytest.raises(InputError, match=f"{re.escape(name)}'.* {told}"):
+        save_model(tiny_llama(), folder, overwrite=True)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    (folder / name).unlink()
+    save_model(tiny_llama(), folder, overwrite=True)
+
+
+def test_equal_models_have_equal_records(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        save_model(tiny_llama(), tmp_path / name, max_shard_size="100KB")
+    assert (tmp_path / "one" / WRITTEN).read_bytes() == (tmp_path / "two" / WRITTEN).read_bytes()
+
+
+def test_files_of_a_model_are_known_by_its_configs_and_index(tmp_path: Path) -> None:
     """Modules of configs and of their parts, what these import, and shards by an index, with names of any kind."""
     tiny_llama().save_pretrained(folder := tmp_path / "out", max_shard_size="100KB")
     assert len([*folder.glob("model-*.safetensors")]) > 1
@@ -399,12 +421,8 @@ def test_a_folder_with_code_and_shards_of_its_own_is_overwritten(tmp_path: Path)
     (folder / "additional_chat_templates").mkdir()
     for name, text in texts.items():
         (folder / name).write_text(text, encoding="utf-8")
-    save_model(tiny_llama(), folder, overwrite=True)
-    assert sorted(path.name for path in folder.iterdir()) == [
-        "config.json",
-        "generation_config.json",
-        "model.safetensors",
-    ]
+    (folder / "notes.txt").write_text("weeks of work", encoding="utf-8")
+    assert model_files(folder) == set(entries(folder)) - {"notes.txt"}
 
 
 def test_a_folder_whose_blocks_differ_is_overwritten(tmp_path: Path) -> None:
@@ -438,27 +456,19 @@ PROJECT = {
         {"config.json": json.dumps({"model_type": 3}), "model.safetensors": ""},
         {"config.json": "[]", "model.safetensors": ""},
         {"config.json": "{", "model.safetensors": ""},
+        {"config.json": json.dumps({"model_type": "llama"}), "model.safetensors": ""},
+        {"config.json": json.dumps({"architectures": ["LlamaForCausalLM"]}), "model.onnx": ""},
+        {WRITTEN: "{}"},
+        {WRITTEN: json.dumps({"files": []})},
     ],
-    ids=["neither", "weights alone", "a config alone", "a number as type", "a list", "damaged"],
 )
-def test_a_folder_without_the_config_of_a_model_or_without_weights_is_not_overwritten(
-    more: dict[str, str], tmp_path: Path
-) -> None:
+def test_a_folder_of_others_is_not_overwritten(more: dict[str, str], tmp_path: Path) -> None:
     (folder := tmp_path / "project").mkdir()
     for name, text in {**PROJECT, **more}.items():
         (folder / name).write_text(text, encoding="utf-8")
-    with pytest.raises(InputError, match="project is not a model, so it is not overwritten: choose another"):
+    with pytest.raises(InputError, match="project has no record of what optprune wrote there"):
         save_model(tiny_llama(), folder, overwrite=True)
     assert {file.name: file.read_text(encoding="utf-8") for file in folder.iterdir()} == {**PROJECT, **more}
-
-
-def test_a_folder_with_a_graph_or_with_architectures_alone_is_overwritten(tmp_path: Path) -> None:
-    texts = {"config.json": json.dumps({"architectures": ["LlamaForCausalLM"]}), "model.onnx": "", "LICENSE": ""}
-    (folder := tmp_path / "out").mkdir()
-    for name, text in texts.items():
-        (folder / name).write_text(text, encoding="utf-8")
-    save_model(tiny_llama(), folder, overwrite=True)
-    assert (folder / "model.safetensors").is_file() and not (folder / "model.onnx").exists()
 
 
 @pytest.mark.parametrize("inner", ["notes.txt", "linked.pyc", "folder.pyc", "a file", "a link"])
@@ -483,7 +493,7 @@ def test_compiled_modules_alone_may_lie_beside_a_model(inner: str, tmp_path: Pat
             "folder.pyc": lambda file: file.mkdir(),
         }[inner](cache / inner)
     named = "__pycache__" if inner.startswith("a ") else f"__pycache__/{inner}"
-    with pytest.raises(InputError, match=f"out holds '{named}', which is not a file of a model, so it is not"):
+    with pytest.raises(InputError, match=f"out holds '{named}', which optprune did not write there, so it"):
         save_model(tiny_llama(), folder, overwrite=True)
     assert os.path.lexists(folder / named)
 

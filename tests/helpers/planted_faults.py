@@ -1473,7 +1473,7 @@ FAULTS = [
     ),
     Fault(
         "journal: weights of any kind have one digest",
-        "pruning/journal.py",
+        "models/checkpoint.py",
         "digest.update(of_file.digest())",
         "pass",
         "pruning/test_journal.py pruning/test_streaming.py",
