@@ -68,12 +68,14 @@ class HealingRun:
         from optprune.program.time import expected_files
         from optprune.report import PhaseRecorder, PhasesExpected
         from optprune.report.phases import TOKENISING
+        from optprune.report.reading import read_run_report
         from optprune.texts import check_seq_length, read_documents, split_held_out
         from optprune.tokens import PushForward
 
         # Checks that take no time come first.
         self.output.check()
         check_own_files(self.model)
+        read_run_report(self.model)  # the page of the output is about it
         self.output.check_run(HealingFolder, {"the settings": asdict(self.settings)})
         documents, config = read_documents(self.text), load_config(self.model)
         dense = load_config(self.teacher, draft_in(config))

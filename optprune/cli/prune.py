@@ -236,10 +236,7 @@ def _summarise(program: "Program", report: "Report", saved: "SavedModel") -> Non
     currency = recipe.allocation.currency if isinstance(recipe.allocation, GlobalBudget) else "parameters"
     of_what = {"parameters": "", "flops": " of the operations", "time": " of the time"}[currency]
     what = "are zero" if report.lost == "zero" else report.lost
-    echo(
-        f"{report.sparsity_reached:.2%} of the decoder's linear weights {what} "
-        f"({report.sparsity_requested:.2%}{of_what} requested)"
-    )
+    echo(f"{report.sparsity_reached:.2%} of the decoder's linear weights {what} ({report.requested(of_what)})")
     for line in Allocation.from_dict(report.allocation).lines():
         echo(line)
     if report.vocabulary is not None:

@@ -37,11 +37,10 @@ from optprune.report import (
     page,
     pictures,
     read_healing,
-    read_report,
     summarise_model,
 )
 from optprune.report.phases import CHECKING, SAVING
-from optprune.report.reading import PAGE, REPORT
+from optprune.report.reading import PAGE, REPORT, read_run_report
 from optprune.system.files import json_text, write_whole
 from optprune.system.wording import shown
 from optprune.work import Work
@@ -324,9 +323,8 @@ def write_rest(loaded: LoadedModel, draft: Path, files: Mapping[str, str]) -> No
 
 def _write_healed_page(folder: Path) -> None:
     """Write the page of a folder, unless its report is about healing alone."""
-    try:
-        report = read_report(folder)
-    except InputError:
+    report = read_run_report(folder)
+    if report is None:
         return
     data = page(report, model=summarise_model(folder, report), healing=read_healing(folder)).encode()
     write_whole(folder / PAGE, lambda stream: stream.write(data))

@@ -118,7 +118,7 @@ def _texts(
     return {
         "title": f"{name}, pruned by {recipe}",
         "lead": f"{report.sparsity_reached:.2%} of the linear weights of its decoder blocks are {report.lost} "
-        f"({report.sparsity_requested:.2%} requested), by optprune {report.versions.get('optprune', '')}".strip()
+        f"({report.requested()}), by optprune {report.versions.get('optprune', '')}".strip()
         + "."
         + "".join(f" {said.in_words()}." for said in (report.vocabulary, report.goal) if said is not None),
         "summary": " ".join(

@@ -205,9 +205,7 @@ class Headline:
     def key_figures(self) -> list[tuple[str, str, str]]:
         """The most important figures: name, figure, and a remark."""
         report, evaluation = self.report, self.evaluation
-        found = [
-            (f"weights {report.lost}", f"{report.sparsity_reached:.2%}", f"{report.sparsity_requested:.2%} requested")
-        ]
+        found = [(f"weights {report.lost}", f"{report.sparsity_reached:.2%}", report.requested())]
         if evaluation is not None:
             before = evaluation.dense_perplexity
             small = "" if before is None else f"{number(before, '.2f')} before"

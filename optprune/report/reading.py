@@ -30,6 +30,18 @@ def read_report(folder: str | Path) -> Report:
     return _as(Report, _restore_nan(_data(file)), f"{file} is not the report of a run", advice)
 
 
+def read_run_report(folder: str | Path) -> Report | None:
+    """Return the report of the run that a folder is from; None where it has none, or one of healing alone.
+
+    InputError where it cannot be read.
+    """
+    file = Path(folder) / REPORT
+    if not file.is_file():
+        return None
+    data = _data(file)
+    return None if isinstance(data, dict) and data.keys() == {"healing"} else read_report(folder)
+
+
 def check_whole_numbers(data: Any, where: str) -> None:
     """Raise InputError where plain data hold an integer beyond 64 bits."""
     left = [data]

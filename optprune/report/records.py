@@ -191,8 +191,16 @@ class Report(Displayed):
         """The word for the weights in `sparsity_reached`: removed, or zero where rounding to few bits adds zeros."""
         return "removed" if self.recipe.get("bits", "none") in (None, "none") else "zero"
 
+    def requested(self, of_what: str = "") -> str:
+        """Return what was asked for, in words: a goal, no sparsity, or a share, such as " of the time"."""
+        if self.goal is not None:
+            return f"{one_line(self.goal.asked)} requested"
+        if not self.sparsity_requested:
+            return "no sparsity requested"
+        return f"{self.sparsity_requested:.2%}{of_what} requested"
+
     def __repr__(self) -> str:
-        removed = f"{self.sparsity_reached:.2%} {self.lost}, {self.sparsity_requested:.2%} requested"
+        removed = f"{self.sparsity_reached:.2%} {self.lost}, {self.requested()}"
         return (
             f"Report({self.model!r}, {self.recipe.get('name')!r}, {removed}, {counted(len(self.layers), 'layer')} "
             "solved)"
@@ -202,7 +210,7 @@ class Report(Displayed):
         errors = [layer.relative_error for layer in self.layers]
         facts = [
             ("model", one_line(self.model)),
-            (self.lost, f"{self.sparsity_reached:.2%} of the linear weights ({self.sparsity_requested:.2%} requested)"),
+            (self.lost, f"{self.sparsity_reached:.2%} of the linear weights ({self.requested()})"),
             (
                 "calibration",
                 f"{self.tokens:,} tokens" + (f", {one_line(self.calibration)}" if self.calibration else ""),

@@ -21,6 +21,8 @@ from optprune.export.gguf_vocabulary import Vocabulary
 from optprune.export.place import Scratch
 from optprune.models import Decoder, KvGroups, Mlp, Values, load_model, load_tokenizer
 from optprune.models.architecture import BlockShape
+from optprune.models.gguf import PlainReader
+from tests.helpers.begun_tokenizer import begun_tokenizer
 from tests.helpers.llama_cpp import LlamaCpp
 from tests.helpers.mixed_models import narrow
 from tests.helpers.tiny_models import (
@@ -482,6 +484,17 @@ def test_a_weight_beyond_the_type_is_named_with_the_types_that_hold_it(
         read = load_model(export(folder, tmp_path / f"{other}.gguf", GgufFile(kind=other)).path, dtype="float32")
         found = float(read.decoder().layer(1, "mlp.down_proj").weight.detach()[3, 5])
         assert abs(found / number - 1) < 0.01
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_the_file_says_whether_texts_begin_with_bos(begun: bool, tmp_path: Path) -> None:
+    tokenizer = begun_tokenizer() if begun else tiny_tokenizer()
+    tiny_llama().save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    fields = PlainReader(export(tmp_path / "model", tmp_path / "x.gguf", GgufFile()).path).fields
+    assert fields["tokenizer.ggml.add_bos_token"].contents() is begun
+    assert fields["tokenizer.ggml.bos_token_id"].contents() == tokenizer.bos_token_id
+    assert fields["tokenizer.ggml.add_eos_token"].contents() is False
 
 
 def test_a_weight_that_is_no_number_is_not_written(tmp_path: Path) -> None:

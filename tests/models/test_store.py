@@ -266,6 +266,17 @@ def test_tensors_that_share_bytes_are_refused(tmp_path: Path) -> None:
         open_model(tmp_path)
 
 
+def test_the_generation_config_of_the_folder_is_kept(tmp_path: Path) -> None:
+    save_tiny(tiny_llama(), tmp_path)
+    file = tmp_path / "generation_config.json"
+    stated = {**json.loads(file.read_text()), "do_sample": True, "temperature": 0.375, "eos_token_id": [2, 7]}
+    file.write_text(json.dumps(stated))
+    for load in (open_model, load_model):
+        found = load(tmp_path).model.generation_config
+        assert found is not None and found.do_sample
+        assert (found.temperature, found.eos_token_id) == (0.375, [2, 7])
+
+
 def test_a_tensor_that_is_missing(tmp_path: Path) -> None:
     save_tiny(tiny_llama(), tmp_path)
     weights = load_file(tmp_path / "model.safetensors")

@@ -10,7 +10,7 @@ import pytest
 from optprune.errors import InputError
 from optprune.pruning import prune
 from optprune.recipe import load_recipe
-from optprune.report import RecoveredPart, RemovedPart, read_evaluation, read_report, read_speed
+from optprune.report import GoalReached, RecoveredPart, RemovedPart, page, read_evaluation, read_report, read_speed
 from tests.helpers.reports import evaluated, layer, narrowed, speed
 from tests.helpers.tiny_models import tiny_llama
 from tests.helpers.token_batches import batches
@@ -84,3 +84,13 @@ def test_measurements_are_read_or_refused(tmp_path: Path) -> None:
         read_speed(file)
     with pytest.raises(InputError, match="cannot be read"):
         read_evaluation(tmp_path / "none.json")
+
+
+def test_what_was_asked_is_said() -> None:
+    report = narrowed()
+    assert "0.00%" not in repr(replace(report, sparsity_requested=0.0))
+    assert "no sparsity requested" in page(replace(report, sparsity_requested=0.0))
+    goal = GoalReached("95MiB", "of weights", 0.2479, 95 * 2**20)
+    asked = replace(report, goal=goal, sparsity_requested=0.2479)
+    assert "95MiB requested" in repr(asked) and "95MiB requested" in page(asked)
+    assert "24.79% requested" not in page(asked)
