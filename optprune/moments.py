@@ -16,10 +16,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from optprune.errors import InputError, NumericalError, check_count
-from optprune.numerics import gram
+from optprune.numerics import gram, linalg
 from optprune.numerics.gram import ACCUMULATED, check_average, clear_small
 from optprune.numerics.precision import full_precision
 from optprune.numerics.tensors import FLOATS, all_finite, check_floats, check_tensor
+
+COMPARED = 256
+"""inputs whose directions are counted: eigenvalues of a larger matrix cost more than they tell"""
 
 
 def _check_averages(of: str, mean: Tensor, squares: Mapping[str, Tensor]) -> None:
@@ -142,6 +145,26 @@ class InputMoments:
     def dead(self) -> Tensor:
         """The inputs that were zero, or too small to be kept (`clear_tiny`), on every token: [in], bool."""
         return self.mean_square == 0
+
+    def directions(self, most: int = COMPARED) -> tuple[int, int]:
+        """Return in how many directions some inputs vary over the tokens, and the number of these inputs.
+
+        They are `most` of the inputs that are not dead, spread evenly, or all of them. The directions are the numerical
+        rank of their Gram matrix with a unit diagonal: its eigenvalues above the rounding of its sums in float32, so
+        tokens that repeat count once, and a few large inputs hide no others. The participation ratio tr(A)^2 / tr(A^2)
+        would not tell real text from repeated text, because large eigenvalues alone decide it.
+        """
+        live = (~self.dead).nonzero().flatten()
+        count = min(most, len(live))
+        if not count:
+            return 0, 0
+        some = live[torch.arange(count, device=live.device) * len(live) // count]
+        # On the host, because the eigenvalues of a small matrix take a GPU longer.
+        mean, covariance = (part.double().cpu() for part in (self.mean[some], self.covariance[some][:, some]))
+        whole = torch.addr(covariance, mean, mean)
+        scale = whole.diagonal().rsqrt()
+        eigenvalues = linalg.eigvalsh(whole * scale * scale[:, None])
+        return int((eigenvalues > count * torch.finfo(torch.float32).eps).sum()), count
 
     @cached_property
     def decompositions(self) -> "dict[bool, tuple[Tensor, Tensor, Tensor]]":

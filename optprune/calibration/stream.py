@@ -18,12 +18,16 @@ from optprune.models.places import States
 from optprune.numerics.fingerprint import fingerprint
 from optprune.numerics.precision import full_precision
 from optprune.numerics.tensors import first_output
+from optprune.system.wording import counted
 from optprune.work import Work
 
 SLOW = 1.5
 """the time of an operation in a pass of tokens over that in a large matrix product, which is 1.45 on SmolLM2"""
 TOKENS_PER_BATCH = 2048
 """the tokens of a calibration batch, about (texts/windows.py)"""
+
+CONTEXT = 8
+"""tokens of a context, by which a place in a text counts as one that was there before"""
 
 
 @dataclass
@@ -112,6 +116,30 @@ def first_tokens(batches: Sequence[Tensor], tokens: int) -> list[Tensor]:
         if missing > 0:
             taken.append(batch[: -(-missing // batch.shape[1])])
     return taken
+
+
+def repeated_text(batches: Sequence[Tensor], inputs: int) -> tuple[str, ...]:
+    """Return a note where the text repeats itself, so that its tokens cannot vary in as many directions as `inputs`.
+
+    A context is a token with the seven before it. Real text hardly repeats one; in a constant text, or one window again
+    and again, all tokens are those of a few contexts, whatever the precision. The note is due where there are fewer
+    contexts than inputs, and half as many as places in the text at most.
+    """
+    places, known = 0, torch.empty(0, dtype=torch.int64)
+    factors = torch.randint(1 << 62, (CONTEXT,), generator=torch.Generator().manual_seed(0))
+    for batch in batches:
+        size = min(CONTEXT, batch.shape[1])
+        # The sums wrap around, as those of a hash; two contexts have one sum with a chance of 2^-60 or so.
+        sums = (batch.cpu().long().unfold(1, size, 1) * factors[:size]).sum(-1)
+        places, known = places + sums.numel(), torch.cat([known, sums.flatten()]).unique()
+        if len(known) >= inputs:
+            return ()
+    if 2 * len(known) > places:
+        return ()
+    return (
+        f"the calibration text repeats itself: it has {counted(len(known), 'context')} of {CONTEXT} tokens, fewer than "
+        f"the {inputs} inputs of a layer",
+    )
 
 
 def first_inputs(decoder: Decoder, batches: Sequence[Tensor], partial_sums: PartialSums | None = None) -> Stream:

@@ -210,6 +210,12 @@ class Program:
         """The width of the hidden states."""
         return self.decoder.model.config.hidden_size
 
+    @property
+    def widest(self) -> int:
+        """The inputs of the widest layer that may be pruned; the width of the hidden states where none may."""
+        every = [(index, target.path) for index, targets in enumerate(self.candidates()) for target in targets]
+        return max((self.decoder.layer(*one).in_features for one in every), default=self.hidden)
+
     @cached_property
     def stream_width(self) -> int:
         """The numbers of a token that go from a block to the next."""

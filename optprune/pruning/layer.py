@@ -315,12 +315,17 @@ def _notes(solution: Solution) -> tuple[str, ...]:
 
 
 def _notes_on_inputs(loss: LayerLoss, dead: int) -> tuple[str, ...]:
-    """Return warnings about a layer's calibration inputs: inputs that are always zero, too few tokens."""
-    notes = list[str]()
+    """Return warnings about a layer's calibration inputs: inputs that are always zero, too few tokens or directions."""
+    notes, moments = list[str](), loss.moments
     if dead:
         notes.append(f"{counted(dead, 'input was', 'inputs were')} zero on every calibration token")
-    if loss.moments.tokens < loss.moments.width:
-        notes.append(f"fewer calibration tokens ({loss.moments.tokens}) than inputs ({loss.moments.width})")
+    if moments.tokens < moments.width:
+        notes.append(f"fewer calibration tokens ({moments.tokens}) than inputs ({moments.width})")
+    else:
+        directions, inputs = moments.directions()
+        # Of real text a few inputs may depend on others; half of them do not.
+        if 2 * directions < inputs:
+            notes.append(f"the calibration tokens vary in fewer directions ({directions}) than half of {inputs} inputs")
     return tuple(notes)
 
 

@@ -23,7 +23,7 @@ from optprune.calibration import (
     hold_out,
 )
 from optprune.calibration.partial_sums import PartialSums
-from optprune.calibration.stream import calibration_facts
+from optprune.calibration.stream import calibration_facts, repeated_text
 from optprune.errors import InputError, StrictError
 from optprune.measure.memory import clock, free_memory, release
 from optprune.metric import Metrics
@@ -262,6 +262,7 @@ def begin(
     decoder.states = place_for(program.request.states, decoder, every, None if journal is None else journal.scratch)
     fitted, held_out = hold_out(every, program.held_out)
     partial_sums.check(fitted)
+    repeated = warn_or_raise(program.method.strict, repeated_text(fitted, program.widest))
     statistics.begin(decoder, every, partial_sums)
     shared, layers = journal, executor
     if partial_sums.peers.size > 1:
@@ -301,7 +302,7 @@ def begin(
         metrics=metrics,
         held_out=held_out,
         tokens=sum(batch.numel() for batch in fitted),
-        notes=notes + warn_or_raise(strict, division.warnings + missed) + division.notes + repaired,
+        notes=repeated + notes + warn_or_raise(strict, division.warnings + missed) + division.notes + repaired,
         journal=shared,
         facts={} if journal is None else decided,
         finished=finished,

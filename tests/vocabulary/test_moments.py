@@ -222,3 +222,22 @@ def test_a_sum_that_rounding_left_uneven_has_a_symmetric_average() -> None:
 def test_moments_of_inputs_with_gradients_hold_no_graph():
     inputs = torch.randn(9, 4, requires_grad=True)
     assert not InputMoments.from_samples(inputs, 2 * inputs).gram.requires_grad
+
+
+def test_directions_are_counted_once_whatever_repeats_and_how_large_inputs_are():
+    generator = torch.Generator().manual_seed(0)
+    distinct = (torch.randn(20, 64, generator=generator) + 2) * torch.logspace(-3, 3, 64)
+    distinct[:, 7] = 0
+    repeated = distinct.repeat(50, 1)
+    found = InputMoments.from_samples(repeated)
+    assert found.directions() == (20, 63), "of inputs in any units, without the one that is zero on every token"
+    assert found.directions(16) == (16, 16) == InputMoments.from_samples(distinct).directions(16)
+    parts = [InputMoments.from_samples(part) for part in repeated.split([7, 400, 593])]
+    assert parts[0].directions() == (7, 63)
+    assert parts[0].merge(parts[1]).merge(parts[2]).directions() == (20, 63)
+    assert parts[2].merge(parts[0]).merge(parts[1]).directions() == (20, 63)
+    constant = InputMoments.from_samples(distinct[:1].repeat(1000, 1))
+    assert constant.directions() == (1, 63)
+    assert InputMoments.from_samples(torch.zeros(3, 8)).directions() == (0, 0)
+    full = torch.randn(4096, 64, generator=generator) + 30 * torch.randn(4096, 1, generator=generator)
+    assert InputMoments.from_samples(full).directions() == (64, 64), "one large direction hides none of the others"
