@@ -1,5 +1,6 @@
 """Pruning of a vocabulary: tokens chosen by a text, and rows of embedding and head refitted on it."""
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -94,7 +95,8 @@ class VocabularyPruning:
         read = [(tokenise(tokenizer, text.documents), float(text.share)) for text in texts]
         begin = begin_tokens(tokenizer)
         counts = weighted_counts(read, rows)
-        length = min(LENGTH, getattr(config, "max_position_embeddings", None) or LENGTH)
+        positions = getattr(config, "max_position_embeddings", None) or math.inf
+        length = int(min(LENGTH, positions))
         if expected is not None and predictions:
             windows = _drawn(read, -(-predictions // length), length, seed, begin)
             if len(windows):
@@ -103,6 +105,12 @@ class VocabularyPruning:
         vocabulary = choose_tokens(tokenizer, counts, keep, also=also)
         if not tokens or len(vocabulary.kept) == len(vocabulary.pieces):
             return cls(vocabulary, None, seed)
+        most = max(map(len, vocabulary.pieces.values()))
+        if most > positions:
+            raise InputError(
+                f"a token that is removed becomes {most} that stay, more than the {positions} positions of the model: "
+                "keep more tokens, or set vocabulary.tokens to 0"
+            )
         return cls(vocabulary, _windows(read, tokens // length, length, seed, begin), seed)
 
     def apply(

@@ -1,5 +1,6 @@
 """States of restoration: hidden states behind the pieces of a text, with the predictions to which rows are fitted."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -126,6 +127,12 @@ class _Reading:
     def inside(self, texts: Sequence[Tensor], weights: Sequence[Tensor]) -> list[States]:
         """Return for each text the states behind the first pieces of its tokens with a weight."""
         _, dense = self.passed(torch.stack(list(texts)))
+        # A text has more pieces than tokens, and perhaps more than the model has positions.
+        limit = getattr(self.loaded.model.config, "max_position_embeddings", None) or math.inf
+        fitting = [int((self.push.counts(ids).cumsum(0) <= limit).sum()) for ids in texts]
+        texts, weights, dense = (
+            [one[:count] for one, count in zip(every, fitting, strict=True)] for every in (texts, weights, dense)
+        )
         kept, new = torch.tensor(self.push.vocabulary.kept), [self.push.new_ids(ids) for ids in texts]
         hidden, logits = self.passed(kept[nn.utils.rnn.pad_sequence(new, batch_first=True)])
         found = list[States]()

@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from optprune.errors import InputError
 from optprune.texts import Text, demo_articles
 from optprune.tokens import HeadMatching, States, match_head, prune_vocabulary
 from tests.helpers.fewer_tokens import KEEP, bits_per_byte, loaded
-from tests.helpers.tiny_models import tiny_llama
+from tests.helpers.tiny_models import tiny_llama, tiny_opt
 from tests.helpers.trained_tiny import trained
 
 TOKENS = 8192
@@ -103,3 +104,15 @@ def test_rows_that_fit_stay() -> None:
 def test_a_ridge_pulls_towards_the_start() -> None:
     free, pulled = (match_head(problem(ridge), states(100, seed=1), epochs=20, batch=32) for ridge in (0.0, 10.0))
     assert float(pulled.rows.norm()) < 0.5 * float(free.rows.norm())
+
+
+@pytest.mark.parametrize("make", [tiny_opt, tiny_llama], ids=["learned positions", "rotary"])
+def test_pieces_of_a_text_stay_within_the_positions_of_the_model(make: Any) -> None:
+    """A text has more pieces than tokens, so they are cut; a token of more pieces than positions is refused."""
+    texts, read = [Text("news", demo_articles("calibration")[:4])], list[int]()
+    few = loaded(make(max_position_embeddings=12))
+    few.model.get_input_embeddings().register_forward_pre_hook(lambda _, ids: read.append(ids[0].shape[1]))
+    _, change = prune_vocabulary(few, texts, KEEP, tokens=512, predictions=512)
+    assert change.divergence_after is not None and max(read) == 12
+    with pytest.raises(InputError, match=r"becomes \d that stay, more than the 2 positions of the model: keep"):
+        prune_vocabulary(loaded(make(max_position_embeddings=2)), texts, KEEP, tokens=512, predictions=0)
