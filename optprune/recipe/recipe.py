@@ -97,7 +97,8 @@ class Recipe(Displayed, BaseModel):
     )
     """propagation policy of the hidden states"""
     sparsity: float = Field(default=0.2, ge=0, lt=1)
-    """share of the decoder blocks' linear weights to remove; 0 leaves the model as it is"""
+    """share of the decoder blocks' linear weights to remove; 0 leaves the model as it is. An N:M pattern has its own,
+    which is then the default"""
     damping: float = Field(default=0.01, ge=0)
     """ridge towards the original weights, as a share of the mean diagonal of the Gram matrix"""
     fit_bias: bool = True
@@ -208,6 +209,8 @@ class Recipe(Displayed, BaseModel):
             )
         if share is None or (divided and self.sparsity < 1 - share):  # then some layers stay dense
             return self
+        if "sparsity" not in self.model_fields_set:
+            object.__setattr__(self, "sparsity", 1 - share)  # the model is frozen
         if self.sparsity and abs(self.sparsity - (1 - share)) > 1e-9:
             pattern = "" if self.units.family is None else self.units.family.name
             raise ValueError(

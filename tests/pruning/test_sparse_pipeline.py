@@ -12,7 +12,7 @@ from optprune.errors import InputError
 from optprune.export import save_model
 from optprune.models import Decoder
 from optprune.pruning import prune
-from optprune.recipe import load_recipe
+from optprune.recipe import Recipe, load_recipe
 from optprune.report import layer_pattern, model_patterns
 from tests.helpers.tiny_models import TINY_MODELS, tiny_llama, tiny_tokenizer
 from tests.helpers.token_batches import batches
@@ -115,6 +115,16 @@ def test_audit_tells_patterns_apart() -> None:
 def test_contradictory_recipes_are_refused(overrides: dict[str, object], message: str) -> None:
     with pytest.raises(InputError, match=message):
         load_recipe("wanda", overrides)
+
+
+@pytest.mark.parametrize(("pattern", "sparsity"), [("2:4", 0.5), ("1:4", 0.75), ("7:8", 0.125)])
+def test_an_n_of_m_pattern_sets_the_sparsity_that_nobody_gave(pattern: str, sparsity: float) -> None:
+    assert Recipe(units={"weights": pattern}).sparsity == sparsity  # type: ignore[arg-type]
+    assert Recipe(Recipe(units={"weights": pattern}).to_dict()).sparsity == sparsity  # type: ignore[arg-type]
+    assert Recipe({"units.weights": pattern, "units": "weights", "sparsity": 0}).sparsity == 0
+    for other in (0.2, 0.4):
+        with pytest.raises(InputError, match=f"the pattern {pattern} has a sparsity of {sparsity:g}, not {other}: set"):
+            Recipe(units={"weights": pattern}, sparsity=other)  # type: ignore[arg-type]
 
 
 def test_an_n_of_m_pattern_must_divide_the_width() -> None:
