@@ -33,6 +33,10 @@ class StrictError(OptpruneError):
     """Strict mode met a fallback, a dead input or too few tokens."""
 
 
+class OwnCodeError(OptpruneError):
+    """A solver, an objective or another part that the user wrote has failed; the cause is its own error."""
+
+
 class WorkerError(OptpruneError):
     """A process or a machine that did a part of the work has failed."""
 

@@ -3,9 +3,12 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+
 from optprune.errors import InputError, check_kind
 from optprune.patterns import Pattern
 from optprune.problems import LayerLoss, Link, LinkedLeastSquares, Problem, SparseLeastSquares
+from optprune.system.own_code import own_code
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,10 +51,15 @@ OBJECTIVES: dict[str, Objective] = {"linked": linked, "sparse": sparse}
 
 
 def stated(objective: Objective, context: LayerContext) -> Problem:
-    """Return the problem of a layer; InputError where the objective returns none, or writes into the weight."""
+    """Return the problem of a layer.
+
+    InputError where the objective returns none, or that of another layer, or writes into the weight; OwnCodeError where
+    it fails.
+    """
     weight = context.loss.weight
     before = None if weight.is_inference() else weight._version
-    problem = objective(context)
+    with own_code():
+        problem = objective(context)
     if before is not None and weight._version != before:
         raise InputError(
             f"the objective writes into the weight of {context.name}, which changes the model: let it work on a copy, "
@@ -59,4 +67,17 @@ def stated(objective: Objective, context: LayerContext) -> Problem:
         )
     what = f"what the objective returns at {context.name}"
     check_kind(what, problem, Problem, "return a problem, e.g. MaskedLeastSquares(context.loss, mask)")
+    _check_same_layer(what, problem.loss, context.loss)
     return problem
+
+
+def _check_same_layer(what: str, loss: LayerLoss, own: LayerLoss) -> None:
+    """Raise InputError unless a loss is one of the layer: it has the layer's moments or its weight, of like numbers."""
+    weight, wanted = loss.weight, own.weight
+    if (weight.shape, weight.dtype, weight.device) != (wanted.shape, wanted.dtype, wanted.device):
+        raise InputError(
+            f"{what} has a weight {list(weight.shape)} in {weight.dtype} on {weight.device}, but that of the layer is "
+            f"{list(wanted.shape)} in {wanted.dtype} on {wanted.device}: state it with context.loss"
+        )
+    if loss.moments is not own.moments and weight is not wanted and not torch.equal(weight, wanted):
+        raise InputError(f"{what} is the problem of another layer: state it with context.loss")

@@ -11,8 +11,9 @@ import typer
 
 from optprune.cli.options import JsonFile
 from optprune.cli.outputs import check_distinct, check_file, check_json, echo, start, write_file, write_json
-from optprune.errors import InputError
+from optprune.errors import InputError, NumericalError
 from optprune.system.files import read_yaml
+from optprune.system.own_code import own_code
 from optprune.system.wording import one_line, shown
 
 if TYPE_CHECKING:
@@ -40,11 +41,12 @@ def solve_command(
     """Solve a problem in a file, and print the objective, the bound, the gap and the time.
 
     The problem measures the answer, and not the solver. The exit status is 1 where the answer is not feasible.
+    An answer with NaN or infinity is an error, and is not written.
     """
     start()
     from optprune.problems import Problem
     from optprune.problems.files import load_problem, origin_of
-    from optprune.solvers import solve
+    from optprune.solvers import Status, solve
     from optprune.solvers.files import solution_bytes
     from optprune.solvers.run import MOST_STEPS
 
@@ -65,6 +67,8 @@ def solve_command(
         max_steps=MOST_STEPS if max_steps is None else max_steps,
         max_seconds=math.inf if max_seconds is None else max_seconds,
     )
+    if found.status is Status.NONFINITE:
+        raise NumericalError(f"{Status.NONFINITE.value}; nothing is written")
     if output is not None:
         write_file(output, solution_bytes(found, loaded), "solution", "nothing else is written")
     result = _result(loaded, found, origin)
@@ -104,14 +108,19 @@ def _own_solver(module: str, name: str) -> "Solver":
 
     sys.path.insert(0, str(Path.cwd()))
     try:
-        cls = getattr(import_module(module), name)
+        with own_code():
+            cls = getattr(import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise InputError(f"--solver {module}:{name} cannot be imported: {one_line(str(error))}") from error
     finally:
         sys.path.remove(str(Path.cwd()))
     if not (isinstance(cls, type) and issubclass(cls, Solver)):
         raise InputError(f"--solver {module}:{name} is not a class derived from optprune.solvers.Solver")
-    return cls()
+    try:
+        with own_code():
+            return cls()
+    except TypeError as error:
+        raise InputError(f"--solver {module}:{name} cannot be made without options: {one_line(error)}") from error
 
 
 def _result(problem: "Problem", found: "Solution", origin: dict[str, Any]) -> dict[str, Any]:

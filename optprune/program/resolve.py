@@ -12,12 +12,15 @@ from optprune.program.check import check
 from optprune.program.method import Method, Request
 from optprune.program.program import Program
 from optprune.recipe import allocator_of
+from optprune.system.own_code import own_code
 
 
+@own_code()
 def resolve(shapes: Decoder, request: Request) -> Program:
     """Return the program of a request on a model, of which shapes are enough; it may be on the meta device.
 
-    InputError where the two do not go together, and NoSolver where the solver refuses the problems of the layers.
+    InputError where the two do not go together, and NoSolver where the solver refuses the problems of the layers;
+    OwnCodeError where code of the user's own fails.
     """
     recipe = request.recipe.within(shapes)
     allocation = request.allocation or recipe.given

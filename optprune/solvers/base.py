@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Generic, TypeAlias, TypeVar, cast, final
 from torch import Tensor
 
 from optprune.errors import InputError, check_kind
+from optprune.numerics.tensors import check_tensor
 from optprune.problems import Problem
 from optprune.system.wording import shown
 from optprune.work import DOUBLE, Work, eigenvectors, product, storage, sweeps
@@ -182,6 +183,18 @@ AnySolver: TypeAlias = Solver[Any, Any]
 def check_is_solver(solver: AnySolver) -> None:
     """Raise InputError where a name or a class is given in place of a solver."""
     check_kind("the solver", solver, Solver, "give an instance, e.g. SparseGpt()")
+
+
+def answer_of(solver: AnySolver, problem: Problem, state: Any) -> Tensor:
+    """Return the weight of a solver's state; InputError unless it has the shape, dtype and device of the problem's."""
+    value, weight, what = solver.value(problem, state), problem.loss.weight, f"the answer of {solver.label}"
+    check_tensor(what, value, weight.shape)
+    if value.dtype != weight.dtype or value.device != weight.device:
+        raise InputError(
+            f"{what} is {value.dtype} on {value.device}, but the weight of the problem is {weight.dtype} on "
+            f"{weight.device}: convert the answer, by .to(problem.loss.weight)"
+        )
+    return value
 
 
 SENSIBLE = (1e-15, 1e15)

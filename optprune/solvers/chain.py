@@ -8,7 +8,7 @@ from torch import Tensor
 
 from optprune.errors import InputError, check_kind
 from optprune.problems import Problem
-from optprune.solvers.base import AnySolver, Certificate, Record, Solver, Status, check_is_solver
+from optprune.solvers.base import AnySolver, Certificate, Record, Solver, Status, answer_of, check_is_solver
 from optprune.work import Work
 
 DEEPEST = 8
@@ -84,7 +84,7 @@ class Chain(Solver[Problem, ChainState]):
         solver = self.stages[state.stage]
         if solver.done(problem, state.inner) is None:
             return replace(state, inner=solver.step(problem, state.inner), steps=state.steps + 1)
-        value = solver.value(problem, state.inner)
+        value = answer_of(solver, problem, state.inner)
         record = Record(solver.label, state.steps, time.perf_counter() - state.began, problem.objective(value))
         began = time.perf_counter()
         return ChainState(

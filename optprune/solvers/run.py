@@ -14,10 +14,10 @@ from torch import Tensor
 from optprune.errors import InputError, NoSolver, check_at_least, check_count, check_kind
 from optprune.metric import OutputBasis
 from optprune.numerics.precision import full_precision
-from optprune.numerics.tensors import check_tensor
+from optprune.numerics.tensors import all_finite, check_tensor
 from optprune.problems import MaskedLeastSquares, Problem
 from optprune.solvers.admm import Admm
-from optprune.solvers.base import AnySolver, Certificate, Solution, Status, check_is_solver
+from optprune.solvers.base import AnySolver, Certificate, Solution, Status, answer_of, check_is_solver
 from optprune.solvers.chain import Chain
 from optprune.solvers.channel_swaps import ChannelSwaps
 from optprune.solvers.conjugate_gradients import ConjugateGradients
@@ -27,6 +27,7 @@ from optprune.solvers.proximal_admm import ProximalAdmm
 from optprune.solvers.refitted_swaps import RefittedSwaps
 from optprune.solvers.restore import Restore
 from optprune.solvers.swaps import Swaps
+from optprune.system.own_code import own_code
 
 ROW_FACTORS = 1e8
 """multiplications, about a tenth of a second, above which a Cholesky factor for every row is no longer worth it"""
@@ -103,7 +104,10 @@ def solve(
     objective and the violation of the Solution are measured by the problem after the solver has returned. The rounding
     error of this measurement (`Problem.measuring_error`) is subtracted from a lower bound. A bound that is still above
     the objective is wrong: it is dropped with a note. Raises InputError where the start is not finite or has another
-    shape, and where the solver writes into the tensors of the loss; NoSolver when the solver refuses the problem.
+    shape, where the solver writes into the tensors of the loss, and where its answer has not the shape, the dtype and
+    the device of the weight; NoSolver when the solver refuses the problem; OwnCodeError where code of the user's own
+    fails, with its file and line.
+
     Under an output metric the solver works in another basis of the outputs (`Problem.in_output_basis`), and where
     weights or inputs are very large or small, in other units (`Problem.in_moderate_units`); certificates hold for the
     original problem. Where all feasible weights cost the same, as for inputs that are all zero, one near the start is
@@ -113,12 +117,14 @@ def solve(
     check_kind("max_seconds", max_seconds, Real, "give a number of seconds")
     check_at_least("max_seconds", max_seconds, 0)
     solver = choose(problem) if solver is None else solver
-    transformed = _Transformed.of(problem)
-    check_accepted(transformed.problem, solver)
-    start = _start(problem, start)
+    with own_code():
+        transformed = _Transformed.of(problem)
+        check_accepted(transformed.problem, solver)
+        start = _start(problem, start)
     began = time.perf_counter()
     with torch.no_grad():
-        any_value = problem.trivial_solution(start)
+        with own_code():
+            any_value = problem.trivial_solution(start)
         if any_value is not None:
             objective, violation = problem.objective(any_value), problem.violation(any_value)
             proof = Certificate(_below(objective, objective, problem, any_value), DEAD)
@@ -133,15 +139,15 @@ def solve(
             transformed.problem, solver, transformed.into(start), max_steps, began + max_seconds, after_step
         )
         value = _value(solver, transformed, state)
-        certificate = _best(
-            transformed.certificate(solver.certify(transformed.problem, state)), solver.prove(problem, value)
-        )
-        seconds = time.perf_counter() - began
-        objective = problem.objective(value)
-        if not math.isfinite(objective):
+        with own_code():
+            certificate = _best(
+                transformed.certificate(solver.certify(transformed.problem, state)), solver.prove(problem, value)
+            )
+            seconds = time.perf_counter() - began
+            objective, violation = problem.objective(value), problem.violation(value)
+            notes, records = solver.notes(state), solver.history(state)
+        if not (math.isfinite(objective) and all_finite(value)):
             status = Status.NONFINITE
-        violation = problem.violation(value)
-        notes = solver.notes(state)
         if certificate is not None and violation == 0:
             bound = _below(certificate.lower_bound, objective, problem, value)
             # Written so that NaN fails.
@@ -151,7 +157,7 @@ def solve(
                 bound = certificate.lower_bound
                 notes += (f"{CONTRADICTED}: its lower bound {bound:.6g} is above the objective {objective:.6g}",)
                 certificate = None
-    history = tuple(replace(one, objective=one.objective * transformed.factor) for one in solver.history(state))
+    history = tuple(replace(one, objective=one.objective * transformed.factor) for one in records)
     return Solution(value, objective, violation, status, steps, seconds, certificate, history, notes)
 
 
@@ -245,16 +251,18 @@ def _iterate(
 
     Raises InputError where the solver has written into the tensors of the loss.
     """
-    versions = _versions(problem)
-    state, steps = solver.init(problem, start), 0
-    while (status := solver.done(problem, state)) is None:
+    versions, steps = _versions(problem), 0
+    with own_code():
+        state = solver.init(problem, start)
+    while (status := _done(solver, problem, state)) is None:
         if steps >= most:
             status = Status.STEP_LIMIT
             break
         if time.perf_counter() >= until:
             status = Status.TIME_LIMIT
             break
-        state = solver.step(problem, state)
+        with own_code():
+            state = solver.step(problem, state)
         steps += 1
         after_step(steps, state)
     if _versions(problem) != versions:
@@ -263,6 +271,12 @@ def _iterate(
             "let it work on copies, by clone()"
         )
     return state, status, steps
+
+
+def _done(solver: AnySolver, problem: Problem, state: Any) -> Status | None:
+    """Return why the solver stops, or None."""
+    with own_code():
+        return solver.done(problem, state)
 
 
 def _versions(problem: Problem) -> list[int]:
@@ -274,6 +288,6 @@ def _versions(problem: Problem) -> list[int]:
 
 def _value(solver: AnySolver, transformed: _Transformed, state: Any) -> Tensor:
     """Return the weight of a state, in the basis and the units of the original problem."""
-    value = solver.value(transformed.problem, state)
-    check_tensor(f"the answer of {solver.label}", value, transformed.problem.loss.weight.shape)
+    with own_code():
+        value = answer_of(solver, transformed.problem, state)
     return transformed.back(value)

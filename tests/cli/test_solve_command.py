@@ -32,6 +32,22 @@ class Mine(DirectSolver):
     def answer(self, problem, start):
         return Answer(problem.start())
 
+class Fails(Mine):
+    def answer(self, problem, start):
+        return Answer(start / 0 * nothing)
+
+class NotFinite(Mine):
+    def answer(self, problem, start):
+        return Answer(start / 0)
+
+class Wide(Mine):
+    def answer(self, problem, start):
+        return Answer(start.double())
+
+class NeedsMore(Mine):
+    def __init__(self, more):
+        pass
+
 class NoSolver:
     pass
 """
@@ -99,6 +115,41 @@ def test_a_solver_of_ones_own(file: Path, tmp_path: Path, monkeypatch, capsys: p
     assert "is not a class derived from optprune.solvers.Solver" in capsys.readouterr().err
     assert main(["solve", str(file), "--solver", "mysolver:Missing"]) == 2
     assert main(["solve", str(file), "--solver", "nomodule:Mine"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("Fails", "the code of your own in {file}, line 16, raises NameError: name 'nothing' is not defined"),
+        ("NotFinite", "the answer holds NaN or infinity"),
+        ("Wide", "the answer of Wide is torch.float64 on cpu, but the weight of the problem is torch.float32"),
+        ("NeedsMore", "cannot be made without options"),
+    ],
+)
+def test_a_solver_of_ones_own_that_is_wrong_is_a_sentence(
+    name: str, reason: str, file: Path, tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "wrongsolver.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    before = set(tmp_path.iterdir())
+    words = ["solve", str(file), "--solver", f"wrongsolver:{name}", "--output", "answer", "--json", "record"]
+    assert main(words) == 2
+    captured = capsys.readouterr()
+    assert reason.format(file=tmp_path / "wrongsolver.py") in captured.err and "unexpected" not in captured.err
+    assert captured.out == "" and captured.err.count("\n") == 1
+    assert {place for place in tmp_path.iterdir() if place.name != "__pycache__"} == before
+    monkeypatch.setenv("OPTPRUNE_DEBUG", "1")
+    assert main(words) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_module_of_ones_own_that_fails_is_a_sentence(
+    file: Path, tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "failingmodule.py").write_text("\n1 / 0\n")
+    monkeypatch.chdir(tmp_path)
+    assert main(["solve", str(file), "--solver", "failingmodule:Mine"]) == 2
+    assert "failingmodule.py, line 2, raises ZeroDivisionError: division by zero" in capsys.readouterr().err
 
 
 def test_a_problem_of_a_model_goes_to_a_file_and_back(tmp_path: Path) -> None:

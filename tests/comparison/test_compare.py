@@ -2,7 +2,8 @@
 
 import copy
 import json
-from dataclasses import replace
+import re
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -20,6 +21,7 @@ from optprune.errors import InputError, NumericalError
 from optprune.measure import SpeedWorkload, divergence_from
 from optprune.models import load_model
 from optprune.report import Report
+from optprune.solvers import Wanda
 from optprune.texts import (
     calibration,
     calibration_batches,
@@ -209,6 +211,28 @@ def test_a_cell_that_fails_says_so_and_the_others_go_on(texts: TwoTexts, monkeyp
     lines = str(found).splitlines()
     assert [line.split()[-1] == "failed" for line in lines[1:6]] == [False, True, True, False, True]
     assert f"failed: {third}" in lines
+
+
+@dataclass(frozen=True)
+class Failing(Wanda):
+    """A solver of one's own that fails: when it solves, or when it is asked whether it can."""
+
+    when: str = "answer"
+
+    def answer(self, problem: Any, start: Any) -> Any:
+        return super().answer(problem, start) if self.when != "answer" else {}["nothing"]
+
+    def unsupported(self, problem: Any) -> str | None:
+        return super().unsupported(problem) if self.when != "unsupported" else {}["nothing"]
+
+
+@pytest.mark.parametrize("when", ["answer", "unsupported"])
+def test_a_cell_whose_own_code_fails_says_where_and_the_others_go_on(texts: TwoTexts, when: str) -> None:
+    own = Recipe(name="mine", units="weights", sparsity=0.5, solver=Failing(when=when))
+    found = optprune.compare(loaded(), [own, "wanda"], [0.5], **texts.asked())
+    assert [result.figures is None for result in found.results] == [True, False]
+    place = r"mine at 0\.5, seed 0: the code of your own in .*test_compare\.py, line \d+, raises KeyError"
+    assert re.match(place, found.failures[0])
 
 
 def test_an_error_of_ours_is_no_failed_cell(texts: TwoTexts, monkeypatch: pytest.MonkeyPatch) -> None:

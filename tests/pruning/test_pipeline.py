@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from optprune.allocation.uniform import uniform
 from optprune.calibration import POLICIES
-from optprune.errors import InputError, NoSolver, NumericalError, StrictError
+from optprune.errors import InputError, NoSolver, NumericalError, OwnCodeError, StrictError
 from optprune.models import UNITS, Decoder, Mlp
 from optprune.moments import InputMoments
 from optprune.objectives import LayerContext, Objective, linked
@@ -22,7 +22,8 @@ from optprune.problems import LayerLoss, LinkedLeastSquares, MaskedLeastSquares,
 from optprune.pruning import prune
 from optprune.recipe import Recipe, load_recipe
 from optprune.report import BlockFinished, BlockStarted, Event, LayerSolved, PhaseFinished, PhaseStarted
-from optprune.solvers import Chain, FaspMetric, Restore, Solver
+from optprune.solvers import Answer, Chain, DirectSolver, FaspMetric, Restore, Solver
+from optprune.work import Work
 from tests.helpers.layer_inputs import inputs_of
 from tests.helpers.recipes import ANY_MODEL
 from tests.helpers.tiny_models import TINY_MODELS, tiny_llama, tiny_opt, tiny_sliding
@@ -175,6 +176,68 @@ def test_an_objective_that_writes_into_the_weight_or_states_no_problem_is_refuse
     ):
         with pytest.raises(InputError, match=sentence):
             prune(tiny_llama(), batches(), Recipe(objective=objective, units="weights", sparsity=0.5))
+
+
+@pytest.mark.parametrize(
+    ("layer", "sentence"),
+    [
+        ("mlp.up_proj", r"has a weight \[64, 64\] in torch\.float32 on cpu, but that of the layer is \[\d+, \d+\] in"),
+        ("self_attn.o_proj", "is the problem of another layer: state it with context.loss"),
+    ],
+)
+def test_a_problem_of_another_layer_is_refused_before_it_is_solved(layer: str, sentence: str) -> None:
+    stated: list[Problem] = []
+    asked: list[str] = []
+
+    def objective(context: LayerContext) -> Problem:
+        asked.append(context.name)
+        own = MaskedLeastSquares(context.loss, context.loss.weight > 0)
+        stated.append(own)
+        return stated[0] if context.name.endswith(layer) else own
+
+    with pytest.raises(InputError, match=rf"what the objective returns at model\.layers\.0\.{layer} {sentence}"):
+        prune(tiny_llama(), batches(), Recipe(objective=objective, units="weights", sparsity=0.5))
+    assert asked[-1].endswith(layer)
+
+
+def test_an_objective_may_change_the_loss_of_its_layer() -> None:
+    def damped(context: LayerContext) -> Problem:
+        return MaskedLeastSquares(context.loss.damped(0.5), context.loss.weight > 0)
+
+    report = prune(tiny_llama(), batches(), Recipe(objective=damped, units="weights", sparsity=0.5))
+    assert len(report.layers) == 14
+
+
+def test_an_objective_that_fails_is_a_sentence_with_its_place() -> None:
+    def fails(context: LayerContext) -> Problem:
+        return context.missing  # type: ignore[attr-defined]
+
+    with pytest.raises(
+        OwnCodeError, match=r"test_pipeline\.py, line \d+, raises AttributeError: 'LayerContext' object"
+    ):
+        prune(tiny_llama(), batches(), Recipe(objective=fails, units="weights", sparsity=0.5))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64, torch.int64], ids=str)
+def test_a_solver_with_answers_of_another_dtype_is_refused(dtype: torch.dtype) -> None:
+    model = tiny_llama()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(InputError, match=f"the answer of Converting is {dtype} on cpu"):
+        prune(model, batches(), Recipe(solver=Converting(dtype), units="weights", sparsity=0.5))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@dataclass(frozen=True)
+class Converting(DirectSolver[Problem]):
+    """Returns the start in another dtype."""
+
+    dtype: torch.dtype
+
+    def answer(self, problem: Problem, start: torch.Tensor) -> Answer:
+        return Answer(start.to(self.dtype))
+
+    def work(self, outputs: int, inputs: int, *, coupled: bool = False) -> Work:
+        return Work()
 
 
 @dataclass(frozen=True)
