@@ -149,14 +149,8 @@ def solve(
         if not (math.isfinite(objective) and all_finite(value)):
             status = Status.NONFINITE
         if certificate is not None and violation == 0:
-            bound = _below(certificate.lower_bound, objective, problem, value)
-            # Written so that NaN fails.
-            if bound <= objective:
-                certificate = replace(certificate, lower_bound=bound)
-            else:
-                bound = certificate.lower_bound
-                notes += (f"{CONTRADICTED}: its lower bound {bound:.6g} is above the objective {objective:.6g}",)
-                certificate = None
+            certificate, note = _not_contradicted(certificate, objective, problem, value)
+            notes += note
     history = tuple(replace(one, objective=one.objective * transformed.factor) for one in records)
     return Solution(value, objective, violation, status, steps, seconds, certificate, history, notes)
 
@@ -231,6 +225,18 @@ def _best(*found: Certificate | None) -> Certificate | None:
     """Return the certificate with the highest bound that was proved here."""
     proved = [one for one in found if one is not None and not one.stated_by_file]
     return max(proved, key=lambda one: one.lower_bound, default=None)
+
+
+def _not_contradicted(
+    certificate: Certificate, objective: float, problem: Problem, value: Tensor
+) -> tuple[Certificate | None, tuple[str, ...]]:
+    """Return a certificate less the rounding error of the objective; none, with a note, where it is above that."""
+    bound = _below(certificate.lower_bound, objective, problem, value)
+    # Written so that NaN fails.
+    if bound <= objective:
+        return replace(certificate, lower_bound=bound), ()
+    stated = f"its lower bound {certificate.lower_bound:.6g} is above the objective {objective:.6g}"
+    return None, (f"{CONTRADICTED}: {stated}",)
 
 
 def _below(bound: float, objective: float, problem: Problem, value: Tensor) -> float:
