@@ -149,7 +149,7 @@ def compare(
         held = windows_to_evaluate(tokenizer, config, documents, seq_length, windows, sequences)
     with ExitStack() as contexts:
         named = folder or contexts.enter_context(tempfile.TemporaryDirectory(prefix="optprune-"))
-        place = contexts.enter_context(kept_or_discarded(ComparisonFolder(named)))
+        place = contexts.enter_context(kept_or_discarded(ComparisonFolder(named), stays=folder is not None))
         say(f"loading {source.source}")
         dense = source.to_measure(place.work, whole=speed is not None)
         options = {

@@ -28,6 +28,7 @@ from optprune.pruning import collect, prune
 from optprune.recipe import Recipe
 from optprune.report import Event, Report
 from optprune.report.progress import about, duration
+from optprune.system.folders import GO_ON
 from optprune.system.interrupts import record_done
 from optprune.system.wording import counted, one_line
 from optprune.texts import DrawnWindows
@@ -148,9 +149,7 @@ class Session:
             if remaining:
                 left = about(self._times.left(remaining))
                 self.say(f"{len(cells) - len(remaining)} of {len(cells)} cells, {left} left in all")
-            record_done(
-                f"{done} of {len(cells)} cells are done, and kept in {self.folder.folder}: run again to continue"
-            )
+            record_done(f"{done} of {len(cells)} cells are done, and kept in {self.folder.folder}: {GO_ON}")
             gc.collect()  # hooks make a model refer to itself
             release()
         if place is not None:
@@ -171,7 +170,7 @@ class Session:
 
         windows = kept_or_new(self.folder, generate, name=f"generated-seed{seed}.json")
         kept = f"windows for seed {seed} are generated, and kept in {self.folder.folder}"
-        record_done(f"{kept}: run again to continue")
+        record_done(f"{kept}: {GO_ON}")
         every = with_generated(drawn.batches, windows, held_out=self.grid.held_out, seed=seed)
         return replace(drawn, batches=every, description=described(drawn.description, count))
 

@@ -22,13 +22,15 @@ from optprune.system.files import (
     read_json,
     write_whole,
 )
-from optprune.system.interrupts import NOTHING, done_sentence, interrupts_held, record_done
+from optprune.system.interrupts import done_sentence, interrupts_held, record_done
 from optprune.system.wording import shown
 
 MANIFEST, LOCK = "run.json", "in-use"
 MARK, FORMAT = "optprune", 1
 FACTS, FILES, FOLDERS, MADE, DIGEST = "facts", "files", "folders", "made", "digest"
 """the entries of a manifest"""
+GO_ON = "run again to continue"
+"""what to do about results that are kept, as the end of a sentence on them"""
 Value = TypeVar("Value")
 Folder = TypeVar("Folder", bound="ManifestFolder")
 
@@ -334,10 +336,11 @@ class ManifestFolder:
 
 
 @contextmanager
-def kept_or_discarded(place: Folder) -> Iterator[Folder]:
+def kept_or_discarded(place: Folder, *, stays: bool = True) -> Iterator[Folder]:
     """Close a folder at the end; delete it where it was begun here and the work failed before it had any result.
 
-    Facts without results would only refuse the next call, which may have other options.
+    Facts without results would only refuse the next call, which may have other options. An error names the folder that
+    keeps results, unless it is a temporary one, which does not stay.
     """
     had = place.begun
     try:
@@ -347,10 +350,10 @@ def kept_or_discarded(place: Folder) -> Iterator[Folder]:
             place.discard()
             raise
         place.close()
-        if not place.goes_on:  # it was refused, and nothing was changed
+        if not (place.goes_on and stays):  # where it did not go on it was refused, and nothing was changed
             raise
-        kept = f"what is finished is kept in {place.folder}: run again to continue"
-        record_done(kept if (done := done_sentence()) == NOTHING else done)
+        if not done_sentence().endswith(GO_ON):
+            record_done(f"what is finished is kept in {place.folder}: {GO_ON}")
         if isinstance(error, OptpruneError):
             raise type(error)(f"{error}; {done_sentence()}") from error
         raise

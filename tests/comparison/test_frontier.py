@@ -13,7 +13,7 @@ from optprune.comparison import Frontier, FrontierRow, Speed, frontier, frontier
 from optprune.comparison.frontier import Pair
 from optprune.comparison.frontier_folder import FrontierFolder
 from optprune.comparison.frontier_session import Wanted
-from optprune.errors import InputError
+from optprune.errors import InputError, NumericalError
 from optprune.measure import ModelSpeed, Repeats, SpeedWorkload, bits_per_byte, perplexity
 from optprune.measure.llama_cpp import LlamaRequest, LlamaRun, run
 from optprune.models import load_tokenizer
@@ -181,6 +181,26 @@ def test_a_wrong_folder_is_refused_before_anything_is_loaded(
     with pytest.raises(InputError, match="pruned"):
         measured(texts, tmp_path / "out", against=[place], runtime=runtime)
     assert sorted(path.name for path in tmp_path.rglob("*")) == before
+
+
+def test_an_error_after_the_first_row_names_the_folder_and_how_to_go_on(
+    texts: TwoTexts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place, whole, made = tmp_path / "out", frontier_session.decode_into, list[Any]()
+
+    def failing(*given: Any) -> None:
+        made.append(given)
+        if len(made) == 2:
+            raise NumericalError("the second is NaN")
+        whole(*given)
+
+    monkeypatch.setattr(frontier_session, "decode_into", failing)
+    with pytest.raises(NumericalError) as caught:
+        measured(texts, place, recipes=[], sparsities=[], calibration=None)
+    assert str(caught.value) == f"the second is NaN; what is finished is kept in {place}: run again to continue"
+    assert len(list((place / "rows").iterdir())) == 1
+    with pytest.raises(InputError, match=r"the windows evaluated was 2 and is 1; nothing was changed[^;]*$"):
+        measured(texts, place, recipes=[], sparsities=[], calibration=None, windows=1)
 
 
 def test_one_that_fails_before_its_first_row_leaves_no_folder(
