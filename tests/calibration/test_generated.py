@@ -18,7 +18,7 @@ from optprune.report import DivergenceMeasured, PhaseAdvanced
 from tests.helpers.faults import noticed
 from tests.helpers.short_runs import same
 from tests.helpers.thread_peers import together
-from tests.helpers.tiny_models import VARIANTS
+from tests.helpers.tiny_models import VARIANTS, tiny_llama
 from tests.helpers.token_batches import batches
 from tests.helpers.trained_tiny import halved, news, trained
 
@@ -108,6 +108,21 @@ def test_tokens_are_drawn_from_the_whole_distribution(own: GenerationConfig | No
     if own is None:
         likely = GenerationConfig(do_sample=True, top_k=20, pad_token_id=0)
         noticed(monkeypatch, module, "GenerationConfig", lambda **_: likely, test)
+
+
+@pytest.mark.parametrize(("length", "piece"), [(128, 128), (20, 20), (48, 7)])
+def test_at_most_16384_tokens_are_cached(length: int, piece: int, monkeypatch: Any) -> None:
+    """The rows of a part, by the tokens that each has at its end."""
+    model, cached = tiny_llama(), list[int]()
+
+    def generate(ids: Tensor, *, max_length: int, **_: Any) -> Tensor:
+        cached.append(len(ids) * max_length)
+        return torch.zeros(len(ids), max_length, dtype=torch.long)
+
+    monkeypatch.setattr(model, "generate", generate)
+    text, count = [torch.randint(5, 500, (8, length), generator=torch.Generator().manual_seed(0))], 2 * 16384 // length
+    assert len(generated_windows(model, text, count, piece=piece)) == count
+    assert len(cached) > 1 and 16384 - length < max(cached) <= 16384
 
 
 def test_it_goes_on_from_what_was_written(monkeypatch: Any) -> None:
