@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from optprune.patterns import NM
 from optprune.solvers import (
     Admm,
     Chain,
@@ -27,7 +28,7 @@ from optprune.solvers import (
     Wanda,
     solve,
 )
-from optprune.testing import reference
+from optprune.testing import reference, reference_optimum
 from optprune.testing.quadratic import rounding
 from optprune.testing.strategies import sparse
 from optprune.testing.transformations import random_feasible
@@ -183,3 +184,16 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_fault_is_noticed(fault, monkeypatch):
     noticed(monkeypatch, *FAULTS[fault])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_four_in_eight_never_costs_more_than_two_in_four(seed: int) -> None:
+    narrow = correlated(seed, 1, 8, "2:4")
+    wide = replace(narrow, pattern=NM(4, 8))
+    assert reference_optimum(wide) <= reference_optimum(narrow)
+    # Started at the answer for 2:4, which 4:8 admits, exchanges and a refit lose nothing.
+    answer = solve(narrow)
+    better = solve(wide, Chain((Swaps(), Restore())), start=answer.value)
+    assert wide.violation(answer.value) == 0
+    assert better.violation == 0
+    assert better.objective <= answer.objective + narrow.measuring_error(answer.value)

@@ -165,3 +165,21 @@ def test_a_family_that_is_not_known(name: str):
 def test_groups_that_keep_everything(name: str):
     with pytest.raises(InputError, match=f"the pattern {name} keeps everything: N must be less than M"):
         pattern_family(name)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "share", "each"), [(8, 0.5, 4), (10, 0.24, 2), (10, 0.28, 3), (7, 0.9, 6), (9, 0.94, 8), (8, 1.0, 8)]
+)
+def test_the_pattern_of_rows_keeps_the_nearest_number_in_every_row(inputs: int, share: float, each: int) -> None:
+    family, score = pattern_family("rows"), torch.arange(3.0 * inputs).reshape(3, inputs)
+    assert family.of(3, inputs, share).project(score).sum(1).tolist() == [each] * 3
+    assert family.keep(3, inputs, share) == 3 * each
+
+
+def test_every_mask_of_two_in_four_is_one_of_four_in_eight() -> None:
+    """So the optimum of 4:8 is never larger than that of 2:4, which keeps as many weights."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        mask = NM(2, 4).project(torch.randn(4, 16, generator=generator))
+        assert NM(4, 8).admits(mask)
+        assert int(mask.sum()) == pattern_family("4:8").keep(4, 16, 0.5) == pattern_family("2:4").keep(4, 16, 0.5)
