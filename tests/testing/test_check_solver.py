@@ -229,7 +229,7 @@ BROKEN = {
     ChangesTheStart: "changed its start",
     ReturnsTheWeight: "original weight itself",
     OtherDtype: "dtype",
-    AlwaysDouble: "dtype",
+    AlwaysDouble: r"is torch\.float64 on cpu, but the weight of the problem is torch\.float32",
     Seeds: "random state",
     GlobalRandomness: "random state",
     NotANumber: "NaN",
