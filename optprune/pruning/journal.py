@@ -10,6 +10,8 @@ one forward pass and prunes the rest; its weights are those of an uninterrupted 
 
 import hashlib
 import json
+import math
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
@@ -227,6 +229,23 @@ class Journal(RunFolder):
         """Return statistics that keep the costs of removal in this folder."""
         return JournalledStatistics(statistics, self.costs)
 
+    earlier_seconds = 0.0
+    """the seconds of the run until earlier processes finished the last of their work, once the clock was started"""
+    _start = math.nan
+
+    def start_clock(self, began: float) -> None:
+        """Count the seconds of the run from a perf_counter on, after those of earlier processes."""
+        kept = [self._block(index) for index in self.finished()] if self.begun else []
+        kept += [self.read(DIVISION)] if self.begun and self.holds(DIVISION) else []
+        known = [one["seconds"] for one in kept if isinstance(one, dict) and isinstance(one.get("seconds"), float)]
+        self.earlier_seconds = max(filter(math.isfinite, known), default=0.0)
+        self._start = began - self.earlier_seconds
+
+    @property
+    def _seconds(self) -> float:
+        """The seconds of the run until now; NaN where its clock was not started."""
+        return time.perf_counter() - self._start
+
     @property
     def worth_keeping(self) -> bool:
         if not self.begun:
@@ -285,6 +304,7 @@ class Journal(RunFolder):
             "removed": [asdict(part) for part in division.removed],
             "warnings": division.warnings,
             "notes": division.notes,
+            "seconds": self._seconds,
         }
         self.write(DIVISION, data)
         self.costs.drop()
@@ -332,7 +352,8 @@ class Journal(RunFolder):
         if decoder.store is None:
             self.sink.write(name, result.weights)
         self._blocks_read.pop(index, None)
-        self.write(_record(index), {"weights": self.sink.file(name).name, "record": asdict(result.record)})
+        done = {"weights": self.sink.file(name).name, "record": asdict(result.record), "seconds": self._seconds}
+        self.write(_record(index), done)
         self.metrics.drop(index)
 
     def repaired(self) -> tuple[str, ...]:

@@ -22,8 +22,8 @@ from optprune.pruning.layer import summary
 from optprune.pruning.run import Listener, begin, warn_or_raise
 from optprune.pruning.workers import Layers, Processes, Serial, Workers
 from optprune.recipe import Recipe
-from optprune.report import BlockChange, Event, PhaseRecorder, Report
-from optprune.report.phases import BUDGET, METRIC, PRUNING
+from optprune.report import BlockChange, Event, PhaseRecorder, PhaseReport, Report
+from optprune.report.phases import BUDGET, EARLIER, METRIC, PRUNING
 from optprune.system.environment import started_by_torchrun, versions
 from optprune.system.names import renamed_argument
 
@@ -137,6 +137,9 @@ def run_program(
     """
     began, workers, partial_sums = began or time.perf_counter(), workers or Serial(), partial_sums or PartialSums()
     model, recipe = decoder.model, program.request.recipe
+    if journal is not None:
+        journal.start_clock(began)
+    earlier = 0.0 if journal is None else journal.earlier_seconds
     _check_workers(decoder, program, workers, partial_sums)
     weights_before, shapes = decoder.linear_weights(), decoder.shapes()
     parameters_before = sum(parameter.numel() for parameter in model.parameters())
@@ -172,7 +175,7 @@ def run_program(
         recipe=recipe.to_dict(),
         sparsity_requested=program.sparsity if program.allocation is None else divided.sparsity,
         sparsity_reached=reached,
-        seconds=time.perf_counter() - began,
+        seconds=earlier + time.perf_counter() - began,
         floor_seconds=sum(record.floor_seconds for record in records),
         tokens=run.tokens,
         seed=program.seed,
@@ -184,7 +187,7 @@ def run_program(
         removed=run.division.removed,
         recovered=tuple(part for record in records for part in record.recovered),
         blocks=blocks,
-        phases=phases.done,
+        phases=(*([PhaseReport(EARLIER, earlier, None, None)] if earlier else []), *phases.done),
         goal=program.request.goal,
         parameters_before=parameters_before,
         own_code=program.request.recipe.own_code(),

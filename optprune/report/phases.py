@@ -20,6 +20,8 @@ CHOOSING = "choosing"
 """the phase in which the tokens of a smaller vocabulary are chosen by the text and by the dense model's predictions"""
 VOCABULARY = "vocabulary"
 """the phase in which a smaller vocabulary takes over the probability of the removed tokens"""
+EARLIER = "earlier processes"
+"""the phase that stands for the work which earlier processes of a resumed run have finished"""
 HEALING = "healing"
 """the phase in which a pruned model is trained"""
 EVALUATIONS = (

@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import signal
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -148,6 +149,21 @@ def test_another_number_of_threads_leaves_the_run_as_it_is(prune, stop_at, monke
         torch.set_num_threads(threads)
     assert "the machine.threads was" in capsys.readouterr().err
     assert contents(tmp_path) == before
+
+
+def test_the_seconds_of_finished_work_are_counted(prune, stop_at, monkeypatch, tmp_path) -> None:
+    def slow(event: Event) -> bool:
+        time.sleep(1.0 if isinstance(event, BlockStarted) and event.block == 1 else 0.0)
+        return isinstance(event, BlockStarted) and event.block == 2
+
+    stop_at(slow)
+    assert prune() == 130
+    monkeypatch.undo()
+    assert prune("--resume") == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    seconds = {phase["name"]: phase["seconds"] for phase in report["phases"]}
+    assert 1.0 < seconds["earlier processes"] < 60.0
+    assert report["seconds"] > seconds["earlier processes"]
 
 
 def test_an_unfinished_run_is_neither_deleted_nor_gone_on_with_unasked(
