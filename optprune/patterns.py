@@ -2,7 +2,7 @@
 
 import re
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import final
 
@@ -18,6 +18,42 @@ from optprune.system.wording import shown, suggestion
 
 NETWORK = 16
 """the longest rows that are sorted by comparing columns"""
+ANY_COUNT = 1 << 62
+"""more entries than a row can have"""
+
+
+@dataclass(frozen=True, eq=False)
+class Exchanges:
+    """The exchanges of one kept entry for one dropped entry that lead from an admissible mask to another one."""
+
+    group: int | None = None
+    """the number of consecutive inputs among which entries change places; None for a whole row"""
+    limits: tuple[int, int] | None = None
+    """the least and the most entries of a row, where entries also move between rows; None where they do not"""
+    fixed: Bool[Tensor, "out in"] | None = None
+    """the entries that never change places; None where all may"""
+
+    def free(self, mask: Bool[Tensor, "out in"]) -> Bool[Tensor, "out in"]:
+        """Return the entries that may change places."""
+        return torch.ones_like(mask) if self.fixed is None else ~self.fixed
+
+    def giving(self, mask: Bool[Tensor, "out in"]) -> tuple[Bool[Tensor, " out"], Bool[Tensor, " out"]]:
+        """Return the rows that may have one entry less, and those that may have one more."""
+        assert self.limits is not None
+        (least, most), counts = self.limits, mask.sum(1)
+        return counts > least, counts < most
+
+    def pairs(self, mask: Bool[Tensor, "out in"]) -> Bool[Tensor, "n n"]:
+        """Return which entries, numbered row by row, may be dropped for which others (the columns for the rows)."""
+        index = torch.arange(mask.numel(), device=mask.device)
+        # Groups fill whole rows.
+        part = index // (self.group or mask.shape[1])
+        pairs = part[:, None] == part
+        if self.limits is not None:
+            less, more = self.giving(mask)
+            row = index // mask.shape[1]
+            pairs |= more[row][:, None] & less[row]
+        return pairs
 
 
 class Pattern(ABC):
@@ -30,6 +66,10 @@ class Pattern(ABC):
     @abstractmethod
     def admits(self, mask: Tensor) -> bool:
         """Return whether a mask is admissible."""
+
+    def exchanges(self) -> Exchanges | None:
+        """Return which exchanges of single weights keep a mask admissible; None where that is not known."""
+        return None
 
 
 @final
@@ -48,6 +88,9 @@ class Unstructured(Pattern):
     def admits(self, mask: Bool[Tensor, "out in"]) -> bool:
         return int(mask.sum()) == self.keep
 
+    def exchanges(self) -> Exchanges:
+        return Exchanges(limits=(0, ANY_COUNT))
+
 
 @final
 @dataclass(frozen=True)
@@ -64,6 +107,9 @@ class RowWise(Pattern):
 
     def admits(self, mask: Bool[Tensor, "out in"]) -> bool:
         return bool((mask.sum(1) == self.keep).all())
+
+    def exchanges(self) -> Exchanges:
+        return Exchanges()
 
 
 @final
@@ -89,6 +135,9 @@ class NM(Pattern):
         if mask.shape[1] % self.m:
             return False
         return bool((mask.reshape(-1, self.m).sum(1) == self.n).all())
+
+    def exchanges(self) -> Exchanges:
+        return Exchanges(group=self.m)
 
 
 @final
@@ -125,6 +174,9 @@ class RowLimits(Pattern):
         counts = mask.sum(1)
         return int(counts.sum()) == self.keep and bool(((counts >= self.least) & (counts <= self.most)).all())
 
+    def exchanges(self) -> Exchanges:
+        return Exchanges(limits=(self.least, self.most))
+
 
 @final
 @dataclass(frozen=True, eq=False)
@@ -152,6 +204,12 @@ class PartlyFixed(Pattern):
 
     def admits(self, mask: Bool[Tensor, "out in"]) -> bool:
         return self._agrees(mask) and self.pattern.admits(mask)
+
+    def exchanges(self) -> Exchanges | None:
+        inner, own = self.pattern.exchanges(), self.stays | self.goes
+        if inner is None:
+            return None
+        return replace(inner, fixed=own if inner.fixed is None else inner.fixed | own)
 
     def _agrees(self, mask: Bool[Tensor, "out in"]) -> bool:
         return not bool(((self.stays & ~mask) | (self.goes & mask)).any())

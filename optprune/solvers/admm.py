@@ -25,6 +25,8 @@ class AdmmState:
     """The split variables in column-scaled units, and the shared eigendecomposition."""
 
     scale: Float[Tensor, " in"]
+    alive: Bool[Tensor, " in"]
+    """the inputs that are not zero on all tokens"""
     values: Float[Tensor, "*out in"]
     """eigenvalues of A', or the products of those of S and of A'"""
     vectors: Float[Tensor, "in in"]
@@ -53,7 +55,8 @@ class Admm(Solver[SelectionProblem, AdmmState]):
 
         V' = (B' - U + rho Z)(A' + rho I)^-1,   Z = H(V' + U / rho),   U <- U + rho (V' - Z)
 
-    H keeps the mask of the pattern with the largest total of squares. One eigendecomposition of A' serves every rho.
+    H keeps the mask of the pattern with the largest total of squares, in which weights of dead inputs (A_jj = 0) count
+    nothing. One eigendecomposition of A' serves every rho.
     Under a full output metric S the first step solves S V' A' + rho V' = S B' - U + rho Z, which is as exact in the
     eigenbases of S and A'.
     Every `every` steps rho grows by 1.3, 1.2 or 1.1 where more than 10, 0.5 or 0 percent of the mask changed,
@@ -109,10 +112,12 @@ class Admm(Solver[SelectionProblem, AdmmState]):
             values = torch.outer(row_values.clamp(min=0), values)
             target = row_vectors.T @ target @ vectors
         dense = loss.weight * scale
+        alive = loss.gram.diagonal() > 0
         # The first Z is the dense weight: the start is not used.
-        mask = problem.mask(problem.project(dense.square()))
+        mask = problem.mask(problem.project(within(alive, dense.square())))
         return AdmmState(
             scale=scale,
+            alive=alive,
             values=values,
             vectors=vectors,
             row_vectors=row_vectors,
@@ -129,7 +134,7 @@ class Admm(Solver[SelectionProblem, AdmmState]):
 
     def step(self, problem: SelectionProblem, state: AdmmState) -> AdmmState:
         point = _dense(state).add_(state.dual, alpha=1 / state.rho)
-        mask = problem.mask(problem.project(point.square()))
+        mask = problem.mask(problem.project(within(state.alive, point.square())))
         sparse = within(mask, point)
         count = state.count + 1
         # U + rho (V' - Z) = rho (point - Z): the new dual is the part that the pattern dropped.

@@ -44,33 +44,21 @@ class InverseForm:
     inverse: Float[Tensor, "in in"]
     minimiser: Float[Tensor, "out in"]
     notes: tuple[str, ...]
+    ridge: float
+    """the addend of the diagonal of A; zero where A is regular"""
 
     @classmethod
     def of(cls, loss: LayerLoss) -> "InverseForm":
-        size = loss.gram.diagonal().double().mean()
         # An eigenvalue of A is known to about this share of its size in the dtype that A was given in.
-        rounding = 4 * len(loss.gram) * torch.finfo(loss.gram.dtype).eps
-        known = 4 * len(loss.gram) * torch.finfo(torch.float64).eps if bool((loss.damping > 0).all()) else rounding
-        gram = linalg.by_columns(loss.gram, torch.float64)
-        gram.diagonal().sub_(float(known * size))
-        singular = bool(linalg.cholesky_in_place(gram))
-        # Anew in the same place: there is no more than one copy but what a factorisation takes.
-        gram.copy_(loss.gram)
-        notes = ()
-        if singular:
-            ridge = _ridge(loss, gram, float(size), rounding)
-            # Nothing but zeros is as good as the identity.
-            gram.diagonal().add_(ridge * size if bool(size > 0) else 1.0)
-            notes = (SINGULAR.format(ridge),)
-        if bool(linalg.cholesky_in_place(gram)):
-            raise NumericalError("the Gram matrix is indefinite: collect it again, or raise the damping")
-        inverse = torch.cholesky_inverse(gram, out=gram)
+        dtype = torch.float64 if bool((loss.damping > 0).all()) else loss.gram.dtype
+        inverse, share, ridge = inverted(loss.gram, 4 * len(loss.gram) * torch.finfo(dtype).eps)
+        notes = (SINGULAR.format(share),) if share else ()
         inflation = inverse.diagonal() * loss.gram.diagonal()
         if not notes and bool((inflation > MOST_INFLATION).any()):
             notes = (INACCURATE,)
         weight = loss.weight.double()
         # The ridge pulls to the original weights, like damping, so V0 = W - (W A - B) A^-1 holds with it too.
-        return cls(inverse, weight if loss.pull is None else weight - loss.pull.double() @ inverse, notes)
+        return cls(inverse, weight if loss.pull is None else weight - loss.pull.double() @ inverse, notes, ridge)
 
     def without(self, columns: Int[Tensor, " removed"]) -> Float[Tensor, "out in"]:
         """Return the best weight whose given columns are zero."""
@@ -83,20 +71,34 @@ class InverseForm:
         return weight
 
 
-def _ridge(loss: LayerLoss, gram: Float[Tensor, "in in"], size: float, least: float) -> float:
-    """Return the first of `least`, 8 and 64 times that, ..., of the mean diagonal that makes A positive definite.
+def inverted(matrix: Float[Tensor, "n n"], known: float) -> tuple[Float[Tensor, "n n"], float, float]:
+    """Return M^-1 in float64, and the ridge that was added to M: as a share of its mean diagonal, and itself.
 
-    The error of float32 averages of many tokens may be larger than a rounding of their entries.
+    There is none unless M, or M less the share `known` of its mean diagonal, to which its eigenvalues are known, is
+    indefinite. It is the first of a rounding, 8 and 64 times that, ..., that makes M positive definite: the error of
+    float32 averages of many tokens may be larger than a rounding of their entries.
     """
-    ridge = least
-    while size > 0 and ridge < LARGEST:
-        gram.diagonal().add_(ridge * size)
-        failed = bool(linalg.cholesky_in_place(gram))
-        gram.copy_(loss.gram)
-        if not failed:
-            break
-        ridge *= 8
-    return ridge
+    size, share = float(matrix.diagonal().double().mean()), 0.0
+    room = linalg.by_columns(matrix, torch.float64)
+    room.diagonal().sub_(known * size)
+    singular = bool(linalg.cholesky_in_place(room))
+    # Anew in the same place: there is no more than one copy but what a factorisation takes.
+    room.copy_(matrix)
+    if singular:
+        share = 4 * len(matrix) * torch.finfo(matrix.dtype).eps
+        while size > 0 and share < LARGEST:
+            room.diagonal().add_(share * size)
+            failed = bool(linalg.cholesky_in_place(room))
+            room.copy_(matrix)
+            if not failed:
+                break
+            share *= 8
+    # Nothing but zeros is as good as the identity.
+    ridge = share * size if size > 0 or not singular else 1.0
+    room.diagonal().add_(ridge)
+    if bool(linalg.cholesky_in_place(room)):
+        raise NumericalError("the Gram matrix is indefinite: collect it again, or raise the damping")
+    return torch.cholesky_inverse(room, out=room), share, ridge
 
 
 def cost_rounding(loss: LayerLoss) -> float:

@@ -10,15 +10,22 @@ from torch.nn.functional import pad
 
 from optprune.numerics import linalg
 from optprune.numerics.tensors import places
-from optprune.patterns import NM, Unstructured
-from optprune.problems import SparseLeastSquares
+from optprune.patterns import Exchanges
+from optprune.problems import LayerLoss, SparseLeastSquares
 from optprune.solvers.base import Solver, Status, check_options, measuring, unfitted
-from optprune.solvers.inverse import InverseForm, cost_rounding
-from optprune.solvers.swaps import exchanges_refused, pairs_of_rows
+from optprune.solvers.inverse import InverseForm, cost_rounding, inverted
+from optprune.solvers.swaps import among_rows, exchanges_of, pairs_of_rows, unknown_exchanges
 from optprune.work import DOUBLE, Work, factor, inverse, product, sweeps
 
 BATCH_BYTES = 1 << 26
 """the memory of the tableaus of the rows that are solved together"""
+MOST_COUPLED = 1024
+"""the most weights that are exchanged together where a full output metric couples rows"""
+COUPLED = (
+    "the full output metric couples all {} weights, of which it exchanges at most " + str(MOST_COUPLED) + " together: "
+    "take its diagonal"
+)
+SINGULAR_METRIC = "singular output metric: weights were chosen with a ridge of {:.1e} of its mean diagonal added to it"
 REFRESH = 64
 """exchanges of a row after which its tableau is computed anew, to remove the rounding of its updates"""
 EXCHANGES_PER_INPUT = 0.03
@@ -26,13 +33,51 @@ EXCHANGES_PER_INPUT = 0.03
 
 
 @dataclass(frozen=True, eq=False)
-class RefittedSwapsState:
-    """The weight, the rows to search, and what every other row would lose or gain. A step writes over these arrays."""
+class NormalForm:
+    """f(V) = 1/2 tr(V A V^T) - tr(V B^T) up to a constant, row by row, in float64; with a ridge where A is singular.
 
-    form: InverseForm
+    Where a full metric S couples the rows, all weights are one row, and A and B are S x A and S B.
+    """
+
+    gram: Float[Tensor, "n n"]
+    target: Float[Tensor, "rows n"]
+    least: Float[Tensor, " rows"]
+    """minus twice the unconstrained minimum of each row"""
+    notes: tuple[str, ...]
+
+    @classmethod
+    def of(cls, loss: LayerLoss) -> "NormalForm":
+        """Return the form of a loss."""
+        inverse, gram = InverseForm.of(loss), loss.gram.double()
+        gram.diagonal().add_(inverse.ridge)
+        target, minimiser, notes = loss.weight.double() @ gram, inverse.minimiser, inverse.notes
+        if loss.pull is not None:
+            target -= loss.pull.double()
+        if loss.coupled:
+            assert loss.metric is not None
+            metric = loss.metric.matrix
+            _, share, ridge = inverted(metric, 4 * len(metric) * torch.finfo(metric.dtype).eps)
+            notes = (*notes, SINGULAR_METRIC.format(share)) if share else notes
+            metric = metric.double()
+            metric.diagonal().add_(ridge)
+            gram, target = torch.kron(metric, gram), (metric @ target).reshape(1, -1)
+            minimiser = minimiser.reshape(1, -1)
+        return cls(gram, target, (minimiser * target).sum(1), notes)
+
+
+@dataclass(frozen=True, eq=False)
+class RefittedSwapsState:
+    """The weight, the rows to search, and what every other row would lose or gain. A step writes over these arrays.
+
+    Where a full metric couples the rows, all of them are one row here.
+    """
+
+    form: NormalForm
     start: Float[Tensor, "out in"]
     weight: Float[Tensor, "out in"]
     mask: Bool[Tensor, "out in"]
+    free: Bool[Tensor, "out in"]
+    """the weights that the pattern lets change places"""
     batch: "Batch | None"
     """the rows that make exchanges now"""
     pending: Int[Tensor, " k"]
@@ -61,10 +106,14 @@ class RefittedSwaps(Solver[SparseLeastSquares, RefittedSwapsState]):
 
         v'_p = v_p + y_q X_qp / N_qq,   H'_pp = H_pp + X_qp^2 / N_qq:
 
-    the exact change of the row's loss. Row-wise and unstructured patterns try the `candidates` cheapest p and the most
-    gainful q of a row; N:M patterns try every pair of a group. An unstructured pattern also moves weights from rows
-    that lose little to rows that gain more. The method is monotone, and its answer is refitted. It stops when no
-    exchange of candidates gains more than `tolerance` of a row's loss.
+    the exact change of the row's loss. The pattern says which exchanges keep it (`Pattern.exchanges`). Of a row the
+    `candidates` cheapest p and the most gainful q are tried, and every pair of a group with N:M patterns. Unstructured
+    patterns and limits of rows also move weights from rows that lose little to rows that gain more. The method is
+    monotone, and its answer is refitted. It stops when no exchange of candidates gains more than `tolerance` of a row's
+    loss.
+
+    A full output metric S couples the rows. All weights then are one row with the Hessian S x A, of which every pair
+    that the pattern admits is tried. Layers of more than `MOST_COUPLED` weights are refused.
 
     A step makes an exchange in each of as many rows as fit into 64 MiB. Every row has a tableau [in, in] in float64 of
     its own: in^3 products to make it, and a pass over it for each exchange. So it is for layers of a few thousand
@@ -90,27 +139,35 @@ class RefittedSwaps(Solver[SparseLeastSquares, RefittedSwapsState]):
         return Work(flops, unfitted(outputs, inputs, coupled=coupled) + batch)
 
     def unsupported(self, problem: SparseLeastSquares) -> str | None:
-        return exchanges_refused(problem)
+        count = problem.loss.weight.numel()
+        too_many = COUPLED.format(count) if problem.loss.coupled and count > MOST_COUPLED else None
+        return unknown_exchanges(problem) or too_many
 
     def monotone(self, problem: SparseLeastSquares) -> bool:
         return True
 
     def init(self, problem: SparseLeastSquares, start: Tensor) -> RefittedSwapsState:
-        form, mask = InverseForm.of(problem.loss), problem.support(start)
+        loss, mask = problem.loss, problem.support(start)
+        form, free = NormalForm.of(loss), exchanges_of(problem).free(mask)
         start = torch.where(mask, start, 0.0)
+        if loss.coupled:
+            start, mask, free = (part.reshape(1, -1) for part in (start, mask, free))
         every = torch.arange(len(start), device=start.device)
-        scores, indices = torch.zeros_like(form.minimiser[:, 0]), torch.zeros_like(every)
+        scores, indices = torch.zeros_like(form.least), torch.zeros_like(every)
         found = (scores, indices, scores.clone(), indices.clone(), scores.clone())
-        return RefittedSwapsState(form, start, start.clone(), mask, None, every, *found)
+        return RefittedSwapsState(form, start, start.clone(), mask, free, None, every, *found)
 
     def step(self, problem: SparseLeastSquares, state: RefittedSwapsState) -> RefittedSwapsState:
-        rounding, pattern = cost_rounding(problem.loss), problem.pattern
+        rounding, exchanges, loss = cost_rounding(problem.loss), exchanges_of(problem), problem.loss
         batch, pending, before = state.batch, state.pending, state.before
         if batch is None:
             count = max(1, BATCH_BYTES // (8 * (state.mask.shape[1] + 2) ** 2))
             rows, pending = pending[:count], pending[count:]
-            batch = Batch.of(state.form, state.mask[rows], rows, rounding / len(state.mask), self.tolerance)
-        batch.exchange(state, self.candidates, pattern.m if isinstance(pattern, NM) else None)
+            batch = Batch.of(state, rows, rounding / len(state.mask), self.tolerance)
+        group, pairs = exchanges.group, None
+        if loss.coupled:
+            group, pairs = state.mask.shape[1], exchanges.pairs(batch.mask.reshape(loss.weight.shape))
+        batch.exchange(state, self.candidates, group, pairs)
         if batch.rounds == REFRESH:
             batch.write(state, torch.arange(len(batch.rows), device=batch.rows.device))
             pending = torch.cat([batch.rows, pending])
@@ -118,8 +175,8 @@ class RefittedSwaps(Solver[SparseLeastSquares, RefittedSwapsState]):
             batch = None
         if batch is None and not len(pending):
             before = None
-            if isinstance(pattern, Unstructured):
-                pending = _between_rows(state, rounding + self.tolerance * float(state.losses.mean()))
+            if exchanges.limits is not None and not loss.coupled:
+                pending = _between_rows(state, exchanges, rounding + self.tolerance * float(state.losses.mean()))
                 before = state.weight.clone() if len(pending) else None
         return replace(state, batch=batch, pending=pending, before=before)
 
@@ -127,19 +184,21 @@ class RefittedSwaps(Solver[SparseLeastSquares, RefittedSwapsState]):
         return None if state.batch is not None or len(state.pending) else Status.CONVERGED
 
     def value(self, problem: SparseLeastSquares, state: RefittedSwapsState) -> Tensor:
-        weight = state.weight if state.before is None else state.before
+        shape = problem.loss.weight.shape
+        weight = (state.weight if state.before is None else state.before).reshape(shape)
+        start = state.start.reshape(shape)
         # Where A is singular, or nearly so, the refit is inexact.
-        if state.form.notes and problem.objective(weight) > problem.objective(state.start):
-            return state.start.clone()
+        if state.form.notes and not problem.objective(weight) <= problem.objective(start):
+            return start.clone()
         return weight.clone()
 
     def notes(self, state: RefittedSwapsState) -> tuple[str, ...]:
         return state.form.notes
 
 
-def _between_rows(state: RefittedSwapsState, threshold: float) -> Int[Tensor, " k"]:
+def _between_rows(state: RefittedSwapsState, exchanges: Exchanges, threshold: float) -> Int[Tensor, " k"]:
     """Move weights in the masks, from rows that lose little to rows that gain more, one per row; return those rows."""
-    givers, takers = pairs_of_rows(state.cost, state.gain, threshold)
+    givers, takers = pairs_of_rows(*among_rows(exchanges, state.mask, state.cost, state.gain), threshold)
     state.mask[givers, state.leaving[givers]] = False
     state.mask[takers, state.entering[takers]] = True
     return torch.cat([givers, takers])
@@ -149,12 +208,15 @@ def _between_rows(state: RefittedSwapsState, threshold: float) -> Int[Tensor, " 
 class Batch:
     """Some rows with the tableau of each: [[A^-1, v0^T], [v0, 0]] swept on the row's dropped inputs P, see `Tableau`.
 
-    So place `in` holds y on P, the refitted weights v on the kept inputs K, and -2 times the row's cost. Place `in` + 1
+    It is computed from A_KK of the kept inputs K, which may be regular where A is not, as N = A_PP - A_PK H A_KP,
+    X = -A_PK H and y_P = B_P - B_K H A_KP with H = (A_KK)^-1. So place `in` holds y on P, the refitted weights v on the kept inputs K, and -2 times the row's cost. Place `in` + 1
     is for no input: rows that drop less than others point to it.
     """
 
     rows: Int[Tensor, " k"]
     mask: Bool[Tensor, "k in"]
+    free: Bool[Tensor, "k in"]
+    """the weights that may change places"""
     tableau: Float[Tensor, "k n n"]
     """-N on P, X between P and K, and (A_KK)^-1 on K"""
     threshold: Float[Tensor, " k"]
@@ -162,37 +224,35 @@ class Batch:
     rounds: int = 0
 
     @classmethod
-    def of(
-        cls,
-        form: InverseForm,
-        mask: Bool[Tensor, "k in"],
-        rows: Int[Tensor, " k"],
-        rounding: float,
-        tolerance: float,
-    ) -> "Batch":
-        """Return the tableaus of masks, computed from scratch."""
+    def of(cls, state: RefittedSwapsState, rows: Int[Tensor, " k"], rounding: float, tolerance: float) -> "Batch":
+        """Return the tableaus of some rows, computed from scratch."""
+        form, mask = state.form, state.mask[rows]
         width = mask.shape[1]
-        inverse, minimiser = pad(form.inverse, (0, 2, 0, 2)), pad(form.minimiser[rows], (0, 2))
-        dropped = width - mask.sum(1)
-        most = int(dropped.max())
-        # The dropped inputs of each row, ascending, and then the place of no input.
-        index = mask.to(torch.uint8).argsort(dim=1, stable=True)[:, :most]
-        real = torch.arange(most, device=mask.device) < dropped[:, None]
+        gram, target = pad(form.gram, (0, 2, 0, 2)), pad(form.target[rows], (0, 2))
+        kept = mask.sum(1)
+        most = int(kept.max())
+        # The kept inputs of each row, ascending, and then the place of no input.
+        index = (~mask).to(torch.uint8).argsort(dim=1, stable=True)[:, :most]
+        real = torch.arange(most, device=mask.device) < kept[:, None]
         index = torch.where(real, index, width + 1)
-        removed = inverse[index]
-        removed[..., width] = minimiser.gather(1, index)
+        used = gram[index]
+        used[..., width] = target.gather(1, index)
         columns = index[:, None, :].expand(-1, most, -1)
-        corner = removed.gather(2, columns)
+        corner = used.gather(2, columns)
         corner.diagonal(dim1=1, dim2=2).masked_fill_(~real, 1.0)
-        corner = torch.cholesky_inverse(linalg.cholesky(corner))
-        across = corner @ removed
-        tableau = torch.baddbmm(inverse, removed.transpose(1, 2), across, alpha=-1)
-        tableau[:, width] += minimiser
-        tableau[:, :, width] += minimiser
-        across.scatter_(2, columns, -corner)
+        # Where A_KK is singular but for rounding the answer is checked at the end.
+        corner = torch.cholesky_inverse(linalg.try_cholesky(corner)[0])
+        across = corner @ used
+        tableau = torch.baddbmm(gram, used.transpose(1, 2), across, alpha=-1)
+        tableau[:, :width, :width].neg_()
+        tableau[:, width, :width] += target[:, :width]
+        tableau[:, :width, width] += target[:, :width]
+        tableau[:, width, width].neg_().sub_(form.least[rows])
+        across[..., :width].neg_()
+        across.scatter_(2, columns, corner)
         tableau.scatter_(1, index[:, :, None].expand_as(across), across)
         tableau.scatter_(2, index[:, None, :].expand(-1, width + 2, -1), across.transpose(1, 2))
-        return cls(rows, mask, tableau, rounding - tolerance * tableau[:, width, width] / 2)
+        return cls(rows, mask, state.free[rows], tableau, rounding - tolerance * tableau[:, width, width] / 2)
 
     def costs(self) -> Float[Tensor, " k"]:
         """Return the loss of every row beyond that of its unconstrained minimum."""
@@ -205,22 +265,23 @@ class Batch:
     def worth(self) -> tuple[Float[Tensor, "k in"], Float[Tensor, "k in"]]:
         """Return the rise of the loss when a kept weight goes, and its fall when a dropped one returns.
 
-        Where a weight is not kept, or not dropped, it is infinite, or minus infinity.
+        Where a weight is not kept, or not dropped, or may not change places, it is infinite, or minus infinity.
         """
         pivot, value = self._parts()
         worth = value.square() / (2 * pivot)
-        usable = pivot > 0
+        usable = (pivot > 0) & self.free
         return (
             torch.where(self.mask & usable, worth, torch.inf),
             torch.where(~self.mask & usable, worth, -torch.inf),
         )
 
     def best(
-        self, candidates: int, group: int | None
+        self, candidates: int, group: int | None, pairs: Bool[Tensor, "n n"] | None = None
     ) -> tuple[Float[Tensor, " k"], Int[Tensor, " k"], Int[Tensor, " k"]]:
         """Return the best exchange of every row: (change, leaving, entering).
 
-        It is among the candidates of the row, or with a `group` among all pairs of that many consecutive inputs.
+        It is among the candidates of the row, or with a `group` among all pairs of that many consecutive inputs, of
+        which `pairs` may admit only some, where the group is the whole row: [entering, leaving].
         """
         (cost, gain), (pivot, value) = self.worth(), self._parts()
         count, width = self.mask.shape
@@ -239,14 +300,17 @@ class Batch:
         left = value[at, p][..., None, :] + value[at, q][..., :, None] * pulled
         change = left.square() / (2 * after) - gain[at, q][..., :, None]
         possible = (cost[at, p] < torch.inf)[..., None, :] & (gain[at, q] > -torch.inf)[..., :, None] & (after > 0)
+        possible = possible if pairs is None else possible & pairs
         change, flat = torch.where(possible, change, torch.inf).flatten(1).min(1)
         size = p.shape[2]
         part, entering, leaving = flat // size**2, flat // size % size, flat % size
         return change, p[each, part, leaving], q[each, part, entering]
 
-    def exchange(self, state: RefittedSwapsState, candidates: int, group: int | None) -> None:
+    def exchange(
+        self, state: RefittedSwapsState, candidates: int, group: int | None, pairs: Bool[Tensor, "n n"] | None
+    ) -> None:
         """Make the best exchange of every row, in place; rows that have none that gains go into the state and end."""
-        change, leaving, entering = self.best(candidates, group)
+        change, leaving, entering = self.best(candidates, group, pairs)
         staying = self._end(state, change < -self.threshold)
         if len(staying):
             self._pivot(leaving[staying], entering[staying])
@@ -282,10 +346,10 @@ class Batch:
             moved = int((ended < count).sum())
             holes, movers = ended[:moved], places(stays, count)[count - moved :]
             order[holes] = movers
-            for part in (self.rows, self.mask, self.tableau, self.threshold):
+            for part in (self.rows, self.mask, self.free, self.tableau, self.threshold):
                 part[holes] = part[movers]
             self.rows, self.mask, self.tableau = self.rows[:count], self.mask[:count], self.tableau[:count]
-            self.threshold = self.threshold[:count]
+            self.free, self.threshold = self.free[:count], self.threshold[:count]
         return order
 
     def write(self, state: RefittedSwapsState, which: Int[Tensor, " some"]) -> None:

@@ -60,7 +60,9 @@ def choose(problem: Problem, shape: tuple[int, int] | None = None) -> AnySolver:
         return ConjugateGradients(GRADIENT_TOLERANCE)
     reasons: list[str] = []
     rows, inputs = shape or problem.loss.weight.shape
-    for solver in candidates(small=rows * inputs**3 <= ROW_FACTORS):
+    # Where a full metric couples the rows, all weights are one row.
+    tableaus = (rows * inputs) ** 3 if problem.loss.coupled else rows * inputs**3
+    for solver in candidates(small=tableaus <= ROW_FACTORS):
         reason = solver.refusal(problem)
         if reason is None:
             return solver

@@ -8,13 +8,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from optprune.numerics.tensors import places
-from optprune.patterns import NM, RowWise, Unstructured
+from optprune.patterns import Exchanges
 from optprune.problems import SparseLeastSquares
 from optprune.solvers.base import Solver, Status, check_options, measuring, unfitted
 from optprune.work import Work, sweeps
 
 REFRESH = 64
 """rounds after which the gradient is computed anew, to remove the rounding of its updates"""
+COUPLED = "it exchanges weights row by row, and the full output metric couples the rows: take its diagonal"
 ROUNDS_PER_INPUT = 0.09
 """the usual rounds until no row gains, over the inputs, from Wanda with a refit on layers like those of SmolLM2"""
 
@@ -26,6 +27,8 @@ class SwapsState:
     weight: Float[Tensor, "out in"]
     gradient: Float[Tensor, "out in"]
     mask: Bool[Tensor, "out in"]
+    free: Bool[Tensor, "out in"]
+    """the weights that the pattern lets change places"""
     threshold: Float[Tensor, ""]
     """the least gain above rounding"""
     rounds: int
@@ -43,14 +46,14 @@ class Swaps(Solver[SparseLeastSquares, SwapsState]):
 
         r_p - (g_q - v_p A_pq)^2 / (2 A_qq).
 
-    Row-wise and unstructured patterns try the `candidates` cheapest p and the most gainful q of a row (all of
-    them where the row has fewer); N:M patterns try every pair of a group. An unstructured pattern
-    also moves weights between rows, from those with the cheapest p to those with the most gainful q. All other
-    weights stay, so the method is monotone; follow it with a refit and repeat.
+    The pattern says which exchanges keep it (`Pattern.exchanges`). Of a row the `candidates` cheapest p and the most
+    gainful q are tried (all of them where it has fewer), and every pair of a group with N:M patterns. Unstructured
+    patterns and limits of rows also move weights between rows, from those with the cheapest p to those with the most
+    gainful q. All other weights stay, so the method is monotone; follow it with a refit and repeat.
 
-    A round reads from the device once, for the rows that gain, and with an unstructured pattern twice more, for those
-    that exchange weights with other rows. It costs a few passes over the rows that changed in the last one, and with an
-    unstructured pattern over [out, in]. Stops when no row gains.
+    A round reads from the device once, for the rows that gain, and where weights move between rows twice more, for
+    those that do. It costs a few passes over the rows that changed in the last one, and where weights move between rows
+    over [out, in]. Stops when no row gains.
     Reference: SparseSwaps (arXiv 2512.10922) for the exact gains with fixed weights; the entering value is ours.
     """
 
@@ -68,7 +71,7 @@ class Swaps(Solver[SparseLeastSquares, SwapsState]):
         return Work(flops, unfitted(outputs, inputs, coupled=coupled))
 
     def unsupported(self, problem: SparseLeastSquares) -> str | None:
-        return exchanges_refused(problem)
+        return unknown_exchanges(problem) or (COUPLED if problem.loss.coupled else None)
 
     def monotone(self, problem: SparseLeastSquares) -> bool:
         return True
@@ -81,22 +84,23 @@ class Swaps(Solver[SparseLeastSquares, SwapsState]):
         mask = problem.support(start)
         # A copy, because steps write into it.
         weight = torch.where(mask, start, 0.0)
-        return SwapsState(weight, loss.gradient(weight), mask, threshold, 0, every)
+        free = exchanges_of(problem).free(mask)
+        return SwapsState(weight, loss.gradient(weight), mask, free, threshold, 0, every)
 
     def step(self, problem: SparseLeastSquares, state: SwapsState) -> SwapsState:
-        gram, pattern = problem.loss.gram, problem.pattern
+        gram, exchanges = problem.loss.gram, exchanges_of(problem)
         among = _rows_of(state, state.active)
-        removal = torch.where(among.mask, _removal_cost(among, gram), torch.inf)
-        if isinstance(pattern, NM):
-            change, leaving, entering = _best_in_groups(among, gram, removal, pattern)
-        else:
+        removal = _removal_cost(among, gram)
+        if exchanges.group is None:
             change, leaving, entering = _best_in_rows(among, gram, removal, self.candidates)
+        else:
+            change, leaving, entering = _best_in_groups(among, gram, removal, exchanges.group)
         gains = (change < -state.threshold).nonzero()[:, 0]
         active = state.active[gains]
         _drop(state, gram, active, leaving[gains])
         _enter(state, gram, active, entering[gains])
-        if isinstance(pattern, Unstructured):
-            changed = torch.cat([active, _between_rows(state, gram)])
+        if exchanges.limits is not None:
+            changed = torch.cat([active, _between_rows(state, gram, exchanges)])
             active = torch.zeros_like(state.mask[:, 0]).index_fill_(0, changed, True).nonzero()[:, 0]
         rounds = state.rounds + 1
         gradient = problem.loss.gradient(state.weight) if rounds % REFRESH == 0 else state.gradient
@@ -113,18 +117,25 @@ def _rows_of(state: SwapsState, rows: Int[Tensor, " k"]) -> SwapsState:
     """Return the state of some rows alone."""
     if rows.numel() == state.weight.shape[0]:
         return state
-    return replace(state, weight=state.weight[rows], gradient=state.gradient[rows], mask=state.mask[rows])
+    parts = (state.weight, state.gradient, state.mask, state.free)
+    weight, gradient, mask, free = (part[rows] for part in parts)
+    return replace(state, weight=weight, gradient=gradient, mask=mask, free=free)
 
 
 def _removal_cost(state: SwapsState, gram: Float[Tensor, "in in"]) -> Float[Tensor, "out in"]:
-    return state.weight * (state.weight * gram.diagonal() / 2 - state.gradient)
+    """Return the cost of removing each kept weight, others fixed; infinite where it is not kept or must stay."""
+    cost = state.weight * (state.weight * gram.diagonal() / 2 - state.gradient)
+    return torch.where(state.mask & state.free, cost, torch.inf)
 
 
 def _entry_gain(state: SwapsState, gram: Float[Tensor, "in in"]) -> Float[Tensor, "out in"]:
-    """Return the gain of giving each dropped weight its best value, others fixed; 0 where an input is dead."""
+    """Return the gain of giving each dropped weight its best value, others fixed; 0 where an input is dead.
+
+    It is minus infinity where the weight is not dropped, or must stay so.
+    """
     diagonal = gram.diagonal()
     gain = state.gradient.square() / (2 * torch.where(diagonal > 0, diagonal, torch.inf))
-    return torch.where(state.mask, -torch.inf, gain)
+    return torch.where(state.mask | ~state.free, -torch.inf, gain)
 
 
 def _best_in_rows(
@@ -146,10 +157,10 @@ def _best_in_rows(
 
 
 def _best_in_groups(
-    state: SwapsState, gram: Float[Tensor, "in in"], removal: Float[Tensor, "out in"], pattern: NM
+    state: SwapsState, gram: Float[Tensor, "in in"], removal: Float[Tensor, "out in"], m: int
 ) -> tuple[Float[Tensor, " out"], Int[Tensor, " out"], Int[Tensor, " out"]]:
     """Return the best exchange of every row over all pairs within a group: (change, p, q)."""
-    m, (rows, width) = pattern.m, removal.shape
+    rows, width = removal.shape
     groups = width // m
     index = torch.arange(width, device=gram.device).reshape(groups, m)
     blocks = gram[index[:, :, None], index[:, None, :]]
@@ -157,7 +168,8 @@ def _best_in_groups(
     slope = state.gradient.reshape(shape)[:, :, None, :] - state.weight.reshape(shape)[..., None] * blocks
     diagonal = gram.diagonal().reshape(groups, 1, m)
     change = removal.reshape(shape)[..., None] - slope.square() / (2 * torch.where(diagonal > 0, diagonal, torch.inf))
-    change = torch.where(state.mask.reshape(shape)[:, :, None, :], torch.inf, change)
+    kept = (state.mask | ~state.free).reshape(shape)
+    change = torch.where(kept[:, :, None, :], torch.inf, change)
     best, flat = change.flatten(1).min(1)
     group, leaving, entering = flat // (m * m), flat // m % m, flat % m
     return best, group * m + leaving, group * m + entering
@@ -182,10 +194,11 @@ def _enter(
     state.gradient[rows] += value[:, None] * gram[columns]
 
 
-def _between_rows(state: SwapsState, gram: Float[Tensor, "in in"]) -> Int[Tensor, " k"]:
+def _between_rows(state: SwapsState, gram: Float[Tensor, "in in"], exchanges: Exchanges) -> Int[Tensor, " k"]:
     """Move weights, in place, from rows that lose little to rows that gain more, one per row; return those rows."""
-    cost, leaving = torch.where(state.mask, _removal_cost(state, gram), torch.inf).min(1)
+    cost, leaving = _removal_cost(state, gram).min(1)
     gain, entering = _entry_gain(state, gram).max(1)
+    cost, gain = among_rows(exchanges, state.mask, cost, gain)
     givers, takers = pairs_of_rows(cost, gain, state.threshold)
     if len(givers) == 0:
         return givers
@@ -210,10 +223,24 @@ def pairs_of_rows(
     return givers[:count], takers[places(free, count)]
 
 
-def exchanges_refused(problem: SparseLeastSquares) -> str | None:
-    """Return why single weights of a problem cannot be exchanged row by row, in one sentence; None when they can."""
-    if not isinstance(problem.pattern, Unstructured | RowWise | NM):
+def among_rows(
+    exchanges: Exchanges, mask: Bool[Tensor, "out in"], cost: Float[Tensor, " out"], gain: Float[Tensor, " out"]
+) -> tuple[Float[Tensor, " out"], Float[Tensor, " out"]]:
+    """Return the costs of one weight less and the gains of one more, infinite where the row's limits forbid it."""
+    less, more = exchanges.giving(mask)
+    return torch.where(less, cost, torch.inf), torch.where(more, gain, -torch.inf)
+
+
+def exchanges_of(problem: SparseLeastSquares) -> Exchanges:
+    """Return the exchanges of a problem whose pattern knows them."""
+    found = problem.pattern.exchanges()
+    assert found is not None
+    return found
+
+
+def unknown_exchanges(problem: SparseLeastSquares) -> str | None:
+    """Return why single weights of a problem cannot be exchanged under its pattern, in one sentence; None if they can.
+    """
+    if problem.pattern.exchanges() is None:
         return f"it does not know which exchanges the pattern {type(problem.pattern).__name__} allows"
-    if problem.loss.coupled:
-        return "it exchanges weights row by row, and the full output metric couples the rows: take its diagonal"
     return None
