@@ -125,9 +125,11 @@ class RefittedSwaps(Solver[SparseLeastSquares, RefittedSwapsState]):
 
     candidates: int = 32
     tolerance: float = 1e-6
+    depth: int = 3
+    """the number of exchanges that need not gain before one that does"""
 
     def __post_init__(self) -> None:
-        check_options(self)
+        check_options(self, may_be_zero=("depth",))
 
     def work(self, outputs: int, inputs: int, *, coupled: bool = False) -> Work:
         # Tableaus with half of the inputs dropped, twice for every row, and passes in float64 for each exchange.
@@ -164,12 +166,14 @@ class RefittedSwaps(Solver[SparseLeastSquares, RefittedSwapsState]):
             count = max(1, BATCH_BYTES // (8 * (state.mask.shape[1] + 2) ** 2))
             rows, pending = pending[:count], pending[count:]
             batch = Batch.of(state, rows, rounding / len(state.mask), self.tolerance)
-        group, pairs = exchanges.group, None
+        search = Search(self.candidates, self.depth, exchanges.group)
         if loss.coupled:
-            group, pairs = state.mask.shape[1], exchanges.pairs(batch.mask.reshape(loss.weight.shape))
-        batch.exchange(state, self.candidates, group, pairs)
+            pairs = exchanges.pairs(batch.mask.reshape(loss.weight.shape))
+            search = replace(search, group=state.mask.shape[1], pairs=pairs)
+        batch.exchange(state, search)
         if batch.rounds == REFRESH:
-            batch.write(state, torch.arange(len(batch.rows), device=batch.rows.device))
+            # Of the other rows the state has the best that was found.
+            batch.write(state, (batch.away == 0).nonzero()[:, 0])
             pending = torch.cat([batch.rows, pending])
         if not len(batch.rows) or batch.rounds == REFRESH:
             batch = None
@@ -204,6 +208,20 @@ def _between_rows(state: RefittedSwapsState, exchanges: Exchanges, threshold: fl
     return torch.cat([givers, takers])
 
 
+@dataclass(frozen=True, eq=False)
+class Search:
+    """The exchanges that are tried in a row."""
+
+    candidates: int
+    """the number of kept weights that cost least, and of dropped ones that gain most"""
+    depth: int = 0
+    """the number of exchanges that need not gain before one that does"""
+    group: int | None = None
+    """the number of consecutive inputs of which all pairs are tried in place of the candidates"""
+    pairs: Bool[Tensor, "n n"] | None = None
+    """the admissible pairs, [entering, leaving], where not all of the whole row are"""
+
+
 @dataclass(eq=False)
 class Batch:
     """Some rows with the tableau of each: [[A^-1, v0^T], [v0, 0]] swept on the row's dropped inputs P, see `Tableau`.
@@ -221,6 +239,10 @@ class Batch:
     """-N on P, X between P and K, and (A_KK)^-1 on K"""
     threshold: Float[Tensor, " k"]
     """the least gain that counts: above rounding, and worth a round"""
+    risen: Float[Tensor, " k"]
+    """the rise of each row's loss since it had no exchange that gains; 0 before"""
+    away: Int[Tensor, " k"]
+    """the number of exchanges since then"""
     rounds: int = 0
 
     @classmethod
@@ -252,7 +274,16 @@ class Batch:
         across.scatter_(2, columns, corner)
         tableau.scatter_(1, index[:, :, None].expand_as(across), across)
         tableau.scatter_(2, index[:, None, :].expand(-1, width + 2, -1), across.transpose(1, 2))
-        return cls(rows, mask, state.free[rows], tableau, rounding - tolerance * tableau[:, width, width] / 2)
+        threshold = rounding - tolerance * tableau[:, width, width].clamp(max=0) / 2
+        return cls(
+            rows=rows,
+            mask=mask,
+            free=state.free[rows],
+            tableau=tableau,
+            threshold=threshold,
+            risen=torch.zeros_like(threshold),
+            away=torch.zeros_like(rows),
+        )
 
     def costs(self) -> Float[Tensor, " k"]:
         """Return the loss of every row beyond that of its unconstrained minimum."""
@@ -275,23 +306,17 @@ class Batch:
             torch.where(~self.mask & usable, worth, -torch.inf),
         )
 
-    def best(
-        self, candidates: int, group: int | None, pairs: Bool[Tensor, "n n"] | None = None
-    ) -> tuple[Float[Tensor, " k"], Int[Tensor, " k"], Int[Tensor, " k"]]:
-        """Return the best exchange of every row: (change, leaving, entering).
-
-        It is among the candidates of the row, or with a `group` among all pairs of that many consecutive inputs, of
-        which `pairs` may admit only some, where the group is the whole row: [entering, leaving].
-        """
+    def best(self, search: "Search") -> tuple[Float[Tensor, " k"], Int[Tensor, " k"], Int[Tensor, " k"]]:
+        """Return the best exchange of every row: (change, leaving, entering)."""
         (cost, gain), (pivot, value) = self.worth(), self._parts()
         count, width = self.mask.shape
         each = torch.arange(count, device=pivot.device)
-        if group is None:
-            most = min(candidates, width)
+        if search.group is None:
+            most = min(search.candidates, width)
             p, q = cost.topk(most, dim=1, largest=False).indices, gain.topk(most, dim=1).indices
             p, q = p[:, None], q[:, None]
         else:
-            index = torch.arange(width, device=pivot.device).reshape(1, -1, group)
+            index = torch.arange(width, device=pivot.device).reshape(1, -1, search.group)
             p = q = index.expand(count, -1, -1)
         across = self.tableau[each[:, None, None, None], q[..., :, None], p[..., None, :]]
         at = each[:, None, None]
@@ -300,20 +325,34 @@ class Batch:
         left = value[at, p][..., None, :] + value[at, q][..., :, None] * pulled
         change = left.square() / (2 * after) - gain[at, q][..., :, None]
         possible = (cost[at, p] < torch.inf)[..., None, :] & (gain[at, q] > -torch.inf)[..., :, None] & (after > 0)
-        possible = possible if pairs is None else possible & pairs
+        possible = possible if search.pairs is None else possible & search.pairs
         change, flat = torch.where(possible, change, torch.inf).flatten(1).min(1)
         size = p.shape[2]
         part, entering, leaving = flat // size**2, flat // size % size, flat % size
         return change, p[each, part, leaving], q[each, part, entering]
 
-    def exchange(
-        self, state: RefittedSwapsState, candidates: int, group: int | None, pairs: Bool[Tensor, "n n"] | None
-    ) -> None:
-        """Make the best exchange of every row, in place; rows that have none that gains go into the state and end."""
-        change, leaving, entering = self.best(candidates, group, pairs)
-        staying = self._end(state, change < -self.threshold)
-        if len(staying):
-            self._pivot(leaving[staying], entering[staying])
+    def exchange(self, state: RefittedSwapsState, search: "Search") -> None:
+        """Make the best exchange of every row, in place; rows that have ended are removed.
+
+        A row without one that gains is written into the state, and goes on by the best that there is.
+        """
+        change, leaving, entering = self.best(search)
+        risen = self.risen + change
+        gains = risen < -self.threshold
+        onward = ~gains & (self.away < search.depth) & (change < torch.inf)
+        found, stays = ~gains & (self.away == 0), gains | onward
+        first, count = linalg.numbers(found.sum(), stays.sum())
+        if first:
+            self.write(state, places(found, first))
+        staying = self._keep(stays, count)
+        if count:
+            leaving, entering, gains = leaving[staying], entering[staying], gains[staying]
+            self._pivot(leaving, entering)
+            self.risen = torch.where(gains, 0.0, risen[staying])
+            self.away = torch.where(gains, 0, self.away + 1)
+            each = torch.arange(count, device=staying.device)
+            self.free[each, entering] = False
+            self.free = torch.where(gains[:, None], state.free[self.rows], self.free)
         self.rounds += 1
 
     def _pivot(self, leaving: Int[Tensor, " k"], entering: Int[Tensor, " k"]) -> None:
@@ -335,21 +374,19 @@ class Batch:
             tableau[each, place], tableau[each, :, place] = values, values
         self.mask[each, leaving], self.mask[each, entering] = False, True
 
-    def _end(self, state: RefittedSwapsState, stays: Bool[Tensor, " k"]) -> Int[Tensor, " staying"]:
-        """Write the finished rows into the state, remove them, and return the former places of those that stay."""
-        every, count = len(stays), int(stays.sum())
-        order = torch.arange(count, device=stays.device)
+    def _keep(self, stays: Bool[Tensor, " k"], count: int) -> Int[Tensor, " staying"]:
+        """Remove the rows that do not stay, and return the former places of those that do."""
+        every, order = len(stays), torch.arange(count, device=stays.device)
         if count < every:
             ended = places(~stays, every - count)
-            self.write(state, ended)
             # Rows from the end move into the places of those that ended: no other tableau is copied.
             moved = int((ended < count).sum())
             holes, movers = ended[:moved], places(stays, count)[count - moved :]
             order[holes] = movers
-            for part in (self.rows, self.mask, self.free, self.tableau, self.threshold):
+            for name in ("rows", "mask", "free", "tableau", "threshold", "risen", "away"):
+                part = getattr(self, name)
                 part[holes] = part[movers]
-            self.rows, self.mask, self.tableau = self.rows[:count], self.mask[:count], self.tableau[:count]
-            self.free, self.threshold = self.free[:count], self.threshold[:count]
+                setattr(self, name, part[:count])
         return order
 
     def write(self, state: RefittedSwapsState, which: Int[Tensor, " some"]) -> None:

@@ -41,7 +41,7 @@ def candidates(small: bool = True) -> tuple[AnySolver, ...]:
     return (
         Chain((GreedyObs(), ChannelSwaps(), Restore())),
         ProximalAdmm(),
-        *((Chain((Admm(), ConjugateGradients(), RefittedSwaps())),) if small else ()),
+        *((Chain((Admm(), ConjugateGradients(), RefittedSwaps(), ConjugateGradients())),) if small else ()),
         Chain((Admm(haste=0.3), ConjugateGradients(), Swaps(), ConjugateGradients())),
         Chain((Admm(haste=0.3), ConjugateGradients())),
         Restore(),
