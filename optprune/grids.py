@@ -145,6 +145,23 @@ class Grid:
             lows = torch.where(better, least, lows)
         return scales, lows
 
+    def candidates(self, blocks: Float[Tensor, "*any block"]) -> tuple[Float[Tensor, "*any t"], Float[Tensor, "*any t"]]:
+        """Return many scales for each block, as they are stored, with the least integer for each.
+
+        The largest weight, or the span, is tried to be rounded to any integer and somewhat beyond. A shifted grid has
+        each scale three times, with the least integer and its neighbours.
+        """
+        low, high = blocks.amin(-1).clamp_(max=0), blocks.amax(-1).clamp_(min=0)
+        most = (self.steps if self.shifted else -self.lowest) + SPREAD[1]
+        tried = torch.linspace(0.5, most, 2 * TRIED, dtype=blocks.dtype, device=blocks.device)
+        if self.shifted:
+            scales = self.stored((high - low)[..., None] / tried)
+            lows = self._least(low[..., None].expand_as(scales), scales)
+            return torch.cat([scales] * 3, -1), torch.cat([lows, lows - 1, lows + 1], -1).clamp_(-self.steps, 0)
+        scales = self.stored(torch.where(high > -low, high, low)[..., None] / tried)
+        scales = torch.cat([scales, -scales], -1)
+        return scales, torch.full_like(scales, self.lowest)
+
     def stored(self, scales: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
         """Return the nearest scales that can be stored."""
         most = torch.finfo(self.scale_dtype).max / 2**self.bits

@@ -21,6 +21,7 @@ from optprune.solvers.fista_path import FistaPath
 from optprune.solvers.fistapruner import FistaPruner
 from optprune.solvers.given_scores import GivenScores
 from optprune.solvers.greedy_obs import GreedyObs, removal_curve
+from optprune.solvers.grid_beam import GridBeam
 from optprune.solvers.gridded import Gptq, GridDescent, RoundToNearest
 from optprune.solvers.hard_threshold import HardThreshold
 from optprune.solvers.perspective import PerspectiveBound
@@ -57,6 +58,7 @@ __all__ = [
     "GivenScores",
     "Gptq",
     "GreedyObs",
+    "GridBeam",
     "GridDescent",
     "HardThreshold",
     "Magnitude",

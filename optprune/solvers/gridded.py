@@ -18,13 +18,14 @@ from optprune.solvers.restore import restored_bound
 from optprune.work import Work, eigenvectors, factor, inverse, product, storage, sweeps
 
 COUPLED = "it rounds row by row, and the full output metric couples the rows: take its diagonal"
+SINGULAR = "the inverse Gram matrix is not positive definite in this precision: raise the damping"
 SPREADS = 38
 """number of scales that are tried in each block, for the plan"""
 RESTORING = 50
 """the most steps of conjugate gradients for the minimiser on the mask, and for a lower bound"""
 
 
-def _work(flops: float, outputs: int, inputs: int, coupled: bool) -> Work:
+def work_on_grid(flops: float, outputs: int, inputs: int, coupled: bool) -> Work:
     """Return the work of a solve of so many flops, of measuring its answer, and of proving a bound."""
     proof = RESTORING * (product(outputs, inputs, inputs) + sweeps(20, outputs, inputs)) + factor(inputs)
     whole = flops + proof + measuring(outputs, inputs, coupled=coupled)
@@ -35,10 +36,10 @@ def relaxed_bound(problem: GridLeastSquares, value: Float[Tensor, "out in"]) -> 
     """Return the lower bound of the problem without its grid, by some steps of conjugate gradients from a value."""
     if problem.mask is None and problem.loss.pull is None:
         return Certificate(0.0, "the original weights have no loss without the grid")
-    return restored_bound(problem.relaxed, _restored(problem, value))
+    return restored_bound(problem.relaxed, restored_on_mask(problem, value))
 
 
-def _restored(problem: GridLeastSquares, start: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
+def restored_on_mask(problem: GridLeastSquares, start: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
     """Return the best weight on the mask, without the grid, by conjugate gradients from a start."""
     solver, steps = ConjugateGradients(), 0
     relaxed, size, _ = problem.relaxed.in_moderate_units()
@@ -62,7 +63,7 @@ class RoundToNearest(DirectSolver[GridLeastSquares]):
     accepts = (GridLeastSquares,)
 
     def work(self, outputs: int, inputs: int, *, coupled: bool = False) -> Work:
-        return _work(sweeps(8 * SPREADS, outputs, inputs), outputs, inputs, coupled)
+        return work_on_grid(sweeps(8 * SPREADS, outputs, inputs), outputs, inputs, coupled)
 
     def unsupported(self, problem: GridLeastSquares) -> str | None:
         return COUPLED if problem.loss.coupled else None
@@ -117,20 +118,18 @@ class Gptq(DirectSolver[GridLeastSquares]):
         updates = (1 + 12 * self.columns / 128) * product(outputs, inputs, inputs)
         flops = 2 * factor(inputs) + inverse(inputs) + updates + sweeps(8 * SPREADS, outputs, inputs)
         if not coupled:
-            return _work(flops, outputs, inputs, coupled)
+            return work_on_grid(flops, outputs, inputs, coupled)
         # A column of a few rows takes as long as these operations, however few numbers it has.
         flops += eigenvectors(outputs) + product(outputs, outputs, inputs) + 2.5e7 * inputs * outputs / self.rows
-        return replace(_work(flops, outputs, inputs, coupled), bytes=storage(outputs, inputs, 24.0, 80.0, 36.0))
+        return replace(work_on_grid(flops, outputs, inputs, coupled), bytes=storage(outputs, inputs, 24.0, 80.0, 36.0))
 
     def answer(self, problem: GridLeastSquares, start: Tensor) -> Answer:
         inverted, weight = inverse_gram(problem.loss)
         upper, failed = linalg.try_cholesky(inverted, upper=True)
         if bool(failed):
-            raise NumericalError(
-                "the inverse Gram matrix is not positive definite in this precision: raise the damping"
-            )
+            raise NumericalError(SINGULAR)
         if problem.mask is not None:
-            weight = _restored(problem, start).to(weight)
+            weight = restored_on_mask(problem, start).to(weight)
         metric, kept = problem.loss.metric, problem.kept.expand_as(weight)
         if metric is None or not metric.full:
             self._round(problem.grid, weight, kept, upper)
@@ -223,7 +222,7 @@ class GridDescent(Solver[GridLeastSquares, DescentState]):
         sweep = (1 + 12 * self.columns / 128) * product(outputs, inputs, inputs) + sweeps(30, outputs, inputs)
         if coupled:  # as are the products of a column of changes with the metric
             sweep += 48 * product(outputs, outputs, inputs)
-        return _work(self.sweeps / 3 * sweep, outputs, inputs, coupled)
+        return work_on_grid(self.sweeps / 3 * sweep, outputs, inputs, coupled)
 
     def monotone(self, problem: GridLeastSquares) -> bool:
         return True

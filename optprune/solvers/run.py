@@ -22,6 +22,7 @@ from optprune.solvers.chain import Chain
 from optprune.solvers.channel_swaps import ChannelSwaps
 from optprune.solvers.conjugate_gradients import ConjugateGradients
 from optprune.solvers.greedy_obs import GreedyObs
+from optprune.solvers.grid_beam import GridBeam
 from optprune.solvers.gridded import Gptq, GridDescent
 from optprune.solvers.proximal_admm import ProximalAdmm
 from optprune.solvers.refitted_swaps import RefittedSwaps
@@ -46,6 +47,7 @@ def candidates(small: bool = True) -> tuple[AnySolver, ...]:
         Chain((Admm(haste=0.3), ConjugateGradients())),
         Restore(),
         ConjugateGradients(),
+        *((Chain((GridBeam(), GridDescent(tolerance=1e-6, sweeps=200))),) if small else ()),
         Chain((Gptq(), GridDescent())),
     )
 

@@ -166,8 +166,13 @@ class Ending:
 
 
 def ending(problem: SparseLeastSquares | GridLeastSquares) -> Ending:
-    """Return where the default solver ends."""
-    return Ending(solve(problem).objective, reference(problem).optimum, problem.loss.constant)
+    """Return where the default solver ends. On a grid the optimum is that of scales that are stored."""
+    best = reference(problem)
+    optimum = best.optimum
+    if isinstance(problem, GridLeastSquares):
+        assert best.weight is not None
+        optimum = problem.objective(torch.from_numpy(best.weight))
+    return Ending(solve(problem).objective, optimum, problem.loss.constant)
 
 
 def rotation_instances(count: int) -> Iterator[tuple[LayerLoss, Link, int]]:
