@@ -32,13 +32,15 @@ from optprune.system.own_code import own_code
 
 ROW_FACTORS = 1e8
 """multiplications, about a tenth of a second, above which a Cholesky factor for every row is no longer worth it"""
+BEAM_WEIGHTS = 512
+"""weights above which a beam of roundings takes more than a second or two"""
 GRADIENT_TOLERANCE = 1e-5
 """the tolerance at which conjugate gradients prove a gap of 1e-6 or less on layers of a real model, in a tenth of the
 time of restoration"""
 
 
-def candidates(small: bool = True) -> tuple[AnySolver, ...]:
-    """Return the solvers that `choose` tries, in this order; some are for small layers only."""
+def candidates(small: bool = True, few: bool = True) -> tuple[AnySolver, ...]:
+    """Return the solvers that `choose` tries, in this order; some are for small layers, or for few weights, only."""
     return (
         Chain((GreedyObs(), ChannelSwaps(), Restore())),
         ProximalAdmm(),
@@ -47,7 +49,7 @@ def candidates(small: bool = True) -> tuple[AnySolver, ...]:
         Chain((Admm(haste=0.3), ConjugateGradients())),
         Restore(),
         ConjugateGradients(),
-        *((Chain((GridBeam(), GridDescent(tolerance=1e-6, sweeps=200))),) if small else ()),
+        *((Chain((GridBeam(), GridDescent(tolerance=1e-6, sweeps=200))),) if few else ()),
         Chain((Gptq(), GridDescent())),
     )
 
@@ -64,7 +66,7 @@ def choose(problem: Problem, shape: tuple[int, int] | None = None) -> AnySolver:
     rows, inputs = shape or problem.loss.weight.shape
     # Where a full metric couples the rows, all weights are one row.
     tableaus = (rows * inputs) ** 3 if problem.loss.coupled else rows * inputs**3
-    for solver in candidates(small=tableaus <= ROW_FACTORS):
+    for solver in candidates(small=tableaus <= ROW_FACTORS, few=rows * inputs <= BEAM_WEIGHTS):
         reason = solver.refusal(problem)
         if reason is None:
             return solver

@@ -82,8 +82,13 @@ class Draws:
         weight = self.normal(rows, width)
         weight = weight.round() if self.happens(0.2) else weight
         loss = LayerLoss.of(weight, InputMoments.from_samples(inputs, dense), dampings[self.below(len(dampings))])
+        return self.in_metric(loss, metric)
+
+    def in_metric(self, loss: LayerLoss, metric: str) -> LayerLoss:
+        """Return a loss with an output metric of a kind."""
         if metric == "none":
             return loss
+        rows = len(loss.weight)
         gradients = self.normal(4 * rows, rows) @ self.normal(rows, rows)
         found = OutputMetric.from_samples(gradients, full=metric == "full")
         return replace(loss, metric=found.damped((0.0, 1e-2)[self.below(2)]))
