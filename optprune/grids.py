@@ -145,7 +145,9 @@ class Grid:
             lows = torch.where(better, least, lows)
         return scales, lows
 
-    def candidates(self, blocks: Float[Tensor, "*any block"]) -> tuple[Float[Tensor, "*any t"], Float[Tensor, "*any t"]]:
+    def candidates(
+        self, blocks: Float[Tensor, "*any block"]
+    ) -> tuple[Float[Tensor, "*any t"], Float[Tensor, "*any t"]]:
         """Return many scales for each block, as they are stored, with the least integer for each.
 
         The largest weight, or the span, is tried to be rounded to any integer and somewhat beyond. A shifted grid has

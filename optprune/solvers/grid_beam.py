@@ -22,8 +22,6 @@ MOST_TRIED = 114
 """the most scales that are tried in a block"""
 BATCH_BYTES = 1 << 26
 """the memory of the rows that are rounded together"""
-ROUNDS = 2
-"""rounds of a block: with the scales that are tried, and with those that the integers found ask for"""
 COUPLED = (
     "the full output metric couples all {} weights, of which it rounds at most " + str(MOST_COUPLED) + " together: "
     "take its diagonal, or Gptq"
@@ -41,7 +39,7 @@ class GridBeam(DirectSolver[GridLeastSquares]):
         e = (t - s q) U_bb^-1,   f += 1/2 |e|^2,   V[:, b+] -= e U[b, b+].
 
     For each rounding of the blocks before, and each scale s that `Grid.candidates` tries, the `paths` best integers q
-    are searched, column after column with the two nearest integers of each; then s is moved to its best value for q,
+    are searched, column after column with four integers around each value; then s is moved to its best value for q,
     <t U_bb^-1, q U_bb^-1> / |q U_bb^-1|^2, and stored. Of all these the `beam` with the least f go on. With one of each
     this is GPTQ with scales chosen by f. The minimiser, masks and singular matrices are as in `Gptq`.
 
@@ -104,14 +102,11 @@ class GridBeam(DirectSolver[GridLeastSquares]):
             target, local = beam[..., block], upper[block, block]
             wanted = _before(target[:, :, None, None], local)
             scales, lows = grid.candidates(target * kept[:, None, block])
-            for _ in range(ROUNDS):
-                integers, allowed = self._integers(grid, target, kept[:, block], local, scales, lows)
-                bent = _before(integers, local)
-                size = bent.square().sum(-1)
-                fitted = torch.where(size > 0, (bent * wanted).sum(-1) / torch.where(size > 0, size, 1.0), 0.0)
-                fitted = grid.stored(fitted)[..., None]
-                # The first of the paths is the best for the scale that was tried.
-                scales = fitted[..., 0, 0]
+            integers, allowed = self._integers(grid, target, kept[:, block], local, scales, lows)
+            bent = _before(integers, local)
+            size = bent.square().sum(-1)
+            fitted = torch.where(size > 0, (bent * wanted).sum(-1) / torch.where(size > 0, size, 1.0), 0.0)
+            fitted = grid.stored(fitted)[..., None]
             errors = wanted - fitted * bent
             total = cost[:, :, None, None] + errors.square().sum(-1) / 2
             cost, best = _least(torch.where(allowed, total, torch.inf).flatten(1), self.beam)

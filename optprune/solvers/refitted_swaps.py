@@ -227,8 +227,8 @@ class Batch:
     """Some rows with the tableau of each: [[A^-1, v0^T], [v0, 0]] swept on the row's dropped inputs P, see `Tableau`.
 
     It is computed from A_KK of the kept inputs K, which may be regular where A is not, as N = A_PP - A_PK H A_KP,
-    X = -A_PK H and y_P = B_P - B_K H A_KP with H = (A_KK)^-1. So place `in` holds y on P, the refitted weights v on the kept inputs K, and -2 times the row's cost. Place `in` + 1
-    is for no input: rows that drop less than others point to it.
+    X = -A_PK H and y_P = B_P - B_K H A_KP with H = (A_KK)^-1. So place `in` holds y on P, the refitted weights v on K,
+    and -2 times the row's cost. Place `in` + 1 is for no input: rows that keep less than others point to it.
     """
 
     rows: Int[Tensor, " k"]

@@ -239,8 +239,7 @@ def exchanges_of(problem: SparseLeastSquares) -> Exchanges:
 
 
 def unknown_exchanges(problem: SparseLeastSquares) -> str | None:
-    """Return why single weights of a problem cannot be exchanged under its pattern, in one sentence; None if they can.
-    """
+    """Return why single weights cannot be exchanged under the pattern, in one sentence; None when they can."""
     if problem.pattern.exchanges() is None:
         return f"it does not know which exchanges the pattern {type(problem.pattern).__name__} allows"
     return None

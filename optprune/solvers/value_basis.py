@@ -132,8 +132,7 @@ class _SlotProblem:
 
     def gains(self, directions: Float[Tensor, "trials slots size r"]) -> Float[Tensor, " trials"]:
         """Return by how much the best Z for each of some directions lowers the loss of V = 0."""
-        heads, kept = self.slots * self.tied, directions.shape[3]
-        each = directions.repeat_interleave(self.tied, 1)
+        heads, each = self.slots * self.tied, directions.repeat_interleave(self.tied, 1)
         blocks = self.gram.reshape(heads, self.size, heads, self.size)
         gram = torch.einsum("thik,hirj,trjl->thkrl", each, blocks, each).flatten(1, 2).flatten(2)
         right = torch.einsum("ohi,thik->tohk", self.target.reshape(-1, heads, self.size), each).flatten(2)

@@ -12,6 +12,7 @@ from optprune.solvers import (
     FaspMetric,
     Gptq,
     GreedyObs,
+    GridBeam,
     GridDescent,
     PerspectiveBound,
     Random,
@@ -34,13 +35,15 @@ MADE_BY_HAND = {
         Chain((GreedyObs(), ChannelSwaps(), Restore())),
         Chain((Gptq(), GridDescent())),
     ],
+    # Sixteen roundings of each row are for the default; the laws hold for three as well.
+    GridBeam: [GridBeam(3, 2)],
     # Its bound is a bound after every step; two hundred of them are for larger matrices.
     PerspectiveBound: [PerspectiveBound(most=20)],
 }
 # Answers drawn at random depend on the problem's content bit for bit, so they do not follow a change of names.
 AT_RANDOM = (Random,)
 # These go through the columns in the order of their names, so only their rows may be renamed.
-IN_ORDER = (SparseGpt, Gptq, GridDescent)
+IN_ORDER = (SparseGpt, Gptq, GridBeam, GridDescent)
 
 
 def in_order(solver):
@@ -59,7 +62,10 @@ SPARSE = ("FistaPath", "FistaPruner", "RefittedSwaps", "SparseGpt", "Swaps", "Wa
 # Which pairs are accepted, in full: a solver that starts to refuse what it solved would otherwise pass every test.
 ACCEPTED = {
     ("MaskedLeastSquares", "Restore"),
-    *(("GridLeastSquares", name) for name in ("RoundToNearest", "Gptq", "GridDescent", "Gptq > GridDescent")),
+    *(
+        ("GridLeastSquares", name)
+        for name in ("RoundToNearest", "Gptq", "GridBeam", "GridDescent", "Gptq > GridDescent")
+    ),
     *(
         (kind, solver)
         for kind in ("LinkedLeastSquares", "StructuredLeastSquares")

@@ -142,7 +142,9 @@ def grid_instances(count: int) -> Iterator[GridLeastSquares]:
     """Draw weights of two bits in one or two blocks of a row, with or without a mask, with each kind of metric."""
     for seed in range(count):
         draws, metric = Draws(seed), METRICS[seed % 3]
-        block, blocks = ((1, 2), (2, 1), (2, 2), (3, 1), (4, 1), (3, 2), (2, 3))[draws.below(4 if metric == "full" else 6)]
+        block, blocks = ((1, 2), (2, 1), (2, 2), (3, 1), (4, 1), (3, 2), (2, 3))[
+            draws.below(4 if metric == "full" else 6)
+        ]
         width = block * blocks
         rows = max(1, 4 // width) if metric == "full" else draws.between(1, max(1, 8 // width))
         grid = Grid(2, block, draws.happens(0.5), torch.bfloat16 if draws.happens(0.5) else torch.float16)
@@ -184,7 +186,9 @@ def rotation_instances(count: int) -> Iterator[tuple[LayerLoss, Link, int]]:
     """Draw value dimensions of one or two KV heads, each read by one or two query heads, and how many are kept."""
     for seed in range(count):
         draws = Draws(seed)
-        slots, size, tied = ((1, 2, 1), (1, 3, 1), (1, 4, 1), (2, 2, 1), (1, 2, 2), (1, 3, 2), (2, 2, 2), (1, 2, 3))[draws.below(8)]
+        slots, size, tied = ((1, 2, 1), (1, 3, 1), (1, 4, 1), (2, 2, 1), (1, 2, 2), (1, 3, 2), (2, 2, 2), (1, 2, 3))[
+            draws.below(8)
+        ]
         width = slots * size * tied
         loss = draws.loss(draws.between(1, 4), width, METRICS[seed % 3])
         unit = torch.arange(slots * size)
@@ -214,7 +218,9 @@ class Spans:
                 spread[head, place : place + basis.shape[1]] = basis
                 place += basis.shape[1]
         gram, right = spread.T @ self.gram @ spread, self.target @ spread
-        return float(self.constant / 2 - np.sum((right @ np.linalg.pinv(gram, rcond=1e-13, hermitian=True)) * right) / 2)
+        return float(
+            self.constant / 2 - np.sum((right @ np.linalg.pinv(gram, rcond=1e-13, hermitian=True)) * right) / 2
+        )
 
     def best(self, starts: int = 12) -> float:
         """Return the least loss over all directions, by BFGS from random ones."""
@@ -253,4 +259,7 @@ if __name__ == "__main__":
         met = sum(each.met for each in found) / len(found)
         worst = max(range(len(found)), key=lambda i: found[i].ratio)
         twice = [i for i, each in enumerate(found) if each.ratio > 2]
-        print(f"{kind:15} {met:6.1%} at the optimum; at worst {found[worst].ratio:.4g} times (seed {worst}); above 2: {twice}")
+        print(
+            f"{kind:15} {met:6.1%} at the optimum; at worst {found[worst].ratio:.4g} times (seed {worst}); "
+            f"above twice: {twice}"
+        )

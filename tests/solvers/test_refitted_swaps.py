@@ -20,8 +20,8 @@ from optprune.solvers import (
     refitted_swaps,
     solve,
 )
-from optprune.solvers.inverse import INACCURATE, InverseForm
-from optprune.solvers.refitted_swaps import Batch
+from optprune.solvers.inverse import INACCURATE
+from optprune.solvers.refitted_swaps import Batch, Search
 from optprune.testing import laws
 from optprune.testing.quadratic import rounding
 from optprune.testing.strategies import sparse
@@ -61,8 +61,12 @@ def moves(problem, mask):
 
 
 def batch_of(problem, mask):
-    every = torch.arange(len(mask))
-    return Batch.of(InverseForm.of(problem.loss), mask.clone(), every, 0.0, 0.0)
+    state = RefittedSwaps().init(problem, problem.start())
+    return Batch.of(replace(state, mask=mask.clone()), torch.arange(len(mask)), 0.0, 0.0)
+
+
+def search_of(problem, candidates=32):
+    return Search(candidates, group=problem.pattern.exchanges().group)
 
 
 @by_pattern
@@ -70,8 +74,7 @@ def batch_of(problem, mask):
 def test_the_best_exchange_of_every_row_is_found_and_its_change_is_exact(pattern, seed):
     problem = correlated(seed, 3, 8, pattern)
     mask = problem.support(random_feasible(problem, seed))
-    group = problem.pattern.m if isinstance(problem.pattern, NM) else None
-    change, leaving, entering = batch_of(problem, mask).best(32, group)
+    change, leaving, entering = batch_of(problem, mask).best(search_of(problem))
     for i in range(3):
         literal = min(exchanges(problem, mask, i))
         assert float(change[i]) == pytest.approx(literal[0], abs=1e-9)
@@ -84,11 +87,10 @@ def test_a_tableau_after_exchanges_is_the_one_from_scratch(pattern):
     mask = problem.support(random_feasible(problem, 0))
     batch = batch_of(problem, mask)
     state = RefittedSwaps().init(problem, problem.start())
-    group = problem.pattern.m if isinstance(problem.pattern, NM) else None
     # Every exchange counts as one that gains.
     batch.threshold = batch.threshold - torch.inf
     for _ in range(12):
-        batch.exchange(state, 32, group)
+        batch.exchange(state, search_of(problem))
     assert len(batch.rows) == 4
     anew = batch_of(problem, batch.mask)
     assert torch.allclose(batch.tableau[:, :-1, :-1], anew.tableau[:, :-1, :-1], rtol=1e-8, atol=1e-8)
@@ -103,7 +105,7 @@ def test_candidates_are_the_cheapest_and_the_most_gainful():
     mask = problem.support(random_feasible(problem, 1))
     batch = batch_of(problem, mask)
     cost, gain = batch.worth()
-    _, leaving, entering = batch.best(1, None)
+    _, leaving, entering = batch.best(Search(1))
     assert torch.equal(leaving, cost.argmin(1)) and torch.equal(entering, gain.argmax(1))
 
 
@@ -160,7 +162,7 @@ def test_rows_that_keep_all_or_nothing_have_no_exchange():
     problem = correlated(0, 3, 8, "unstructured")
     mask = torch.zeros(3, 8, dtype=torch.bool)
     mask[0], mask[1, :4] = True, True
-    change, _, _ = batch_of(problem, mask).best(32, None)
+    change, _, _ = batch_of(problem, mask).best(Search(32))
     assert change[[0, 2]].tolist() == [torch.inf, torch.inf] and float(change[1]) < torch.inf
 
 
@@ -203,11 +205,11 @@ def test_it_goes_on_from_where_exchanges_without_a_refit_stop(pattern):
 best, pivot = Batch.best, Batch._pivot
 
 
-def without_a_refit(self, candidates, group):
+def without_a_refit(self, search):
     """The other weights of a row stay as they are: the change of an exchange without the crossing."""
     crossing = torch.where(torch.eye(self.tableau.shape[1], dtype=torch.bool), self.tableau, 0.0)
     crossing[:, -2] = self.tableau[:, -2]
-    return best(replace(self, tableau=crossing), candidates, group)
+    return best(replace(self, tableau=crossing), search)
 
 
 def only_leaves(self, leaving, entering):
@@ -225,7 +227,7 @@ FAULTS = {
         lambda: test_a_tableau_after_exchanges_is_the_one_from_scratch("rows"),
     ),
     "no weight moves between rows": (
-        *(refitted_swaps, "_between_rows", lambda state, threshold: state.pending[:0]),
+        *(refitted_swaps, "_between_rows", lambda state, exchanges, threshold: state.pending[:0]),
         lambda: [test_no_move_between_two_rows_is_left_that_gains(seed) for seed in range(2)],
     ),
 }

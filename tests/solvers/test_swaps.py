@@ -53,9 +53,9 @@ def test_the_best_exchange_of_every_row_is_found_and_its_change_is_exact(pattern
     start = random_feasible(problem, seed)
     state = Swaps().init(problem, start)
     gram = problem.loss.gram
-    removal = torch.where(state.mask, _removal_cost(state, gram), torch.inf)
+    removal = _removal_cost(state, gram)
     if isinstance(problem.pattern, NM):
-        change, leaving, entering = _best_in_groups(state, gram, removal, problem.pattern)
+        change, leaving, entering = _best_in_groups(state, gram, removal, problem.pattern.m)
     else:
         change, leaving, entering = _best_in_rows(state, gram, removal, 32)
     for i in range(3):
@@ -75,9 +75,9 @@ def test_every_round_of_swaps_lowers_the_objective_by_what_it_predicts(pattern, 
     rounds = 0
     while solver.done(problem, state) is None:
         before = problem.objective(state.weight)
-        removal = torch.where(state.mask, _removal_cost(state, gram), torch.inf)
+        removal = _removal_cost(state, gram)
         if isinstance(problem.pattern, NM):
-            change, _, _ = _best_in_groups(state, gram, removal, problem.pattern)
+            change, _, _ = _best_in_groups(state, gram, removal, problem.pattern.m)
         else:
             change, _, _ = _best_in_rows(state, gram, removal, solver.candidates)
         predicted = float(change[change < -state.threshold].sum())
@@ -101,7 +101,7 @@ def test_an_exchange_between_rows_is_the_cheapest_removal_and_the_most_gainful_e
     problem = correlated(seed, 5, 8, "unstructured")
     start = random_feasible(problem, seed)
     state, after = Swaps().init(problem, start), Swaps().init(problem, start)
-    moved = _between_rows(after, problem.loss.gram)
+    moved = _between_rows(after, problem.loss.gram, problem.pattern.exchanges())
     left, entered = state.mask & ~after.mask, after.mask & ~state.mask
     assert int(left.sum()) == int(entered.sum())
     assert sorted(moved.tolist()) == (left | entered).any(1).nonzero()[:, 0].tolist()

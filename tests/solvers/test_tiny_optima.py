@@ -11,7 +11,8 @@ from tests.helpers.tiny_instances import KINDS, METRICS, Draws, endings
 
 MET, MOST = 0.9, 2.0
 """the least share at the optimum, and the largest ratio to it"""
-COUNT = 90
+COUNT, ROTATIONS = 60, 24
+"""numbers of instances; a reference of rotations takes longer"""
 WITHOUT_FIXED = torch.zeros(4, 4, dtype=torch.bool)
 FIXED = torch.eye(4, dtype=torch.bool)
 DEAD_CASES = {
@@ -24,8 +25,8 @@ DEAD_CASES = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_nine_of_ten_end_at_the_optimum_and_none_above_twice_it(kind: str) -> None:
-    found = endings(kind, COUNT)
-    assert sum(each.met for each in found) >= MET * COUNT
+    found = endings(kind, ROTATIONS if kind == "rotation" else COUNT)
+    assert sum(each.met for each in found) >= MET * len(found)
     assert max(each.ratio for each in found) <= MOST
 
 
