@@ -164,8 +164,8 @@ def _least(cost: Float[Tensor, "rows n"], count: int) -> tuple[Float[Tensor, "ro
     Two scales that are tried often end at the same integers, and so at the same cost, which are counted once.
     """
     ordered, order = cost.sort(dim=1, stable=True)
-    ordered[:, 1:][ordered[:, 1:] == ordered[:, :-1]] = torch.inf
-    found, place = ordered.topk(min(count, cost.shape[1]), dim=1, largest=False)
+    repeated = torch.cat([torch.zeros_like(ordered[:, :1], dtype=torch.bool), ordered[:, 1:] == ordered[:, :-1]], 1)
+    found, place = ordered.masked_fill(repeated, torch.inf).topk(min(count, cost.shape[1]), dim=1, largest=False)
     found, rank = found.sort(dim=1, stable=True)
     return found, order.gather(1, place.gather(1, rank))
 

@@ -30,6 +30,7 @@ from optprune.solvers import (
     FistaPruner,
     Gptq,
     GreedyObs,
+    GridBeam,
     GridDescent,
     HardThreshold,
     ProximalAdmm,
@@ -101,7 +102,7 @@ CODES = 2 * 16 + 2
 """looks for the codes of a start on a grid of 16 integers: which blocks have a scale, and which are left"""
 DIRECT = 18
 """looks of a solver without steps, all in all: at the scores, and at what is factorised"""
-MORE = {Fista: 10, ProximalAdmm: 10, GridDescent: CODES, Gptq: RESTORING}
+MORE = {Fista: 10, ProximalAdmm: 10, GridDescent: CODES, Gptq: RESTORING, GridBeam: RESTORING}
 """looks beside those, of a solver that measures a gap: at Cholesky factors that prove what is regular, and a bound; of
 one that begins with the codes of its start; and of one that first refits on the mask, once in each step of that"""
 
