@@ -220,7 +220,16 @@ def pairs_of_rows(
     gives = torch.zeros_like(first).index_put_((givers,), first)
     free = first & ~gives[takers]
     count = int(free.sum())
-    return givers[:count], takers[places(free, count)]
+    if count or len(cost) < 2:
+        return givers[:count], takers[places(free, count)]
+    # The cheapest row may also be the most gainful one: the best pair of two different rows.
+    giving, taking = givers[:2], takers[:2]
+    rise = (cost[giving][:, None] - gain[taking]).masked_fill(giving[:, None] == taking, torch.inf).flatten()
+    found = torch.where(rise < -threshold, rise, torch.inf)
+    if not float(found.min()) < torch.inf:
+        return givers[:0], takers[:0]
+    best = found.argmin()[None]
+    return giving[best // 2], taking[best % 2]
 
 
 def among_rows(

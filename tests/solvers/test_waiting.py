@@ -92,10 +92,11 @@ MOST = {
     HardThreshold: 2,
     # How much a sweep gains, and whether anything moves.
     GridDescent: 1,
-    # How many rows gain, where those that end are, how much the rows lose, and which exchange weights.
-    RefittedSwaps: 4,
-    # Which rows gain, how many weights move between rows and which rows those are.
-    Swaps: 3,
+    # How many rows gain, where those that end are, how much the rows lose, which exchange weights, and
+    # whether the best pair gains.
+    RefittedSwaps: 5,
+    # Which rows gain, how many weights move between rows, whether the best pair gains, and which rows those are.
+    Swaps: 4,
 }
 """looks a step, beside those before the first"""
 CODES = 2 * 16 + 2
