@@ -171,11 +171,12 @@ class RefittedSwaps(Solver[SparseLeastSquares, RefittedSwapsState]):
             pairs = exchanges.pairs(batch.mask.reshape(loss.weight.shape))
             search = replace(search, group=state.mask.shape[1], pairs=pairs)
         batch.exchange(state, search)
-        if batch.rounds == REFRESH:
-            # Of the other rows the state has the best that was found.
-            batch.write(state, (batch.away == 0).nonzero()[:, 0])
+        # A search that began anew at every refresh would never end.
+        refresh = batch.rounds >= REFRESH and not batch.searching
+        if refresh:
+            batch.write(state, torch.arange(len(batch.rows), device=batch.rows.device))
             pending = torch.cat([batch.rows, pending])
-        if not len(batch.rows) or batch.rounds == REFRESH:
+        if not len(batch.rows) or refresh:
             batch = None
         if batch is None and not len(pending):
             before = None
@@ -244,6 +245,8 @@ class Batch:
     away: Int[Tensor, " k"]
     """the number of exchanges since then"""
     rounds: int = 0
+    searching: int = 0
+    """the number of rows that have gone on by an exchange that does not gain"""
 
     @classmethod
     def of(cls, state: RefittedSwapsState, rows: Int[Tensor, " k"], rounding: float, tolerance: float) -> "Batch":
@@ -341,7 +344,7 @@ class Batch:
         gains = risen < -self.threshold
         onward = ~gains & (self.away < search.depth) & (change < torch.inf)
         found, stays = ~gains & (self.away == 0), gains | onward
-        first, count = linalg.numbers(found.sum(), stays.sum())
+        first, count, self.searching = linalg.numbers(found.sum(), stays.sum(), onward.sum())
         if first:
             self.write(state, places(found, first))
         staying = self._keep(stays, count)
