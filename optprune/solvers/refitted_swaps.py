@@ -48,7 +48,7 @@ class NormalForm:
     @classmethod
     def of(cls, loss: LayerLoss) -> "NormalForm":
         """Return the form of a loss."""
-        inverse, gram = InverseForm.of(loss), loss.gram.double()
+        inverse, gram = InverseForm.of(loss), loss.gram.to(torch.float64, copy=True)
         gram.diagonal().add_(inverse.ridge)
         target, minimiser, notes = loss.weight.double() @ gram, inverse.minimiser, inverse.notes
         if loss.pull is not None:
@@ -58,7 +58,7 @@ class NormalForm:
             metric = loss.metric.matrix
             _, share, ridge = inverted(metric, 4 * len(metric) * torch.finfo(metric.dtype).eps)
             notes = (*notes, SINGULAR_METRIC.format(share)) if share else notes
-            metric = metric.double()
+            metric = metric.to(torch.float64, copy=True)
             metric.diagonal().add_(ridge)
             gram, target = torch.kron(metric, gram), (metric @ target).reshape(1, -1)
             minimiser = minimiser.reshape(1, -1)

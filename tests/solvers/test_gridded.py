@@ -14,7 +14,7 @@ from optprune.grids import GRIDS, Grid
 from optprune.metric import OutputMetric
 from optprune.moments import InputMoments
 from optprune.problems import GridLeastSquares, LayerLoss
-from optprune.solvers import Chain, Gptq, GridDescent, RoundToNearest, choose, solve
+from optprune.solvers import Chain, Gptq, GridBeam, GridDescent, RoundToNearest, choose, solve
 from optprune.testing import reference
 from optprune.testing.quadratic import rounding
 from optprune.testing.strategies import gridded, weighted
@@ -277,8 +277,21 @@ def test_the_bound_is_that_of_restoration():
             assert 0.99 * relaxed.objective <= certificate.lower_bound <= relaxed.objective
 
 
-def test_the_chosen_solver_is_gptq_and_descent():
-    assert choose(correlated(0)).label == "Gptq > GridDescent"
+def test_the_chosen_solver_is_gptq_or_for_few_weights_a_beam_and_then_descent():
+    assert choose(correlated(0)).label == "GridBeam > GridDescent"
+    assert choose(correlated(0), (256, 768)).label == "Gptq > GridDescent"
+
+
+def test_a_beam_loses_less_than_gptq_and_a_wider_one_least():
+    """On the grid of Q4_0, with correlated inputs."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(200, 64, generator=generator, dtype=torch.float64)
+    inputs = inputs @ torch.randn(64, 64, generator=generator, dtype=torch.float64)
+    weight = torch.randn(4, 64, generator=generator, dtype=torch.float64)
+    problem = GridLeastSquares(LayerLoss.of(weight, InputMoments.from_samples(inputs), 0.01), GRIDS["q4_0"])
+    gptq, one, few = (solve(problem, solver) for solver in (Gptq(), GridBeam(1, 1), GridBeam(4, 2)))
+    assert one.violation == few.violation == 0
+    assert few.objective < 0.9 * gptq.objective and few.objective < one.objective
 
 
 def test_a_singular_gram_matrix_is_an_error_of_gptq_alone():

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from optprune.problems import MaskedLeastSquares, SparseLeastSquares
-from optprune.solvers import Chain, RefittedSwaps, Restore, RoundToNearest, SparseGpt, Swaps
+from optprune.solvers import Chain, Restore, RoundToNearest, SparseGpt, Swaps
 from optprune.testing import laws
 from optprune.testing.strategies import METRIC_KINDS, weighted
 from tests.helpers.solver_table import ACCEPTED, AT_RANDOM, DTYPES, KINDS, by_pair, by_solver, in_order
@@ -16,7 +16,7 @@ WEIGHTED = [kind for kind in METRIC_KINDS if kind != "none"]
 by_metric = pytest.mark.parametrize("metric", WEIGHTED)
 
 # A metric that couples rows is refused by what works row by row; nothing else is refused because of a metric.
-ROW_BY_ROW = (RefittedSwaps, RoundToNearest, SparseGpt, Swaps)
+ROW_BY_ROW = (RoundToNearest, SparseGpt, Swaps)
 
 
 def is_accepted(problem, solver):
