@@ -1,6 +1,7 @@
 """The demo on packaged data: evaluate, prune, evaluate, save, reload with plain transformers, evaluate again."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,21 +11,32 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from optprune.cli.outputs import started
 from optprune.errors import InputError, OptpruneError
-from optprune.export import check_output, save_model
-from optprune.measure import perplexity
+from optprune.export import SavedModel, check_output, save_model
+from optprune.measure import Evaluation, bits_per_byte, perplexity
 from optprune.models import Decoder, load_model, need_tokenizer
 from optprune.models.sources import DEMO
 from optprune.program import Program, Request, check_batches, resolve
 from optprune.program.time import evaluation, expected_seconds, operations_per_second
 from optprune.pruning import run_program
 from optprune.recipe import load_recipe
-from optprune.report import PhaseAdvanced, PhaseRecorder
+from optprune.report import EvaluationReport, PhaseAdvanced, PhaseRecorder, page, summarise_model
 from optprune.report.phases import EVALUATIONS, LOADING, TOKENISING
 from optprune.report.progress import Reporter, duration
-from optprune.texts import begin_tokens, draw_windows, evaluation_windows, read_documents, read_texts, tokenise
+from optprune.report.reading import PAGE
+from optprune.system.files import write_whole
+from optprune.texts import (
+    begin_in_words,
+    begin_tokens,
+    draw_windows,
+    evaluation_windows,
+    read_documents,
+    read_texts,
+    tokenise,
+)
 
 FOLDER = Path(".demo/smollm2-fasp")
 DEMO_NAME = "SmolLM2-135M-Instruct"
@@ -120,7 +132,8 @@ def run_demo(
     loaded = load_model(model)
     tokenizer = need_tokenizer(loaded.tokenizer, model)
     drawn = draw_windows(tokenizer, fitted, samples, seq_length, seed)
-    measured_on = evaluation_windows(tokenise(tokenizer, held_out), seq_length, windows, begin_tokens(tokenizer))
+    begin = begin_tokens(tokenizer)
+    measured_on = evaluation_windows(tokenise(tokenizer, held_out), seq_length, windows, begin)
 
     program = resolve(loaded.decoder(), Request(recipe=chosen, samples=samples, seq_length=seq_length, whole=True))
     with reporter.events(_expected(program, measured_on.numel(), loaded.model.device)) as on_event:
@@ -146,6 +159,8 @@ def run_demo(
             f"the reloaded folder {output} has a perplexity of {reloaded.perplexity:.4f}, the model in memory "
             f"{after.perplexity:.4f}: please report this"
         )
+    text = HeldOut(evaluation, measured_on, tokenizer, begin)
+    text.write_page(saved, against=model, before=before, after=reloaded)
     result = DemoResult(
         model=model,
         recipe=recipe,
@@ -162,6 +177,44 @@ def run_demo(
     )
     _show(console, result, report.tokens, measured_on.numel())
     return result
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The held-out text of the demo."""
+
+    text: str
+    """its name"""
+    windows: Tensor
+    tokenizer: Tokenizer
+    begin: Sequence[int]
+
+    def write_page(self, saved: SavedModel, *, against: str, before: Measured, after: Measured) -> None:
+        """Write the page of the saved folder again, with the perplexities and sizes that the table shows."""
+        assert saved.report is not None
+        count, length = self.windows.shape
+        predictions = count * (length - 1)
+
+        def bits(part: Measured) -> float:
+            return bits_per_byte(Evaluation(part.perplexity, predictions, count, 0.0), self.windows, self.tokenizer)
+
+        evaluation = EvaluationReport(
+            text=self.text,
+            seq_length=length,
+            tokens=predictions,
+            windows=count,
+            perplexity=after.perplexity,
+            bits_per_byte=bits(after),
+            against=against,
+            dense_perplexity=before.perplexity,
+            dense_bits_per_byte=bits(before),
+            dense_parameters=before.parameters,
+            begin=begin_in_words(self.tokenizer, self.begin),
+        )
+        folder = saved.folder
+        model = summarise_model(folder, saved.report)
+        data = page(saved.report, model=model, evaluation=evaluation, folder=str(folder)).encode()
+        write_whole(folder / PAGE, lambda stream: stream.write(data))
 
 
 def _show(console: Console, result: DemoResult, tokens: int, evaluated: int) -> None:

@@ -77,7 +77,7 @@ def report_command(
         measured = _evaluated(evaluated, generations)
     if not can_draw():
         reporter.say(f"matplotlib is not installed, so tables replace pictures: {install('plot')}")
-    drawn = page(report, model=model, evaluation=measured, speed=speeds, healing=healing)
+    drawn = page(report, model=model, evaluation=measured, speed=speeds, healing=healing, folder=str(folder))
     write_file(place, drawn.encode(), "page", f"{folder} is as it was")
     echo(f"{place}: {len(drawn.encode()) / 1024:.0f} KiB")
 

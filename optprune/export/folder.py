@@ -120,6 +120,7 @@ def save_model(
         report=report,
         healed=healing is not None,
         made=made,
+        place=str(folder),
     )
     done = export(loaded, folder, exporter, overwrite=overwrite, on_event=on_event)
     whole = report and replace(report, phases=joined(report.phases, done.phases))
@@ -187,6 +188,8 @@ class TransformersFolder(Exporter):
     """whether `files` hold a report with a section about healing, of which there is to be a page"""
     made: Sequence[Path] = ()
     """files that hold the tensors of a block each, and can be linked"""
+    place: str = "."
+    """the folder's path, as commands on the page have it"""
 
     def __post_init__(self) -> None:
         for name in self.files or ():
@@ -231,8 +234,9 @@ class TransformersFolder(Exporter):
         write_weights(decoder, draft, size_of(self.max_shard_size), self.made, on_tensor, loaded.whole)
         write_rest(loaded, draft, origin_of(source.name).licence_files if self.files is None else self.files)
         if self.healed:
-            _write_healed_page(draft)
-        reports = self.report and _Reports.of(self.report, decoder, draft, tokenizer=loaded.tokenizer is not None)
+            _write_healed_page(draft, self.place)
+        tokenizer = loaded.tokenizer is not None
+        reports = self.report and _Reports.of(self.report, decoder, draft, tokenizer=tokenizer, place=self.place)
         size = file_bytes(str(draft))
         return Draft(draft, size, f"dtype {_name(loaded.model.dtype)}", expected=_Expected(decoder, expected, reports))
 
@@ -290,17 +294,18 @@ class _Reports:
     held: ModelSummary
     drawn: Mapping[str, str] = field(default_factory=dict)
     """pictures of the page, which do not depend on the durations"""
+    place: str = "."
 
     @classmethod
-    def of(cls, report: Report, decoder: Decoder, folder: Path, *, tokenizer: bool) -> "_Reports":
+    def of(cls, report: Report, decoder: Decoder, folder: Path, *, tokenizer: bool, place: str) -> "_Reports":
         """Return the files for a folder that this model has been written to."""
         held = ModelSummary.of(decoder, report, file_bytes(str(folder)), tokenizer=tokenizer)
-        return cls(report, held, pictures(report))
+        return cls(report, held, pictures(report), place)
 
     def write(self, folder: Path, phases: Sequence[PhaseReport]) -> None:
         """Write both files, with these phases after those of the report."""
         whole = replace(self.report, phases=joined(self.report.phases, phases))
-        texts = {REPORT: whole.to_json(), PAGE: page(whole, model=self.held, drawn=self.drawn)}
+        texts = {REPORT: whole.to_json(), PAGE: page(whole, model=self.held, drawn=self.drawn, folder=self.place)}
         for name, text in texts.items():
             data = text.encode()
             write_whole(folder / name, lambda stream, data=data: stream.write(data), lasting=False)
@@ -321,12 +326,13 @@ def write_rest(loaded: LoadedModel, draft: Path, files: Mapping[str, str]) -> No
             file.chmod(usual)
 
 
-def _write_healed_page(folder: Path) -> None:
+def _write_healed_page(folder: Path, place: str) -> None:
     """Write the page of a folder, unless its report is about healing alone."""
     report = read_run_report(folder)
     if report is None:
         return
-    data = page(report, model=summarise_model(folder, report), healing=read_healing(folder)).encode()
+    model, healing = summarise_model(folder, report), read_healing(folder)
+    data = page(report, model=model, healing=healing, folder=place).encode()
     write_whole(folder / PAGE, lambda stream: stream.write(data))
 
 

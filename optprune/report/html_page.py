@@ -1,6 +1,7 @@
 """Page about a run: report.html, a single file without scripts."""
 
 import re
+import shlex
 import statistics
 from collections.abc import Mapping
 from importlib.resources import files
@@ -48,16 +49,18 @@ def page(
     speed: SpeedReport | None = None,
     healing: HealingReport | None = None,
     drawn: Mapping[str, str] | None = None,
+    folder: str = ".",
 ) -> str:
     """Return the page about a run as HTML without scripts and external files; equal figures give equal bytes.
 
     It shows the saved `model`, the `evaluation`, the `speed` and the `healing` where they are given. `drawn` are
-    pictures that were made before; without matplotlib, tables replace pictures.
+    pictures that were made before; without matplotlib, tables replace pictures. Commands name the `folder`.
     """
     found = pictures(report, evaluation) if drawn is None else drawn
     template = page_environment().from_string(page_text("page.html"))
     return template.render(
         **_texts(report, model, evaluation, speed),
+        commands=_commands(report, evaluation, speed, folder),
         sections=_sections(report, evaluation, healing),
         **_tables(report, model, evaluation),
         report=report,
@@ -124,7 +127,7 @@ def _texts(
         "summary": " ".join(
             f"{one_line(text).rstrip('.')}." for key in ("summary", "source") if (text := report.recipe.get(key))
         ),
-        "measured": _measured(report, evaluation, speed),
+        "measured": _measured(report, speed),
         "floor": f"The two calibration passes with their Gram products, which every run needs, took "
         f"{time_of(report.floor_seconds)}.",
         "kept_sentence": _kept(report),
@@ -157,20 +160,32 @@ def _sections(
     return [section for section, is_there in there.items() if is_there]
 
 
-def _measured(report: Report, evaluation: EvaluationReport | None, speed: SpeedReport | None) -> list[str]:
-    """Return sentences about the conditions of measurements, and about commands for missing ones."""
-    sentences = []
+def _commands(
+    report: Report, evaluation: EvaluationReport | None, speed: SpeedReport | None, folder: str
+) -> list[tuple[str, tuple[str, ...]]]:
+    """Return a sentence with commands, in the names of this run, for each measurement that is missing."""
+    where, dense = shlex.quote(folder), shlex.quote(report.model)
+    text = "demo:evaluation" if report.calibration.startswith("demo:") else "heldout.txt"
+    against = f"--against {dense} " if report.model else ""
+    found = list[tuple[str, tuple[str, ...]]]()
     if evaluation is None:
-        sentences.append(
-            "Perplexity and divergence are not measured during pruning: optprune report DIR --against MODEL --text "
-            "TEXT makes this page again, with them and with continuations side by side."
-        )
+        words = "Perplexity and divergence are not measured during pruning. This adds them, with continuations:"
+        found.append((words, (f"optprune report {where} {against}--text {text}",)))
+    elif evaluation.divergence is None:
+        words = "Divergence and continuations are not measured. This adds them:"
+        found.append((words, (f"optprune report {where} {against}--text {text}",)))
     if speed is None:
-        sentences.append(
-            "Speed was not measured: run optprune benchmark-model DIR --against MODEL --json FILE, then optprune "
-            "report DIR --speed FILE."
+        measure = f"optprune benchmark-model {where} {against}--json speed.json"
+        found.append(
+            ("Speed was not measured. This adds it:", (measure, f"optprune report {where} --speed speed.json"))
         )
-    else:
+    return found
+
+
+def _measured(report: Report, speed: SpeedReport | None) -> list[str]:
+    """Return sentences about the conditions of measurements."""
+    sentences = []
+    if speed is not None:
         models = " beside ".join(_named(one.name, one.weights) for one in speed.models)
         sentences.append(
             f"Speed of {models} on {speed.device} in {speed.dtype}: batch {speed.batch}, prompts of "

@@ -2,12 +2,12 @@
 
 import json
 import math
-import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from optprune.report.block_values import BlockValues, pattern_of, shares, widths
+from optprune.report.phases import BUDGET, METRIC
 from optprune.report.progress import duration
 from optprune.report.reading import EvaluationReport, HealingReport, SpeedReport
 from optprune.report.records import Report
@@ -27,8 +27,9 @@ class Table:
 
 def phases_table(report: Report) -> Table:
     """Return the time and memory of each phase, with a column of device memory if it was measured."""
-    whole = sum(phase.seconds for phase in report.phases)
-    device = any(phase.device_bytes is not None for phase in report.phases)
+    phases = [phase for phase in report.phases if phase.name not in _absent(report)]
+    whole = sum(phase.seconds for phase in phases)
+    device = any(phase.device_bytes is not None for phase in phases)
     rows: list[tuple[str, ...]] = [
         (
             phase.name,
@@ -37,15 +38,22 @@ def phases_table(report: Report) -> Table:
             _mib(phase.host_bytes),
             *([_mib(phase.device_bytes)] if device else []),
         )
-        for phase in report.phases
+        for phase in phases
     ]
     peaks = [
         _mib(max((size for size in sizes if size is not None), default=None))
-        for sizes in zip(*((phase.host_bytes, phase.device_bytes) for phase in report.phases), strict=True)
+        for sizes in zip(*((phase.host_bytes, phase.device_bytes) for phase in phases), strict=True)
     ]
     rows.append(("all", time_of(whole), "100.0%", *peaks[: 1 + device]))
     head = ("phase", "time", "share", "peak memory", *(["peak on the device"] if device else []))
     return Table("Time and largest memory of each phase", head, tuple(rows))
+
+
+def _absent(report: Report) -> set[str]:
+    """Return the phases that the recipe lacks, which every run passes through all the same."""
+    allocation = report.recipe.get("allocation")
+    kind = allocation.get("kind") if isinstance(allocation, dict) else allocation
+    return ({METRIC} if report.recipe.get("metric") == "none" else set()) | ({BUDGET} if kind == "uniform" else set())
 
 
 def kept_tables(report: Report) -> list[Table]:
@@ -205,7 +213,7 @@ class Headline:
     def key_figures(self) -> list[tuple[str, str, str]]:
         """The most important figures: name, figure, and a remark."""
         report, evaluation = self.report, self.evaluation
-        found = [(f"weights {report.lost}", f"{report.sparsity_reached:.2%}", report.requested())]
+        found = list[tuple[str, str, str]]()
         if evaluation is not None:
             before = evaluation.dense_perplexity
             small = "" if before is None else f"{number(before, '.2f')} before"
@@ -213,13 +221,10 @@ class Headline:
             if evaluation.divergence is not None and evaluation.agreement is not None:
                 small = f"nats; first choice the same in {evaluation.agreement:.1%}"
                 found.append(("divergence", number(evaluation.divergence), small))
+        found.append((f"weights {report.lost}", f"{report.sparsity_reached:.2%}", report.requested()))
         if self.speed is not None and len(self.speed.models) == 2:
             now, was = (model.decode.median for model in self.speed.models)
             found.append(("decoding speed", f"{now / was:.2f} times", f"{now:.1f} tokens a second, {was:.1f} before"))
-        if report.layers and evaluation is None:
-            mean = statistics.fmean(layer.relative_error for layer in report.layers)
-            when = ", before recovery" if report.recovered else ""
-            found.append(("mean relative error", number(mean), f"of {len(report.layers)} layers' outputs{when}"))
         if self.model is not None:
             found.append(("size of the weights", mib(self.model.bytes), f"{self.model.parameters:,} parameters"))
         took = sum(phase.seconds for phase in report.phases) or report.seconds

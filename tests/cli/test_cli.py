@@ -29,6 +29,7 @@ from optprune.recipe.names import SOLVERS
 from optprune.solvers import ConjugateGradients, Magnitude, Restore
 from optprune.system.files import read_yaml
 from optprune.texts import demo_articles, evaluation_windows, read_documents, tokenise
+from tests.helpers.html_pages import parsed
 from tests.helpers.tiny_models import TINY_MODELS, save_tiny, tiny_llama
 
 WIDTH_FIELD = {"llama": "intermediate_size", "opt": "ffn_dim", "qwen2": "intermediate_size"}
@@ -395,6 +396,20 @@ def test_the_demo_tells_the_story(
         assert f"{part['perplexity']:.3f}" in out
     assert "reload check passed" in out
     assert AutoModelForCausalLM.from_pretrained(output).num_parameters() == after["parameters"]
+    root = parsed((output / "report.html").read_text())
+    key = {part.all("dt")[0].text: part.all("dd")[0].text for part in root.all("dl")[0].all("div")}
+    assert next(iter(key)) == "perplexity" and "mean relative error" not in key
+    assert key["perplexity"] == f"{reloaded['perplexity']:.2f}{before['perplexity']:.2f} before"
+    rows = {row[0]: row[1:] for row in root.tables()["The model before and after"]}
+    assert rows["perplexity"][:2] == [f"{before['perplexity']:.4f}", f"{reloaded['perplexity']:.4f}"]
+    assert rows["parameters in all"][:2] == [f"{before['parameters']:,}", f"{after['parameters']:,}"]
+    assert rows["size of the weights in float32"][:2] == [f"{part['weights_mib']:,.1f} MiB" for part in (before, after)]
+    assert "Perplexity and divergence are not measured" not in root.text
+    command = f"optprune report {output} --against {models['llama']} --text heldout.txt"
+    assert command in [code.text for code in root.all("code")]
+    assert [row[0] for row in root.tables()["Time and largest memory of each phase"]] == [
+        *("phase", "pruning", "saving", "checking", "all")
+    ]
     code, _, err = run(["demo", "--output", str(output)], capsys)
     assert code == 2
     assert "exists already" in err

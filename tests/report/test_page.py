@@ -1,6 +1,7 @@
 """Page about a run: well formed, self-contained, with the figures of the report and no empty section."""
 
 import re
+import shlex
 import sys
 from dataclasses import asdict, replace
 from importlib.resources import files
@@ -23,6 +24,7 @@ from optprune.report import (
     page,
     parse_evaluation,
 )
+from optprune.report.phases import PhaseReport
 from optprune.report.reading import HealingReport, HeldOutQuality, read_speed
 from tests.helpers.html_pages import Element, ids, loaded, parsed, references
 from tests.helpers.reports import evaluated, layer, narrowed, speed, zeroed
@@ -404,14 +406,45 @@ def test_what_was_not_measured_is_said(measured: EvaluationReport, fast: SpeedRe
     assert rows["perplexity"] == ["-", "35.0123", ""] and "divergence, nats a prediction" not in rows
 
 
+def test_commands_are_code_with_the_names_of_the_run() -> None:
+    codes = [code.text for code in made(narrowed(), folder="my runs/out").all("code")]
+    assert codes == [
+        "optprune report 'my runs/out' --against models/Small-1B --text heldout.txt",
+        "optprune benchmark-model 'my runs/out' --against models/Small-1B --json speed.json\n"
+        "optprune report 'my runs/out' --speed speed.json",
+    ]
+    for words in codes[1].splitlines() + codes[:1]:
+        assert shlex.split(words)[2] == "my runs/out"
+
+
+def test_phases_that_the_recipe_lacks_are_not_shown() -> None:
+    phases = tuple(PhaseReport(name, 1.0, 2**20, None) for name in ("metric", "budget", "pruning"))
+    plain = {**narrowed().recipe, "metric": "none", "allocation": {"kind": "uniform"}}
+    full = {**plain, "metric": {"kind": "full"}, "allocation": {"kind": "global"}}
+    found = [
+        [
+            row[0]
+            for row in made(narrowed(recipe=recipe, phases=phases)).tables()["Time and largest memory of each phase"]
+        ]
+        for recipe in (plain, full)
+    ]
+    assert found == [["phase", "pruning", "all"], ["phase", "metric", "budget", "pruning", "all"]]
+
+
+def test_the_symbols_of_an_error_are_explained() -> None:
+    text = made(narrowed()).text
+    for symbol in ("W is its weight before pruning", "V after", "x its input in the dense model", "E the mean over"):
+        assert symbol in text
+
+
 def test_how_to_load_is_the_code_for_this_folder() -> None:
     for stock in (True, False):
-        (code,) = made(narrowed(), model=replace(MODEL, stock=stock)).all("code")
+        code = made(narrowed(), model=replace(MODEL, stock=stock)).all("code")[-1]
         compile(code.text, "page", "exec")
         assert ("trust_remote_code=True" in code.text) != stock
         kind = "AutoTokenizer" if stock else "PreTrainedTokenizerFast"
         assert f"tokenizer = {kind}.from_pretrained(folder)" in code.text
-    (code,) = made(narrowed(), model=replace(MODEL, tokenizer=False)).all("code")
+    code = made(narrowed(), model=replace(MODEL, tokenizer=False)).all("code")[-1]
     assert "Tokenizer" not in code.text
 
 
