@@ -2,13 +2,15 @@
 
 import copy
 from itertools import pairwise, product
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from optprune.allocation import Allocation
+from optprune.allocation import Allocation, currency
 from optprune.allocation.currency import Prices, operations, prices_of
 from optprune.calibration import calibrating
 from optprune.calibration.stream import run_block
@@ -243,3 +245,19 @@ def test_what_is_refused() -> None:
             batches(),
             load_recipe("structured_best", {"units": "mlp", "allocation.currency": "flops", "sparsity": 0.6}),
         )
+
+
+def test_a_block_of_each_shape_is_timed_at_eight_widths(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As docs/explanation/budgets.md says; the ninth is the block as it is."""
+    timed = list[tuple[int, int]]()
+
+    def seconds(decoder: Decoder, block: int, stream: Any) -> float:
+        timed.append((block, decoder.blocks[block].mlp.down_proj.in_features))
+        return 1.0
+
+    monkeypatch.setattr(currency, "_seconds", seconds)
+    monkeypatch.setattr(currency, "_without", lambda decoder, block, *_: timed.append((block, 0)) or 0.1)
+    monkeypatch.setattr(currency, "_narrower", lambda _, block, __, ___, count: timed.append((block, count)) or 0.5)
+    prices_of(Decoder(tiny_llama(num_hidden_layers=3)), "time", 16, [Mlp()])
+    assert timed == [(0, 128), (0, 0), *((0, 16 * step) for step in range(1, 8))], "128 units, of one shape"
+    assert "runs at eight widths" in Path("docs/explanation/budgets.md").read_text()

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 import optprune
 from optprune.cli import main
 from optprune.cli.demo_run import run_demo
-from optprune.errors import InputError
+from optprune.errors import InputError, OptpruneError
 from optprune.measure import perplexity
 from optprune.models import Weights, load_model, load_tokenizer
 from optprune.patterns import InGroups
@@ -413,6 +413,22 @@ def test_the_demo_tells_the_story(
     code, _, err = run(["demo", "--output", str(output)], capsys)
     assert code == 2
     assert "exists already" in err
+
+
+def test_the_demo_measures_the_folder_that_it_reloads(
+    models: dict[str, str], text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Other:
+        """A class that loads another model than the folder's."""
+
+        @staticmethod
+        def from_pretrained(folder: Path, **_: object) -> torch.nn.Module:
+            return AutoModelForCausalLM.from_pretrained(models["llama"])
+
+    monkeypatch.setattr("optprune.cli.demo_run.AutoModelForCausalLM", Other)
+    small = {"calibration": text, "evaluation": text, "samples": 8, "windows": 4, "seq_length": 64}
+    with pytest.raises(OptpruneError, match=r"the reloaded folder .* has a perplexity of .*, the model in memory"):
+        run_demo(tmp_path / "out", model=models["llama"], sparsity=0.6, **small)
 
 
 # -- the program itself

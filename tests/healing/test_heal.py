@@ -474,3 +474,11 @@ def test_the_seed_draws_the_orders() -> None:
 @pytest.mark.e2e
 def test_a_second_look_at_a_short_text_helps() -> None:
     assert healed_by_a_short_text(epochs=4).after.divergence < 0.9 * healed_by_a_short_text().after.divergence
+
+
+@pytest.mark.parametrize("steps", [10, 60, 480])
+def test_held_out_windows_are_measured_ten_times(steps: int) -> None:
+    """As docs/explanation/recovery.md says: after each tenth of the steps."""
+    interval = HealingSettings().interval(steps)
+    assert len(range(interval, steps + 1, interval)) == 10 and steps % interval == 0
+    assert "is measured ten times during the training" in Path("docs/explanation/recovery.md").read_text()

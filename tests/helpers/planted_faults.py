@@ -2111,6 +2111,49 @@ FAULTS = [
         "",
         "export/test_card.py",
     ),
+    # Plans and the demo
+    Fault(
+        "the plan: a shortfall below a quarter passes",
+        "program/room.py",
+        "one.needed > one.there), None)",
+        "one.needed > 1.25 * one.there), None)",
+        "program/test_plan.py",
+    ),
+    Fault(
+        "the plan: hidden states stay on the device where they do not fit",
+        "program/room.py",
+        'if program.request.states != "auto":',
+        "if True:",
+        "program/test_plan.py",
+    ),
+    Fault(
+        "the demo: the reloaded column measures the model in memory",
+        "cli/demo_run.py",
+        "reloaded = _measure(again, ",
+        "reloaded = _measure(loaded.model, ",
+        "cli/test_cli.py",
+    ),
+    Fault(
+        "vocabulary: the teacher's logits are neither scaled nor capped",
+        "tokens/teacher.py",
+        "scale_logits(self.model.config, self.rows.head(hidden.last_hidden_state[0]))",
+        "self.rows.head(hidden.last_hidden_state[0])",
+        "tokens/test_teacher.py",
+    ),
+    Fault(
+        "questions: a token across the border is left out of the choice",
+        "measure/questions.py",
+        "shared = next((at for at, (one, other) in enumerate(pairs) if one != other), len(alone))",
+        "shared = len(alone)",
+        "measure/test_questions.py",
+    ),
+    Fault(
+        "memory: a system that tells nothing is sampled",
+        "measure/memory.py",
+        "if self._largest is not None:",
+        "if True:",
+        "measure/test_memory.py",
+    ),
 ]
 
 

@@ -158,11 +158,16 @@ def test_the_watch_ends_with_the_run() -> None:
 
 
 def test_a_system_that_tells_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "highest_bytes", lambda: None)
     monkeypatch.setattr(memory, "resident_bytes", lambda: None)
-    with PeakMemory(CPU) as taken:
+    monkeypatch.setattr(memory, "highest_bytes", lambda: 7)
+    taken = PeakMemory(CPU)
+    with taken:
         pass
-    assert (taken.host_bytes, taken.device_bytes) == (None, None)
+    assert taken.host_bytes == 7
+    monkeypatch.setattr(memory, "highest_bytes", lambda: None)
+    with taken:
+        assert not taken.watching, "there is nothing to sample"
+    assert (taken.host_bytes, taken.device_bytes) == (None, None), "and not what an earlier run took"
 
 
 def test_a_system_that_tells_the_largest_only(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,13 +1,16 @@
 """Multiple-choice questions: accepted files, and the likelihoods that decide."""
 
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from optprune.errors import InputError
 from optprune.measure import Question, answer_questions, read_questions
+from optprune.measure.questions import _likelihood
 from tests.helpers.tiny_models import tiny_llama, tiny_tokenizer
 
 GOOD = {"question": "The colour of the sky is", "choices": ["blue", "a loud green"], "answer": 0}
@@ -84,3 +87,22 @@ def test_a_question_longer_than_the_model_can_read() -> None:
         answer_questions(
             tiny_llama(max_position_embeddings=16), tiny_tokenizer(), [Question("a b c d e f g h " * 9, ("x", "y"), 0)]
         )
+
+
+class Merging:
+    """A tokenizer by letters that merges a full stop with the space behind it, as word pieces may."""
+
+    def __call__(self, text: str, return_tensors: str | None = None) -> dict[str, Any]:
+        ids = [400 if part == ". " else ord(part) for part in re.findall(r"\\. |.", text)]
+        return {"input_ids": torch.tensor([ids]) if return_tensors else ids}
+
+
+def test_a_token_across_the_border_of_question_and_choice_belongs_to_the_choice() -> None:
+    model = tiny_llama()
+    ids = [*map(ord, "Yes"), 400, *map(ord, "ab")]
+    with torch.no_grad():
+        scores = model(input_ids=torch.tensor([ids])).logits[0].double().log_softmax(-1)
+        found = _likelihood(model, Merging(), "Yes.", "ab")  # type: ignore[arg-type]
+    # The full stop with its space, then the letters of the choice: three tokens behind those of "Yes".
+    expected = sum(float(scores[place - 1, ids[place]]) for place in (3, 4, 5))
+    assert found == pytest.approx(expected, rel=1e-5)

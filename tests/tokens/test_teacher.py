@@ -20,7 +20,7 @@ from optprune.texts import Text, demo_articles, tokenise
 from optprune.tokens import PushedTeacher, PushForward, SmallerVocabulary, prune_vocabulary
 from optprune.tokens.replacing import with_removed
 from tests.helpers.fewer_tokens import KEEP, bits_per_byte, loaded
-from tests.helpers.tiny_models import save_tiny, tiny_llama, tiny_tokenizer
+from tests.helpers.tiny_models import ALL_MODELS, save_tiny, tiny_llama, tiny_tokenizer
 from tests.helpers.token_kinds import KINDS, tokenizer_of
 from tests.helpers.trained_tiny import trained
 
@@ -90,6 +90,30 @@ def test_the_vocabulary_between_two_tokenizers_is_the_one_that_made_them(kind: s
 
 
 # -- its predictions
+
+
+@pytest.mark.parametrize(
+    ("family", "setting"),
+    [
+        ("granite", {"logits_scaling": 9.0}),
+        ("gemma2", {"final_logit_softcapping": 0.2}),
+    ],
+)
+def test_its_logits_are_scaled_and_capped_as_the_model_does(family: str, setting: dict[str, float]) -> None:
+    model = ALL_MODELS[family](vocab_size=720)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(40)
+    plain, ids = model, torch.tensor([5, 9, 300, 41])
+    for name, value in setting.items():
+        setattr(model.config, name, value)
+        if hasattr(model, name):
+            setattr(model, name, value)
+    teacher = PushedTeacher(plain, smaller=smaller_of("merged bytes"), precision=contextlib.nullcontext)
+    with torch.no_grad():
+        whole = teacher.push.probabilities(model(input_ids=ids[None]).logits[0])
+        assert torch.allclose(teacher._probabilities(ids), whole, atol=1e-6)
+        bare = teacher.push.probabilities(teacher.rows.head(model.base_model(input_ids=ids[None]).last_hidden_state[0]))
+    assert not torch.allclose(whole, bare, atol=1e-3), "the setting changes the predictions"
 
 
 def test_half_of_the_training_windows_hold_removed_tokens_where_it_expects_them(
