@@ -1,6 +1,6 @@
 """Screenshots of a run's page for docs/guide/report.md: light, dark, and as wide as a phone.
 
-    .venv/bin/python docs/screenshots.py                # prunes the demo model on few tokens, a quarter of an hour
+    .venv/bin/python docs/screenshots.py                # runs optprune demo, minutes
     .venv/bin/python docs/screenshots.py --page FILE    # of a page that is there
 
 Needs chromium (or chrome) on the path, which draws without a window, and Pillow, which comes with matplotlib.
@@ -20,8 +20,6 @@ PICTURES = Path(__file__).parent / "pictures"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 LARGEST = 200 * 1024
 """the most bytes of a picture"""
-PRUNE = ("--calibration", "demo:calibration", "--recipe", "fasp", "--sparsity", "0.2", "--samples", "8")
-EVALUATE = ("--against", "demo", "--text", "demo:evaluation", "--windows", "8", "--seq-length", "256")
 
 
 @dataclass(frozen=True)
@@ -52,14 +50,9 @@ def browser() -> str:
 
 
 def made(folder: Path) -> Path:
-    """The page of a run on the demo model, with what was measured."""
-    model = folder / "pruned"
-    for words in (
-        ("prune", "demo", "--output", str(model), "--seq-length", "512", *PRUNE),
-        ("report", str(model), *EVALUATE),
-    ):
-        subprocess.run([sys.executable, "-m", "optprune", *words], check=True)
-    return model / "report.html"
+    """The page of the demo; its folder has the name that it has without --output, which commands on the page name."""
+    subprocess.run([sys.executable, "-m", "optprune", "demo"], check=True, cwd=folder)
+    return folder / ".demo" / "smollm2-fasp" / "report.html"
 
 
 def take(shot: Shot, page: Path, folder: Path) -> Path:

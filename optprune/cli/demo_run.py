@@ -1,7 +1,6 @@
 """The demo on packaged data: evaluate, prune, evaluate, save, reload with plain transformers, evaluate again."""
 
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -132,8 +131,7 @@ def run_demo(
     loaded = load_model(model)
     tokenizer = need_tokenizer(loaded.tokenizer, model)
     drawn = draw_windows(tokenizer, fitted, samples, seq_length, seed)
-    begin = begin_tokens(tokenizer)
-    measured_on = evaluation_windows(tokenise(tokenizer, held_out), seq_length, windows, begin)
+    measured_on = evaluation_windows(tokenise(tokenizer, held_out), seq_length, windows, begin_tokens(tokenizer))
 
     program = resolve(loaded.decoder(), Request(recipe=chosen, samples=samples, seq_length=seq_length, whole=True))
     with reporter.events(_expected(program, measured_on.numel(), loaded.model.device)) as on_event:
@@ -159,8 +157,7 @@ def run_demo(
             f"the reloaded folder {output} has a perplexity of {reloaded.perplexity:.4f}, the model in memory "
             f"{after.perplexity:.4f}: please report this"
         )
-    text = HeldOut(evaluation, measured_on, tokenizer, begin)
-    text.write_page(saved, against=model, before=before, after=reloaded)
+    HeldOut(evaluation, measured_on, tokenizer).write_page(saved, against=model, before=before, after=reloaded)
     result = DemoResult(
         model=model,
         recipe=recipe,
@@ -187,7 +184,6 @@ class HeldOut:
     """its name"""
     windows: Tensor
     tokenizer: Tokenizer
-    begin: Sequence[int]
 
     def write_page(self, saved: SavedModel, *, against: str, before: Measured, after: Measured) -> None:
         """Write the page of the saved folder again, with the perplexities and sizes that the table shows."""
@@ -209,7 +205,7 @@ class HeldOut:
             dense_perplexity=before.perplexity,
             dense_bits_per_byte=bits(before),
             dense_parameters=before.parameters,
-            begin=begin_in_words(self.tokenizer, self.begin),
+            begin=begin_in_words(self.tokenizer, begin_tokens(self.tokenizer)),
         )
         folder = saved.folder
         model = summarise_model(folder, saved.report)

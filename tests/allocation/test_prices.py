@@ -252,7 +252,7 @@ def test_a_block_of_each_shape_is_timed_at_eight_widths(monkeypatch: pytest.Monk
     timed = list[tuple[int, int]]()
 
     def seconds(decoder: Decoder, block: int, stream: Any) -> float:
-        timed.append((block, decoder.blocks[block].mlp.down_proj.in_features))
+        timed.append((block, decoder.shape(block).mlp_width))
         return 1.0
 
     monkeypatch.setattr(currency, "_seconds", seconds)

@@ -93,7 +93,7 @@ class Merging:
     """A tokenizer by letters that merges a full stop with the space behind it, as word pieces may."""
 
     def __call__(self, text: str, return_tensors: str | None = None) -> dict[str, Any]:
-        ids = [400 if part == ". " else ord(part) for part in re.findall(r"\\. |.", text)]
+        ids = [400 if part == ". " else ord(part) for part in re.findall(r"\. |.", text)]
         return {"input_ids": torch.tensor([ids]) if return_tensors else ids}
 
 
