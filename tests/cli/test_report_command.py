@@ -67,7 +67,8 @@ def test_a_run_writes_the_page_of_its_report(pruned: Path, dense: Path, attempte
         layer["name"] for layer in report["layers"]
     ]
     phases = root.tables()["Time and largest memory of each phase"]
-    assert [row[0] for row in phases[1:-1]] == [phase["name"] for phase in report["phases"]]
+    every = [phase["name"] for phase in report["phases"]]
+    assert [row[0] for row in phases[1:-1]] == [name for name in every if name not in ("metric", "budget")]
     assert {"saving", "checking"} <= {row[0] for row in phases}
     rows = {row[0]: row[1:3] for row in root.tables()["The model before and after"]}
     decoder, before = load_model(pruned).decoder(), load_model(dense).decoder()
@@ -75,13 +76,14 @@ def test_a_run_writes_the_page_of_its_report(pruned: Path, dense: Path, attempte
     counts = [sum(parameter.numel() for parameter in one.model.parameters()) for one in (before, decoder)]
     assert rows["parameters in all"] == [f"{count:,}" for count in counts]
     assert rows["size of the weights in float32"] == [f"{4 * count / 2**20:,.1f} MiB" for count in counts]
-    assert "trust_remote_code=True" in root.all("code")[0].text
+    assert "trust_remote_code=True" in root.all("code")[-1].text
     assert f"{attempted_text}, 8 windows of 64 tokens" in root.text
     assert (pruned / "report.html").stat().st_mode == (pruned / "config.json").stat().st_mode
 
 
-def test_made_again_it_has_the_same_bytes(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    before = (folder / "report.html").read_bytes()
+def test_made_again_it_has_the_same_bytes(folder: Path, pruned: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """But for the commands, which name the folder."""
+    before = (folder / "report.html").read_bytes().replace(str(pruned).encode(), str(folder).encode())
     (folder / "report.html").unlink()
     assert main(["report", str(folder)]) == 0
     assert (folder / "report.html").read_bytes() == before
@@ -165,7 +167,7 @@ def test_figures_of_another_model_are_refused(
 def test_a_folder_with_only_a_report_has_a_page(tmp_path: Path) -> None:
     (tmp_path / "report.json").write_text(narrowed().to_json())
     assert main(["report", str(tmp_path)]) == 0
-    assert (tmp_path / "report.html").read_text() == page(narrowed())
+    assert (tmp_path / "report.html").read_text() == page(narrowed(), folder=str(tmp_path))
     assert "there is nothing to load" in parsed((tmp_path / "report.html").read_text()).text
 
 
