@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from optprune.pruning import Journal, PartialSums, Workers
     from optprune.report import Event, PhaseRecorder, Report, VocabularyChange
     from optprune.report.progress import Reporter
+    from optprune.texts.in_memory import GivenCalibration
     from optprune.tokens import VocabularyPruning
 
 
@@ -256,6 +257,7 @@ def run_on_text(
     resolved: "Resolved",
     data: tuple[str, str],
     *,
+    given: "GivenCalibration | None" = None,
     reporter: "Reporter",
     started: float,
     partial_sums: int | None = None,
@@ -263,6 +265,8 @@ def run_on_text(
     also: "Callable[[Event], None]" = lambda event: None,
 ) -> "tuple[Report, SavedModel | None] | None":
     """Do the resolved run on a text; `data` is its name and the kind of its windows ("packed" or "whole").
+
+    The text is read by its name, unless it is `given` in memory, perhaps as its tokens alone.
 
     `started` is the number of seconds since the process began, and `also` receives the events of the run. If `planned`,
     a run that exceeds the memory or the disk raises InputError before it starts. Returns None in all but the first of
@@ -278,7 +282,8 @@ def run_on_text(
 
     calibration, sequences = data
     whole.check_run(resolved.program)
-    texts = read_texts(calibration) if resolved.records is None else []
+    named = given is None and resolved.records is None
+    texts = read_texts(calibration) if named else list(given.texts if given else ())
     resolved = with_digests(resolved, texts)
     request = (program := resolved.program).request
     if request.text is not None:
@@ -305,7 +310,7 @@ def run_on_text(
             with whole.run_folder(peers, reporter.say) as journal:
                 smaller = vocabulary_for(resolved, texts, whole.opened, journal=journal, peers=peers, phases=phases)
                 with phases.step(TOKENISING, f"tokenising {calibration}"):
-                    drawn = calibration_of(resolved, texts, sequences, smaller)
+                    drawn = (given and given.windows) or calibration_of(resolved, texts, sequences, smaller)
                 del texts
                 return shared_run(
                     replace(whole, vocabulary=smaller, images=drawn.images),
@@ -362,6 +367,8 @@ def _one_per_sum(batches: "Sequence[Tensor]", partial_sums: int) -> "list[Tensor
     windows = [window for batch in batches for window in batch.split(1)]
     if len(batches) >= partial_sums or len(windows) < partial_sums:
         return list(batches)
+    if len({window.shape for window in windows}) > 1:
+        return windows
     return list(torch.cat(windows).split(len(windows) // partial_sums))
 
 

@@ -1,7 +1,7 @@
 """Checks of a program: what its shapes rule out is refused before weights or text are read."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from optprune.program.runtimes import RUNTIMES
 from optprune.recipe import Recipe
 from optprune.solvers.run import check_accepted
 from optprune.system.wording import counted
+from optprune.texts.token_batches import token_batches
 
 Layers = list[tuple[int, str]]
 """layers as (block, path)"""
@@ -187,33 +188,21 @@ def check_batches(
 ) -> list[Tensor]:
     """Return the batches as a list of token ids [batch, length]; InputError when the model cannot read one of them.
 
-    One tensor [batch, length] is one batch. Token ids may be numbers of `images`.
+    Batches are as in `token_batches`. Token ids may be numbers of `images`.
     """
-    checked: list[Tensor] = []
+    checked = token_batches(batches)
     known = config.vocab_size + (0 if images is None else len(images.rows))
-    alone = isinstance(batches, Tensor) and batches.ndim == 2
-    for number, batch in enumerate([batches] if alone else batches):
-        what = f"a {batch.dtype} of shape {list(batch.shape)}" if isinstance(batch, Tensor) else type(batch).__name__
-        if not isinstance(batch, Tensor) or batch.ndim != 2 or batch.dtype not in (torch.int32, torch.int64):
-            hint = ", here batch['input_ids']" if isinstance(batch, Mapping) and "input_ids" in batch else ""
-            raise InputError(
-                f"batch {number} is {what}: give tensors of token ids [batch, length], of whole numbers{hint}"
-            )
-        if not batch.numel():
-            raise InputError(f"batch {number} is {what}, which holds no token: leave it out")
+    positions = getattr(config, "max_position_embeddings", None)
+    for number, batch in enumerate(checked):
         least, most = int(batch.min()), int(batch.max())
         if least < 0 or most >= known:
             raise InputError(
                 f"batch {number} holds the token {least if least < 0 else most}, but the model has embeddings for 0 to "
                 f"{known - 1} only: use the model's own tokenizer"
             )
-        positions = getattr(config, "max_position_embeddings", None)
         if positions is not None and batch.shape[1] > positions:
             raise InputError(
                 f"batch {number} has sequences of {batch.shape[1]} tokens, longer than the {positions} positions of "
                 "the model: cut them"
             )
-        checked.append(batch)
-    if not checked:
-        raise InputError("there are no calibration batches: give at least one tensor of token ids [batch, length]")
     return checked

@@ -1,7 +1,7 @@
 """Pruning a model block by block: collect moments, state each layer's problem, solve it, write the answer back."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from optprune.pruning.layer import summary
 from optprune.pruning.run import Listener, begin, warn_or_raise
 from optprune.pruning.workers import Layers, Processes, Serial, Workers
 from optprune.recipe import Recipe
+from optprune.recipe.recipe import recipe_with
 from optprune.report import BlockChange, Event, PhaseRecorder, PhaseReport, Report
 from optprune.report.phases import BUDGET, EARLIER, METRIC, PRUNING
 from optprune.system.environment import started_by_torchrun, versions
@@ -41,10 +42,10 @@ BUDGET_MISSED = (
 @full_precision()
 def prune(
     model: PreTrainedModel,
-    batches: Iterable[Tensor],
-    recipe: Recipe,
+    batches: Iterable[Tensor | Mapping[str, Any]],
+    recipe: str | Recipe = "fasp",
     *,
-    allocation: Allocation | None = None,
+    allocation: Allocation | Any = None,
     statistics: DenseStatistics | None = None,
     on_event: Callable[[Event], None] | None = None,
     progress: bool = False,
@@ -56,13 +57,19 @@ def prune(
     partial_sums: PartialSums | None = None,
     states: str = "auto",
     images: ImageFeatures | None = None,
+    **fields: Any,
 ) -> Report:
     """Prune a transformers model in place, by a recipe, on batches of token ids [batch, length]; return the report.
 
-    All tokens count, so batches must hold no padding; one tensor [batch, length] is one batch. Raises an OptpruneError
-    when the model, the recipe or the batches do not match; the model in memory may then be partly pruned.
+    The recipe is a Recipe, a name or a YAML file, whose `fields` are replaced, as in `prune(model, batches, "fasp",
+    sparsity=0.2)`; those of groups are given by `**{"metric.width": 64}`. Batches are tensors without padding, or
+    mappings of `input_ids` and `attention_mask`, as a DataLoader gives; it is read once. Tokens that a mask leaves out
+    do not count, and the others have the positions that they have without padding; without a mask all tokens count.
+    One tensor [batch, length] or mapping is one batch. Raises an OptpruneError when the model, the recipe or the
+    batches do not match; the model in memory may then be partly pruned.
 
-    - `allocation` replaces the recipe's sparsity; the report's recipe contains it.
+    - An `Allocation` as `allocation` replaces the recipe's sparsity, and the report's recipe contains it; anything else
+      is the recipe's field.
     - `statistics` of the dense model come from `collect` and are shared by several runs; without them this run measures
       its own.
     - `source` and `calibration` name the model and the text in the report.
@@ -78,7 +85,10 @@ def prune(
     - `on_event` receives the events of the run, and `progress` shows them on stderr with the time left.
     """
     check_kind("the model", model, torch.nn.Module, "give the model itself, e.g. load_model(...).model")
-    check_kind("the recipe", recipe, Recipe, "give an object, e.g. load_recipe('wanda')")
+    check_kind("the recipe", recipe, (str, Recipe), "give a name, or a Recipe, e.g. load_recipe('wanda')")
+    if allocation is not None and not isinstance(allocation, Allocation):
+        fields, allocation = fields | {"allocation": allocation}, None
+    recipe = recipe_with(recipe, fields)
     if recipe.vocabulary is not None:
         raise InputError(
             "a recipe with a smaller vocabulary needs the text, not its tokens: call prune_vocabulary first, and then "

@@ -348,7 +348,7 @@ def recipe_with(recipe: str | Recipe, fields: Mapping[str, Any], *, effort: str 
         return load_recipe(recipe, fields, effort=effort)
     if effort != STANDARD:
         raise InputError(f"a Recipe has no effort {shown(effort)}: leave the effort out, or give it to load_recipe")
-    return Recipe(dict(recipe), fields)
+    return Recipe(dict(recipe), fields) if fields else recipe
 
 
 def efforts_of(name_or_path: str) -> dict[str, Any]:
