@@ -51,9 +51,10 @@ def run(code: str, name: str, demo: LoadedModel, place: Path, monkeypatch: pytes
     """Run a block by itself in a folder, where "demo" is a copy of a model."""
     honest = optprune.prune_model
 
-    def prune_model(name: str, *more: Any, **options: Any) -> Any:
-        optprune.save_model(copied(demo), folder := place / "dense")
-        return honest(folder, *more, **options)
+    def prune_model(model: Any, *more: Any, **options: Any) -> Any:
+        if model == "demo":
+            optprune.save_model(copied(demo), model := place / "dense")
+        return honest(model, *more, **options)
 
     monkeypatch.setattr(optprune, "load_model", lambda name: copied(demo), raising=False)
     monkeypatch.setattr(optprune, "prune_model", prune_model, raising=False)
