@@ -82,52 +82,64 @@ def prune_model(
     # What `fields` has is named in a refusal, so it comes last.
     options = Options.of(NOT_GIVEN | given | {"model": named}).with_fields(more).with_fields(fields or {})
     chosen = options.chosen()
-    if isinstance(model, PreTrainedModel | LoadedModel):
-        left_out = (device, "auto"), (dtype, "auto"), (generated, 0), (resume, False)
-        for name, (value, usual) in zip(("device", "dtype", "generated", "resume"), left_out, strict=True):
-            if value != usual:
-                raise InputError(
-                    f"{name} cannot be {shown(value)} for a model in memory: leave it out, or give a folder"
-                )
-        loaded = model if isinstance(model, LoadedModel) else LoadedModel(model, None, model.config.name_or_path or "")
-        loaded = replace(loaded, tokenizer=loaded.tokenizer if tokenizer is None else tokenizer)
-        place = None if output is None else Output(Path(output), overwrite, reads=(loaded.source,))
-        run = _InMemory(loaded, options, chosen, place, sequences, progress, on_event)
-        return run.prune(calibration)
-    if output is None or tokenizer is not None:
-        problem = (
-            "is written to a folder: name it by output" if output is None else "brings its tokenizer: leave it out"
+    place = None if output is None else Output(Path(output), overwrite, resume, reads=(named,) if named else ())
+    if named and (place is None or tokenizer is not None):
+        problem = "is written to a folder: name it by output" if place is None else "brings its tokenizer: leave it out"
+        raise InputError(f"the model {named} {problem}, or give a model in memory")
+    reporter = Reporter(Console(stderr=True, quiet=not progress))
+    if isinstance(model, str | Path):
+        assert place is not None
+        return _FromSource(options, chosen, place, sequences, on_event).prune(calibration, reporter)
+    for name, value, usual in (("device", device, "auto"), ("dtype", dtype, "auto"), ("resume", resume, False)):
+        if value != usual:
+            raise InputError(f"{name} cannot be {shown(value)} for a model in memory: leave it out, or give a folder")
+    loaded = model if isinstance(model, LoadedModel) else LoadedModel(model, None, model.config.name_or_path or "")
+    loaded = replace(loaded, tokenizer=loaded.tokenizer if tokenizer is None else tokenizer)
+    return _InMemory(options, chosen, place, sequences, on_event, loaded, progress).prune(calibration)
+
+
+@dataclass(frozen=True, eq=False)
+class _FromSource:
+    """A run on a folder or a name, with the options that were checked."""
+
+    options: Options
+    recipe: Recipe
+    output: Output
+    sequences: str
+    on_event: Callable[[Event], None]
+
+    def prune(self, calibration: Any, reporter: Reporter) -> Report | None:
+        """Prune the model into the output, and return the report; None in all but the first process of torchrun."""
+        options, chosen = self.options, self.recipe
+        whole = WholeRun(
+            model=options.model,
+            dtype=options.dtype,
+            device=options.device,
+            output=self.output,
+            save_dtype=options.save_dtype,
+            max_shard_size=options.max_shard_size,
+            workers=workers_of(chosen.propagation, options.workers, None),
+            states=options.states,
+            generated=options.generated,
         )
-        raise InputError(f"the model {options.model} {problem}, or give a model in memory")
-    whole = WholeRun(
-        model=options.model,
-        dtype=dtype,
-        device=device,
-        output=Output(Path(output), overwrite, resume, reads=(options.model,)),
-        save_dtype=save_dtype,
-        max_shard_size=max_shard_size,
-        workers=workers_of(chosen.propagation, workers, None),
-        states=options.states,
-        generated=generated,
-    )
-    whole.check()
-    held = None if isinstance(calibration, str | Path) else GivenCalibration.of(calibration)
-    name = str(calibration) if held is None else held.name
-    options = options.with_calibration(name, chosen) if held is None else replace(options, **held.size)
-    windows = None if held is None else held.windows
-    if windows is not None:
-        _check_tokens_alone(chosen, generated)
-    resolved, reporter = options.resolve(chosen), Reporter(Console(stderr=True, quiet=not progress))
-    if windows is not None:
-        check_batches(resolved.config, windows.batches)
-    data = (name, sequences)
-    done = run_on_text(whole, resolved, data, given=held, reporter=reporter, started=started(), also=on_event)
-    if done is None:
-        return None
-    report, saved = done
-    if saved is not None:
-        resolved.check(Path(output))
-    return report
+        whole.check()
+        held = None if isinstance(calibration, str | Path) else GivenCalibration.of(calibration)
+        name = str(calibration) if held is None else held.name
+        options = options.with_calibration(name, chosen) if held is None else replace(options, **held.size)
+        windows = None if held is None else held.windows
+        if windows is not None:
+            _check_tokens_alone(chosen, options.generated)
+        resolved = options.resolve(chosen)
+        if windows is not None:
+            check_batches(resolved.config, windows.batches)
+        data = (name, self.sequences)
+        done = run_on_text(whole, resolved, data, given=held, reporter=reporter, started=started(), also=self.on_event)
+        if done is None:
+            return None
+        report, saved = done
+        if saved is not None:
+            resolved.check(self.output.folder)
+        return report
 
 
 def _check_tokens_alone(recipe: Recipe, generated: int) -> None:
@@ -141,13 +153,13 @@ def _check_tokens_alone(recipe: Recipe, generated: int) -> None:
 class _InMemory:
     """A run on a model in memory, with the options that were checked."""
 
-    loaded: LoadedModel
     options: Options
     recipe: Recipe
     output: Output | None
     sequences: str
-    progress: bool
     on_event: Callable[[Event], None]
+    loaded: LoadedModel
+    progress: bool
 
     def prune(self, calibration: Any) -> Report:
         """Prune the model in place, write it where there is an output, and return the report."""
@@ -189,6 +201,10 @@ class _InMemory:
 
     def _check(self, calibration: Any) -> None:
         """Raise InputError unless the model can be pruned and written with these options, whatever the tokens."""
+        if self.options.generated:
+            raise InputError(
+                "generated windows need the dense model's own folder: leave generated out, or give the folder"
+            )
         if self.loaded.tokenizer is not None:
             remedy = "give the tokenizer itself, e.g. AutoTokenizer.from_pretrained(NAME)"
             check_kind("the tokenizer", self.loaded.tokenizer, PreTrainedTokenizerBase, remedy)
@@ -199,4 +215,4 @@ class _InMemory:
         size_of(self.options.max_shard_size)
         check_dtype(self.options.save_dtype)
         if self.output is not None:
-            self.output.check()
+            replace(self.output, reads=(self.loaded.source,)).check()

@@ -85,15 +85,7 @@ def prune(
     - `on_event` receives the events of the run, and `progress` shows them on stderr with the time left.
     """
     check_kind("the model", model, torch.nn.Module, "give the model itself, e.g. load_model(...).model")
-    check_kind("the recipe", recipe, (str, Recipe), "give a name, or a Recipe, e.g. load_recipe('wanda')")
-    if allocation is not None and not isinstance(allocation, Allocation):
-        fields, allocation = fields | {"allocation": allocation}, None
-    recipe = recipe_with(recipe, fields)
-    if recipe.vocabulary is not None:
-        raise InputError(
-            "a recipe with a smaller vocabulary needs the text, not its tokens: call prune_vocabulary first, and then "
-            "prune with vocabulary none, on tokens of the new tokenizer"
-        )
+    recipe, allocation = _settings(recipe, allocation, fields)
     began, decoder = time.perf_counter(), Decoder(model, store, images=images)
     every = check_batches(model.config, batches, images)
     request = Request(
@@ -121,6 +113,20 @@ def prune(
         workers=workers,
         partial_sums=partial_sums,
     )
+
+
+def _settings(recipe: str | Recipe, allocation: Any, fields: dict[str, Any]) -> tuple[Recipe, Allocation | None]:
+    """Return the recipe with its fields, and the allocation that replaces its sparsity, if one is given."""
+    check_kind("the recipe", recipe, (str, Recipe), "give a name, or a Recipe, e.g. load_recipe('wanda')")
+    if allocation is not None and not isinstance(allocation, Allocation):
+        fields, allocation = fields | {"allocation": allocation}, None
+    recipe = recipe_with(recipe, fields)
+    if recipe.vocabulary is not None:
+        raise InputError(
+            "a recipe with a smaller vocabulary needs the text, not its tokens: call prune_vocabulary first, and then "
+            "prune with vocabulary none, on tokens of the new tokenizer"
+        )
+    return recipe, allocation
 
 
 @full_precision()

@@ -104,7 +104,7 @@ def test_a_target_decides_the_shapes(attempt: Attempt) -> None:
         ({"tokenizer": "demo"}, "the tokenizer cannot be 'demo': give the tokenizer itself"),
         ({"device": "cpu"}, "device cannot be 'cpu' for a model in memory"),
         ({"resume": True}, "resume cannot be True for a model in memory"),
-        ({"generated": 2}, "generated cannot be 2 for a model in memory"),
+        ({"generated": 2}, "generated windows need the dense model's own folder"),
         ({"save_dtype": "int3"}, "int3"),
         ({"recipe": "fsap"}, "fsap"),
         ({"sparsty": 0.2}, r"a recipe has no field 'sparsty' \(did you mean sparsity\?\)"),

@@ -224,7 +224,7 @@ MISTAKES: dict[str, Callable[[], Any]] = {
     r"answer of Bare cannot be of type Tensor: return Answer\(weight\)": lambda: solve(ROWS, Bare()),
     r"answer of Short must be \[4, 8\], not \[2, 8\]": lambda: solve(ROWS, Short()),
     "model cannot be 'llama': give the model itself": lambda: prune("llama", [], Recipe()),
-    "recipe cannot be 'wanda': give an object": lambda: prune(torch.nn.Linear(1, 1), [], "wanda"),
+    "recipe cannot be 7: give a name": lambda: prune(torch.nn.Linear(1, 1), [], 7),
 }
 """the words of each error, and the call that raises it; the wrong types are the mistakes"""
 
