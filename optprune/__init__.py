@@ -126,16 +126,12 @@ def _load(folder: str, *, dtype: str = "auto", device: str = "cpu") -> Any:
 
 _DEPRECATED = {"load": ("optprune.load(X) is optprune.load_model(X).model now", _load)}
 """names of the version before, each with the sentence that names the new one"""
-__version__: str
-"""the version of the installed package"""
+__version__ = "0.2.0.dev0"
+"""the version, which the package metadata reads from here"""
 
 
 def __getattr__(name: str) -> Any:
     """Import on first use, so that `optprune --help` and the solvers do not wait for transformers."""
-    if name == "__version__":
-        from importlib.metadata import version
-
-        return version("optprune")
     if name in _DEPRECATED:
         import warnings
 

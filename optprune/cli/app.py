@@ -2,11 +2,11 @@
 
 import sys
 from collections.abc import Sequence
-from importlib.metadata import version
 from typing import Annotated
 
 import typer
 
+from optprune import __version__
 from optprune.cli.audit import audit_command
 from optprune.cli.benchmark_model import benchmark_model_command
 from optprune.cli.compare import compare_command
@@ -39,7 +39,7 @@ app = typer.Typer(
 
 def _print_version(requested: bool) -> None:
     if requested:
-        typer.echo(f"optprune {version('optprune')}")
+        typer.echo(f"optprune {__version__}")
         raise typer.Exit
 
 

@@ -19,10 +19,13 @@ from optprune.models.checkpoint import own_or_cached
 from optprune.models.gguf import gguf_tokenizer
 from optprune.models.sources import NO_CODE, locate, reading
 from optprune.system.files import read_json
+from optprune.system.optional import check_installed
 
 MOST_GROWTH = 150
 """the most times as long a text may become: the rules of sentencepiece, NFKC and spaces as symbols, come to 132"""
 FILE = "tokenizer.json"
+SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
+"""the names of tokenizers that are a sentencepiece model alone"""
 PARTS = ("normalizer", "pre_tokenizer", "decoder")
 SEQUENCES = ("normalizers", "pretokenizers", "decoders")
 
@@ -69,11 +72,23 @@ def _check_file(where: str, source: str) -> None:
     A file that cannot be read is left to the library that reads it.
     """
     data: Any = None
+    file = None
     with suppress(OSError, ValueError):
         file = own_or_cached(where, FILE)
         data = None if file is None else read_json(Path(file).read_text(encoding="utf-8"), FILE)
+    if file is None:
+        _check_sentencepiece(where, source)
     if isinstance(data, Mapping):
         _check([data.get(part) for part in PARTS], source)
+
+
+def _check_sentencepiece(where: str, source: str) -> None:
+    """Raise InputError where a tokenizer is a sentencepiece model alone, and what converts it is not installed."""
+    found = (own_or_cached(where, name) for name in SENTENCEPIECE)
+    # Such a model begins with the tag of its first piece; others of the name are lists of ranks.
+    if any(file is not None and Path(file).read_bytes()[:1] == b"\n" for file in found):
+        for package in ("sentencepiece", "google.protobuf"):
+            check_installed(package, "sentencepiece", f"the tokenizer of {source}, a sentencepiece model,")
 
 
 def _check_loaded(tokenizer: Tokenizer | None, source: str) -> None:

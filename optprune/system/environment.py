@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from optprune import __version__
 from optprune.errors import InputError
 from optprune.system.wording import shown
 
@@ -61,7 +62,7 @@ def versions() -> dict[str, str]:
     import torch
 
     return {
-        "optprune": version("optprune"),
+        "optprune": __version__,
         "torch": torch.__version__,
         "transformers": version("transformers"),
         "python": platform.python_version(),

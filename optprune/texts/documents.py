@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from optprune.errors import InputError, is_out_of_memory
 from optprune.system.environment import installed_file
 from optprune.system.files import read_json_lines
+from optprune.system.optional import optional
 from optprune.system.wording import counted, one_line, shown
 
 if TYPE_CHECKING:  # transformers takes seconds to import
@@ -308,9 +309,8 @@ def _read_csv(path: Path, column: str | None) -> Iterator[Document]:
 
 
 def _read_parquet(path: Path, column: str | None) -> Iterator[Document]:
-    import pyarrow
-    from pyarrow import parquet
-
+    pyarrow = optional("pyarrow", "parquet", f"the text {path}, a Parquet file,")
+    parquet = optional("pyarrow.parquet", "parquet", f"the text {path}, a Parquet file,")
     row = 0
     try:
         with parquet.ParquetFile(path) as file:
@@ -351,8 +351,7 @@ def _read_dataset(spec: str) -> list[Document]:
 
 def _loaded(spec: str, *name: str, **options: Any) -> Any:
     """Return a data set of the library `datasets`; InputError, which names it by its `spec`, where there is none."""
-    import datasets
-
+    datasets = optional("datasets", "datasets", f"the data set {spec}")
     try:
         return datasets.load_dataset(*name, **options)
     except Exception as error:  # the library raises errors of many classes
