@@ -15,6 +15,8 @@ Conventions, obeyed everywhere:
 
 from typing import TYPE_CHECKING, Any
 
+from optprune.system.version import VERSION
+
 if TYPE_CHECKING:
     from optprune.allocation import Allocation
     from optprune.calibration import Statistics
@@ -126,8 +128,7 @@ def _load(folder: str, *, dtype: str = "auto", device: str = "cpu") -> Any:
 
 _DEPRECATED = {"load": ("optprune.load(X) is optprune.load_model(X).model now", _load)}
 """names of the version before, each with the sentence that names the new one"""
-__version__ = "0.2.0.dev0"
-"""the version, which the package metadata reads from here"""
+__version__ = VERSION
 
 
 def __getattr__(name: str) -> Any:

@@ -6,7 +6,6 @@ from typing import Annotated
 
 import typer
 
-from optprune import __version__
 from optprune.cli.audit import audit_command
 from optprune.cli.benchmark_model import benchmark_model_command
 from optprune.cli.compare import compare_command
@@ -29,6 +28,7 @@ from optprune.cli.serve_check import serve_check_command
 from optprune.cli.solve import solve_command
 from optprune.system.environment import check_docstrings
 from optprune.system.interrupts import raise_on_signals
+from optprune.system.version import VERSION
 
 app = typer.Typer(
     add_completion=False,
@@ -39,7 +39,7 @@ app = typer.Typer(
 
 def _print_version(requested: bool) -> None:
     if requested:
-        typer.echo(f"optprune {__version__}")
+        typer.echo(f"optprune {VERSION}")
         raise typer.Exit
 
 

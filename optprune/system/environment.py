@@ -9,8 +9,8 @@ from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from optprune import __version__
 from optprune.errors import InputError
+from optprune.system.version import VERSION
 from optprune.system.wording import shown
 
 if TYPE_CHECKING:  # the import of torch takes seconds
@@ -62,7 +62,7 @@ def versions() -> dict[str, str]:
     import torch
 
     return {
-        "optprune": __version__,
+        "optprune": VERSION,
         "torch": torch.__version__,
         "transformers": version("transformers"),
         "python": platform.python_version(),
