@@ -49,6 +49,31 @@ def ended(words: list[str], at: int | str | float | None, how: str, note: str, o
     return status
 
 
+def program(code: str) -> int:
+    """Run a program that uses the library; an error of optprune ends it as it ends a command."""
+    import sys
+
+    from optprune.errors import OptpruneError
+
+    sys.path.insert(0, "")  # modules in the working folder
+    try:
+        exec(compile(code, "program.py", "exec"), {"__name__": "__main__"})
+    except OptpruneError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def checks(name: str, given: dict[str, Any]) -> int:
+    """Look at a result by means that are not optprune's: 0, or 1 with a sentence."""
+    from tests.helpers.torture.checks import CHECKS
+
+    fault = CHECKS[name](**given)
+    if fault:
+        print(fault)
+    return 1 if fault else 0
+
+
 def stock(folder: str) -> int:
     """Make what inputs are made of."""
     from tests.helpers.torture.stock import make
@@ -137,6 +162,27 @@ def of_comparison(place: Path) -> str | None:
     return None if (place / "comparison.md").read_text().strip() else "the table is empty"
 
 
+def of_vision(place: Path) -> str | None:
+    """What is wrong with a folder of a model of text and images that `prune` wrote."""
+    from optprune.report import audit
+
+    strict(place / "report.json")
+    faults = audit(place).faults
+    return faults[0].sentence if faults else None
+
+
+def of_config(place: Path) -> str | None:
+    """What is wrong with a folder whose config is for another program."""
+    strict(place / "config.json")
+    return None
+
+
+def of_frontier(place: Path) -> str | None:
+    """What is wrong with the folder of a frontier."""
+    data = strict(place / "frontier.json")
+    return of_page(place / "frontier.html") if data["rows"] else "there are no rows"
+
+
 def of_page(place: Path) -> str | None:
     """What is wrong with a page."""
     text = place.read_text(encoding="utf-8")
@@ -160,6 +206,9 @@ LOADS = {
     "comparison": of_comparison,
     "page": of_page,
     "solution": of_solution,
+    "vision": of_vision,
+    "config": of_config,
+    "frontier": of_frontier,
 }
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from tests.helpers.torture.sandbox import Sandbox
 from tests.helpers.torture.spoil import Spoiler
 from tests.helpers.torture.stock import Stock
+from tests.helpers.torture.words import listed
 
 FAILED = 2
 """the exit status of a command that refuses what it was given"""
@@ -32,7 +33,15 @@ class Case:
     whole: Path | None = None
     """the output that a run which goes on must come to"""
     strays: tuple[Path, ...] = ()
-    """files of somebody else in the run folder"""
+    """files of somebody else in the run folder, or in the place of the output"""
+    code: str | None = None
+    """a program in Python, in place of a command"""
+    first: tuple["Case", ...] = ()
+    """what is tried before it in the same sandbox, and judged as it is"""
+    checks: tuple[tuple[str, dict[str, Any]], ...] = ()
+    """what else is looked at where it succeeds: names in `checks.CHECKS`, with what these are given"""
+    named: tuple[str, ...] = ()
+    """what the sentence of a refusal must hold"""
 
 
 class Drawn:
@@ -97,9 +106,31 @@ class Drawn:
     def export_onnx(self, *more: str, **options: Any) -> Case:
         return Case(self.words.export(self.output, *more, **{"format": "onnx"} | options), self.output, "onnx")
 
+    def program(self, code: str, *, files: dict[Path, str] | None = None, **more: Any) -> Case:
+        """A program that uses the library, and says something where it succeeds."""
+        return Case([], code=code, files=files or {}, **more)
+
     def reading(self) -> Case:
         """A command that reads the model."""
         return self.rng.choice(READING)(self)
+
+    def export_packed(self) -> Case:
+        return Case(self.words.export(self.output, format="compressed-tensors"), self.output, "config")
+
+    def frontier(self, *more: str, **options: Any) -> Case:
+        return Case(self.words.frontier(self.output, *more, **options), self.output, "frontier")
+
+    def problems(self, *more: str, **options: Any) -> Case:
+        case = Case(self.words.problems(self.output, *more, **options), self.output)
+        return replace(case, checks=(("problems", {"folder": str(self.output)}),))
+
+    def experts(self, model: Path, texts: list[str], scores: Path | None, options: dict[str, Any]) -> Case:
+        """The use of experts by texts, with the file of scores where it is asked for."""
+        words = ["experts", str(model), *(word for text in texts for word in ("--text", text)), *listed(options)]
+        if scores is None:
+            return self._with_json(words)
+        checks = (("scores", {"file": str(scores)}),)
+        return Case([*words, "--scores", str(scores)], files={scores: "json"}, checks=checks)
 
     def _with_json(self, words: list[str]) -> Case:
         if self.rng.random() < 0.5:

@@ -30,6 +30,8 @@ def judged(case: Case, told: Told, before: dict[bytes, Any], after: dict[bytes, 
     found = [*of_the_end(case, told), *of_words(told), *of_files(case, told, before, after)]
     if told.status in (0, 1) and not found:
         found += of_outputs(case, told, children)
+    if told.status == FAILED:
+        found += [f"the sentence does not name {word}" for word in case.named if word not in told.err]
     return found
 
 
@@ -127,6 +129,11 @@ def of_outputs(case: Case, told: Told, children: Children) -> Iterator[str]:
         if loaded.status != 0:
             reason = (loaded.out.strip().splitlines() or loaded.err.strip().splitlines() or ["no word"])[-1]
             yield f"{place.name} does not load: {reason}"
+    for name, given in case.checks if told.status == 0 else ():
+        looked = children.call("checks", children.folder, name=name, given={"told": told.out + told.err} | given)
+        if looked.status != 0:
+            lines = (looked.out.strip() or looked.err.strip() or "no word").splitlines()
+            yield f"{name}: {lines[-1]}"
     if case.whole is not None and case.output is not None:
         theirs = {str(stray.relative_to(case.run)) for stray in case.strays if case.run is not None}
         for name in sorted(differing(contents(case.output), contents(case.whole)) - theirs):

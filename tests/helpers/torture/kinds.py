@@ -10,6 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from tests.helpers.torture.drawing import Case, Drawn, damaged_json
+from tests.helpers.torture.kinds_of_runs import (
+    bits, budget, cluster, damaged_report, foreign, frontier, layers, measured, mixture, packed, positions, quantised,
+    scales, vision,
+)
+from tests.helpers.torture.kinds_of_texts import constant, folder, lines, parquet, records, table
 from tests.helpers.torture.sandbox import MARK, TAG
 from tests.helpers.torture.stock import RUNS
 
@@ -468,5 +473,7 @@ KINDS: dict[str, Callable[[Drawn], Case]] = {
     for kind in (
         config, weights, index, tokenizer, gguf, against, recipe, allocation, text, option, output, drafts, heal,
         compare, report, audit, evaluate, export, plan, damaged_run, goal, problem,
+        table, lines, parquet, folder, records, constant, scales, measured, budget, foreign, frontier, positions, bits,
+        packed, quantised, vision, mixture, layers, cluster, damaged_report,
     )
 }  # fmt: skip

@@ -4,7 +4,7 @@ import csv
 import json
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tests.helpers.torture.words import Words
@@ -39,11 +39,23 @@ PLACES = {
     "questions": "questions.jsonl",
     "evaluation": "evaluation.json",
     "speed": "speed.json",
+    "other": "other",
+    "other_evaluation": "other-evaluation.json",
+    "other_speed": "other-speed.json",
+    "mixture": "mixture",
+    "positions": "positions",
+    "vision": "vision",
+    "records": "images/records.jsonl",
+    "quantised": "quantised",
     "problem": "problem.safetensors",
     "runs": "runs",
     "whole": "whole",
 }
 QUESTIONS = [{"question": "2 + 2 =", "choices": ["3", "4"], "answer": 1}] * 3
+TIMED = ("--prompt-tokens", "8", "--new-tokens", "2", "--repeats", "1")
+FP8 = {"quant_method": "fp8", "weight_block_size": [16, 16]}
+GPTQ = {"quant_method": "gptq", "desc_act": False, "sym": False}
+AWQ = {"quant_method": "awq", "version": "gemm", "zero_point": True}
 RUNS = {"prune": "block-00000.json", "heal": "progress.json", "compare": "wanda-0.5-seed0.json"}
 """the commands of which the stock has the whole output, and a run that was killed after it wrote a file"""
 
@@ -84,6 +96,36 @@ def make(folder: Path) -> None:
     assert command(measured) == 0
     for name in RUNS:
         begin(stock, name)
+    make_others(stock)
+
+
+def make_others(stock: Stock) -> None:
+    """Write models of other kinds, and what was measured of the pruned model and of another one."""
+    from tests.helpers.image_records import save_with_processor, write_records
+    from tests.helpers.quantised_folders import GROUP, awq, fp8, gptq, quantised_folder
+    from tests.helpers.tiny_models import save_tiny, tiny_mixture, tiny_opt
+    from tests.helpers.torture.calls import command
+
+    save_tiny(tiny_mixture("qwen3_moe"), stock.mixture)
+    save_tiny(tiny_opt(max_position_embeddings=64), stock.positions)
+    save_with_processor("llava", stock.vision)
+    write_records(stock.records.parent)
+    stock.quantised.mkdir()
+    in_words = {"bits": 4, "group_size": GROUP}
+    quantised_folder(stock.quantised / "fp8", "llama", fp8((16, 16)), FP8)
+    quantised_folder(stock.quantised / "gptq", "llama", gptq(), GPTQ | in_words)
+    quantised_folder(stock.quantised / "awq", "llama", awq, AWQ | in_words)
+    words = stock.words()
+    assert command(words.prune(stock.other, "--set", "allocation.multiple=1", sparsity=0.4)) == 0
+    for folder, evaluation, speed in (
+        (stock.pruned, None, stock.speed),
+        (stock.other, stock.other_evaluation, stock.other_speed),
+    ):
+        if evaluation is not None:
+            of_other = ["--against", str(stock.model), "--json", str(evaluation)]
+            assert command(replace(words, pruned=folder).evaluate(*of_other)) == 0
+        timed = ["benchmark-model", str(folder), *TIMED, "--json", str(speed)]
+        assert command(timed) == 0
 
 
 def begin(stock: Stock, name: str) -> None:
@@ -105,3 +147,4 @@ def begin(stock: Stock, name: str) -> None:
     for left in stock.runs.iterdir():
         if left.name not in RUNS:
             shutil.rmtree(left) if left.is_dir() else left.unlink()
+

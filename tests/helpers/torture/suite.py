@@ -28,10 +28,11 @@ class Tried:
 
     def __str__(self) -> str:
         """The faults, the command, and how to try it again."""
-        words = " ".join(map(repr, self.case.words))
         lines = [f"{self.kind}, seed {self.seed}, input {self.number}:"]
         lines += [f"  fault: {each}" for each in self.faults]
-        lines += [f"  command: optprune {words}"]
+        for case in (*self.case.first, self.case):
+            lines += [f"  command: optprune {' '.join(map(repr, case.words))}"] if case.code is None else []
+            lines += [f"  program: {line}" for line in (case.code or "").splitlines()]
         lines += [f"  again: python -m tests.helpers.torture --seeds {self.seed} --inputs {self.number}"]
         return "\n".join([*lines, *(f"  | {line[:600]}" for line in self.told.err.splitlines()[-4:])])
 
@@ -67,16 +68,26 @@ class Suite:
         with chdir(sandbox.inputs):
             case = KINDS[kind](Drawn(sandbox, self.stock, rng))
         sandbox.plant()
-        before = sandbox.state()
-        environment = {"HOME": str(self.children.home)}
-        told = self.children.command(case.words, sandbox.inputs, environment=environment)
-        faults = judged(case, told, before, sandbox.state(), self.children)
+        faults = list[str]()
+        for each in case.first:
+            faults += [f"before: {fault}" for fault in self._one_case(each, sandbox)[1]]
+        told, found = self._one_case(case, sandbox)
+        faults += found
         faults += [f"it wrote {place.name} into the home directory" for place in self.children.home.iterdir()]
         for place in self.children.home.iterdir():
             shutil.rmtree(place) if place.is_dir() else place.unlink()
         if not self.keep:
             shutil.rmtree(folder)
         return Tried(seed, number, kind, case, told, faults)
+
+    def _one_case(self, case: Case, sandbox: Sandbox) -> tuple[Told, list[str]]:
+        """How a command or a program ended, and its faults."""
+        before, environment = sandbox.state(), {"HOME": str(self.children.home)}
+        if case.code is None:
+            told = self.children.command(case.words, sandbox.inputs, environment=environment)
+        else:
+            told = self.children.call("program", sandbox.inputs, code=case.code, environment=environment)
+        return told, judged(case, told, before, sandbox.state(), self.children)
 
     def close(self) -> None:
         """End the process."""

@@ -37,6 +37,13 @@ class Words:
         given |= {"output": output, "samples": 4, "seq_length": 32, "windows": 3, "units": "weights"}
         return ["compare", str(self.model), *listed(given | options), *more]
 
+    def frontier(self, output: Path, *more: str, **options: Any) -> list[str]:
+        return ["frontier", str(self.model), *listed({"output": output} | options), *more]
+
+    def problems(self, output: Path, *more: str, **options: Any) -> list[str]:
+        given = {"calibration": self.text, "output": output, "samples": 4, "seq_length": 32}
+        return ["problems", str(self.model), *listed(given | options), *more]
+
     def evaluate(self, *more: str, **options: Any) -> list[str]:
         given = {"text": self.held, "seq_length": 32, "windows": 2}
         return ["evaluate", str(self.pruned), *listed(given | options), *more]
