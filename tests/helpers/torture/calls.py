@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from contextlib import chdir
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -55,12 +56,13 @@ def program(code: str) -> int:
 
     from optprune.errors import OptpruneError
 
-    sys.path.insert(0, "")  # modules in the working folder
-    try:
-        exec(compile(code, "program.py", "exec"), {"__name__": "__main__"})
-    except OptpruneError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    sys.path.insert(0, str(Path.cwd()))  # with modules of one's own
+    with TemporaryDirectory() as folder, chdir(folder):
+        try:
+            exec(compile(code, "program.py", "exec"), {"__name__": "__main__"})
+        except OptpruneError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
     return 0
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.helpers.torture.drawing import Case, Drawn, damaged_json
+from tests.helpers.torture.kinds_of_code import choice, in_memory, numbers, own_objective, own_solver, stated
 from tests.helpers.torture.kinds_of_runs import (
     bits, budget, cluster, damaged_report, foreign, frontier, layers, measured, mixture, packed, positions, quantised,
     scales, vision,
@@ -474,6 +475,7 @@ KINDS: dict[str, Callable[[Drawn], Case]] = {
         config, weights, index, tokenizer, gguf, against, recipe, allocation, text, option, output, drafts, heal,
         compare, report, audit, evaluate, export, plan, damaged_run, goal, problem,
         table, lines, parquet, folder, records, constant, scales, measured, budget, foreign, frontier, positions, bits,
-        packed, quantised, vision, mixture, layers, cluster, damaged_report,
+        packed, quantised, vision, mixture, layers, cluster, damaged_report, own_solver, own_objective, choice, numbers,
+        stated, in_memory,
     )
 }  # fmt: skip
