@@ -100,11 +100,12 @@ def own_solver(drawn: Drawn) -> Case:
     code, named = own_code(drawn)
     (drawn.sandbox.inputs / "own.py").write_text(code)
     found = drawn.output.with_name("answer.safetensors")
-    words = ["solve", str(drawn.stock.problem), f"--solver=own:{drawn.rng.choice(['Mine'] * 9 + ['Other'])}"]
+    name = drawn.rng.choice(["Mine"] * 9 + ["Other"])
+    words = ["solve", str(drawn.stock.problem), f"--solver=own:{name}"]
     words += ["--max-steps=5", "--max-seconds=5", f"--output={found}"]
     checks = (("answer", {"file": str(found), "problem": str(drawn.stock.problem)}),)
     # An answer that is not feasible is told of, written, and ends with 1.
-    return Case(words, files={found: "solution"}, statuses=(0, 1, FAILED), checks=checks, named=(named,) if named else ())
+    return Case(words, files={found: "solution"}, statuses=(0, 1, FAILED), checks=checks, named=(named,) if named and name == "Mine" else ())
 
 
 PRUNED = """

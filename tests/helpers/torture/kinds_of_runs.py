@@ -37,6 +37,7 @@ def scales(drawn: Drawn) -> Case:
         data = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps(data | {"dtype": "bfloat16"}))
     kind = rng.choice(TYPES)
+    drawn.output.parent.mkdir(exist_ok=True)
     case = drawn.export_gguf(type=kind)
     assert case.output is not None
     given = {"file": str(case.output), "folder": str(folder), "type": kind}
@@ -54,6 +55,7 @@ def measured(drawn: Drawn) -> Case:
         data = bytearray((folder / "model.safetensors").read_bytes())
         data[-7] ^= 64
         (folder / "model.safetensors").write_bytes(data)
+    drawn.output.parent.mkdir(exist_ok=True)
     case = drawn.report(**{name: getattr(drawn.stock, place)})
     return replace(case, statuses=(0,) if whose == "own" else (FAILED,))
 
@@ -120,6 +122,7 @@ def frontier(drawn: Drawn) -> Case:
     right |= {"against": drawn.stock.pruned}
     if rng.random() < 0.5:
         right |= {"recipes": "magnitude", "sparsities": "0.4", "calibration": drawn.stock.text, "samples": 4}
+    drawn.output.parent.mkdir(exist_ok=True)
     speed = ["--no-speed"] if name not in ("repeats", "prompt_tokens", "new_tokens") else []
     bad = drawn.frontier(*speed, **right | {name: rng.choice(wrong[name])})
     good = drawn.frontier("--no-speed", **right)

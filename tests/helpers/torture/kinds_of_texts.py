@@ -88,7 +88,7 @@ def table(drawn: Drawn) -> Case:
     if flaw in WRONG:
         if rng.random() < 0.3:
             by_command = [drawn.prune(calibration=file), drawn.evaluate(text=file), drawn.heal(text=file)]
-            return Case(rng.choice(by_command).words, statuses=(FAILED,), named=(file.name,))
+            return Case(rng.choice(by_command).words, statuses=(FAILED,))
         return read(drawn, file, None)
     return read(drawn, file, texts, must=flaw is None, column=rng.choice(["", ":text"]))
 
