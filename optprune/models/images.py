@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
 from transformers.utils.import_utils import is_vision_available
 
-from optprune.errors import InputError
-from optprune.models.sources import NO_CODE, reading
+from optprune.errors import InputError, is_out_of_memory
+from optprune.models.sources import NO_CODE, cause, reading
 from optprune.models.vision import QUANTISED, SHAPES, TEXT, Further, VisionFolder, language_name
 from optprune.numerics.precision import full_precision
 from optprune.system.wording import install
@@ -135,7 +135,7 @@ def image_features(
         ids: Tensor = each["input_ids"].clone()
         here = ids == token
         if bool(here.any()):
-            given = _given_to_language(vision, each)
+            given = _given_to_language(whole, vision, each)
             found = given["inputs_embeds"][here.to(device)].cpu()
             if whole.family.deep:
                 positions.append(given["position_ids"][-3:, 0].cpu())
@@ -159,8 +159,8 @@ class _Reached(Exception):  # control flow, not an error
     """Signal that ends a forward pass at the language part."""
 
 
-def _given_to_language(vision: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments that a vision-language model gives its language part."""
+def _given_to_language(whole: VisionFolder, vision: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments that a vision-language model gives its language part; InputError where it cannot."""
     found = dict[str, Any]()
 
     def catch(_: nn.Module, __: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -173,6 +173,13 @@ def _given_to_language(vision: PreTrainedModel, inputs: Mapping[str, Any]) -> di
     try:
         with suppress(_Reached):
             vision(**given, use_cache=False)
+    except Exception as error:  # of the stock class, for inputs that it does not expect
+        if is_out_of_memory(error):
+            raise
+        raise InputError(
+            f"the model {whole.source} cannot read the images that its processor makes ({cause(error)}): their configs "
+            "do not fit together, so fetch them again"
+        ) from error
     finally:
         handle.remove()
     return found

@@ -168,3 +168,14 @@ def test_a_plan_counts_the_tokens_of_images(tmp_path: Path, capsys: pytest.Captu
     assert phases["pruning"]["parts"]["features of images"] >= 6 * 16 * 64 * 4
     capsys.readouterr()
     assert main([*given, "--no-probe"]) == 0
+
+
+def test_a_processor_that_does_not_fit_the_model_is_refused(tmp_path: Path) -> None:
+    words = words_of("llava", tmp_path)
+    file = Path(words["model"]) / "processor_config.json"
+    settings = json.loads(file.read_text())
+    del settings["vision_feature_select_strategy"]
+    file.write_text(json.dumps(settings))
+    with pytest.raises(InputError, match=r"the images that its processor makes \(Image features .* fetch them again"):
+        optprune.prune_model(**words)
+    assert not words["output"].exists()
