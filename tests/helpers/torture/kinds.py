@@ -417,7 +417,17 @@ def goal(drawn: Drawn) -> Case:
 def problem(drawn: Drawn) -> Case:
     """A file of a problem that is spoiled, or solved by any solver."""
     file = drawn.sandbox.copied(drawn.stock.problem)
-    if drawn.rng.random() < 0.6:
+    if drawn.rng.random() < 0.5:
+        from optprune.problems import save_problem
+        from tests.helpers.bound_cases import SOLVERS as BY_KIND
+        from tests.helpers.bound_cases import case
+        from tests.helpers.structured_cases import grouped_query
+
+        kind, seed = drawn.rng.choice([*BY_KIND, "slots", "slots"]), drawn.rng.randrange(9)
+        file.unlink()
+        save_problem(grouped_query(seed, "mixed") if kind == "slots" else case(kind, seed), file)
+        drawn.spoil.problem(file)
+    elif drawn.rng.random() < 0.6:
         drawn.spoil.safetensors(file)
     name = drawn.rng.choice(
         ["auto", "wanda", "[wanda, swaps]", "reap", "os:getcwd", "x:y", json.dumps(solver(drawn)), ""]

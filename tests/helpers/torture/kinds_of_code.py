@@ -265,7 +265,7 @@ found = solve(problem, max_steps=50, max_seconds=5)
 value = found.value
 assert value.is_floating_point() and bool(value.isfinite().all()), f"the answer is {{value.dtype}}"
 assert math.isfinite(found.objective), f"the objective is {{found.objective}}"
-V, W, X = value.double(), weight.double(), inputs.double()
+V, W, X = value.detach().double(), weight.detach().double(), inputs.double()
 damped = {damping} * X.square().mean(0).mean()
 expected = 0.5 * float(((V - W) @ X.t()).square().sum() / len(X) + damped * (V - W).square().sum())
 scale = 0.5 * float((W @ X.t()).square().sum() / len(X) + damped * W.square().sum())

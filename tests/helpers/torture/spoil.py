@@ -3,6 +3,7 @@
 import json
 import random
 import string
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,52 @@ class Spoiler:
         told = len(header) if self.rng.random() < 0.7 else self.rng.choice([0, 1, size + 1, 2**40, 2**63])
         more = self.rng.randbytes(64) if self.rng.random() < 0.2 else b""
         file.write_bytes(told.to_bytes(8, "little") + header + data[8 + size :] + more)
+
+    def problem(self, file: Path) -> None:
+        """Change a number of a problem in a file, which is signed again as if it had been saved so."""
+        from safetensors import safe_open
+        from safetensors.torch import save_file
+
+        from optprune.numerics.fingerprint import fingerprint
+        from optprune.problems.files import HEADER
+        from optprune.system.files import digest_of
+
+        opened: Any = safe_open(file, "pt")
+        with opened as stream:
+            metadata, tensors = dict(stream.metadata()), {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
+        header = json.loads(metadata[HEADER])
+        del header["digest"]
+        if self.rng.random() < 0.5:
+            spare = file.with_name("fields.json")
+            spare.write_text(json.dumps(header["fields"]))
+            self.json(spare, top=0.0)
+            with suppress(ValueError):  # spoiled so that it is no JSON
+                header["fields"] = json.loads(spare.read_text())
+            spare.unlink()
+        else:
+            name = self.rng.choice(sorted(tensors))
+            tensors[name] = self.tensor(tensors[name])
+        header["tensors"] = fingerprint(sorted(tensors.items()))
+        metadata[HEADER] = json.dumps(header | {"digest": digest_of(header)})
+        save_file(tensors, file, metadata)
+
+    def tensor(self, tensor: Any) -> Any:
+        """Change an entry of a tensor, its shape or its dtype."""
+        import torch
+
+        changed = tensor.clone()
+        how = self.rng.randrange(4)
+        if how < 2 and changed.numel():
+            numbers = [*(number for number in NUMBERS if number < 2**62), -1]
+            odd = [float("nan"), float("inf"), 0.0, 1e30, -1e30, 1e-40]
+            place = self.rng.randrange(changed.numel())
+            number = self.rng.choice(odd if changed.is_floating_point() else numbers)
+            # What is too large for the dtype wraps around.
+            changed.view(-1)[place] = number if changed.is_floating_point() else torch.tensor(number).to(changed.dtype)
+            return changed
+        if how == 2:
+            return self.rng.choice([changed[:-1], changed.flatten(), changed[None], changed[:0]]).contiguous()
+        return changed.to(self.rng.choice([torch.float16, torch.float64, torch.int8, torch.int64, torch.bool]))
 
     def gguf(self, file: Path) -> None:
         """Spoil the header of a GGUF file: its counts, lengths, types and offsets."""
