@@ -229,6 +229,11 @@ class SlotWise(Pattern):
         check_count("the number of units to keep in a slot", self.keep)
 
     def project(self, score: Float[Tensor, " units"]) -> Bool[Tensor, " units"]:
+        if score.shape != self.slots.shape:
+            raise InputError(
+                f"a choice among {len(self.slots)} units takes a score for each, not scores of the shape "
+                f"{list(score.shape)}: single weights have other patterns, e.g. RowWise"
+            )
         order = torch.argsort(self.slots, stable=True)
         mask = torch.zeros_like(self.slots, dtype=torch.bool)
         mask[order] = largest(score[order].reshape(self._count, -1), self.keep).reshape(-1)

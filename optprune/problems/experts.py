@@ -16,7 +16,7 @@ from torch import Tensor
 
 from optprune.errors import InputError, check_count
 from optprune.numerics.fingerprint import LATER, fingerprint
-from optprune.numerics.tensors import all_finite, check_real
+from optprune.numerics.tensors import all_finite, check_mask, check_real
 
 
 def router_gates(logits: Float[Tensor, "tokens experts"], *, sigmoids: bool) -> Float[Tensor, "tokens experts"]:
@@ -124,7 +124,8 @@ class ExpertChoice:
         return torch.einsum("ti,tij,tj->t", few, products, few).clamp_(min=0) / 2
 
     def objective(self, kept: Bool[Tensor, "experts"]) -> float:
-        """Return f, in float64."""
+        """Return f, in float64; InputError where the choice is no mask of the experts."""
+        check_mask("the choice of experts", kept, (self.experts,))
         return float(self.errors(kept).mean())
 
     def violation(self, kept: Bool[Tensor, "experts"]) -> float:

@@ -1,6 +1,7 @@
 """The choice of experts: its cost against mixtures computed by hand, and the solvers against all choices."""
 
 from itertools import combinations
+from typing import Any
 
 import pytest
 import torch
@@ -137,6 +138,14 @@ def test_an_expert_without_tokens_goes_first() -> None:
 def test_fewer_than_the_router_chooses_are_refused(keep: int) -> None:
     with pytest.raises(InputError, match=f"{keep} of 5 experts cannot be kept: the router chooses 2.*keep 2 to 5"):
         ExpertChoice.of(*mixture(0, 5), 2, True, keep)
+
+
+@pytest.mark.usefixtures("as_users_run")
+@pytest.mark.parametrize("kept", [torch.ones(3, dtype=torch.bool), torch.ones(4), [True] * 4])
+def test_a_choice_that_is_no_mask_of_the_experts_is_refused(kept: Any) -> None:
+    problem = ExpertChoice.of(*mixture(0, 4), chosen=2, normalised=True, keep=3)
+    with pytest.raises(InputError, match="the choice of experts"):
+        problem.objective(kept)
 
 
 def test_a_problem_of_a_softmax_has_the_fingerprint_that_it_had_before_there_were_sigmoids() -> None:

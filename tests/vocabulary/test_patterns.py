@@ -91,6 +91,12 @@ def test_an_impossible_count_is_an_error(keep):
         SlotWise(torch.zeros(4, dtype=torch.long), keep).project(score[0])
 
 
+@pytest.mark.usefixtures("as_users_run")
+def test_a_choice_of_units_takes_no_matrix():
+    with pytest.raises(InputError, match=r"takes a score for each, not scores of the shape \[2, 4\]"):
+        SlotWise(torch.zeros(4, dtype=torch.long), 2).project(torch.ones(2, 4))
+
+
 def test_n_of_m_is_of_consecutive_inputs_of_a_row():
     """Of eight outputs and eight inputs, so that the other axis would do as well: groups lie within a row."""
     score = torch.zeros(8, 8)

@@ -109,7 +109,7 @@ def frontier(drawn: Drawn) -> Case:
     rng = drawn.rng
     wrong: dict[str, list[Any]] = {
         "types": ["x", "f16,x", "f16,f16", ""], "pruned_types": ["zz", ","], "seq_length": [0, -1, 1, 10**9],
-        "windows": [0, -1, 10**9], "against": ["missing", drawn.stock.plain, drawn.sandbox.theirs, drawn.stock.mixture],
+        "windows": [0, -1, 10**9], "against": ["missing", drawn.stock.plain, drawn.sandbox.theirs],
         "recipes": ["x", "wanda,no/such.yaml"], "sparsities": ["0", "1", "nan", "x"], "units": ["x", MARK],
         "set": ["x=1", "sparsity", "seed=x"], "calibration": ["missing", drawn.stock.held], "repeats": [0, -1],
         "runtime": ["x"], "generations": [-1], "text": ["missing", drawn.stock.model], "samples": [0, 10**9],
