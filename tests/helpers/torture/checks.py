@@ -26,7 +26,16 @@ OUTSIDE = {
     "output_norm.weight": "model.norm.weight",
     "output.weight": "lm_head.weight",
 }
-ROUNDING = {"f32": 1e-6, "f16": 1e-3, "q8_0": 0.01, "q6_K": 0.04, "q5_K": 0.08, "q5_0": 0.08, "q4_K": 0.15, "q4_0": 0.15}
+ROUNDING = {
+    "f32": 1e-6,
+    "f16": 1e-3,
+    "q8_0": 0.01,
+    "q6_K": 0.04,
+    "q5_K": 0.08,
+    "q5_0": 0.08,
+    "q4_K": 0.15,
+    "q4_0": 0.15,
+}
 """the largest relative change of a tensor by each type"""
 BUDGET = 0.011
 """the share of a budget by which a strict run may miss it, where one unit is less"""
@@ -75,7 +84,9 @@ def weights_of(folder: Path) -> dict[str, Any]:
 def documents(file: str, expected: list[str], told: str) -> str | None:
     """What of the documents in a JSON file is another than the input was made of, in whatever order."""
     found = json.loads(Path(file).read_text())
-    one, other = (Counter(text.replace("\r\n", "\n").replace("\r", "\n") for text in texts) for texts in (found, expected))
+    one, other = (
+        Counter(text.replace("\r\n", "\n").replace("\r", "\n") for text in texts) for texts in (found, expected)
+    )
     if one == other:
         return None
     return f"it read {list((one - other).elements())!r:.200} and not {list((other - one).elements())!r:.200}"
@@ -143,6 +154,5 @@ def scores(file: str, told: str) -> str | None:
 
 
 CHECKS: dict[str, Callable[..., str | None]] = {
-    each.__name__: each
-    for each in (values_of_gguf, documents, sparsity, answer, problems, healed, scores)
+    each.__name__: each for each in (values_of_gguf, documents, sparsity, answer, problems, healed, scores)
 }

@@ -24,8 +24,8 @@ ENVIRONMENTS = {
 def faults(stock: Stock, limit: str, folder: Path) -> list[str]:
     """Prune in an environment, then go on outside of it, and look for faults.
 
-    It ends with the right output, or with one sentence and nothing half-written; a run folder that is left is named, and
-    `--resume` comes to the right output.
+    It ends with the right output, or with one sentence and nothing half-written; a run folder that is left is named,
+    and `--resume` comes to the right output.
     """
     output, whole = folder / "out", contents(stock.whole / "prune")
     run, words = output.with_name("out.run"), stock.words().prune(output)
@@ -45,7 +45,9 @@ def faults(stock: Stock, limit: str, folder: Path) -> list[str]:
         found += ["the run folder is not named"] if run.exists() and str(run) not in "".join(sentences) else []
     status, told = tried("true", [*words, *(["--resume"] if run.exists() else [])], folder)
     found += [f"to go on ended with {status}: {told[-300:]}"] if status != 0 else []
-    found += [f"{name} is another afterwards" for name in sorted(differing(contents(output), whole))] if status == 0 else []
+    found += (
+        [f"{name} is another afterwards" for name in sorted(differing(contents(output), whole))] if status == 0 else []
+    )
     return found + err.splitlines()[-3:] if found else []
 
 

@@ -12,8 +12,20 @@ from typing import Any
 from tests.helpers.torture.drawing import Case, Drawn, damaged_json
 from tests.helpers.torture.kinds_of_code import choice, in_memory, numbers, own_objective, own_solver, stated
 from tests.helpers.torture.kinds_of_runs import (
-    bits, budget, cluster, damaged_report, foreign, frontier, layers, measured, mixture, packed, positions, quantised,
-    scales, vision,
+    bits,
+    budget,
+    cluster,
+    damaged_report,
+    foreign,
+    frontier,
+    layers,
+    measured,
+    mixture,
+    packed,
+    positions,
+    quantised,
+    scales,
+    vision,
 )
 from tests.helpers.torture.kinds_of_texts import constant, folder, lines, parquet, records, table
 from tests.helpers.torture.sandbox import MARK, TAG

@@ -42,7 +42,9 @@ def scales(drawn: Drawn) -> Case:
     assert case.output is not None
     given = {"file": str(case.output), "folder": str(folder), "type": kind}
     # What is wrong with the logits of such a model is no fault of the file.
-    return replace(case, kind=None, checks=(("values_of_gguf", given),), statuses=(0,) if kind == "f32" else (0, FAILED))
+    return replace(
+        case, kind=None, checks=(("values_of_gguf", given),), statuses=(0,) if kind == "f32" else (0, FAILED)
+    )
 
 
 def measured(drawn: Drawn) -> Case:
@@ -165,7 +167,9 @@ def packed(drawn: Drawn) -> Case:
     """A model that was pruned to four bits, or was not, as a folder for vLLM."""
     if drawn.rng.random() < 0.3:
         return drawn.export_packed()
-    before = Drawn.prune(drawn, "--set", "bits.group=16", recipe="gptq", bits=drawn.rng.choice(["w4a16", "w4a16_shifted"]))
+    before = Drawn.prune(
+        drawn, "--set", "bits.group=16", recipe="gptq", bits=drawn.rng.choice(["w4a16", "w4a16_shifted"])
+    )
     made = drawn.output
     drawn.words = replace(drawn.words, pruned=made)
     drawn.sandbox.output = drawn.sandbox.place / "packed"
@@ -191,8 +195,10 @@ def quantised(drawn: Drawn) -> Case:
         tensors = load_file(folder / "model.safetensors")
         name = rng.choice([name for name in sorted(tensors) if "_proj." in name])
         changes: list[Callable[[Any], Any]] = [
-            lambda one: one[:-1].clone(), lambda one: one.flatten(), lambda one: one[..., :0].clone(), lambda one: one.double(),
-            lambda one: (one.float() * float("nan")).to(one.dtype), lambda one: one.t().contiguous() if one.ndim == 2 else one[:1].clone(),
+            lambda one: one[:-1].clone(), lambda one: one.flatten(), lambda one: one[..., :0].clone(),
+            lambda one: one.double(),
+            lambda one: (one.float() * float("nan")).to(one.dtype),
+            lambda one: one.t().contiguous() if one.ndim == 2 else one[:1].clone(),
         ]  # fmt: skip
         tensors[name] = rng.choice(changes)(tensors[name])
         if rng.random() < 0.2:
@@ -205,7 +211,13 @@ def vision(drawn: Drawn) -> Case:
     """A model of text and images, whose processor, config or records are spoiled."""
     rng = drawn.rng
     folder = drawn.model(drawn.stock.vision)
-    names = ["config.json", "processor_config.json", "preprocessor_config.json", "tokenizer_config.json", "chat_template.jinja"]
+    names = [
+        "config.json",
+        "processor_config.json",
+        "preprocessor_config.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+    ]
     file = folder / rng.choice([name for name in names if (folder / name).exists()])
     if rng.random() < 0.7:
         drawn.spoil.json(file) if file.suffix == ".json" else drawn.spoil.bytes(file)
@@ -228,9 +240,22 @@ def mixture(drawn: Drawn) -> Case:
         file.write_text(json.dumps({"scores": {"0": [0.1, 0.2, 0.3, 0.4] * 2, "1": [1, 2, 3, 4] * 2}}))
         if rng.random() < 0.7:
             drawn.spoil.json(file)
-        return drawn.prune(recipe=rng.choice(["reap", "expert_frequency", "experts_best"]), experts=rng.choice([2, 3, 7, 8, 0, 99]), expert_scores=file)
+        return drawn.prune(
+            recipe=rng.choice(["reap", "expert_frequency", "experts_best"]),
+            experts=rng.choice([2, 3, 7, 8, 0, 99]),
+            expert_scores=file,
+        )
     model = rng.choice([drawn.stock.mixture, drawn.stock.mixture, drawn.stock.mixture, drawn.stock.model])
-    texts = [f"a={drawn.stock.text}", f"b={drawn.stock.plain}", "x", "=x", f"{MARK}={drawn.stock.text}", "a=missing", f"a={drawn.stock.plain}", f"={drawn.stock.text}"]
+    texts = [
+        f"a={drawn.stock.text}",
+        f"b={drawn.stock.plain}",
+        "x",
+        "=x",
+        f"{MARK}={drawn.stock.text}",
+        "a=missing",
+        f"a={drawn.stock.plain}",
+        f"={drawn.stock.text}",
+    ]
     chosen = [texts[0], *rng.sample(texts, rng.choice([0, 1, 1, 2]))]
     options: dict[str, Any] = {"samples": 4, "seq_length": 32}
     changed = rng.choice(["samples", "seq_length", "seed", "by", "of", "sequences", "dtype", None, None])
@@ -246,8 +271,10 @@ def layers(drawn: Drawn) -> Case:
     options: dict[str, Any] = {"recipe": rng.choice(["fasp", "wanda", "sparsegpt", "osscar", "alps", "magnitude"])}
     words: dict[str, list[Any]] = {
         "layers": ["*.0.*", "*.9.*", "", "[", "*down_proj", MARK], "samples": [0, 1, 4], "seq_length": [1, 32, 10**9],
-        "sparsity": [0, 1, 0.5, "nan", 0.001], "units": ["all", "weights", "experts", "x"], "pattern": ["2:4", "rows", "x"],
-        "set": ["damping=0", "damping=nan", "x=1", "seed=-1"], "dtype": ["float16", "x"], "calibration": [drawn.stock.csv, "missing"],
+        "sparsity": [0, 1, 0.5, "nan", 0.001], "units": ["all", "weights", "experts", "x"],
+        "pattern": ["2:4", "rows", "x"],
+        "set": ["damping=0", "damping=nan", "x=1", "seed=-1"], "dtype": ["float16", "x"],
+        "calibration": [drawn.stock.csv, "missing"],
     }  # fmt: skip
     name = rng.choice(list(words))
     return drawn.problems(**options | {name: rng.choice([*words[name], drawn.spoil.word()])})
@@ -255,7 +282,18 @@ def layers(drawn: Drawn) -> Case:
 
 def cluster(drawn: Drawn) -> Case:
     """A cluster at an address where nobody listens."""
-    addresses = ["127.0.0.1:1", "127.0.0.1:9", "ray://127.0.0.1:1", "localhost:65535", "127.0.0.1:99999", "x", "", ":", MARK, "http://127.0.0.1:1"]
+    addresses = [
+        "127.0.0.1:1",
+        "127.0.0.1:9",
+        "ray://127.0.0.1:1",
+        "localhost:65535",
+        "127.0.0.1:99999",
+        "x",
+        "",
+        ":",
+        MARK,
+        "http://127.0.0.1:1",
+    ]
     case = drawn.prune(f"--ray={drawn.rng.choice(addresses)}", recipe="alps", propagation="intra")
     return replace(case, statuses=(FAILED,))
 

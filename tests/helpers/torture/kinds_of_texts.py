@@ -7,7 +7,8 @@ from typing import Any
 from tests.helpers.torture.drawing import FAILED, Case, Drawn
 
 PIECES = [
-    "Hello, world", 'a "beta" two', "one\ntwo", "é", "\u2028line\u2029", "a\x85b", " leads", "trails ", "3.5", "-", "#x",
+    "Hello, world", 'a "beta" two', "one\ntwo", "é", "\u2028line\u2029", "a\x85b", " leads", "trails ", "3.5", "-",
+    "#x",
     "tab\there", '""', "", "  ", "it's", "semi;colon", "a\r\nb", "{}", "null", "text", "\u200b", "x" * 3000,
 ]  # fmt: skip
 WRONG = ["a comma", "an open quote", "words behind a quote", "a short row", "two columns", "no column"]
@@ -53,50 +54,51 @@ def table(drawn: Drawn) -> Case:
     texts = [words(drawn) if rng.random() < 0.7 else rng.choice(PIECES) for _ in range(rng.randrange(1, 6))]
     always, end = rng.random() < 0.3, rng.choice(["\n", "\n", "\r\n"])
     rows = [[quoted(text if name == "text" else "7", always) for name in names] for text in texts]
-    flaw = rng.choice([None, None, *WRONG, *WRONG, *ODD])
-    row, place, header = rng.choice(rows), names.index("text"), list(names)
-    if flaw == "a comma":
-        row[place] = "Hello, world"
-    elif flaw == "an open quote":
-        row[place] = '"never closed'
-    elif flaw == "words behind a quote":
-        row[place] = '"beta" two'
-    elif flaw == "a short row":
-        if len(names) == 1:
-            return table(drawn)
-        del row[rng.randrange(len(row))]
-    elif flaw == "two columns":
-        header.append("text")
-        rows = [[*each, "other"] for each in rows]
+    flaws = [None, None, *WRONG, *WRONG, *ODD]
+    flaw = rng.choice([each for each in flaws if len(names) > 1 or each != "a short row"])
+    flawed(drawn, flaw, rows, texts, names)
+    if flaw in HEADERS:
+        names, rows = [*names, *HEADERS[flaw]], [[*row, *(["1"] * len(HEADERS[flaw]))] for row in rows]
     elif flaw == "no column":
-        header[place] = rng.choice(["Text", "texts", " text", ""])
-    elif flaw == "a quote inside":
-        row[place] = '5" disk'
-        texts[rows.index(row)] = '5" disk'
-    elif flaw == "a null":
-        row[place] = "a\0b"
-        texts[rows.index(row)] = "a\0b"
-    elif flaw == "two other columns":
-        header += ["x", "x"]
-        rows = [[*each, "1", "2"] for each in rows]
-    lines = [",".join(header), *(",".join(each) for each in rows)]
+        names[names.index("text")] = rng.choice(["Text", "texts", " text", ""])
+    lines = [",".join(names), *(",".join(row) for row in rows)]
     if flaw == "a blank line":
         lines.insert(rng.randrange(1, len(lines) + 1), "")
     content = end.join(lines) + rng.choice(["", end])
     file = drawn.sandbox.inputs / rng.choice(["t.csv", "t.csv", "t.CSV", "a b.Csv"])
     file.write_bytes(("\ufeff" if rng.random() < 0.2 else "").encode() + content.encode())
-    if flaw in WRONG:
-        if rng.random() < 0.3:
-            by_command = [drawn.prune(calibration=file), drawn.evaluate(text=file), drawn.heal(text=file)]
-            return Case(rng.choice(by_command).words, statuses=(FAILED,))
-        return read(drawn, file, None)
-    return read(drawn, file, texts, must=flaw is None, column=rng.choice(["", ":text"]))
+    if flaw not in WRONG:
+        return read(drawn, file, texts, must=flaw is None, column=rng.choice(["", ":text"]))
+    if rng.random() < 0.3:
+        by_command = [drawn.prune(calibration=file), drawn.evaluate(text=file), drawn.heal(text=file)]
+        return Case(rng.choice(by_command).words, statuses=(FAILED,))
+    return read(drawn, file, None)
+
+
+HEADERS = {"two columns": ["text"], "two other columns": ["x", "x"]}
+"""the columns that a flaw adds"""
+CELLS = {"a comma": "Hello, world", "an open quote": '"never closed', "words behind a quote": '"beta" two'}
+"""the cells of a flaw in which a text would be cut"""
+WHOLE = {"a quote inside": '5" disk', "a null": "a\0b"}
+"""the cells of a flaw that hold the whole text"""
+
+
+def flawed(drawn: Drawn, flaw: str | None, rows: list[list[str]], texts: list[str], names: list[str]) -> None:
+    """Give a row of a table a flaw."""
+    number = drawn.rng.randrange(len(rows))
+    if flaw in CELLS | WHOLE:
+        rows[number][names.index("text")] = (CELLS | WHOLE)[flaw]
+        texts[number] = WHOLE.get(flaw, texts[number])
+    elif flaw == "a short row":
+        del rows[number][drawn.rng.randrange(len(names))]
 
 
 def lines(drawn: Drawn) -> Case:
     """JSON lines with any character in their texts."""
     rng = drawn.rng
-    texts = [words(drawn, 3) + rng.choice(["", "\x0c", "\x1c", "\x0b", "\u2028", "\x85"]) for _ in range(rng.randrange(1, 6))]
+    texts = [
+        words(drawn, 3) + rng.choice(["", "\x0c", "\x1c", "\x0b", "\u2028", "\x85"]) for _ in range(rng.randrange(1, 6))
+    ]
     raw = rng.random() < 0.2
     written = [json.dumps({"text": text, "n": 1}, ensure_ascii=rng.random() < 0.3) for text in texts]
     if raw:  # JSON has them escaped
@@ -123,7 +125,9 @@ def parquet(drawn: Drawn) -> Case:
         arrays = [arrays[0].dictionary_encode()]
     names = {"one": ["text"], "two": ["text", "text"], "two others": ["x", "text", "x"], "none": ["Text"]}[how]
     file = drawn.sandbox.inputs / rng.choice(["t.parquet", "t.PARQUET"])
-    files.write_table(pyarrow.Table.from_arrays(arrays * len(names), names=names), file, row_group_size=rng.choice([1, 9]))
+    files.write_table(
+        pyarrow.Table.from_arrays(arrays * len(names), names=names), file, row_group_size=rng.choice([1, 9])
+    )
     if how in ("two", "none"):
         return read(drawn, file, None)
     return read(drawn, file, texts, must=how == "one")

@@ -147,4 +147,3 @@ def begin(stock: Stock, name: str) -> None:
     for left in stock.runs.iterdir():
         if left.name not in RUNS:
             shutil.rmtree(left) if left.is_dir() else left.unlink()
-
