@@ -53,8 +53,8 @@ class ManifestFolder:
     goes_on: bool = False
     """whether `begin` was called, and has accepted the facts"""
 
-    def __init__(self, folder: str | Path) -> None:
-        """Lock the folder, which is created if needed.
+    def __init__(self, folder: str | Path, *, again: bool = False) -> None:
+        """Lock the folder, which is created if needed; `again` means that an earlier process may have created it.
 
         Raises InputError where it is a link, has foreign content, is damaged, or is locked by another process.
         """
@@ -62,8 +62,9 @@ class ManifestFolder:
         check_manifest_folder(self.folder, self.noun)
         with interrupts_held():
             made = [parent for parent in (self.folder, *self.folder.parents) if not parent.exists()]
-            # A process that was killed before it wrote a manifest leaves only a lock or a draft of the manifest.
-            left = self.folder.exists() and any(self.folder.iterdir()) and _manifest(self.folder, self.noun) is None
+            # A process that was killed before it wrote a manifest leaves a lock, a draft of the manifest, or nothing.
+            there = self.folder.exists() and (again or any(self.folder.iterdir()))
+            left = there and _manifest(self.folder, self.noun) is None
             self.folder.mkdir(parents=True, exist_ok=True)
             # All objects of this process share one lock: an unreleased one is not another process.
             self._lock = FileLock(self.folder / LOCK, is_singleton=True)
@@ -513,7 +514,7 @@ class RunFolder(ManifestFolder, ABC):
 
         Raises InputError for an unfinished run without either.
         """
-        super().__init__(folder)
+        super().__init__(folder, again=resume)
         self.resumed = self.begun and not restart
         """whether the run was begun by an earlier process"""
         self._has_own_scratch = False

@@ -399,6 +399,12 @@ def test_an_empty_folder_of_the_users_is_used_and_stays(prune, tmp_path) -> None
     assert not list((tmp_path / "out.run").iterdir())
 
 
+def test_an_empty_folder_that_a_kill_left_goes_with_the_run_that_is_continued(prune, tmp_path) -> None:
+    (tmp_path / "out.run").mkdir()
+    assert prune("--resume") == 0
+    assert not (tmp_path / "out.run").exists()
+
+
 def test_files_of_the_users_in_a_run_folder_stay(prune, stop_at, monkeypatch, tmp_path, capsys) -> None:
     begun(prune, stop_at, monkeypatch)
     run = tmp_path / "out.run"
