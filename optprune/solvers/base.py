@@ -35,6 +35,10 @@ class Certificate:
     stated_by_file: bool = False
     """whether the bound was read from a file and not proved here"""
 
+    def __post_init__(self) -> None:
+        check_kind("the lower bound of a certificate", self.lower_bound, Real, "give a number")
+        check_kind("the proof of a certificate", self.proof, str, "name the method in words")
+
 
 @dataclass(frozen=True)
 class Record:
@@ -195,6 +199,29 @@ def answer_of(solver: AnySolver, problem: Problem, state: Any) -> Tensor:
             f"{weight.device}: convert the answer, by .to(problem.loss.weight)"
         )
     return value
+
+
+def status_of(solver: AnySolver, problem: Problem, state: Any) -> Status | None:
+    """Return why a solver stops, or None; InputError where it returns something else."""
+    found: object = solver.done(problem, state)
+    if found is not None:
+        check_kind(f"what done of {solver.label} returns", found, Status, "return None to go on, or a Status to stop")
+    return cast(Status | None, found)
+
+
+def bound_of(solver: AnySolver, name: str, found: object) -> Certificate | None:
+    """Return what a method of a solver has returned as a bound; InputError where that is something else."""
+    if found is not None:
+        check_kind(f"what {name} of {solver.label} returns", found, Certificate, "return a Certificate, or None")
+    return cast(Certificate | None, found)
+
+
+def notes_of(solver: AnySolver, state: Any) -> tuple[str, ...]:
+    """Return the notes of a solver; InputError where it returns something else."""
+    found: object = solver.notes(state)
+    if not (isinstance(found, tuple) and all(isinstance(note, str) for note in cast("tuple[object, ...]", found))):
+        raise InputError(f"what notes of {solver.label} returns cannot be {shown(found)}: return a tuple of sentences")
+    return cast("tuple[str, ...]", found)
 
 
 SENSIBLE = (1e-15, 1e15)

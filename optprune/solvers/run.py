@@ -17,7 +17,17 @@ from optprune.numerics.precision import full_precision
 from optprune.numerics.tensors import all_finite, check_tensor
 from optprune.problems import MaskedLeastSquares, Problem
 from optprune.solvers.admm import Admm
-from optprune.solvers.base import AnySolver, Certificate, Solution, Status, answer_of, check_is_solver
+from optprune.solvers.base import (
+    AnySolver,
+    Certificate,
+    Solution,
+    Status,
+    answer_of,
+    bound_of,
+    check_is_solver,
+    notes_of,
+    status_of,
+)
 from optprune.solvers.chain import Chain
 from optprune.solvers.channel_swaps import ChannelSwaps
 from optprune.solvers.conjugate_gradients import ConjugateGradients
@@ -146,12 +156,12 @@ def solve(
         )
         value = _value(solver, transformed, state)
         with own_code():
-            certificate = _best(
-                transformed.certificate(solver.certify(transformed.problem, state)), solver.prove(problem, value)
-            )
+            on_the_way = bound_of(solver, "certify", solver.certify(transformed.problem, state))
+            of_answer = bound_of(solver, "prove", solver.prove(problem, value))
+            certificate = _best(transformed.certificate(on_the_way), of_answer)
             seconds = time.perf_counter() - began
             objective, violation = problem.objective(value), problem.violation(value)
-            notes, records = solver.notes(state), solver.history(state)
+            notes, records = notes_of(solver, state), solver.history(state)
         if not (math.isfinite(objective) and all_finite(value)):
             status = Status.NONFINITE
         if certificate is not None and violation == 0:
@@ -286,9 +296,9 @@ def _iterate(
 
 
 def _done(solver: AnySolver, problem: Problem, state: Any) -> Status | None:
-    """Return why the solver stops, or None."""
+    """Return why the solver stops, or None; an error of the user's own code with its place."""
     with own_code():
-        return solver.done(problem, state)
+        return status_of(solver, problem, state)
 
 
 def _versions(problem: Problem) -> list[int]:

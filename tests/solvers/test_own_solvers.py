@@ -13,7 +13,7 @@ from torch import Tensor
 
 from optprune.errors import InputError, OwnCodeError
 from optprune.problems import Problem, SparseLeastSquares
-from optprune.solvers import Answer, Chain, DirectSolver, Restore, Status, Wanda, solve
+from optprune.solvers import Answer, Certificate, Chain, DirectSolver, Restore, Status, Wanda, solve
 from optprune.work import Work
 from tests.helpers.sparse_cases import correlated
 
@@ -103,3 +103,29 @@ def test_an_error_that_optprune_raises_stays_as_it_is(problem: SparseLeastSquare
     with pytest.raises(Exception) as caught:
         solve(problem, Own(lambda start: problem.loss.value(None)))  # type: ignore[arg-type]
     assert not isinstance(caught.value, OwnCodeError)
+
+
+@pytest.mark.parametrize(
+    ("method", "returned", "sentence"),
+    [
+        ("done", True, "what done of Own returns cannot be True: return None to go on"),
+        ("done", Status, "what done of Own returns cannot be"),
+        ("certify", 3, "what certify of Own returns cannot be 3: return a Certificate"),
+        ("prove", 3, "what prove of Own returns cannot be 3: return a Certificate"),
+        ("notes", None, "what notes of Own returns cannot be None: return a tuple of sentences"),
+        ("notes", "abc", "what notes of Own returns cannot be 'abc'"),
+        ("notes", (None,), "what notes of Own returns cannot be"),
+    ],
+)
+def test_what_a_method_returns_wrongly_is_refused(
+    problem: SparseLeastSquares, method: str, returned: Any, sentence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Own, method, lambda *_: returned)
+    with pytest.raises(InputError, match=sentence):
+        solve(problem, Own(lambda start: start))
+
+
+@pytest.mark.parametrize("given", [("x", "proof"), (0.0, None), (None, "proof")])
+def test_a_certificate_is_a_number_and_words(given: tuple[Any, Any]) -> None:
+    with pytest.raises(InputError, match="of a certificate cannot be"):
+        Certificate(*given)

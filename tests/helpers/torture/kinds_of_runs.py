@@ -103,7 +103,7 @@ def foreign(drawn: Drawn) -> Case:
     if "theirs" in whose:
         commands += [drawn.export_onnx, lambda *more: drawn.export_onnx(*more, format="transformers")]
     case = rng.choice(commands)("--overwrite")
-    return replace(case, strays=tuple(strays), statuses=(0,) if whose == "ours" else (0, FAILED))
+    return replace(case, strays=tuple(strays), statuses=(FAILED,) if "theirs" in whose else (0, FAILED))
 
 
 def frontier(drawn: Drawn) -> Case:
