@@ -203,10 +203,10 @@ def answer_of(solver: AnySolver, problem: Problem, state: Any) -> Tensor:
 
 def status_of(solver: AnySolver, problem: Problem, state: Any) -> Status | None:
     """Return why a solver stops, or None; InputError where it returns something else."""
-    found: object = solver.done(problem, state)
+    found = solver.done(problem, state)
     if found is not None:
         check_kind(f"what done of {solver.label} returns", found, Status, "return None to go on, or a Status to stop")
-    return cast(Status | None, found)
+    return found
 
 
 def bound_of(solver: AnySolver, name: str, found: object) -> Certificate | None:
@@ -218,10 +218,10 @@ def bound_of(solver: AnySolver, name: str, found: object) -> Certificate | None:
 
 def notes_of(solver: AnySolver, state: Any) -> tuple[str, ...]:
     """Return the notes of a solver; InputError where it returns something else."""
-    found: object = solver.notes(state)
-    if not (isinstance(found, tuple) and all(isinstance(note, str) for note in cast("tuple[object, ...]", found))):
+    found: Any = solver.notes(state)
+    if not (isinstance(found, tuple) and all(isinstance(note, str) for note in found)):
         raise InputError(f"what notes of {solver.label} returns cannot be {shown(found)}: return a tuple of sentences")
-    return cast("tuple[str, ...]", found)
+    return found
 
 
 SENSIBLE = (1e-15, 1e15)
