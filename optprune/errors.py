@@ -71,8 +71,8 @@ def check_count(what: str, value: object) -> None:
         raise InputError(f"{what} cannot be {shown(value)}: give a smaller number")
 
 
-NO_MEMORY = ("out of memory", "can't allocate memory", "can't start new thread", "std::bad_alloc")
-"""words of an error of Python or torch that has no memory, for a thread's stack too"""
+NO_MEMORY = ("out of memory", "can't allocate memory", "can't start new thread", "std::bad_alloc", "failed to map")
+"""words of an error of Python or torch that has no memory, for a thread's stack or for a library too"""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -81,7 +81,7 @@ def is_out_of_memory(error: BaseException) -> bool:
         return error.errno == errno.ENOMEM
     words = str(error).lower()
     return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and any(map(words.__contains__, NO_MEMORY))
+        isinstance(error, RuntimeError | ImportError) and any(map(words.__contains__, NO_MEMORY))
     )
 
 

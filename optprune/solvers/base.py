@@ -218,10 +218,11 @@ def bound_of(solver: AnySolver, name: str, found: object) -> Certificate | None:
 
 def notes_of(solver: AnySolver, state: Any) -> tuple[str, ...]:
     """Return the notes of a solver; InputError where it returns something else."""
-    found: Any = solver.notes(state)
-    if not (isinstance(found, tuple) and all(isinstance(note, str) for note in found)):
-        raise InputError(f"what notes of {solver.label} returns cannot be {shown(found)}: return a tuple of sentences")
-    return found
+    found = cast(Any, solver.notes(state))
+    given: tuple[Any, ...] = cast("tuple[Any, ...]", found) if isinstance(found, tuple) else (None,)
+    if not all(isinstance(note, str) for note in given):
+        raise InputError(f"what notes of {solver.label} returns cannot be {shown(cast(Any, found))}: return sentences")
+    return given
 
 
 SENSIBLE = (1e-15, 1e15)

@@ -55,6 +55,7 @@ def test_python_without_docstrings_is_refused(words: tuple[str, ...]) -> None:
     ("error", "sentence"),
     [
         (RuntimeError("can't start new thread"), "error: the memory is not enough; "),
+        (ImportError("libtorch_cpu.so: failed to map segment from shared object"), "error: the memory is not enough; "),
         (OSError(errno.ENOMEM, "Cannot allocate memory"), "error: the memory is not enough; "),
         (OSError(errno.EMFILE, "Too many open files", "x"), "error: x cannot be used: Too many open files: let a"),
         (ZeroDivisionError("mine"), "error: ZeroDivisionError: mine (unexpected: "),

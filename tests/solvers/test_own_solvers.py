@@ -112,7 +112,7 @@ def test_an_error_that_optprune_raises_stays_as_it_is(problem: SparseLeastSquare
         ("done", Status, "what done of Own returns cannot be"),
         ("certify", 3, "what certify of Own returns cannot be 3: return a Certificate"),
         ("prove", 3, "what prove of Own returns cannot be 3: return a Certificate"),
-        ("notes", None, "what notes of Own returns cannot be None: return a tuple of sentences"),
+        ("notes", None, "what notes of Own returns cannot be None: return sentences"),
         ("notes", "abc", "what notes of Own returns cannot be 'abc'"),
         ("notes", (None,), "what notes of Own returns cannot be"),
     ],
