@@ -70,6 +70,9 @@ class FrontierRequest:
         check_at_least("generations", self.generations, 0)
         if bool(self.recipes) != bool(self.sparsities) or (self.recipes and self.calibration is None):
             raise InputError("recipes need sparsities and a calibration text: give all three, or none")
+        if self.settings and not self.recipes:
+            names = ", ".join(self.settings)
+            raise InputError(f"{names} cannot be set without recipes to prune by: name some, or leave it out")
         names = [*self.folders(), DENSE]
         if len(set(names)) < len(self.against) + 1:
             raise InputError(f"the pruned folders are called {', '.join(names[:-1])}: give folders of different names")

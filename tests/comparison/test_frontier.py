@@ -40,6 +40,8 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> TwoTexts:
 
 def measured(texts: TwoTexts, place: Path, **more: Any) -> Frontier:
     asked = {"recipes": ["magnitude"], "sparsities": [0.3], "settings": {"units": "mlp"}, **SMALL, **TYPES, **more}
+    if not asked["recipes"]:
+        asked["settings"] = more.get("settings")
     calibration = asked.pop("calibration", str(texts.calibration))
     return frontier(texts.model, text=str(texts.text), calibration=calibration, folder=place, **asked)
 
@@ -150,6 +152,10 @@ def test_other_options_are_refused(
         ({"sparsities": [1.5]}, "1.5"),
         ({"samples": 0}, "samples cannot be 0"),
         ({"generations": -1}, "generations cannot be -1"),
+        (
+            {"recipes": [], "sparsities": [], "settings": {"units": "mlp"}},
+            "units cannot be set without recipes to prune by",
+        ),
         ({"samples": 4000}, "4000"),  # more than the calibration text has
     ],
 )

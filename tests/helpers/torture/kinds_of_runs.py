@@ -79,7 +79,7 @@ def foreign(drawn: Drawn) -> Case:
     """A folder of somebody else, or one of ours that somebody has changed: --overwrite leaves what is theirs."""
     rng = drawn.rng
     drawn.sandbox.output = place = drawn.sandbox.place / "mine"
-    whose = rng.choice(["theirs", "theirs, with our report", "an edited file", "a file more", "no report", "ours"])
+    whose = rng.choice(["theirs", "theirs, with our report", "an edited file", "a file more", "no record", "ours"])
     shutil.copytree(drawn.stock.model if "theirs" in whose else drawn.stock.pruned, place)
     strays: list[Path] = []
     if "theirs" in whose:
@@ -96,8 +96,9 @@ def foreign(drawn: Drawn) -> Case:
         file.parent.mkdir(exist_ok=True)
         file.write_text("years of work")
         strays = [file]
-    elif whose == "no report":
-        (place / "report.json").unlink()
+    elif whose == "no record":
+        for name in ("report.json", "optprune.json"):  # the report, and the record of what was written
+            (place / name).unlink()
         strays = sorted(place.iterdir())
     commands: list[Callable[..., Case]] = [drawn.prune, drawn.prune, drawn.heal]
     if "theirs" in whose:
