@@ -183,6 +183,8 @@ class ReportClaims:
     """the pattern of those layers"""
     rounded: bool
     """whether the dtype of the files rounds small weights to zero"""
+    alike: bool = False
+    """whether the rows of a layer have equal numbers of zeros; rounding to few bits adds more to some"""
     notes: tuple[str, ...] = ()
 
     @property
@@ -199,7 +201,7 @@ class ReportClaims:
             kept, reported = layer.outputs * layer.inputs - layer.zeros, self.kept[layer.name]
             if kept > reported or (kept < reported and not self.rounded):
                 sentences.append(f"{layer.name} keeps {counted(kept, 'weight')}, not {reported} as {REPORT} says")
-            if isinstance(self.family, InRows) and not layer.same_in_rows and not self.rounded:
+            if self.alike and not layer.same_in_rows and not self.rounded:
                 sentences.append(f"the rows of {layer.name} have unequal numbers of zeros, unlike those in {REPORT}")
             sentences += [
                 f"{sentence}, but {REPORT} says that the pattern is {broken.pattern}"
@@ -231,10 +233,11 @@ def report_claims(stored: StoredModel) -> ReportClaims:
         now = {number: index for index, number in enumerate(original.left)}
         kept = dict(_kept(report["layers"], stored.decoder.architecture.blocks, now))
         family = _family(report["recipe"]["units"])
+        alike = isinstance(family, InRows) and report["recipe"].get("bits", "none") in (None, "none")
     except (ValueError, KeyError, TypeError, AttributeError):
         return replace(none, notes=(f"{REPORT} has no kept weights of its layers, so it is ignored",))
     rounded = any(tensor.dtype == torch.float16 for tensor in stored.tensors.values())
-    return none if family is None else ReportClaims(kept, family, rounded)
+    return none if family is None else ReportClaims(kept, family, rounded, alike)
 
 
 def _kept(layers: list[dict[str, Any]], blocks: str, now: Mapping[int, int]) -> list[tuple[str, int]]:

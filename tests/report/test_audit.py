@@ -219,6 +219,14 @@ def test_a_zero_that_is_in_another_row(tmp_path: Path) -> None:
     assert f"the rows of {UP} have unequal numbers of zeros, unlike those in report.json" in sentences
 
 
+def test_rows_of_which_fewer_bits_make_more_zero_pass(tmp_path: Path) -> None:
+    fields = {"units": {"weights": "rows"}, "sparsity": 0.3, "bits": "q4_0"}
+    folder = pruned(tmp_path / "rows", "wanda", **fields)
+    figures = [weight for weight in load_file(folder / "model.safetensors").values() if weight.ndim == 2]
+    assert any(len({*(weight == 0).sum(1).tolist()}) > 1 for weight in figures), "no row has more zeros than others"
+    assert optprune.audit(folder).passed
+
+
 def test_layers_behind_a_block_that_is_gone(tmp_path: Path) -> None:
     """The report names layers by their old blocks, and the audit by their current blocks."""
     model = tiny_llama(num_hidden_layers=3)
