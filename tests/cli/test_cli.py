@@ -19,6 +19,7 @@ import optprune
 from optprune.cli import main
 from optprune.cli.demo_run import run_demo
 from optprune.errors import InputError, OptpruneError
+from optprune.export import save_model
 from optprune.measure import perplexity
 from optprune.models import Weights, load_model, load_tokenizer
 from optprune.patterns import InGroups
@@ -152,7 +153,13 @@ def test_the_same_command_gives_the_same_bytes(
 def test_options_and_settings_reach_the_recipe_and_overwrite_replaces(
     models: dict[str, str], text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    output = save_tiny(TINY_MODELS["llama"](seed=7), tmp_path / "out")
+    foreign = save_tiny(TINY_MODELS["llama"](seed=7), tmp_path / "foreign")
+    (foreign / "README.md").write_text("weeks of work")
+    code, _, err = run(
+        ["prune", models["llama"], "--calibration", text, "--output", str(foreign), "--overwrite"], capsys
+    )
+    assert code == 2 and "has no record of what optprune wrote there" in err and (foreign / "README.md").exists()
+    output = save_model(TINY_MODELS["llama"](seed=7), tmp_path / "out").folder
     options = {"--seed": "3", "--propagation": "dense", "--width-multiple": "16", "--recipe": "random"}
     options["--units"] = "mlp"
     command = ["prune", models["llama"], "--calibration", text, "--output", str(output), "--overwrite", *SMALL]
