@@ -153,9 +153,7 @@ def run_program(
     """
     began, workers, partial_sums = began or time.perf_counter(), workers or Serial(), partial_sums or PartialSums()
     model, recipe = decoder.model, program.request.recipe
-    if journal is not None:
-        journal.start_clock(began)
-    earlier = 0.0 if journal is None else journal.earlier_seconds
+    earlier = 0.0 if journal is None else _earlier_seconds(journal, began)
     _check_workers(decoder, program, workers, partial_sums)
     weights_before, shapes = decoder.linear_weights(), decoder.shapes()
     parameters_before = sum(parameter.numel() for parameter in model.parameters())
@@ -175,8 +173,7 @@ def run_program(
         with phases.phase(PRUNING), calibrating(run.decoder):
             workers.prune(run)
     divided, notes = run.division.allocation, run.notes
-    if program.allocation is not None:
-        recipe = recipe.with_given(divided)
+    recipe = recipe if program.allocation is None else recipe.with_given(divided)
     records = sorted(run.records, key=lambda record: record.index)
     layers = [layer for record in records for layer in record.layers]
     kept = decoder.linear_weights() - sum(record.zeros for record in records)
@@ -209,6 +206,12 @@ def run_program(
         own_code=program.request.recipe.own_code(),
         run_facts=run.facts,
     )
+
+
+def _earlier_seconds(journal: "Journal", began: float) -> float:
+    """Return the seconds that earlier processes of a run have taken, and start the clock of this one."""
+    journal.start_clock(began)
+    return journal.earlier_seconds
 
 
 def _kept_wrongly(kept: int, records: list[BlockRecord], planned: int) -> str:

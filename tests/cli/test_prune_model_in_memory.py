@@ -150,3 +150,13 @@ def test_an_existing_output_is_refused_before_the_model_changes(attempt: Attempt
     with pytest.raises(InputError, match="exists"):
         optprune.prune_model(model, calibration=batches(), output=attempt.output)
     assert same(model, tiny_llama())
+
+
+def test_the_folder_that_a_model_came_from_is_not_written_over(attempt: Attempt) -> None:
+    model, tokenizer = opened(attempt)
+    before = (attempt.model / "model.safetensors").read_bytes()
+    with pytest.raises(InputError, match="would replace the model that is read"):
+        optprune.prune_model(
+            model, tokenizer=tokenizer, calibration=batches(), output=attempt.model, overwrite=True, sparsity=0.3
+        )
+    assert (attempt.model / "model.safetensors").read_bytes() == before

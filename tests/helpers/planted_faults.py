@@ -1318,9 +1318,37 @@ FAULTS = [
     Fault(
         "output: prune_model does not say what it reads",
         "cli/one_call.py",
-        "reads=(options.model,)",
+        "reads=(named,) if named else ()",
         "reads=()",
         "cli/test_bad_output.py",
+    ),
+    Fault(
+        "batches: padded tokens are kept",
+        "texts/token_batches.py",
+        "    return row[kept[0] : kept[-1] + 1] if kept else row[:0]\n",
+        "    return row\n",
+        "pruning/test_padded_batches.py",
+    ),
+    Fault(
+        "batches: a mask is not read",
+        "texts/token_batches.py",
+        "batch.get(MASK)",
+        "None",
+        "pruning/test_padded_batches.py",
+    ),
+    Fault(
+        "prune_model: the folder of a model in memory is written over",
+        "cli/one_call.py",
+        "            replace(self.output, reads=(self.loaded.source,)).check()\n",
+        "            self.output.check()\n",
+        "cli/test_prune_model_in_memory.py",
+    ),
+    Fault(
+        "prune: a keyword is no field of the recipe",
+        "pruning/pipeline.py",
+        "    recipe = recipe_with(recipe, fields)\n",
+        "    recipe = recipe_with(recipe, {})\n",
+        "pruning/test_padded_batches.py",
     ),
     Fault(
         "output: save_model replaces the teacher",
