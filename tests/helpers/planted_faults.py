@@ -935,21 +935,21 @@ FAULTS = [
         "patterns.py",
         "return counts > least, counts < most",
         "return counts > 0, counts < most",
-        "problems/test_composing.py",
+        "vocabulary/test_patterns.py",
     ),
     Fault(
         "patterns: fixed weights change places",
         "patterns.py",
         "return torch.ones_like(mask) if self.fixed is None else ~self.fixed",
         "return torch.ones_like(mask)",
-        "problems/test_composing.py",
+        "vocabulary/test_patterns.py",
     ),
     Fault(
         "refitted swaps: exchanges of coupled rows leave the pattern",
         "patterns.py",
         "pairs = part[:, None] == part",
         "pairs = part[:, None] >= 0 * part",
-        "solvers/test_tiny_optima.py",
+        "vocabulary/test_patterns.py",
     ),
     Fault(
         "refitted swaps: no exchange that does not gain",
@@ -963,7 +963,7 @@ FAULTS = [
         "solvers/grid_beam.py",
         "beam[..., later] -= errors @ upper[block, later]",
         "beam[..., later] -= 0 * errors @ upper[block, later]",
-        "solvers/test_tiny_optima.py",
+        "solvers/test_gridded.py",
     ),
     Fault(
         "rotation: small slots are not turned",

@@ -189,3 +189,20 @@ def test_every_mask_of_two_in_four_is_one_of_four_in_eight() -> None:
         mask = NM(2, 4).project(torch.randn(4, 16, generator=generator))
         assert NM(4, 8).admits(mask)
         assert int(mask.sum()) == pattern_family("4:8").keep(4, 16, 0.5) == pattern_family("2:4").keep(4, 16, 0.5)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in PATTERNS if kind is not SlotWise], ids=lambda kind: kind.__name__)
+@given(data=st.data())
+def test_the_exchanges_of_a_pattern_are_those_after_which_it_admits_the_mask(kind, data):
+    pattern, score = data.draw(PATTERNS[kind])
+    mask, exchanges = pattern.project(score), pattern.exchanges()
+    pairs, free = exchanges.pairs(mask), exchanges.free(mask).flatten()
+    for q, p in product(range(mask.numel()), repeat=2):
+        if bool(mask.flatten()[p]) and not bool(mask.flatten()[q]):
+            other = mask.flatten().clone()
+            other[p], other[q] = False, True
+            assert bool(pairs[q, p] & free[q] & free[p]) == pattern.admits(other.reshape(mask.shape))
+
+
+def test_a_pattern_of_slots_knows_no_exchanges_of_single_weights():
+    assert SlotWise(torch.tensor([0, 0]), 1).exchanges() is None
