@@ -11,7 +11,7 @@ from tests.helpers.tiny_instances import KINDS, METRICS, Draws, endings
 
 MET, MOST = 0.9, 2.0
 """the least share at the optimum, and the largest ratio to it"""
-COUNT, ROTATIONS = 60, 24
+COUNT, ROTATIONS = 70, 24
 """numbers of instances; a reference of rotations takes longer"""
 WITHOUT_FIXED = torch.zeros(4, 4, dtype=torch.bool)
 FIXED = torch.eye(4, dtype=torch.bool)

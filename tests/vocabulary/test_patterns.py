@@ -1,5 +1,7 @@
 """Patterns: the projection is the best admissible mask, by trying them all."""
 
+from itertools import product
+
 import pytest
 import torch
 from hypothesis import given
