@@ -76,7 +76,13 @@ class Decoder:
         self.architecture = architecture_of(model.config)
         self.heads = self.architecture.heads(model.config)
         """the head layout of the stock class; a block may hold fewer KV heads, each with as many query heads"""
-        self.blocks: nn.ModuleList = model.get_submodule(self.architecture.blocks)  # type: ignore[assignment]
+        try:
+            self.blocks: nn.ModuleList = model.get_submodule(self.architecture.blocks)  # type: ignore[assignment]
+        except AttributeError as error:
+            raise InputError(
+                f"the model, a {type(model).__name__}, has no blocks at {self.architecture.blocks}: give the whole "
+                "model, with its head"
+            ) from error
         if self.architecture.mixture is not None:
             for block in self.blocks:
                 separate(block, self.architecture.mixture)

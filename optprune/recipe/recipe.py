@@ -22,7 +22,7 @@ from optprune.allocation import Allocation, Allocator, ByCost, Dense, Depth, Exp
 from optprune.allocation.weight_costs import WeightBudget
 from optprune.allocation.width_costs import WidthBudget
 from optprune.calibration import POLICIES, Propagation
-from optprune.errors import InputError
+from optprune.errors import InputError, check_kind
 from optprune.models import UNITS, Decoder, Experts, Units
 from optprune.numerics.fingerprint import code_fingerprint
 from optprune.objectives import OBJECTIVES, LayerContext, Objective, stated
@@ -346,6 +346,7 @@ def recipe_with(recipe: str | Recipe, fields: Mapping[str, Any], *, effort: str 
     """Return a Recipe, or the recipe of a name or file, with some fields replaced."""
     if isinstance(recipe, str):
         return load_recipe(recipe, fields, effort=effort)
+    check_kind("the recipe", recipe, Recipe, "give a name, a YAML file, or what load_recipe returns")
     if effort != STANDARD:
         raise InputError(f"a Recipe has no effort {shown(effort)}: leave the effort out, or give it to load_recipe")
     return Recipe(dict(recipe), fields) if fields else recipe

@@ -45,6 +45,8 @@ from optprune.solvers import (
 )
 from optprune.testing import reference_optimum
 from tests.helpers.structured_cases import channels
+from tests.helpers.tiny_models import tiny_llama
+from tests.helpers.token_batches import batches
 
 ROOT = Path(optprune.__file__).parent
 
@@ -72,6 +74,8 @@ def nested(chain: Solver, _: int) -> Chain:
         (lambda: GreedyObs(1.5), r"batch of GreedyObs cannot be 1\.5: give a whole number"),  # type: ignore[arg-type]
         (lambda: Restore(torch.float16), r"factor_dtype of Restore must be torch\.float32 or torch\.float64"),
         (lambda: Random(-1), "seed of Random must be between"),
+        (lambda: prune(tiny_llama(), batches(), None, sparsity=0.2), "the recipe cannot be None: give a name"),  # type: ignore[arg-type]
+        (lambda: prune(tiny_llama().model, batches(), "fasp"), "a LlamaModel, has no blocks .* with its head"),
         (lambda: FistaPath(ratio=0.5), "ratio of FistaPath must be more than 1"),
         (lambda: Spap(first=10.0, last=1.0), "cannot grow from 10 to 1"),
         (lambda: reduce(nested, range(20), Magnitude()), "a chain of chains is more than"),

@@ -116,6 +116,7 @@ def own_solver(drawn: Drawn) -> Case:
     found = drawn.output.with_name("answer.safetensors")
     name = drawn.rng.choice(["Mine"] * 9 + ["Other"])
     words = ["solve", str(drawn.stock.problem), f"--solver=own:{name}"]
+    drawn.output.parent.mkdir(exist_ok=True)
     words += ["--max-steps=5", "--max-seconds=5", f"--output={found}"]
     checks = (("answer", {"file": str(found), "problem": str(drawn.stock.problem)}),)
     # An answer that is not feasible is told of, written, and ends with 1.
