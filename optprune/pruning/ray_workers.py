@@ -112,10 +112,12 @@ class RayWorkers(ParallelWorkers):
 
 
 def check_listening(address: str) -> None:
-    """Raise InputError where nobody listens at the host and the port of an address, for which Ray would wait long."""
-    host, _, port = address.rpartition("://")[2].rpartition(":")
-    if not host or not port.isdecimal():
+    """Raise InputError where an address is no host and port, or nobody listens there, for which Ray would wait long."""
+    host, colon, port = address.rpartition("://")[2].rpartition(":")
+    if not colon:
         return  # Ray finds the place
+    if not host or not port.isdecimal():
+        raise InputError(f"the Ray address {address!r} is no host and port: write it as 127.0.0.1:6379")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=PROBE).close()
     except (OSError, OverflowError) as error:

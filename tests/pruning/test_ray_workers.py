@@ -22,7 +22,7 @@ from optprune import LayerContext, load_recipe
 from optprune.errors import InputError, StrictError, WorkerError
 from optprune.problems import Problem
 from optprune.pruning import RayWorkers, prune, ray_workers, workers_of
-from optprune.pruning.ray_workers import for_this_machine
+from optprune.pruning.ray_workers import check_listening, for_this_machine
 from tests.helpers.short_runs import batches, same
 
 
@@ -153,6 +153,12 @@ def test_a_cluster_that_is_not_there_or_too_small_is_told(cluster: RayWorkers, m
     monkeypatch.setattr("ray.init", mock.Mock(side_effect=ConnectionError("nobody answers\nat all")))
     with pytest.raises(InputError, match=r"there is no Ray cluster at 'auto': nobody answers; start one there"):
         prune(tiny(), batches(), recipe, workers=RayWorkers("auto"))
+
+
+@pytest.mark.parametrize("address", [":", "127.0.0.1:", ":6379", "ray://host:x"])
+def test_an_address_without_a_host_or_a_port_is_refused(address: str) -> None:
+    with pytest.raises(InputError, match=f"the Ray address '{address}' is no host and port: write it as"):
+        check_listening(address)
 
 
 def test_an_address_where_nobody_listens_is_refused_at_once() -> None:
