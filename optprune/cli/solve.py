@@ -110,7 +110,7 @@ def _own_solver(module: str, name: str) -> "Solver":
     try:
         with own_code():
             cls = getattr(import_module(module), name)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, SyntaxError) as error:
         raise InputError(f"--solver {module}:{name} cannot be imported: {one_line(str(error))}") from error
     finally:
         sys.path.remove(str(Path.cwd()))

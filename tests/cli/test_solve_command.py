@@ -193,3 +193,13 @@ def test_a_file_that_is_no_layer_problem(file: Path, tmp_path: Path, capsys: pyt
     assert "answer holds a solution, not a problem: give the file of the problem" in capsys.readouterr().err
     assert main(["solve", str(tmp_path / "missing")]) == 2
     assert "cannot be read as a problem" in capsys.readouterr().err
+
+
+def test_a_module_of_ones_own_that_is_no_python_is_a_sentence(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "brokenmodule.py").write_text("\ndef f(:\n")
+    monkeypatch.chdir(tmp_path)
+    assert main(["solve", str(file), "--solver", "brokenmodule:Mine"]) == 2
+    said = capsys.readouterr().err
+    assert "error: --solver brokenmodule:Mine cannot be imported: " in said and "(brokenmodule.py, line 2)" in said

@@ -55,7 +55,7 @@ RAISED = [
     "raise ZeroDivisionError('boom')", "raise KeyError('boom')", "raise RuntimeError('CUDA boom')", "[][3]", "1 / 0",
     "raise ValueError('boom')", "raise MemoryError", "assert False", "raise AssertionError", "None.x", "missing_name",
     "torch.zeros(2) @ torch.zeros(3)", "raise StopIteration", "raise Exception", "raise OSError('boom')",
-    "raise TypeError('a\\nb')", "raise UserWarning('boom')", "(lambda f: f(f))(lambda f: f(f))",
+    "raise TypeError('a\\nb')", "raise LookupError('boom')", "(lambda f: f(f))(lambda f: f(f))",
     "raise NotImplementedError",
     "torch.zeros(3)[7]", "raise UnicodeDecodeError('utf-8', b'x', 0, 1, 'boom')", "import nothing_like_it",
 ]  # fmt: skip
