@@ -16,6 +16,7 @@ from optprune.export import save_model
 from optprune.models import ARCHITECTURES, Decoder, Mlp, open_model
 from optprune.models.architecture import DenseMlp, Mixture
 from optprune.models.mixture import experts_in
+from optprune.models.skeleton import one_block_model
 from optprune.pruning import prune
 from optprune.recipe import load_recipe
 from tests.helpers.cut_mixtures import cut, mixture_in
@@ -237,3 +238,12 @@ def test_one_expert_is_fewer_than_the_stock_router_works_with() -> None:
         prune(
             model, batches(), load_recipe("reap"), allocation=Allocation.from_dict({"sparsity": 0.3, "blocks": shapes})
         )
+
+
+@of_several
+def test_a_block_with_experts_that_a_plan_measures_alone_has_them(name: str) -> None:
+    model = made(name)
+    shapes = Decoder(model).shapes()
+    last = max(index for index, shape in enumerate(shapes) if shape.experts)
+    alone = one_block_model(model.config, torch.float32, torch.device("cpu"), last)
+    assert Decoder(alone).shapes() == (shapes[last],)

@@ -318,6 +318,7 @@ WORDS = FORMATS["words"][1]
         ({**FP8, "expert_dtype": "fp4"}, r"\(fp8, with experts in another format than FP8, or scales in one"),
         ({"quant_method": "modelopt", "quant_algo": "W4A8_AWQ"}, r"\(modelopt, by the algorithm 'W4A8_AWQ'\)"),
         (compressed("marlin-24", num_bits=4), "in the format 'marlin-24'"),
+        (compressed("int-quantized", num_bits=4, strategy="channel"), "in the format 'int-quantized'"),
         ({**WORDS, "sparsity_config": {"format": "sparse-24"}}, "with sparse or transformed weights"),
         (compressed("int-quantized", num_bits=8, strategy="channel", symmetric=False), "with zero points beside"),
         ({"quant_method": "compressed-tensors", "format": "pack-quantized"}, "its settings are not known"),
