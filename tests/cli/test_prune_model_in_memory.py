@@ -111,7 +111,7 @@ def test_a_target_decides_the_shapes(attempt: Attempt) -> None:
         ({"recipe": "vocabulary"}, "a smaller vocabulary needs the text"),
         ({"calibration": [torch.full((2, 8), 512)]}, "batch 0 holds the token 512"),
     ],
-    ids=lambda value: str(value)[:40],
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else str(value)[:40],
 )
 def test_a_refusal_changes_nothing(changed: dict, sentence: str, tmp_path: Path) -> None:
     model = tiny_llama()
@@ -134,7 +134,7 @@ def test_a_refusal_changes_nothing(changed: dict, sentence: str, tmp_path: Path)
         ({"units": "mpl"}, "mlp"),
         ({"fields": {"units": "mlp"}, "units": "vo"}, "the recipe field 'units' is given twice"),
     ],
-    ids=lambda value: str(value)[:40],
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else str(value)[:40],
 )
 def test_a_folder_that_is_refused_leaves_nothing(attempt: Attempt, changed: dict, sentence: str) -> None:
     before = sorted(attempt.folder.iterdir())
