@@ -129,7 +129,8 @@ def test_deep_features_belong_to_the_record(tmp_path: Path) -> None:
     [expected] = inputs_of_first(stock(folder), [stacked])
     with calibrating(decoder):
         found = first_inputs(decoder, [torch.cat(batches)])
-    assert torch.equal(found.hidden[0], expected)
+    # One batch of all records rounds otherwise than one for each.
+    torch.testing.assert_close(found.hidden[0], expected)
 
 
 def test_only_features_are_kept_and_the_rest_is_text(given: tuple[Path, Inputs]) -> None:

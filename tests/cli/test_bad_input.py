@@ -20,6 +20,7 @@ from transformers import BloomConfig, BloomForCausalLM, PreTrainedModel
 from optprune.allocation.allocation import everything
 from optprune.allocation.uniform import uniform
 from optprune.cli import main
+from optprune.export.place import record_written
 from optprune.models import Decoder, Mlp
 from optprune.models.checkpoint import StoredTensor
 from optprune.models.sources import demo_model_file
@@ -149,7 +150,7 @@ def test_an_output_folder_that_exists(attempt: Attempt) -> None:
 @pytest.mark.parametrize("there", [False, True])
 def test_a_json_file_in_place_of_the_models_own(attempt: Attempt, name: str, there: bool) -> None:
     if there:
-        save_tiny(tiny_llama(), attempt.output)
+        record_written(save_tiny(tiny_llama(), attempt.output))
     file = attempt.folder / "new" / "out" / ".." / "out" / name if there else attempt.output / name
     sentence = attempt.fails(attempt.command("--overwrite", json=file))
     assert f"the JSON file {file} has a name that a file of the model in {attempt.output} may have: choose" in sentence

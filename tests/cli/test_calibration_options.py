@@ -62,7 +62,7 @@ def test_a_plan_measures_the_tokens_of_all_texts(
 ) -> None:
     asked = []
 
-    def stop(work, model, measuring):
+    def stop(work, model, measuring, *_):
         asked.append(measuring)
         raise InputError("that is enough")
 
