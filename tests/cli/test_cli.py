@@ -249,7 +249,9 @@ def test_evaluate_measures_what_the_library_measures(
     code, out, err = run(command, capsys)
     assert code == 0, err
     result = json.loads(record.read_text())
-    every = {"model", "text", "seq_length", "begin", "perplexity", "tokens", "windows", "seconds", "bits_per_byte"}
+    every = {"model", "text", "seq_length", "begin", "perplexity", "tokens", "windows", "seconds", "bits_per_byte"} | {
+        "weights"
+    }
     assert set(result) == {"generator", *every} and result["begin"] == ""
     tokens = tokenise(load_tokenizer(source), read_documents(text))  # type: ignore[arg-type]
     expected = perplexity(load_model(source, device="cpu").model, evaluation_windows(tokens, 64, 5))

@@ -1,5 +1,6 @@
 """Folders whose report, recipe or evaluation is malformed: a sentence each, and no sequence that a terminal obeys."""
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -80,7 +81,8 @@ def test_a_block_that_is_none_is_told_in_our_words(
 def test_numbers_that_no_axis_ends_at_are_not_drawn(
     field: str, number: float, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    found = evaluated()
+    inner = hashlib.sha256((folder / "model.safetensors").read_bytes()).digest()
+    found = evaluated(weights=hashlib.sha256(inner).hexdigest())
     for stretch in found["along"]:
         stretch[field] = number
     file = tmp_path / "found.json"

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from optprune import LayerContext, load_recipe
-from optprune.errors import InputError, NumericalError, StrictError
+from optprune.errors import InputError, NumericalError, OwnCodeError, StrictError
 from optprune.problems import Problem
 from optprune.pruning import Layers, prune, workers_of
 from optprune.report import Event, LayerSolved
@@ -75,7 +75,7 @@ def test_layers_one_after_the_other_do_not_meet() -> None:
     meeting = Meeting()
     meeting.both = threading.Barrier(2, timeout=0.1)
     recipe = load_recipe("magnitude").model_copy(update={"objective": meeting})
-    with pytest.raises(threading.BrokenBarrierError):
+    with pytest.raises(OwnCodeError, match="BrokenBarrierError"):
         prune(tiny_llama(), batches(), recipe)
 
 

@@ -212,7 +212,7 @@ def test_a_name_that_is_not_that_of_a_layer(name: Any, reason: str) -> None:
     ("wrong", "reason"),
     [
         ([], "there are no calibration batches"),
-        ([{"input_ids": torch.ones(1, 4, dtype=torch.long)}], r"here batch\['input_ids'\]"),
+        ([{"labels": torch.ones(1, 4, dtype=torch.long)}], r"batch 0 has no input_ids \(it has labels\)"),
         ([torch.tensor([[5, -100]])], "holds the token -100"),
         ([torch.ones(1, 600, dtype=torch.long)], "longer than the 512 positions"),
         ([torch.ones(4)], "of whole numbers"),
