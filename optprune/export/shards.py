@@ -228,7 +228,7 @@ def _write(content: Content, file: Path, names: Sequence[str], on_tensor: Callab
 
     def values() -> Iterator[Tensor]:
         for name, value in zip(names, content.values(names), strict=True):
-            if not all_finite(value):
+            if name not in content.around and not all_finite(value):
                 raise InputError(f"{name} holds NaN or infinity, so it is not saved: prune or train again in float32")
             yield value
             on_tensor()
