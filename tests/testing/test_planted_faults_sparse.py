@@ -112,11 +112,11 @@ def test_a_doubled_step_for_all_columns_is_noticed_by_the_laws(monkeypatch):
 # -- sparse solvers held by the laws
 
 
-def wrong_gain_between_rows(state, gram):
+def wrong_gain_between_rows(state, gram, exchanges):
     """The removal cost r = v g + A v^2 / 2 in place of A v^2 / 2 - v g; the gradient itself is put back."""
     before = state.gradient.clone()
     state.gradient.neg_()
-    moved = between_rows(state, gram)
+    moved = between_rows(state, gram, exchanges)
     state.gradient.add_(before, alpha=2)
     return moved
 
