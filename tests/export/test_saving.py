@@ -29,6 +29,7 @@ from optprune.export.place import (
     entries,
     model_files,
     put_in_place,
+    record_written,
 )
 from optprune.export.shards import write_weights
 from optprune.models import BlockAllocation, Decoder, load_model, load_tokenizer
@@ -188,6 +189,7 @@ def test_a_folder_whose_replacement_was_killed_is_deleted_or_named(moment: str, 
         folder.mkdir()
         (folder / "config.json").write_text(old)
         (folder / "model.safetensors").touch()
+    record_written(place)
     run = subprocess.run([sys.executable, "-c", KILLED, str(place), moment], check=False)
     assert run.returncode == -signal.SIGKILL
     (former,) = (path for path in tmp_path.glob(".out.*.old") if path != theirs)
