@@ -73,7 +73,7 @@ def placed(program: Program, room: Room) -> Program:
     """
     if program.request.states != "auto":
         return program
-    return min((_asked(program, states=name) for name in _places(program)), key=lambda one: _shortfall(one, room))
+    return min((_with_states(program, name) for name in _places(program)), key=lambda one: _shortfall(one, room))
 
 
 def _places(program: Program) -> tuple[str, ...]:
@@ -175,7 +175,7 @@ def _shortfall(program: Program, room: Room) -> float:
 
 def saved_by_host(program: Program) -> int | None:
     """Return the bytes of the GPU that a run needs if hidden states are kept on the host; None if that is no less."""
-    plans = [planned_memory(one).device_bytes for one in (program, _asked(program, states="host"))]
+    plans = [planned_memory(one).device_bytes for one in (program, _with_states(program, "host"))]
     return plans[1] if plans[1] < plans[0] else None
 
 
@@ -183,7 +183,7 @@ def _moved(program: Program, chosen: Program, room: Room) -> str:
     """Return words on hidden states that the plan keeps elsewhere than on the device; an empty text otherwise."""
     if chosen.request.states in (program.request.states, "device"):
         return ""
-    short = _lacking(_asked(program, states="device"), room)
+    short = _lacking(_with_states(program, "device"), room)
     why = "" if short is None else f", because they would need {amount(short.needed)} of {short.what} on the device"
     return f"; hidden states are kept on the {chosen.request.states}{why}"
 
@@ -192,12 +192,19 @@ def _asked(program: Program, **changes: Any) -> Program:
     return replace(program, request=replace(program.request, **changes))
 
 
+def _with_states(program: Program, name: str) -> Program:
+    """Return the program with another place of hidden states, which does not change the stages of its blocks."""
+    found = _asked(program, states=name)
+    vars(found)["example"] = program.example
+    return found
+
+
 def alternatives(program: Program) -> Iterator[Iterator[tuple[str, Program]]]:
     """Yield, for each option that may take less, the requests with it, the nearest first, each with its words."""
     request = program.request
     if request.states != "auto":
         places = [name for name in _places(program) if name != request.states]
-        yield ((f"--states {name}", _asked(program, states=name)) for name in places)
+        yield ((f"--states {name}", _with_states(program, name)) for name in places)
     if request.workers > 1:
         yield iter([("--workers 1", _asked(program, workers=1))])
     yield ((f"--generated {few}", _asked(program, generated=few)) for few in _fewer(request.generated // 4, 4, FEWEST))

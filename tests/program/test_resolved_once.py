@@ -17,7 +17,7 @@ from tests.helpers.tiny_models import save_tiny, tiny_llama
 ROOT = Path(optprune.__file__).parent
 ONCE = ("program/resolve.py:resolve", "recipe/recipe.py:Recipe.within", "recipe/recipe.py:allocator_of")
 STAGES = "program/method.py:BlockProgram.of"
-COMMAND_MODULES = 120
+COMMAND_MODULES = 121
 """the most modules of which the command of a small run may call a function"""
 
 

@@ -73,7 +73,9 @@ def test_the_dense_model_answers_as_before(make, monkeypatch: pytest.MonkeyPatch
     model = uneven(make())
     before = dict(model.named_parameters())
     found, _ = pruned(model, permuted=True)
-    torch.testing.assert_close(logits(found), logits(model), rtol=1e-4, atol=1e-4)
+    # By norms: sums in another order may differ more in a single small number, by another processor's kernels.
+    expected = logits(model)
+    assert float((logits(found) - expected).norm()) <= 1e-5 * float(expected.norm())
     moved = {name for name, weight in found.named_parameters() if not torch.equal(weight, before[name])}
     decoder = Decoder(found)
     for block in range(len(decoder.blocks)):
