@@ -12,7 +12,7 @@ import torch
 from transformers import PretrainedConfig
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from optprune.errors import InputError, OptpruneError, no_room_behind
+from optprune.errors import InputError, OptpruneError, is_out_of_memory, no_room_behind
 from optprune.export.place import (
     Scratch,
     check_apart,
@@ -253,6 +253,8 @@ def _described(
     full = no_room_behind(error)
     if full is not None and unchecked is None:
         return InputError(f"{full}, so {output} was not written: make room and run again")
+    if unchecked is not None and is_out_of_memory(error):
+        return OptpruneError(f"the memory is not enough to check the {noun}, which is in {unchecked}")
     if not isinstance(error, OptpruneError):
         return error
     sentence = str(error)

@@ -39,8 +39,6 @@ LITE_BLOCKS = (26, 27)
 """numbers of blocks by which llama.cpp knows models whose queries have no low rank"""
 KANANA = (48, 128256)
 """blocks and vocabulary of another such model"""
-SMALLEST_STEP = 1e-3
-"""the time_step_min of published Nemotron-H models, below which llama.cpp does not raise steps"""
 RECURRENT = "{arch}.attention.recurrent_layers"
 """the metadata that list which blocks have a recurrent mixer"""
 EXAONE4_BLOCKS = 64
@@ -292,6 +290,10 @@ def _granite_hybrid_unsupported(config: Any) -> Iterator[str]:
 def _mamba2_unsupported(config: Any) -> Iterator[str]:
     if not config.mamba_conv_bias:
         yield "a Mamba 2 whose convolution has no bias"
+    yield from _limits_unsupported(config)
+
+
+def _limits_unsupported(config: Any) -> Iterator[str]:
     low, high = config.time_step_limit or (0.0, math.inf)
     if low > 0 or high < math.inf:
         yield f"a Mamba 2 whose steps are limited to {low:g} to {high:g}"
@@ -364,20 +366,11 @@ def _nemotron_h_unsupported(config: Any) -> Iterator[str]:
         yield "a Nemotron-H with experts in some blocks and an MLP in others"
     if not config.use_conv_bias:
         yield "a Mamba 2 whose convolution has no bias"
+    yield from _limits_unsupported(config)
     if config.mamba_hidden_act != "silu":
         yield f"a Mamba 2 with the activation {config.mamba_hidden_act}"
     if config.n_group > 1 and "moe" in kinds:
         yield f"{config.n_group} groups of experts in a Nemotron-H"
-    if config.time_step_min > SMALLEST_STEP:
-        yield f"a Mamba 2 whose steps are raised to {config.time_step_min:g}"
-
-
-def _nemotron_h_rounded(config: Any) -> Iterator[str]:
-    if config.time_step_min > 0:
-        yield (
-            f"llama.cpp does not raise the steps of a Mamba 2 to the time_step_min of {config.time_step_min:g}: where "
-            "steps are smaller, its answers differ"
-        )
 
 
 def _delta_net(config: Any, writer: GGUFWriter) -> None:
@@ -715,7 +708,6 @@ FAMILIES: dict[str, Family] = {
         activation=("relu2",),
         describe=_nemotron_h,
         unsupported=_nemotron_h_unsupported,
-        rounded=_nemotron_h_rounded,
         scaled=True,
     ),
     "olmo2": Family(MODEL_ARCH.OLMO2, tied=False),

@@ -156,7 +156,7 @@ class _Packed:
             "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
             "ignore": [*self.plain, *self.outside],
         }
-        # transformers 5.24 reads packed zero points only where it decodes the weights as it loads them.
+        # transformers 5.25 reads packed zero points only where it decodes the weights as it loads them.
         return {**config, "dequantize": True} if self.grid.shifted else config
 
 

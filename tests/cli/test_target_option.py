@@ -58,7 +58,7 @@ def test_what_llama_cpp_cannot_read_is_refused(attempt: Attempt, tmp_path_factor
         ("gpt_oss", {"swiglu_alpha": 1.4}, "swiglu_alpha 1.4 in place of 1.702"),
         ("gpt_oss", {"rope_parameters": {**BENT, "beta_fast": 16.0}}, "beta_fast"),
         ("lfm2", {"conv_bias": True}, "biases of linear layers, as model.layers.0.conv.in_proj.bias"),
-        ("nemotron_h", {"time_step_min": 0.01}, "a Mamba 2 whose steps are raised to 0.01"),
+        ("nemotron_h", {"time_step_limit": (0.01, 0.1)}, "a Mamba 2 whose steps are limited to 0.01 to 0.1"),
         ("qwen3_next", {"rms_norm_eps": 1e-5}, "a delta network with an rms_norm_eps of 1e-05"),
         ("gemma2", {"final_logit_softcapping": None}, "a Gemma 2 without soft caps"),
     ],

@@ -245,6 +245,18 @@ def test_a_reloaded_model_that_differs_is_called_unchecked(
     assert {path.name for path in tmp_path.iterdir()} == {"out", "out.unchecked", "out.unchecked-2"}
 
 
+def test_where_the_memory_ends_in_the_check_the_output_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("optprune.export.folder.compare", full)
+    with pytest.raises(OptpruneError, match=r"the memory is not enough to check the .*, which is in .*out\.unchecked$"):
+        save_model(tiny_llama(), tmp_path / "out", check_tokens=CHECK_TOKENS)
+    assert [path.name for path in tmp_path.iterdir()] == ["out.unchecked"]
+
+
 def test_missing_tensors_are_an_error_and_not_random_weights(tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 

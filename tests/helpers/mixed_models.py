@@ -23,9 +23,19 @@ from optprune.models import (
 from optprune.pruning import prune
 from optprune.recipe import load_recipe
 from tests.helpers.sub_blocks import block_with
+from tests.helpers.tiny_models import SINGLE
 from tests.helpers.token_batches import batches
 
 PROMPT = torch.arange(10, 20)[None]
+
+
+def mixer_first(family: str) -> dict[str, list[str]]:
+    """Return the config's fields by which two mixers come first in a family of single sub-blocks, and {} in any other.
+
+    transformers 5.25 generates from no model whose first block is an MLP, as is when the only mixer before it is gone.
+    """
+    kinds = SINGLE.get(family)
+    return {"layer_types": [kinds[0], kinds[2], kinds[1], *kinds[3:]]} if kinds else {}
 
 
 def mixed(model: PreTrainedModel) -> PreTrainedModel:

@@ -22,7 +22,7 @@ from optprune.pruning import prune
 from optprune.pruning.measured_plan import BlockProbe
 from optprune.recipe import Recipe, load_recipe
 from tests.helpers.layer_inputs import check_wanda
-from tests.helpers.mixed_models import check_layers_get_sparse, generated, mixed, narrow
+from tests.helpers.mixed_models import check_layers_get_sparse, generated, mixed, mixer_first, narrow
 from tests.helpers.programs import program_of
 from tests.helpers.sub_blocks import block_with
 from tests.helpers.tiny_models import ALL_MODELS, SINGLE
@@ -98,7 +98,7 @@ def test_removing_the_mixer_equals_zeroing_its_last_layer(name: str) -> None:
 def test_a_folder_without_a_mixer_generates_with_each_cache_as_without(
     name: str, gone: list[tuple[int, str]], tmp_path: Path
 ) -> None:
-    model = made(name)
+    model = made(name, **mixer_first(name))
     decoder = Decoder(model)
     for block, part in [(block_with(decoder, number, part), part) for number, part in gone]:
         decoder.remove(block, part)

@@ -23,7 +23,7 @@ from optprune.models.surgery import write
 from optprune.pruning import prune
 from optprune.recipe import load_recipe
 from optprune.report import model_patterns
-from tests.helpers.mixed_models import PROMPT, generated, mixed
+from tests.helpers.mixed_models import PROMPT, generated, mixed, mixer_first
 from tests.helpers.sub_blocks import block_with
 from tests.helpers.tiny_models import ALL_MODELS, SLIDING, TINY_MODELS, tiny_llama, tiny_opt, tiny_qwen2, tiny_tokenizer
 from tests.helpers.token_batches import batches
@@ -95,7 +95,7 @@ print(json.dumps(result))
 
 @pytest.mark.e2e
 def test_mixed_folders_load_generate_and_train_without_optprune(tmp_path: Path) -> None:
-    models = {name: mixed(build(num_hidden_layers=4)) for name, build in ALL_MODELS.items()}
+    models = {name: mixed(build(num_hidden_layers=4, **mixer_first(name))) for name, build in ALL_MODELS.items()}
     assert Decoder(models["qwen3_moe"]).shape(1).experts == 3
     models["qwen3_moe"] = Decoder(models["qwen3_moe"]).joined()
     for name, model in models.items():

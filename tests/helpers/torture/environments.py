@@ -31,7 +31,7 @@ def faults(stock: Stock, limit: str, folder: Path) -> list[str]:
     run, words = output.with_name("out.run"), stock.words().prune(output)
     status, err = tried(limit, words, folder)
     left = {path.name for path in folder.iterdir()} - {"out", "out.run"}
-    found = [f"it left {name}" for name in sorted(left)]
+    found = [f"it left {name}" for name in sorted(left) if str(folder / name) not in err]
     if status == 0:
         found += [f"{name} is another" for name in sorted(differing(contents(output), whole))]
         return found + (["the run folder is left"] if run.exists() else [])

@@ -72,9 +72,10 @@ class Sandbox:
 
 
 def state(folder: Path) -> dict[bytes, Any]:
-    """What every path in a folder is."""
+    """What every path in a folder is, but for the bytecode that Python may keep beside a user's own code."""
     found: dict[bytes, Any] = {}
     for base, folders, files in os.walk(os.fsencode(folder)):
+        folders[:] = [name for name in folders if name != b"__pycache__"]
         for name in (*folders, *files):
             path = os.path.join(base, name)  # noqa: PTH118  # names of any bytes
             mode = os.lstat(path).st_mode
