@@ -234,9 +234,17 @@ def room_lines(program: "Program", lacking: str | None) -> Sequence[str]:
 
 
 def program_lines(program: "Program") -> Sequence[str]:
-    """Return the program as lines: the recipe, and the stages of the largest block."""
-    example, recipe = program.example, program.request.recipe
-    first = f"recipe {recipe.name}, policy {program.policy.name}, allocator {type(program.allocator).__name__}"
-    stages = [", ".join(target.path for target in stage.targets) for stage in example.stages]
-    listed = "; ".join(f"{number}. {layers}" for number, layers in enumerate(stages, 1)) or "none"
-    return [f"{first}, {counted(program.block_count, 'block')}", f"stages of block {example.index}: {listed}"]
+    """Return the program as lines: how the recipe divides its budget, and the steps of the largest block."""
+    example, recipe, policy = program.example, program.request.recipe, program.policy
+    listed = program.allocation is not None or recipe.given is not None
+    share = "every block keeps what the allocation lists" if listed else "every block loses the same share"
+    if program.divides:
+        share = "one budget for all blocks is divided by measured costs"
+    source = "the dense model" if policy.independent else "the pruned blocks before it"
+    steps = [", ".join(target.path for target in stage.targets) for stage in example.stages if stage.targets]
+    told = f"is pruned in {counted(len(steps), 'step')}: {'; then '.join(steps)}" if steps else "has no layer to solve"
+    return [
+        f"recipe {recipe.name}, {counted(program.block_count, 'block')}: {share}, and a block gets its calibration "
+        f"inputs from {source} (propagation {policy.name})",
+        f"the largest block ({example.index}) {told}",
+    ]

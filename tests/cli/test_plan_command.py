@@ -50,7 +50,12 @@ def test_a_plan_is_printed_and_written(attempt: Attempt, capsys: pytest.CaptureF
     assert [line.split()[0] for line in lines[1:8]] == PHASES
     assert lines[8].count("at most") == 1 and lines[9].startswith("the most is in ")
     assert "hidden states between blocks are kept on the device" in lines[-3] and written["states"] == "device"
-    assert lines[-2].startswith("recipe structured_best, policy ") and "mlp.down_proj" in lines[-1]
+    assert lines[-2] == (
+        "recipe structured_best, 2 blocks: one budget for all blocks is divided by measured costs, and a block gets "
+        "its calibration inputs from the pruned blocks before it (propagation partial)"
+    )
+    steps = "self_attn.q_proj; then self_attn.o_proj; then mlp.down_proj"
+    assert lines[-1] == f"the largest block (1) is pruned in 3 steps: {steps}"
     blocks = written["program"]["blocks"]
     in_order = [[f"self_attn.{name}"] for name in ("q_proj", "o_proj")] + [["mlp.down_proj"]]
     assert [[stage["layers"] for stage in block["stages"] if stage["layers"]] for block in blocks] == [in_order] * 2
@@ -73,7 +78,8 @@ def test_without_a_probe_a_config_is_enough_and_a_gpu_need_not_be_there(
     assert main(["plan", str(config), "--device", "cuda", *more]) == 0
     written = json.loads(file.read_text())
     assert written["seconds"] is None and written["device_bytes"] > 0
-    assert "of the GPU" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "of the GPU" in told and "every block loses the same share" in told and "pruned in 1 step: " in told
 
 
 @pytest.mark.usefixtures("no_weights")
