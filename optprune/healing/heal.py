@@ -160,7 +160,7 @@ def work(
     length, size = batches[0].shape[1], len(batches[0])
     steps = settings.epochs * (len(batches) + -(-settings.generated // size))
     tokens = settings.epochs * length * (sum(map(len, batches)) + settings.generated)
-    measurements = 1 + -(-steps // settings.interval(steps))
+    measurements = 1 + len(settings.measured_after(steps))
     # Forward once (twice with checkpointing), backward for the inputs and for the weights.
     passes = tokens * (3 + settings.gradient_checkpointing) + measurements * held_out.numel()
     flops = passes * own + (tokens + held_out.numel() + PASSES * settings.generated * length) * dense
@@ -229,7 +229,7 @@ class _Run:
         """Train until the steps or the patience are used up, and load the best weights into the model."""
         progress = self._resumed()
         self.clock, self.done = Clock(progress.seconds if progress else 0.0), progress.step if progress else 0
-        steps, every = len(self.batches), self.training.settings.interval(len(self.batches))
+        steps, measured = len(self.batches), set(self.training.settings.measured_after(len(self.batches)))
         cost = STEP * sum(map(len, self.batches)) / steps
         self.begins = min(0.5, sum(map(len, self.held_out.ids)) * self.training.peers.size / (cost * steps))
         if progress is None:
@@ -241,7 +241,7 @@ class _Run:
             self._advance("healing", self.done, steps, self.begins, 1.0)
             self.training.step(self.done, steps, self.batches[self.done])
             self.done += 1
-            if self.done % every == 0 or self.done == steps:
+            if self.done in measured:
                 self._measure()
                 over = self.done == steps or self._without_gain() >= self.training.settings.patience
                 self._save(over)

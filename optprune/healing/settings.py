@@ -33,7 +33,7 @@ class HealingSettings:
     gradient_checkpointing: bool = False
     """whether a block's inner activations are computed again for its gradient instead of being kept"""
     every: int | None = None
-    """number of steps between measurements on the held-out windows; by default a tenth of all steps"""
+    """number of steps between measurements on the held-out windows; by default they are measured ten times"""
     patience: int = 3
     """number of measurements in a row without a smaller divergence after which the training ends, in the second half of
     its steps: before that the learning rate is still large"""
@@ -64,9 +64,12 @@ class HealingSettings:
         if self.patience < 1:
             raise InputError(f"the patience cannot be {self.patience} measurements: it is at least 1")
 
-    def interval(self, steps: int) -> int:
-        """Return the number of steps between measurements, for a run of `steps` steps."""
-        return self.every or max(1, steps // MEASUREMENTS)
+    def measured_after(self, steps: int) -> list[int]:
+        """Return the steps, counted from 1, after which a run of `steps` steps measures; the last one is among them."""
+        if self.every is not None:
+            return [*range(self.every, steps, self.every), steps]
+        count = min(steps, MEASUREMENTS)
+        return [number * steps // count for number in range(1, count + 1)]
 
     def rate(self, step: int, steps: int) -> float:
         """Return the learning rate of a step, counted from 0: a linear warm-up, then half a cosine down to 0."""
