@@ -14,7 +14,7 @@ from optprune.system.files import is_marked, real_path
 from optprune.system.wording import install, one_line
 
 if TYPE_CHECKING:
-    from optprune.report import EvaluationReport
+    from optprune.report import EvaluationReport, Report
 
 PAGE = "report.html"
 
@@ -71,6 +71,7 @@ def report_command(
         _check_measured(folder, speed, speeds.models[0].name, speeds.models[0].weights, "benchmark-model")
     model, healing = summarise_model(folder, report), read_healing(folder)
     if text is not None:
+        _check_against(folder, report, against)
         evaluated = ModelEvaluation.loaded_for(
             reporter, str(folder), against, text, seq_length, windows, device=device, dtype=dtype
         )
@@ -98,6 +99,24 @@ def _check_measured(folder: Path, file: Path, model: str, weights: str, command:
         raise InputError(f"{file} does not say which weights were measured, as files of earlier versions: {again}")
     if weights != digest_of_source(str(folder)):
         raise InputError(f"{file} has figures of other weights ({one_line(model)}) than those in {folder}: {again}")
+
+
+def _check_against(folder: Path, report: "Report", against: str | None) -> None:
+    """Raise InputError where the report says that other files were pruned; a GGUF file is not checked."""
+    from optprune.models import load_config, open_model
+    from optprune.models.draft import draft_in
+    from optprune.models.sources import locate
+    from optprune.models.store import NullSink
+    from optprune.pruning.journal import may_be_of
+
+    if against is None or locate(against)[1]:
+        return
+    dense = open_model(against, sink=NullSink(), device="cpu", architecture=draft_in(load_config(str(folder))))
+    if not may_be_of(report.run_facts, dense.decoder()):
+        raise InputError(
+            f"{one_line(against)} has other weights than the model that was pruned into {folder}, "
+            f"{one_line(report.model)}: name that model by --against"
+        )
 
 
 def _place(folder: Path, output: Path | None, against: str | None, inputs: Iterable[Input]) -> Path:

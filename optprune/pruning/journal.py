@@ -49,6 +49,10 @@ CHOSEN_TOKENS = "tokens.json"
 BLOCKS = "the blocks"
 """the key of the number of blocks among the facts"""
 RECIPE = "the recipe"
+MODEL = "the model"
+"""the key of the digest of the model among the facts"""
+IN_MEMORY = "in memory "
+"""the beginning of the digest of a model that was in memory"""
 PREFIX, REST = "cost-", "rest"
 INDEX = "metrics.json"
 
@@ -368,7 +372,7 @@ def _record(index: int) -> str:
 
 
 def digest_of_model(decoder: Decoder, on_bytes: Callable[[int, int], None] = lambda done, total: None) -> str:
-    """Return a SHA-256 hex digest of a model's weights, or of its files where blocks are read from them.
+    """Return a SHA-256 hex digest of a model's files, or of its weights and marked so where they are in memory.
 
     `on_bytes` receives the number of bytes read and the total.
     """
@@ -378,8 +382,14 @@ def digest_of_model(decoder: Decoder, on_bytes: Callable[[int, int], None] = lam
         on_bytes(0, size)
         found = fingerprint(weights)
         on_bytes(size, size)
-        return found
+        return IN_MEMORY + found
     return digest_of_files(decoder.store.checkpoint.files, on_bytes)
+
+
+def may_be_of(facts: Mapping[str, Any], decoder: Decoder) -> bool:
+    """Return False where a run was on other files than those that a model's blocks are read from."""
+    known = str(facts.get(MODEL, IN_MEMORY))
+    return known.startswith(IN_MEMORY) or known == digest_of_model(decoder)
 
 
 def _name(block: int) -> str:

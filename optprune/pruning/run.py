@@ -403,13 +403,13 @@ def facts(
 ) -> dict[str, Any]:
     """Return everything that decides the bytes of a run, with a hash of all weights; events report their reading."""
 
-    from optprune.pruning.journal import digest_of_model
+    from optprune.pruning.journal import MODEL, digest_of_model
 
     def on_bytes(done: int, total: int) -> None:
         on_event(PhaseAdvanced(LOADING, "reading all weights once", "MiB", done >> 20, total >> 20, OPENED))
 
     return {
-        "the model": digest_of_model(decoder, on_bytes),
+        MODEL: digest_of_model(decoder, on_bytes),
         "its architecture": getattr(decoder.model.config, DRAFT_FIELD, None),
         "its dtype": str(decoder.model.dtype),
         **calibration_facts(decoder, batches),

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from optprune.cli import main
 from optprune.measure import divergence_from, generate
@@ -162,6 +163,23 @@ def test_figures_of_another_model_are_refused(
         (file := folder.parent / "older.json").write_text(json.dumps(data))
         assert "does not say which weights were measured" in refused(str(folder), option, str(file))
     assert main(["report", str(folder), "--evaluation", str(files["own"]), "--speed", str(files["fast"])]) == 0
+
+
+def test_a_dense_model_that_was_not_pruned_is_refused(
+    folder: Path, dense: Path, attempted_text: Path, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    other = save_tiny(tiny_llama(), tmp_path / "other")
+    stored = {name: 2 * tensor for name, tensor in load_file(other / "model.safetensors").items()}
+    save_file(stored, other / "model.safetensors", {"format": "pt"})
+    words = ["--text", str(attempted_text), "--seq-length", "64", "--windows", "1", "--generations", "0"]
+    told = refused(str(folder), "--against", str(other), *words)
+    assert f"{other} has other weights than the model that was pruned into {folder}, {dense}: name that model" in told
+    shutil.copytree(dense, tmp_path / "moved")
+    assert main(["report", str(folder), "--against", str(tmp_path / "moved"), *words]) == 0
+    report = json.loads((folder / "report.json").read_text())
+    for facts in ({}, report["run_facts"] | {"the model": "in memory 1f"}):
+        (folder / "report.json").write_text(json.dumps(report | {"run_facts": facts}))
+        assert main(["report", str(folder), "--against", str(other), *words]) == 0
 
 
 def test_a_folder_with_only_a_report_has_a_page(tmp_path: Path) -> None:
