@@ -6,11 +6,14 @@ from pathlib import Path
 
 import pytest
 import typer
+from transformers import AutoTokenizer
 
 from optprune.cli import main
 from optprune.cli.app import app
 from optprune.errors import InputError
+from optprune.program import Program
 from optprune.program.room import Room
+from optprune.pruning import Measuring
 from tests.helpers.attempts import Attempt
 from tests.helpers.tiny_models import tiny_llama
 
@@ -67,6 +70,25 @@ def test_windows_as_long_as_a_batch_are_planned_too(tmp_path: Path) -> None:
     tiny_llama(max_position_embeddings=2048).config.save_pretrained(tmp_path / "config")
     words = ["--recipe", "structured_best", "--sparsity", "0.2", "--samples", "8", "--seq-length", "1025"]
     assert main(["plan", str(tmp_path / "config"), *words, "--device", "cpu"]) == 0
+
+
+def test_the_probe_has_as_many_tokens_of_the_text_as_it_takes_however_long_its_windows(
+    attempt: Attempt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = list[Measuring]()
+
+    def recorded(program: Program, source: str, measuring: Measuring, on_step: object) -> None:
+        given.append(measuring)
+        raise InputError("stopped")
+
+    monkeypatch.setattr("optprune.cli.plan.PIECE", 1)
+    monkeypatch.setattr("optprune.pruning.measured_plan.timed", recorded)
+    attempt.fails(["plan", str(attempt.model), "--calibration", str(attempt.text), "--recipe", "fasp", *SMALL])
+    tokens = given[0].tokens
+    words = AutoTokenizer.from_pretrained(attempt.model)(attempt.text.read_text(encoding="utf-8"))["input_ids"]
+    # At most all eight windows of 64.
+    assert tokens is not None and 8 * 64 <= len(tokens) < len(words)
+    assert tokens[: 8 * 64].tolist() == words[: 8 * 64]
 
 
 @pytest.mark.usefixtures("no_weights")

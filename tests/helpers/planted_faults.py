@@ -506,6 +506,13 @@ FAULTS = [
         "resident",
         "export/test_around.py",
     ),
+    Fault(
+        "vision: the dtype is read off the text_config",
+        "models/vision.py",
+        "config.dtype = whole.dtype or config.dtype",
+        "config.dtype = config.dtype",
+        "models/test_vision.py",
+    ),
     # Grids
     Fault(
         "gptq: no compensation within a group",
@@ -858,6 +865,27 @@ FAULTS = [
         "if not bool(((self.damping >= 0) & torch.isfinite(self.damping)).all()):",
         "if False:",
         "problems/test_loss.py",
+    ),
+    Fault(
+        "laws: an objective below the optimum passes",
+        "testing/laws.py",
+        "    assert solution.objective >= best.optimum - slack, (",
+        "    assert solution.objective >= best.optimum - 2 * abs(best.optimum) - slack, (",
+        "testing/test_planted_faults.py",
+    ),
+    Fault(
+        "references: any mask obeys the pattern where a metric couples the rows",
+        "testing/references.py",
+        "masks = [mask for mask in bits if pattern.admits(torch.tensor(mask))]",
+        "masks = list(bits)",
+        "testing/test_references.py",
+    ),
+    Fault(
+        "references: the optimum on a grid is that of stored scales",
+        "testing/references.py",
+        "best[row] = found[_row_losses(quadratic, found, row).argmin()]",
+        "best[row] = other[_row_losses(quadratic, other, row).argmin()]",
+        "testing/test_references.py",
     ),
     # Solvers
     Fault(
@@ -1483,6 +1511,20 @@ FAULTS = [
         "best = losses.index(max(losses))",
         "solvers/test_ridge.py",
     ),
+    Fault(
+        "conjugate gradients: the preconditioner does not know the costs of outputs",
+        "solvers/conjugate_gradients.py",
+        "            diagonal = torch.outer(loss.metric.diagonal, diagonal)\n",
+        "            diagonal = diagonal.expand(len(loss.metric.diagonal), -1)\n",
+        "solvers/test_conjugate_gradients.py",
+    ),
+    Fault(
+        "spap: a walk moves a unit back that has just come",
+        "solvers/spap.py",
+        "moved[found.leaving] = moved[found.entering] = step",
+        "moved[found.leaving] = step",
+        "solvers/test_spap.py",
+    ),
     # Allocation
     Fault(
         "shares: a range the wrong way round is taken",
@@ -1532,6 +1574,27 @@ FAULTS = [
         "weights - one * (shape.experts - decoder.experts_for_a_token)",
         "weights",
         "allocation/test_prices.py allocation/test_expert_budget.py",
+    ),
+    Fault(
+        "journal: kept costs are read onto the CPU",
+        "pruning/journal.py",
+        'return self._read(name, str(device or "cpu"))',
+        'return self._read(name, "cpu")',
+        "pruning/test_journal.py",
+    ),
+    Fault(
+        "journal: costs of removal lose their notes",
+        "pruning/journal.py",
+        'return Measured({"order": order, "losses": losses}, list(notes))',
+        'return Measured({"order": order, "losses": losses}, [])',
+        "pruning/test_journal.py",
+    ),
+    Fault(
+        "journal: costs of removal are those of another batch",
+        "pruning/journal.py",
+        '("removal", problem.fingerprint(), str(device), batch)',
+        '("removal", problem.fingerprint(), str(device))',
+        "pruning/test_journal.py",
     ),
     # Calibration and pruning
     Fault(
@@ -1610,6 +1673,34 @@ FAULTS = [
         "digest.update(of_file.digest())",
         "pass",
         "pruning/test_journal.py pruning/test_streaming.py",
+    ),
+    Fault(
+        "workers: those of a script are not looked at",
+        "pruning/pipeline.py",
+        "    workers.check(program.policy)\n",
+        "",
+        "pruning/test_workers.py",
+    ),
+    Fault(
+        "recovery: the error on the fitted tokens is told without the rounding",
+        "pruning/refinement.py",
+        "        after = loss.error(fit)\n    return RecoveredPart(",
+        "        pass\n    return RecoveredPart(",
+        "pruning/test_recovery.py",
+    ),
+    Fault(
+        "strict: a division by squared errors is no error",
+        "pruning/run.py",
+        "notes += program.notes + warn_or_raise(strict, program.allocator.warnings)",
+        "notes += program.notes + program.allocator.warnings",
+        "pruning/test_pipeline.py",
+    ),
+    Fault(
+        "workers: of several jobs that end at once one is replaced",
+        "pruning/workers.py",
+        "under_way += [pool.send(job) for job in islice(jobs, len(done))]",
+        "under_way += [pool.send(job) for job in islice(jobs, 1)]",
+        "pruning/test_workers.py",
     ),
     # Folders and export
     Fault(
@@ -1864,6 +1955,41 @@ FAULTS = [
         "rising = round(self.warmup * steps)",
         "rising = 0",
         "healing/test_heal.py",
+    ),
+    Fault(
+        "drafts: an attention in no module of its own is understood",
+        "models/tracing/trace.py",
+        "    if not module:\n        unplaced",
+        "    if False:\n        unplaced",
+        "models/test_tracing.py",
+    ),
+    Fault(
+        "recipes: a plain field is not set",
+        "recipe/settings.py",
+        'elif path not in ("units", "units.weights"):',
+        'elif path not in ("units", "units.weights", "damping"):',
+        "recipe/test_settings.py",
+    ),
+    Fault(
+        "recipes: a later pattern does not override that of the units",
+        "recipe/settings.py",
+        "if units.family in (ANYWHERE, family) or age < 0:\n            return Weights(family)",
+        "if units.family in (ANYWHERE, family):\n            return Weights(family)",
+        "recipe/test_settings.py",
+    ),
+    Fault(
+        "pages: what every window begins with is left out",
+        "report/html_page.py",
+        'start = f", each begun with {found.begin}" if found.begin else ""',
+        'start = ""',
+        "report/test_page.py",
+    ),
+    Fault(
+        "records: a part of a message without its text passes",
+        "texts/records.py",
+        'return part["type"] != TEXT or isinstance(part.get(TEXT), str)',
+        "return True",
+        "texts/test_records.py",
     ),
     # Tokens
     Fault(
@@ -2181,6 +2307,20 @@ FAULTS = [
         "if self._largest is not None:",
         "if True:",
         "measure/test_memory.py",
+    ),
+    Fault(
+        "plan: a probe is given too little text for its windows",
+        "cli/plan.py",
+        "needed = max(PIECE, CHARACTERS * probe_batches(resolved.program) * resolved.program.batch_tokens)",
+        "needed = PIECE",
+        "cli/test_plan_command.py",
+    ),
+    Fault(
+        "plan: a dense block that is kept for a second path alone is not counted",
+        "program/program.py",
+        "return self.policy.dense_target or self.two_paths",
+        "return self.policy.dense_target",
+        "program/test_plan.py",
     ),
 ]
 

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PretrainedConfig
 from transformers.models.gpt2 import modeling_gpt2
+from transformers.models.llama import modeling_llama
 from transformers.models.phi3 import modeling_phi3
 
 from optprune.errors import InputError
@@ -155,6 +156,21 @@ def test_keys_before_queries_in_one_layer_are_not_taken_for_queries(monkeypatch:
     monkeypatch.setattr(modeling_gpt2.GPT2Attention, "forward", exchanged)
     [only] = trace(ALL_MODELS["gpt2"]().config).not_understood
     assert only.module == "transformer.h.0.attn.c_proj" and "are not queries, keys and values" in only.why
+
+
+def test_an_attention_whose_layers_are_the_block_s_own_is_not_understood(monkeypatch: pytest.MonkeyPatch) -> None:
+    init = modeling_llama.LlamaDecoderLayer.__init__
+
+    def flattened(block: Any, *args: Any, **more: Any) -> None:
+        init(block, *args, **more)
+        attention = block._modules.pop("self_attn")
+        for name, layer in attention.named_children():
+            block.add_module(name, layer)
+        object.__setattr__(block, "self_attn", attention)  # no sub-module, but called
+
+    monkeypatch.setattr(modeling_llama.LlamaDecoderLayer, "__init__", flattened)
+    [only] = trace(ALL_MODELS["llama"]().config).not_understood
+    assert only.module == "model.layers.0.o_proj" and only.why.endswith("are in no module of their own")
 
 
 def test_blocks_that_hold_other_weights_are_named() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText
 
 from optprune.errors import InputError
 from optprune.models import architecture_of, load_config, load_model, open_model, trace, vision_folder
@@ -78,6 +79,16 @@ def changed(folder: Path, **fields: Any) -> Path:
             found[name] = value
     file.write_text(json.dumps(found), encoding="utf-8")
     return folder
+
+
+@pytest.mark.parametrize("text", [None, "float32", "bfloat16"])
+@pytest.mark.parametrize("whole", ["float32", "bfloat16"])
+def test_the_dtype_is_said_by_the_whole_model(whole: str, text: str | None, tmp_path: Path) -> None:
+    """As transformers reads the folder."""
+    folder = save_vision(tiny_vision("mistral3"), tmp_path / "model")
+    changed(folder, dtype=whole, text_config__dtype=text)
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto")
+    assert open_model(folder).model.dtype == model.dtype == getattr(torch, whole)
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from optprune.calibration import first_inputs
 from optprune.calibration.generated import generated_windows
+from optprune.calibration.propagation import TwoPaths
 from optprune.errors import InputError
 from optprune.export.check import logits_of
 from optprune.models import Decoder
@@ -76,6 +77,30 @@ def test_hidden_states_are_counted_as_often_as_a_policy_holds_them(policy: str) 
     work = program_of(propagation=policy)
     assert len(held) == work.streams * len(given)
     assert part(parts_of(work, "pruning", 0, 0), "hidden states") == work.streams * 8 * LENGTH * 64 * 4
+
+
+OWN = TwoPaths("own", independent=False, sequential=True, dense_target=False)
+"""a policy whose dense blocks are needed for the second path alone"""
+
+
+@pytest.mark.parametrize(
+    "policy", ["dense", "pruned", "intra", "cross", "partial", "local", pytest.param(OWN, id="own")]
+)
+def test_the_dense_block_is_counted_where_a_policy_keeps_it_beside_the_pruned_one(policy: Any) -> None:
+    model, copies = tiny_llama(num_hidden_layers=3), list[int]()
+    shape = model.model.layers[1].mlp.down_proj.weight.shape
+
+    def alive() -> list[torch.nn.Parameter]:
+        return [one for one in gc.get_objects() if type(one) is torch.nn.Parameter and one.shape == shape]
+
+    def on_event(event: Event) -> None:
+        if isinstance(event, LayerSolved) and ".1." in event.layer.name and not copies:
+            copies.append(len({id(one) for one in alive()} - {id(one) for one in before}))
+
+    recipe, before = load_recipe("sparsegpt", {"propagation": policy}), alive()
+    prune(model, batches(), recipe, on_event=on_event)
+    work = program_of(recipe, decoder=Decoder(tiny_llama(num_hidden_layers=3)), whole=True)
+    assert part(parts_of(work, "pruning", 0, 0), "the block") == copies[0] * work.block_bytes
 
 
 def test_hidden_states_are_where_they_are_to_be() -> None:

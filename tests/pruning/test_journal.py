@@ -7,17 +7,21 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from transformers import PreTrainedModel
 
 from benchmarks.tiny_models import TINY_MODELS
 from optprune import LayerContext, Recipe, load_recipe
+from optprune.calibration.dense_statistics import DenseStatistics, Removal
 from optprune.errors import InputError
 from optprune.models import Decoder, open_model
-from optprune.problems import MaskedLeastSquares
+from optprune.problems import LinkedLeastSquares, MaskedLeastSquares
+from optprune.pruning import journal as journal_module
 from optprune.pruning import prune
-from optprune.pruning.journal import Journal, digest_of_model
+from optprune.pruning.journal import Journal, Measured, digest_of_model
 from optprune.report import BlockFinished, BlockStarted, Event, LayerSolved
 from tests.helpers.short_runs import batches, same
+from tests.helpers.structured_cases import grouped_query
 from tests.helpers.tiny_models import save_tiny
 
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -341,6 +345,46 @@ def test_a_division_that_is_gone_is_made_again_from_a_metric_of_all_blocks(tmp_p
     (tmp_path / "run" / "division.json").unlink()
     prune(model, batches(), chosen, journal=Journal(tmp_path / "run", resume=True))
     assert same(model, expected)
+
+
+class CountedCosts(DenseStatistics):
+    """Costs of removal with notes; how often they were computed is counted."""
+
+    times = 0
+
+    def removal(self, problem: LinkedLeastSquares, batch: int) -> Removal:
+        self.times += 1
+        return torch.tensor([2, 0, 1]), torch.tensor([0.0, self.times, batch]), ("a note", f"of {batch}")
+
+
+def test_costs_of_removal_are_kept_for_their_batch_with_their_notes(tmp_path: Path) -> None:
+    counted, problem, found = CountedCosts(), grouped_query(0, "mixed"), []
+    for resume in (False, True):
+        journal = Journal(tmp_path / "run", resume=resume)
+        journal.begin({})
+        statistics = journal.keeping_costs(counted)
+        found += [(batch, *statistics.removal(problem, batch)) for batch in (4, 4, 1)]
+        journal.release()
+    assert counted.times == 2
+    assert [losses.tolist() for _, _, losses, _ in found] == [[0, 1, 4], [0, 1, 4], [0, 2, 1]] * 2
+    assert [notes for *_, notes in found] == [("a note", f"of {batch}") for batch, *_ in found]
+
+
+def test_costs_that_were_kept_are_read_onto_the_device_of_their_layer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal, devices, opening = Journal(tmp_path / "run"), list[str](), safe_open
+    journal.begin({})
+
+    def opened(file: Path, framework: str, device: str) -> Any:
+        devices.append(device)
+        return opening(file, framework=framework, device="cpu")
+
+    monkeypatch.setattr(journal_module, "safe_open", opened)
+    for device in (torch.device("cuda:1"), torch.device("cuda:1"), torch.device("cpu")):
+        costs = journal.costs.once(("a layer",), lambda: Measured({"costs": torch.ones(2)}), device)
+        assert torch.equal(costs.tensors["costs"], torch.ones(2))
+    assert devices == ["cuda:1", "cpu"]
 
 
 def test_a_stray_file_is_told_before_any_work(tmp_path: Path) -> None:

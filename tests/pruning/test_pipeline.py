@@ -278,6 +278,17 @@ def test_any_callable_is_an_objective_but_no_code_is_imported_for_a_file(
     assert load_recipe(str(file), {"objective": objective}) == recipe
 
 
+def test_strict_mode_makes_a_division_by_squared_errors_an_error_before_any_block() -> None:
+    settings = {"metric": "none", "allocation.probe_tokens": 0, "sparsity": 0.2}
+    report = prune(tiny_llama(), batches(), load_recipe("structured_best", settings))
+    assert any("by squared errors without an output metric" in note for note in report.notes)
+    events: list[Event] = []
+    with pytest.raises(StrictError, match="by squared errors without an output metric"):
+        strict = load_recipe("structured_best", {**settings, "strict": True})
+        prune(tiny_llama(), batches(), strict, on_event=events.append)
+    assert not any(isinstance(event, BlockStarted) for event in events)
+
+
 def test_strict_mode_makes_a_dead_input_an_error() -> None:
     model = tiny_opt()
     with torch.no_grad():

@@ -193,7 +193,8 @@ def test_errors_are_those_of_the_weights_as_they_are_rounded(
     assert all(torch.equal(weight, weight.to(dtype).float()) for weight in module.parameters())
     assert part.held_out_after < part.held_out_before
     assert part.held_out_after == pytest.approx(error_of(module, apart) / error_of_nothing(apart), rel=1e-4)
-    assert part.error_after == pytest.approx(error_of(module, fit) / error_of_nothing(fit), rel=1e-4)
+    # The rounding of the last turn is about 1e-4 of it, that of the sums in float32 below 1e-6.
+    assert part.error_after == pytest.approx(error_of(module, fit) / error_of_nothing(fit), rel=1e-5)
 
 
 def test_nothing_moves_where_nothing_was_pruned() -> None:

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,6 +31,7 @@ from optprune.pruning.workers import (
     ParallelWorkers,
     WorkerContext,
     WorkerPool,
+    outcomes,
     run_job,
 )
 from optprune.report import BlockFinished, BlockStarted, Event, Report
@@ -189,6 +191,29 @@ def test_no_more_is_under_way_than_workers_soon_need() -> None:
     assert workers.packed[0].most == AHEAD * Packed.count
 
 
+def test_every_job_that_ends_makes_room_for_another() -> None:
+    """Though several end at once."""
+    under_way: list[int] = []
+
+    class AllAtOnce(WorkerPool[int]):
+        count = 3
+
+        def send(self, job: Any) -> int:
+            return int(job)
+
+        def wait(self, handles: list[int]) -> list[int]:
+            under_way.append(len(handles))
+            return list(handles)
+
+        def get(self, handle: int) -> Any:
+            return handle
+
+    jobs: Any = iter(range(4 * AHEAD * AllAtOnce.count))
+    found: list[Any] = list(outcomes(AllAtOnce(), jobs))
+    assert found == list(range(4 * AHEAD * AllAtOnce.count))
+    assert under_way == [AHEAD * AllAtOnce.count] * 4
+
+
 def test_a_job_holds_what_one_block_takes() -> None:
     """Of a view of a larger tensor its own part, and of the blocks' arguments those of the one block."""
     sizes = []
@@ -232,6 +257,15 @@ def test_every_block_is_passed_through_once_to_get_on_wherever_that_is(policy: s
 def test_a_policy_that_lets_blocks_depend_on_each_other_is_refused(policy: str) -> None:
     with pytest.raises(InputError, match=f"under the policy {policy} every block depends .* dense or intra"):
         workers_of(load_recipe("fasp", {"propagation": policy}).propagation, 2, ray="local")
+
+
+@pytest.mark.parametrize("policy", [name for name in POLICIES if name not in INDEPENDENT])
+def test_workers_that_a_script_gives_are_refused_too(policy: str) -> None:
+    model, before, workers = tiny(), tiny(), Here()
+    with pytest.raises(InputError, match=f"under the policy {policy} every block depends on those before it"):
+        prune(model, batches(), load_recipe("fasp", {"propagation": policy}), workers=workers)
+    assert not workers.packed
+    assert_same(model, before)
 
 
 def test_what_stops_a_worker_stops_the_run_with_its_sentence() -> None:

@@ -146,6 +146,7 @@ def test_another_kind_keeps_what_both_kinds_have() -> None:
 
 def test_units_that_override_have_their_own_pattern() -> None:
     assert load_recipe("wanda", {"units.weights": "4:8"}).units == Weights(InGroups(4, 8))
+    assert Recipe({"units": Weights(InGroups(2, 4))}, {"units.weights": "4:8"}).units == Weights(InGroups(4, 8))
     assert load_recipe("wanda", {"units": "weights"}).units == load_recipe("wanda").units
     assert load_recipe("wanda", {"units": {"weights": "2:4"}}).units == Weights(InGroups(2, 4))
     assert load_recipe("wanda", {"units": "mlp", "objective": None}).units == UNITS["mlp"]
@@ -254,6 +255,16 @@ def test_a_recipe_says_what_is_wrong_in_the_words_it_was_given(settings: dict[An
 
 
 # -- written and told
+
+
+def test_every_plain_field_is_what_it_is_set_to() -> None:
+    plain = {"name": "mine", "summary": "a", "source": "b", "sparsity": 0.5, "damping": 0.5, "fit_bias": False}
+    plain |= {"permuted": True, "strict": True, "seed": 7}
+    fields = Recipe.model_fields.items()
+    assert plain.keys() == {name for name, field in fields if field.annotation in (str, float, bool, int)}
+    recipe = Recipe({**plain, "units": {"weights": "2:4"}})
+    assert {name: getattr(recipe, name) for name in plain} == plain
+    assert all(plain[name] != field.default for name, field in fields if name in plain)
 
 
 @pytest.mark.parametrize("name", recipe_names())

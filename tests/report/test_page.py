@@ -195,6 +195,12 @@ def test_differences_have_standard_errors_where_they_are_known() -> None:
     assert "± is the standard error over 10 windows, of differences paired." in root.text
 
 
+@pytest.mark.parametrize(("begin", "said"), [("<s>", ", each begun with <s>"), ("", "")])
+def test_it_is_said_what_every_window_begins_with(begin: str, said: str) -> None:
+    root = made(narrowed(), evaluation=parse_evaluation(evaluated(begin=begin), "here"))
+    assert f"10 windows of 512 tokens{said}, 5,110 predictions" in root.text
+
+
 def test_healing_is_told_where_there_was_any() -> None:
     states = HeldOutQuality(0.5432, 35.0123), HeldOutQuality(0.4321, 32.1098)
     root = made(

@@ -15,7 +15,7 @@ from optprune.problems import ChannelGroups, LayerLoss, StructuredLeastSquares
 from optprune.recipe import load_recipe
 from optprune.solvers import Chain, FaspMetric, GreedyObs, Magnitude, Restore, Spap, solve
 from optprune.solvers.inverse import InverseForm, Tableau
-from optprune.solvers.spap import penalised_minimiser
+from optprune.solvers.spap import Core, penalised_minimiser
 from optprune.testing.strategies import CHOICE_KINDS, choice_instance
 from tests.helpers.faults import noticed
 from tests.helpers.structured_cases import (
@@ -280,6 +280,23 @@ def test_the_cost_never_rises_under_one_penalty_and_the_alternation_ends():
         state = spap.step(problem, state)
     for (rho, cost), (later_rho, later) in pairwise(costs):
         assert later_rho > rho or later <= cost
+
+
+def test_a_walk_moves_no_unit_again_in_the_next_three_exchanges(monkeypatch):
+    problem = channels(1, "mixed", units=24, keep=12)
+    form, made = InverseForm.of(problem.loss), []
+    core = Core.of(Tableau.of(problem.channels, form.inverse, form.minimiser, torch.arange(24) < 12), 24)
+    exchanged = Tableau.exchanged
+
+    def recorded(self, leaving, entering):
+        made.append([*leaving.reshape(-1).tolist(), *entering.reshape(-1).tolist()])
+        return exchanged(self, leaving, entering)
+
+    monkeypatch.setattr(Tableau, "exchanged", recorded)
+    assert core.searched(lambda _: None, depth=0, walk=20, enough=1e9) is None
+    assert len(made) == 20
+    for first in range(17):
+        assert len({unit for exchange in made[first : first + 4] for unit in exchange}) == 8
 
 
 def test_options_that_contradict_are_refused():

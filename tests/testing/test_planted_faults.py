@@ -13,11 +13,12 @@ from optprune.moments import InputMoments
 from optprune.patterns import SlotWise
 from optprune.problems import LayerLoss, LinkedLeastSquares, MaskedLeastSquares
 from optprune.problems.exact import ExactLoss
-from optprune.solvers import Certificate, FaspMetric, Restore
+from optprune.solvers import Certificate, FaspMetric, Restore, solve
 from optprune.solvers.spectrum import ScaledGram
 from optprune.testing import check_solver, laws
 from optprune.testing.strategies import PATTERNS, masked, samples
 from tests.helpers.faults import one_scale_for_all
+from tests.helpers.sparse_cases import correlated_loss
 
 UNSHRUNK = settings(phases=[Phase.generate])
 """a fault is planted, so nobody needs the smallest example of it"""
@@ -208,6 +209,16 @@ CORE_FAULTS = {
     ),
     "the moments of x not centred": (InputMoments, "centred", lambda self: self, Restore()),
 }
+
+
+def test_an_objective_below_the_optimum_is_noticed(monkeypatch):
+    loss = correlated_loss(0, 3, 6)
+    problem = MaskedLeastSquares(loss, torch.rand(3, 6, generator=torch.Generator().manual_seed(0)) < 0.5)
+    solution = solve(problem, Restore())
+    laws.never_below_the_reference(problem, Restore())
+    monkeypatch.setattr(laws, "answer", lambda *_: replace(solution, objective=0.999 * solution.objective))
+    with pytest.raises(AssertionError, match="is below the optimum"):
+        laws.never_below_the_reference(problem, Restore())
 
 
 @pytest.mark.e2e

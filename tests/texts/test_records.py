@@ -47,6 +47,14 @@ def test_records_are_drawn_by_the_seed_and_counted_with_their_images(tmp_path: P
             {"text": None, "messages": [{"role": "user", "content": [{"type": "sound"}]}]},
             "message 1 in line 2 of .* a content that is a text or a list of",
         ),
+        (
+            {"text": None, "messages": [{"role": "user", "content": [{"type": "image"}, {"type": "text"}]}]},
+            "message 1 in line 2 of .* a content that is a text or a list of",
+        ),
+        (
+            {"text": None, "messages": [{"role": "user", "content": [{"type": "text", "text": 3}]}]},
+            "message 1 in line 2 of .* a content that is a text or a list of",
+        ),
         ({"images": "1.png"}, "the images in line 2 of .* are '1.png': write a list of paths"),
         ({"images": ["absent.png"]}, r"^the image 'absent.png' in line 2 of .* is not there: paths begin in the fold"),
         ({"images": [""]}, "write a list of paths"),
