@@ -1512,13 +1512,6 @@ FAULTS = [
         "solvers/test_ridge.py",
     ),
     Fault(
-        "conjugate gradients: the preconditioner does not know the costs of outputs",
-        "solvers/conjugate_gradients.py",
-        "            diagonal = torch.outer(loss.metric.diagonal, diagonal)\n",
-        "            diagonal = diagonal.expand(len(loss.metric.diagonal), -1)\n",
-        "solvers/test_conjugate_gradients.py",
-    ),
-    Fault(
         "spap: a walk moves a unit back that has just come",
         "solvers/spap.py",
         "moved[found.leaving] = moved[found.entering] = step",

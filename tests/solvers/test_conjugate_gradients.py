@@ -7,7 +7,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from optprune.metric import OutputMetric
 from optprune.moments import DenseMoments, InputMoments
 from optprune.problems import LayerLoss, MaskedLeastSquares
 from optprune.solvers import (
@@ -21,7 +20,7 @@ from optprune.testing.quadratic import rounding
 from optprune.testing.strategies import masked
 from optprune.testing.transformations import random_feasible
 from tests.helpers.faults import noticed
-from tests.helpers.sparse_cases import by_pattern, correlated, correlated_loss
+from tests.helpers.sparse_cases import by_pattern, correlated
 
 
 @given(masked(generic=True))
@@ -88,24 +87,6 @@ def test_a_refit_by_gradients_keeps_the_support_and_nearly_the_restored_objectiv
         found, exact = solve(problem, ConjugateGradients(), start=chosen), solve(problem, Restore(), start=chosen)
         assert not bool(((found.value != 0) & (chosen == 0)).any())
         assert found.objective == pytest.approx(exact.objective, rel=1e-6)
-
-
-@pytest.mark.parametrize("full", [False, True])
-def test_outputs_in_other_units_take_the_same_steps(full):
-    """Bit for bit, since the units are powers of two: the preconditioner knows what each output costs."""
-    loss = correlated_loss(0, 5, 12)
-    generator = torch.Generator().manual_seed(1)
-    gradients = torch.randn(40, 5, generator=generator, dtype=torch.float64)
-    metric = OutputMetric.from_samples(gradients + gradients.mean(1, keepdim=True), full=full)
-    units = 2.0 ** torch.tensor([0, 7, -9, 3, -4], dtype=torch.float64)
-    average = metric.average * (torch.outer(units, units) if full else units.square())
-    other = OutputMetric(average, metric.damping * units.square(), metric.tokens)
-    mask = torch.rand(5, 12, generator=generator) < 0.5
-    first = MaskedLeastSquares(replace(loss, metric=metric), mask)
-    second = MaskedLeastSquares(replace(loss, weight=loss.weight / units[:, None], metric=other), mask)
-    found, again = solve(first, ConjugateGradients()), solve(second, ConjugateGradients())
-    assert 0 < found.steps == again.steps
-    assert torch.equal(again.value * units[:, None], found.value)
 
 
 # -- faults planted: heuristics promise little to the laws, so these tests must notice
