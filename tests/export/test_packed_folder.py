@@ -49,6 +49,26 @@ def test_unpacking_gives_the_weights_back(shape: tuple[int, int], shifted: bool)
     assert torch.equal(WordsFormat(BITS).decode(parts, shape), weight)
 
 
+def words(rows: Tensor) -> Tensor:
+    """Eight integers a word of 32 bits, four bits each from the lowest; the bits behind the last integer are zero."""
+    numbers = [sum((value + 8) << 4 * place for place, value in enumerate(row)) for row in rows.tolist()]
+    count = 4 * -(-rows.shape[1] // 8)
+    return torch.tensor([list(number.to_bytes(count, "little")) for number in numbers], dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("shifted", [False, True])
+def test_a_word_that_is_not_full_ends_with_zeros(shifted: bool) -> None:
+    """As compressed-tensors writes it."""
+    grid = Grid(4, 4, shifted)
+    codes = grid.encode(grid.nearest(torch.randn(3, 12, generator=torch.Generator().manual_seed(0)) + 0.3).values())
+    found = pack(codes, grid, torch.float32)
+    zeros = -8 - codes.lows.int() if shifted else torch.zeros(3, 3, dtype=torch.int32)
+    integers = codes.integers + zeros.repeat_interleave(4, dim=1)
+    assert torch.equal(found["weight_packed"].view(torch.uint8), words(integers))
+    if shifted:
+        assert torch.equal(found["weight_zero_point"].t().contiguous().view(torch.uint8), words(zeros.t()))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("bits", [{}, {"kind": "w4a16_shifted"}], ids=["scale", "scale and zero point"])
 def test_transformers_gives_the_logits_of_the_weights(bits: dict[str, Any], dtype: torch.dtype, tmp_path: Path) -> None:

@@ -619,6 +619,13 @@ FAULTS = [
         "places = BITS * torch.arange(PER_WORD).flip(0)\n    return (raised",
         "export/test_packed_folder.py",
     ),
+    Fault(
+        "packed folders: a word is filled up with eights",
+        "export/packed_folder.py",
+        "(0, -integers.shape[1] % PER_WORD))",
+        "(0, -integers.shape[1] % PER_WORD), value=HALF)",
+        "export/test_packed_folder.py",
+    ),
     # Penalties, patterns and moments
     Fault(
         "l1: half the threshold",
@@ -1954,6 +1961,13 @@ FAULTS = [
         "models/tracing/trace.py",
         "    if not module:\n        unplaced",
         "    if False:\n        unplaced",
+        "models/test_tracing.py",
+    ),
+    Fault(
+        "drafts: of many heads the first sixteen are looked at",
+        "models/tracing/roles.py",
+        "range(0, len(rows), SEQUENCES)",
+        "range(0, min(len(rows), SEQUENCES), SEQUENCES)",
         "models/test_tracing.py",
     ),
     Fault(

@@ -96,6 +96,15 @@ def test_queries_keys_and_values_are_told_apart_in_any_layout(joined: str, kv: i
     assert draft.joined == joined or (joined == "heads" and heads == 1)
 
 
+def test_queries_keys_and_values_of_many_heads_are_told_apart() -> None:
+    """Of more heads than a trace has sequences."""
+    shape = {"num_attention_heads": 20, "num_key_value_heads": 20, "hidden_size": 80, "head_dim": 4}
+    draft = trace(ALL_MODELS["llama"](intermediate_size=20, num_hidden_layers=1, **shape).config)
+    hand = ARCHITECTURES["llama"]
+    assert draft.not_understood == ()
+    assert [draft.query, draft.key, draft.value, draft.output] == [hand.query, hand.key, hand.value, hand.output]
+
+
 # -- what is not understood
 
 
