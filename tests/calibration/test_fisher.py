@@ -10,9 +10,11 @@ from torch import nn
 
 from optprune.calibration import collect_metrics, fisher_pass, from_text, sampled
 from optprune.calibration.fisher_pass import NO_LABEL, next_tokens
+from optprune.calibration.partial_sums import PartialSums
 from optprune.errors import InputError, NumericalError
 from optprune.models import Decoder, load_model, open_model
 from tests.helpers.faults import noticed
+from tests.helpers.thread_peers import together
 from tests.helpers.tiny_models import ALL_MODELS, VARIANTS, by_variant, tiny_llama, tiny_opt, tiny_qwen2
 
 EVERY = VARIANTS | ALL_MODELS
@@ -214,6 +216,18 @@ def peak_of_saved_activations(blocks: int) -> int:
 
 def test_the_activations_of_one_block_are_kept_however_many_there_are():
     assert 0 < peak_of_saved_activations(6) <= peak_of_saved_activations(1)
+
+
+def test_a_process_without_batches_has_the_metrics_of_all():
+    """There are more processes than batches."""
+    expected = collect_metrics(Decoder(tiny_llama()), [tokens()], sampled(0))
+
+    def shared(peers):
+        return collect_metrics(Decoder(tiny_llama()), [tokens()], sampled(0), partial_sums=PartialSums(2, peers))
+
+    for found in together(2, shared):
+        assert sorted(found) == sorted(expected)
+        assert all(torch.equal(found[name].average, expected[name].average) for name in expected)
 
 
 def test_layers_that_are_too_wide_get_the_diagonal():
