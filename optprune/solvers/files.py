@@ -2,15 +2,15 @@
 
 import json
 import math
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from optprune.errors import InputError, check_kind
-from optprune.numerics.tensors import all_finite, check_floats, check_tensor
+from optprune.numerics.tensors import all_finite, check_floats, check_tensor, write_tensors
 from optprune.problems import Problem
 from optprune.problems.files import SOLUTION
 from optprune.solvers.base import Certificate, Solution, Status
@@ -67,8 +67,10 @@ def solution_bytes(solution: Solution, problem: Problem) -> bytes:
         "certificate": None if proof is None else [proof.lower_bound, proof.proof],
         "notes": list(solution.notes),
     }
-    value = solution.value.detach().cpu().contiguous()
-    return save({VALUE: value}, {SOLUTION: json.dumps(header), GENERATOR: MARK})
+    stream = BytesIO()
+    # The same solution has the same bytes, which safetensors' own writer does not promise for two entries of metadata.
+    write_tensors(stream, {VALUE: solution.value}, metadata={SOLUTION: json.dumps(header), GENERATOR: MARK})
+    return stream.getvalue()
 
 
 def load_solution(path: str | Path, problem: Problem) -> Solution:
