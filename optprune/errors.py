@@ -30,7 +30,7 @@ class NoSolver(OptpruneError):
 
 
 class StrictError(OptpruneError):
-    """Strict mode met a fallback, a dead input or too few tokens."""
+    """Strict mode met a fallback, a dead input, tokens that are too few or too alike, or a missed budget."""
 
 
 class OwnCodeError(OptpruneError):

@@ -101,7 +101,8 @@ Strict = Annotated[
     bool,
     typer.Option(
         "--strict",
-        help="Treat fallbacks, too few tokens and a missed budget as errors.",
+        help="Treat fallbacks, dead inputs, calibration tokens that are too few or too alike, and a missed budget as "
+        "errors.",
         rich_help_panel=ADVANCED,
     ),
 ]

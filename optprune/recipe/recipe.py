@@ -118,7 +118,8 @@ class Recipe(Displayed, BaseModel):
     refit: Refit | None = None
     """use of held-out calibration tokens: none, or measured errors, chosen dampings and recovery"""
     strict: bool = False
-    """whether fallbacks, dead inputs, too few tokens and a missed budget are errors"""
+    """whether fallbacks, dead inputs, calibration tokens that are too few or too alike, and a missed budget are
+    errors"""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """seed of all random numbers"""
 
