@@ -52,7 +52,12 @@ class SparseLeastSquares(SelectionProblem):
         return choice
 
     def support(self, weight: Float[Tensor, "out in"]) -> Bool[Tensor, "out in"]:
-        """Return the non-zero entries, completed to the exact count by the entries of largest original magnitude."""
+        """Return the non-zero entries, completed to the exact count by the entries of largest original magnitude.
+
+        Of more non-zero entries than the pattern holds, those of largest original magnitude are left. Weights of dead
+        inputs (zero on all tokens) count as all others, although no output of these tokens depends on them: they are in
+        the support where they are not zero, and large ones complete it before small ones of other inputs.
+        """
         used = weight != 0
         if self.pattern.admits(used):
             return used

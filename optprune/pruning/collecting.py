@@ -21,6 +21,7 @@ from optprune.numerics.precision import full_precision
 from optprune.program import Program, Request, check_batches, resolve
 from optprune.pruning.run import place_for, undamped_metrics
 from optprune.recipe import Recipe
+from optprune.recipe.recipe import recipe_with
 from optprune.report import Event, PhaseAdvanced
 from optprune.report.phases import BUDGET
 from optprune.system.names import renamed_argument
@@ -32,7 +33,7 @@ def collect(
     model: PreTrainedModel,
     batches: Iterable[Tensor],
     *,
-    recipes: Sequence[Recipe] | None = None,
+    recipes: Sequence[str | Recipe] | None = None,
     store: BlockStore | None = None,
     folder: str | Path | None = None,
     partial_sums: PartialSums | None = None,
@@ -43,15 +44,18 @@ def collect(
     """Measure once the statistics that runs on this model and these batches of token ids [batch, length] share.
 
     `prune(model, batches, recipe, statistics=...)` on a copy of the model then gives the same weights bit for bit, in
-    less time. With `recipes`, the statistics are the output metric, the costs by which a budget is divided, and the
-    moments of the layers' inputs: for all blocks if the policy makes them independent (dense; the first stage of intra)
-    or a budget is divided, otherwise for the first block. Without recipes they are the moments of all layers of all
-    blocks. A run measures and adds whatever else it needs. Statistics record the model, its dtype, the tokens, the
-    partial sums, the versions and the machine; used with any other they raise an InputError that names the difference.
-    They are kept in memory, with 4 in^2 bytes for each distinct input of a layer and as much again for solvers, or in a
-    `folder`, whose files are written whole or not at all, and which a later call continues. Token ids may be numbers of
-    `images`.
+    less time. With `recipes`, each a Recipe, a name or a YAML file, the statistics are the output metric, the costs by
+    which a budget is divided, and the moments of the layers' inputs: for all blocks if the policy makes them
+    independent (dense; the first stage of intra) or a budget is divided, otherwise for the first block. Without recipes
+    they are the moments of all layers of all blocks. A run measures and adds whatever else it needs. Statistics record
+    the model, its dtype, the tokens, the partial sums, the versions and the machine; used with any other they raise an
+    InputError that names the difference. They are kept in memory, with 4 in^2 bytes for each distinct input of a layer
+    and as much again for solvers, or in a `folder`, whose files are written whole or not at all, and which a later call
+    continues. Token ids may be numbers of `images`.
     """
+    if isinstance(recipes, str | Recipe):
+        raise InputError('the recipes are one recipe, not a list: give them as in recipes=["wanda"]')
+    chosen = None if recipes is None else [recipe_with(recipe, {}) for recipe in recipes]
     decoder, partial_sums = Decoder(model, store, images=images), partial_sums or PartialSums()
     if partial_sums.peers.size > 1:
         raise InputError("statistics are collected in one process: collect them before starting torchrun")
@@ -59,10 +63,10 @@ def collect(
     decoder.states = place_for(states, decoder, every, None)
     statistics = Statistics(Source.of(decoder, every, partial_sums), folder)
     needs = _Needs(decoder, every, statistics, partial_sums)
-    programs = [resolve(decoder, Request(recipe=recipe)) for recipe in recipes or ()]
+    programs = [resolve(decoder, Request(recipe=recipe)) for recipe in chosen or ()]
     for program in programs:
         needs.add(program)
-    if recipes is None:
+    if chosen is None:
         needs.add_everything()
     for program in programs:
         if program.metric is not None:

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import final
+from typing import Any, final
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -22,6 +22,7 @@ from optprune.pruning.collecting import collect
 from optprune.pruning.pipeline import run_program
 from optprune.recipe import Recipe
 from optprune.recipe.groups import GlobalBudget
+from optprune.recipe.recipe import recipe_with
 from optprune.report import GoalReached
 from optprune.report.records import BYTES
 from optprune.system.wording import amount
@@ -307,20 +308,23 @@ def narrow_to(decoder: Decoder, program: Program) -> None:
 
 def find_sparsity(
     model: PreTrainedModel,
-    recipe: Recipe,
+    recipe: str | Recipe,
     goal: str | Goal,
     *,
     batches: Sequence[Tensor] = (),
     windows: Tensor | None = None,
     say: Callable[[str], None] = lambda text: None,
+    **fields: Any,
 ) -> GoalReached:
     """Return the sparsity at which a recipe reaches a goal on a model, which is not changed.
 
     The goal is a size of the weights such as "200MiB", a speed of decoding over the dense model's such as "1.5x", or a
     `QualityGoal`, for which the model is pruned on `batches` and evaluated on `windows`, both token ids [n, length].
-    `recipe.with_sparsity(found.sparsity)` is then the recipe to prune by. `say` is called with a sentence for each
-    sparsity that is tried. InputError where the recipe cannot reach the goal.
+    The recipe is a Recipe, a name or a YAML file, whose `fields` are replaced as in `prune`, which reaches the goal by
+    the same recipe and fields with the `sparsity` that was found. `say` is called with a sentence for each sparsity
+    that is tried. InputError where the recipe cannot reach the goal.
     """
+    recipe = recipe_with(recipe, fields)
     wanted = parse_goal(goal) if isinstance(goal, str) else goal
     wanted.check(recipe)
     decoder = Decoder(model)

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterable
 from difflib import get_close_matches
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from optprune.numerics.precision import full_precision
 from optprune.problems import LayerLoss, Problem
 from optprune.program import Request, check_batches, resolve
 from optprune.pruning.block import block_problem
+from optprune.pruning.pipeline import settings_of
 from optprune.pruning.run import begin
 from optprune.pruning.workers import Serial
 from optprune.recipe import Recipe
@@ -71,17 +73,20 @@ def layer_problem(
     model: PreTrainedModel,
     batches: Iterable[Tensor],
     name: str,
-    recipe: Recipe,
+    recipe: str | Recipe,
     *,
-    allocation: Allocation | None = None,
+    allocation: Allocation | Any = None,
     statistics: DenseStatistics | None = None,
+    **fields: Any,
 ) -> Problem:
     """Return the problem that a recipe states at a layer, by the layer's full name, as `prune` gives it to a solver.
 
     It has the budget, the metric and the damping of the recipe, and the link of the units or the pattern of the single
     weights. If the recipe's policy takes inputs from pruned blocks, the blocks before the layer's are pruned first, in
-    a copy; no later block is solved. No weight of the model changes. The rest is as in `prune`.
+    a copy; no later block is solved. No weight of the model changes. The recipe is a Recipe, a name or a YAML file, and
+    the rest too is as in `prune`.
     """
+    recipe, allocation = settings_of(recipe, allocation, fields)
     block, path = place_of(Decoder(model), name)
     every = check_batches(model.config, batches)
     independent = recipe.propagation.independent

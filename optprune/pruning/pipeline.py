@@ -85,7 +85,7 @@ def prune(
     - `on_event` receives the events of the run, and `progress` shows them on stderr with the time left.
     """
     check_kind("the model", model, torch.nn.Module, "give the model itself, e.g. load_model(...).model")
-    recipe, allocation = _settings(recipe, allocation, fields)
+    recipe, allocation = settings_of(recipe, allocation, fields)
     began, decoder = time.perf_counter(), Decoder(model, store, images=images)
     every = check_batches(model.config, batches, images)
     request = Request(
@@ -115,8 +115,11 @@ def prune(
     )
 
 
-def _settings(recipe: str | Recipe, allocation: Any, fields: dict[str, Any]) -> tuple[Recipe, Allocation | None]:
-    """Return the recipe with its fields, and the allocation that replaces its sparsity, if one is given."""
+def settings_of(recipe: str | Recipe, allocation: Any, fields: dict[str, Any]) -> tuple[Recipe, Allocation | None]:
+    """Return the recipe with its fields, and the allocation that replaces its sparsity, if one is given.
+
+    InputError unless the recipe is known and can be run on tokens without their text.
+    """
     check_kind("the recipe", recipe, (str, Recipe), "give a name, or a Recipe, e.g. load_recipe('wanda')")
     if allocation is not None and not isinstance(allocation, Allocation):
         fields, allocation = fields | {"allocation": allocation}, None

@@ -4,10 +4,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from optprune.allocation import Allocation
 from optprune.calibration import calibrating
 from optprune.calibration.moments_pass import Collected
 from optprune.errors import InputError
@@ -18,6 +20,7 @@ from optprune.problems import save_problem
 from optprune.program import Program, Request, check_batches, resolve
 from optprune.pruning.executors import LayerExecutor, SerialExecutor, Take
 from optprune.pruning.layer import LayerTask, stated_problem
+from optprune.pruning.pipeline import settings_of
 from optprune.pruning.run import begin
 from optprune.recipe import Recipe
 from optprune.report import Event, PhaseRecorder
@@ -54,22 +57,33 @@ def file_of(folder: Path, layer: str) -> Path:
 def save_problems(
     model: PreTrainedModel,
     batches: Iterable[Tensor],
-    recipe: Recipe,
+    recipe: str | Recipe,
     folder: str | Path,
     *,
     layers: str = "*",
+    allocation: Allocation | Any = None,
     store: BlockStore | None = None,
     origin: Mapping[str, str | int] | None = None,
     on_event: Callable[[Event], None] = lambda event: None,
+    **fields: Any,
 ) -> list[Path]:
     """Write the problems that a recipe states at the layers whose full names match a pattern, and return the files.
 
     The model is pruned in place up to the last of them, because a later problem depends on the answers
     before it. `origin` is written into each file, beside the layer, the recipe and the number of tokens. `folder` must
-    exist. InputError where no layer matches; the rest is as in `prune`.
+    exist. InputError where no layer matches. The recipe is a Recipe, a name or a YAML file, and the rest too is as in
+    `prune`.
     """
+    recipe, allocation = settings_of(recipe, allocation, fields)
     every, decoder = check_batches(model.config, batches), Decoder(model, store)
-    program = resolve(decoder, Request(recipe=recipe, dtype=model.dtype, device=model.device.type, whole=store is None))
+    request = Request(
+        recipe=recipe,
+        allocation=allocation,
+        dtype=model.dtype,
+        device=model.device.type,
+        whole=store is None,
+    )
+    program = resolve(decoder, request)
     names = wanted_layers(program, layers)
     tokens = sum(batch.numel() for batch in every)
     known = {**(origin or {}), "recipe": recipe.name, "tokens": tokens}

@@ -41,6 +41,17 @@ def dense() -> PreTrainedModel:
     return tiny_llama()
 
 
+def test_recipes_are_given_by_their_names(dense: PreTrainedModel) -> None:
+    statistics = optprune.collect(dense, batches(), recipes=["wanda"])
+    optprune.prune(copy.deepcopy(dense), batches(), "wanda", sparsity=0.5, statistics=statistics)
+    assert statistics.seconds_saved > 0
+    with pytest.raises(InputError, match="did you mean wanda"):
+        optprune.collect(dense, batches(), recipes=["wandda"])
+    for one in ("wanda", recipe("wanda")):
+        with pytest.raises(InputError, match=r"not a list: give them as in recipes=\[.wanda.\]"):
+            optprune.collect(dense, batches(), recipes=one)
+
+
 @pytest.fixture(scope="module")
 def collected(dense: PreTrainedModel) -> Callable[[str], optprune.Statistics]:
     """By policy, for all recipes."""

@@ -76,6 +76,17 @@ def test_nothing_is_pruned_after_the_last_layer_that_is_written(attempt: Attempt
         assert bool(changed) is pruned and not any(".layers.1." in name for name in changed)
 
 
+def test_save_problems_takes_a_recipe_by_its_name_and_fields(attempt: Attempt, tmp_path: Path) -> None:
+    layer, found = "model.layers.1.mlp.down_proj", set[str]()
+    batches = [torch.randint(0, 64, (2, 16), generator=torch.Generator().manual_seed(0))]
+    fields = {"units": "mlp", "sparsity": 0.25}
+    for recipe, more in (("fasp", fields), (optprune.load_recipe("fasp", fields), {})):
+        model = optprune.load_model(attempt.model).model
+        (file,) = save_problems(model, batches, recipe, tmp_path, layers=layer, **more)
+        found.add(optprune.load_problem(file).fingerprint())
+    assert len(found) == 1
+
+
 @pytest.mark.parametrize(
     ("more", "reason"),
     [

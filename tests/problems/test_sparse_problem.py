@@ -9,8 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from optprune.errors import NoSolver
+from optprune.moments import InputMoments
 from optprune.patterns import NM, Pattern, RowWise, Unstructured, largest
 from optprune.problems import (
+    LayerLoss,
     LinkedLeastSquares,
     SelectionProblem,
     SparseLeastSquares,
@@ -192,3 +194,17 @@ def test_a_pattern_of_the_users_own_gets_more_than_magnitude():
 def test_a_selection_problem_of_every_kind_was_met():
     assert set(SelectionProblem.__subclasses__()) == {SparseLeastSquares, StructuredProblem}
     assert set(StructuredProblem.__subclasses__()) == {StructuredLeastSquares, LinkedLeastSquares}
+
+
+def test_the_support_counts_weights_of_dead_inputs_as_all_others() -> None:
+    inputs = torch.tensor([[1.0, 2.0, 0.0, 1.0], [3.0, -1.0, 0.0, 2.0], [0.5, 1.0, 0.0, -1.0]])
+    weight = torch.tensor([[3.0, 2.0, 9.0, 1.0]])
+    moments = InputMoments.from_samples(inputs)
+    assert moments.dead.tolist() == [False, False, True, False]
+    problem = SparseLeastSquares(LayerLoss.of(weight, moments), RowWise(2))
+    for answer, kept in (
+        ([0.0, 0.0, 5.0, 5.0], [2, 3]),  # the non-zero ones
+        ([0.0, 0.0, 0.0, 5.0], [2, 3]),  # completed by the largest one, of the dead input
+        ([0.0, 1.0, 1.0, 8.0], [1, 2]),  # one too many: those of largest original magnitude
+    ):
+        assert problem.support(torch.tensor([answer]))[0].nonzero().flatten().tolist() == kept

@@ -77,6 +77,16 @@ def test_a_folder_has_at_most_the_size_and_little_less(attempt: Attempt, words: 
     assert recipe.sparsity == report["goal"]["sparsity"], "the recipe alone makes the folder again"
 
 
+def test_the_recipe_is_given_by_its_name_and_fields() -> None:
+    model, fields = tiny_llama(), {"units": "mlp", "allocation": {"kind": "uniform", "multiple": 1}}
+    asked = f"{0.93 * dense_bytes(model) / KIB:.2f}KiB"
+    found = find_sparsity(model, "fasp", asked, **fields)
+    assert found == find_sparsity(model, load_recipe("fasp", fields), asked)
+    assert found != find_sparsity(model, "fasp", asked)
+    with pytest.raises(InputError, match="did you mean fasp"):
+        find_sparsity(model, "fassp", asked)
+
+
 @pytest.mark.parametrize("name", TINY_MODELS)
 def test_the_size_of_every_family_is_met(name: str) -> None:
     model = TINY_MODELS[name]()

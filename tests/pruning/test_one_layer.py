@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import dataclass, replace
+from pathlib import Path as PathOnDisk
 from typing import Any
 
 import pytest
@@ -267,6 +268,41 @@ def test_a_layer_whose_inputs_are_no_longer_there() -> None:
 def test_a_layer_that_the_recipe_does_not_prune(recipe: str, reason: str) -> None:
     with pytest.raises(InputError, match=reason):
         optprune.layer_problem(tiny_llama(), batches(), "model.layers.1.self_attn.q_proj", load_recipe(recipe))
+
+
+@pytest.mark.parametrize("field", ["sparsity", "allocation"])
+def test_a_recipe_by_its_name_and_fields(field: str, tmp_path: PathOnDisk) -> None:
+    dense = tiny_llama()
+    value = 0.4 if field == "sparsity" else {"kind": "uniform", "multiple": 48}
+    fields = {"units": "mlp", field: value}
+    there = met(dense, load_recipe("fasp", fields))[DOWN].problem.fingerprint()
+    assert there != met(dense, load_recipe("fasp", {"units": "mlp"}))[DOWN].problem.fingerprint()
+    file = tmp_path / "own.yaml"
+    file.write_text(load_recipe("fasp").to_yaml())
+    for recipe in ("fasp", str(file), load_recipe("fasp")):
+        assert optprune.layer_problem(dense, batches(), DOWN, recipe, **fields).fingerprint() == there
+
+
+@pytest.mark.parametrize(
+    ("recipe", "fields", "reason"),
+    [
+        ("fassp", {}, "did you mean fasp?"),
+        ("fasp", {"sparsitty": 0.4}, "sparsitty"),
+        (None, {}, "the recipe"),
+        ("vocabulary", {"vocabulary": 400}, "call prune_vocabulary first"),
+    ],
+    ids=str,
+)
+def test_recipes_are_refused_as_prune_refuses_them(recipe: Any, fields: dict, reason: str) -> None:
+    sentences = []
+    for call in (
+        lambda: optprune.prune(tiny_llama(), batches(), recipe, **fields),
+        lambda: optprune.layer_problem(tiny_llama(), batches(), DOWN, recipe, **fields),
+    ):
+        with pytest.raises(InputError, match=reason) as raised:
+            call()
+        sentences.append(str(raised.value))
+    assert sentences[0] == sentences[1]
 
 
 def test_a_recipe_that_prune_would_refuse() -> None:

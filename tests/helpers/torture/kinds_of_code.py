@@ -204,9 +204,10 @@ def own_objective(drawn: Drawn) -> Case:
 OWN = """import torch, optprune, math
 try:
     import own
+    getattr(own, 'Mine', object)()
 except Exception as error:
     raise optprune.errors.InputError(f'own.py: {error}')"""
-"""an error at the import of one's own module is one's own"""
+"""an error at the import of one's own module, or where a solver of it is made, is one's own"""
 
 
 CHOICE = """
