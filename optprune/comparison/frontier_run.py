@@ -118,7 +118,7 @@ class FrontierRequest:
             "the windows evaluated": len(held),
             "the length of a window": self.seq_length,
             "the calibration text": self.calibration,
-            "the samples": self.samples,
+            "the samples": None if self.calibration is None else self.samples,
             "the sequences": self.sequences,
             "the recipes": list(self.recipes),
             "the sparsities": list(self.sparsities),

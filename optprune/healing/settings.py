@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from optprune.calibration.generated import check_count
 from optprune.errors import InputError
+from optprune.errors import check_count as check_whole
 from optprune.models import DTYPES
 from optprune.system.wording import shown
 
@@ -61,6 +62,7 @@ class HealingSettings:
         if not 1 <= self.epochs <= MOST_EPOCHS:
             raise InputError(f"the number of epochs cannot be {shown(self.epochs)}: give 1 to {MOST_EPOCHS}")
         check_count(self.generated)
+        check_whole("the seed", self.seed)
         if self.patience < 1:
             raise InputError(f"the patience cannot be {self.patience} measurements: it is at least 1")
 

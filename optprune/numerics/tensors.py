@@ -18,8 +18,10 @@ WIDER = (torch.bfloat16, torch.float32)
 
 
 def check_tensor(what: str, value: Tensor, shape: Sequence[int | str]) -> None:
-    """Raise InputError unless a value is a tensor of a shape; a size that is a name stands for any but 0."""
+    """Raise InputError unless a value is a dense tensor of a shape; a size that is a name stands for any but 0."""
     check_kind(what, value, Tensor, "give a torch tensor, which torch.as_tensor makes of numbers")
+    if value.layout != torch.strided:
+        raise InputError(f"{what} is stored as {value.layout}: convert it to a dense tensor, by .to_dense()")
     fits = len(shape) == value.ndim and all(
         size > 0 if isinstance(wanted, str) else size == wanted for size, wanted in zip(value.shape, shape, strict=True)
     )

@@ -238,9 +238,9 @@ class _Transformed:
 
 
 def _best(*found: Certificate | None) -> Certificate | None:
-    """Return the certificate with the highest bound that was proved here."""
+    """Return the certificate with the highest bound that was proved here; one that is NaN only beside no other."""
     proved = [one for one in found if one is not None and not one.stated_by_file]
-    return max(proved, key=lambda one: one.lower_bound, default=None)
+    return max(proved, key=lambda one: -math.inf if math.isnan(one.lower_bound) else one.lower_bound, default=None)
 
 
 def _not_contradicted(
@@ -251,6 +251,8 @@ def _not_contradicted(
     # Written so that NaN fails.
     if bound <= objective:
         return replace(certificate, lower_bound=bound), ()
+    if math.isnan(certificate.lower_bound):
+        return None, (f"{CONTRADICTED}: its lower bound is not a number",)
     stated = f"its lower bound {certificate.lower_bound:.6g} is above the objective {objective:.6g}"
     return None, (f"{CONTRADICTED}: {stated}",)
 

@@ -9,7 +9,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from optprune.errors import InputError, check_at_least
+from optprune.errors import InputError, check_at_least, check_count
 from optprune.system.wording import counted, either, shown
 from optprune.texts.documents import Document, read_documents
 from optprune.texts.windows import batched, begin_tokens, drawn_windows, tokenise
@@ -205,6 +205,7 @@ class WindowSampler:
         """Return the windows of a seed: see `draw_windows`."""
         check_at_least("--samples", samples, 1)
         check_at_least("--seq-length", seq_length, 2)
+        check_count("--seed", seed)
         texts = self.texts
         counts = divide_by_shares(samples, _shares(texts))
         if 0 in counts:

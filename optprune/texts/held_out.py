@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from optprune.errors import InputError, check_at_least
+from optprune.errors import InputError, check_at_least, check_count
 from optprune.system.wording import counted
 from optprune.texts.documents import Document, normalised_text
 from optprune.texts.windows import batched, drawn_windows, evaluation_windows
@@ -57,6 +57,7 @@ def split_held_out(
         ("--seq-length", seq_length, 2),
     ):
         check_at_least(option, value, least)
+    check_count("--seed", seed)
     wanted = held_out * seq_length
     # A repeated document could be trained on and held out.
     distinct = list({normalised_text(document): document for document in documents}.values())

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from optprune.errors import InputError, check_at_least, is_out_of_memory
+from optprune.errors import InputError, check_at_least, check_count, is_out_of_memory
 from optprune.system.files import read_json_lines
 from optprune.system.wording import counted, one_line, shown
 from optprune.texts.calibration import DrawnWindows
@@ -153,6 +153,7 @@ def draw_records(source: str | Path, records: Sequence[Record], samples: int, se
     from optprune.models import load_processor, vision_folder
 
     check_at_least("--samples", samples, 1)
+    check_count("--seed", seed)
     whole = vision_folder(str(source))
     if whole is None:
         raise InputError(f"{source} is a model of text alone, which reads no images: give a text")

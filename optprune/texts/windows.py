@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from optprune.errors import InputError, check_at_least, check_kind
+from optprune.errors import InputError, check_at_least, check_count, check_kind
 from optprune.system.wording import counted
 from optprune.texts.documents import Conversation, Document, conversation_pieces
 
@@ -232,6 +232,7 @@ def drawn_windows(
 
     check_at_least("--samples", samples, 1)
     check_at_least("--seq-length", seq_length, 2)
+    check_count("--seed", seed)
     fitting = len(tokens) // seq_length
     if fitting < samples:
         raise InputError(_too_short(what, len(tokens), fitting, samples, seq_length, "--samples"))

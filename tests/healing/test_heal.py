@@ -388,6 +388,8 @@ def test_every_step_draws_anew(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"patience": 0}, "the patience cannot be 0"),
         ({"epochs": 0}, "number of epochs cannot be 0"),
         ({"epochs": 2**64}, "number of epochs cannot be 18446744073709551616: give 1 to 10000"),
+        ({"seed": 2**64}, "the seed cannot be 18446744073709551616: give a smaller number"),
+        ({"seed": -1}, "the seed cannot be -1: give a whole number of at least 0"),
         ({"generated": 2**62}, "cannot generate 4611686018427387904 windows: give 0 to 1000000"),
     ],
 )

@@ -282,9 +282,26 @@ def test_a_certificate_that_the_answer_contradicts_is_dropped_with_a_note(masked
         assert solution.notes[0] == "a note"
         assert solution.notes[1].startswith(CONTRADICTED)
         assert f"{bound:.6g}" in solution.notes[1]
+    solution = solve(masked, Counter(0, bound=math.nan))
+    assert solution.certificate is None
+    assert solution.notes == (f"{CONTRADICTED}: its lower bound is not a number",)
     # An infeasible answer may well be below the optimum.
     assert solve(masked, Counter(1, bound=math.inf)).violation > 0
     assert solve(masked, Counter(1, bound=math.inf)).certificate is not None
+
+
+@dataclass(frozen=True)
+class Proving(Counter):
+    """Proves a bound for its answer too."""
+
+    def prove(self, problem, value):
+        return Certificate(-1.0, "proved")
+
+
+@pytest.mark.parametrize(("bound", "kept"), [(math.nan, -1.0), (-2.0, -1.0), (-0.5, -0.5)])
+def test_the_higher_of_two_bounds_counts_and_none_that_is_no_number(masked, bound, kept):
+    certificate = solve(masked, Proving(0, bound=bound)).certificate
+    assert certificate is not None and certificate.lower_bound == kept
 
 
 # -- choose

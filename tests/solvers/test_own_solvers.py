@@ -49,6 +49,14 @@ def test_an_answer_on_another_device_is_refused(problem: SparseLeastSquares) -> 
         solve(problem, Own(lambda start: start.to("meta")))
 
 
+def test_an_answer_that_is_not_stored_densely_is_refused(problem: SparseLeastSquares) -> None:
+    sentence = r"is stored as torch\.sparse_coo: convert it to a dense tensor, by \.to_dense\(\)"
+    with pytest.raises(InputError, match=f"the answer of Own {sentence}"):
+        solve(problem, Own(lambda start: start.to_sparse()))
+    with pytest.raises(InputError, match=f"the start {sentence}"):
+        solve(problem, Wanda(), start=problem.start().to_sparse())
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_an_answer_that_is_not_finite_says_so(problem: SparseLeastSquares, bad: float) -> None:
     def spoiled(start: Tensor) -> Tensor:

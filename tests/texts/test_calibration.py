@@ -261,6 +261,13 @@ def test_too_little_to_draw_from(
         draw(numbered(lengths, [1 / len(lengths)] * len(lengths)), samples, length, 0, sequences)
 
 
+@pytest.mark.parametrize("sequences", ["packed", "whole"])
+def test_a_seed_that_no_generator_takes(sequences: str) -> None:
+    for seed, reason in ((2**63, "give a smaller number"), (-1, "give a whole number of at least 0")):
+        with pytest.raises(InputError, match=f"--seed cannot be {seed}: {reason}"):
+            draw(numbered([[99]], [1.0]), 4, 8, seed, sequences)
+
+
 @pytest.mark.parametrize("shares", [(0.3, 0.3), (float("nan"), 1.0), (1.0, 0.0), ()])
 def test_shares_that_do_not_come_to_one(shares: tuple[float, ...]) -> None:
     with pytest.raises(InputError, match=r"with the sum|is not a number|there is no text"):

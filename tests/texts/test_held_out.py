@@ -70,6 +70,7 @@ def test_no_more_documents_are_held_out_than_it_takes() -> None:
     [
         ({"tokens": 4}, "--tokens cannot be 4: it is at least 8"),
         ({"seq_length": 1}, "--seq-length cannot be 1"),
+        ({"seed": 2**63}, "--seed cannot be 9223372036854775808: give a smaller number"),
         (
             {"tokens": 1000},
             r"the text has \d+ windows of 8 tokens, fewer than the 125 needed: lower --tokens, or give a longer",

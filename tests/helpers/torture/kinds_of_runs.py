@@ -125,6 +125,8 @@ def frontier(drawn: Drawn) -> Case:
     right |= {"against": drawn.stock.pruned}
     if rng.random() < 0.5:
         right |= {"recipes": "magnitude", "sparsities": "0.4", "calibration": drawn.stock.text, "samples": 4}
+    else:
+        wrong["samples"] = [0]  # without a calibration text no number is too large
     drawn.output.parent.mkdir(exist_ok=True)
     speed = ["--no-speed"] if name not in ("repeats", "prompt_tokens", "new_tokens") else []
     bad = drawn.frontier(*speed, **right | {name: rng.choice(wrong[name])})
