@@ -54,6 +54,9 @@ class Wanted:
         for kind in (*self.types, *self.pruned_types):
             if kind not in TYPES:
                 raise InputError(f"the type {kind!r} is unknown: give {', '.join(TYPES)}")
+        for types in (self.types, self.pruned_types):
+            if len(set(types)) < len(types):
+                raise InputError(f"the types {', '.join(types)} repeat one: give each once")
 
     @classmethod
     def of(

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers.utils import logging
 
 from optprune.errors import InputError
 from optprune.export.around import check_around, write_around
@@ -228,7 +230,7 @@ class TransformersFolder(Exporter):
             on_event(PhaseAdvanced(SAVING, "saving", "tensor", done, tensors, begins))
 
         if loaded.whole is None:
-            decoder.model.save_pretrained(draft, state_dict={})  # without the weights, which would all be in memory
+            write_configs(decoder.model, draft)
         else:
             write_around(loaded.whole, decoder.model.config, draft)
         write_weights(decoder, draft, size_of(self.max_shard_size), self.made, on_tensor, loaded.whole)
@@ -309,6 +311,24 @@ class _Reports:
         for name, text in texts.items():
             data = text.encode()
             write_whole(folder / name, lambda stream, data=data: stream.write(data), lasting=False)
+
+
+def write_configs(model: PreTrainedModel, folder: Path) -> None:
+    """Write the files of a model other than its weights, which would all be in memory.
+
+    The bar of transformers, which would count no shards on stderr, is off meanwhile.
+    """
+    shown, shown_by_hub = logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
+    logging.disable_progress_bar()
+    try:
+        model.save_pretrained(folder, state_dict={})
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+        if shown_by_hub:
+            enable_progress_bars()
+        elif shown:
+            disable_progress_bars()
 
 
 def write_rest(loaded: LoadedModel, draft: Path, files: Mapping[str, str]) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from optprune.errors import OptpruneError
 from optprune.export.exporter import Draft, Exporter, ModelSource, OnEvent
-from optprune.export.folder import write_rest
+from optprune.export.folder import write_configs, write_rest
 from optprune.export.shards import MAX_SHARD_SIZE, tensors_of
 from optprune.export.source_files import origin_of
 from optprune.grids import GRIDS, Codes, Grid
@@ -63,7 +63,7 @@ class PackedFolder(Exporter):
         loaded = source.loaded or open_model(source.name, device="cpu", scratch=draft.parent)
         decoder = loaded.decoder()
         packed = _Packed.of(decoder)
-        decoder.model.save_pretrained(draft, state_dict={})  # without the weights, which would all be in memory
+        write_configs(decoder.model, draft)
         for file in draft.glob("*.safetensors*"):
             file.unlink()
         save_torch_state_dict(dict(packed.tensors), draft, max_shard_size=self.max_shard_size)

@@ -69,10 +69,10 @@ def save_problems(
 ) -> list[Path]:
     """Write the problems that a recipe states at the layers whose full names match a pattern, and return the files.
 
-    The model is pruned in place up to the last of them, because a later problem depends on the answers
-    before it. `origin` is written into each file, beside the layer, the recipe and the number of tokens. `folder` must
-    exist. InputError where no layer matches. The recipe is a Recipe, a name or a YAML file, and the rest too is as in
-    `prune`.
+    The model is pruned in place up to the last of them, because a later problem depends on the answers before it.
+    `origin` is written into each file, beside the layer, the recipe and the number of tokens. `folder` must exist.
+    InputError where no layer matches, or none of them loses a weight. The recipe is a Recipe, a name or a YAML file,
+    and the rest too is as in `prune`.
     """
     recipe, allocation = settings_of(recipe, allocation, fields)
     every, decoder = check_batches(model.config, batches), Decoder(model, store)
@@ -94,7 +94,13 @@ def save_problems(
     with calibrating(run.decoder):
         for index in range(last + 1):
             run.prune_block(index)
-    return [file_of(Path(folder), name) for block in names for name in block if file_of(Path(folder), name).exists()]
+    files = [file_of(Path(folder), name) for block in names for name in block if file_of(Path(folder), name).exists()]
+    if not files:
+        raise InputError(
+            f"none of the layers that match {shown(layers)} loses a weight at a sparsity of {program.sparsity:g}, so "
+            "that they have no problems: raise the sparsity"
+        )
+    return files
 
 
 def wanted_layers(program: Program, pattern: str) -> list[list[str]]:

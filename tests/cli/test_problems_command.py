@@ -92,6 +92,10 @@ def test_save_problems_takes_a_recipe_by_its_name_and_fields(attempt: Attempt, t
     [
         (["--layers", "*.7.*"], "matches no layer that the recipe fasp prunes, such as model.layers.0."),
         (["--recipe", "fassp"], "did you mean fasp?"),
+        (
+            ["--recipe", "magnitude", "--sparsity", "0"],
+            "none of the layers that match '*' loses a weight at a sparsity of 0",
+        ),
         (["--samples", "0"], "--samples"),
         (["--recipe", "vocabulary", "--set", "vocabulary=400"], "has no problems of its own"),
     ],

@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
 
 import optprune
 from optprune.errors import InputError
@@ -35,6 +37,28 @@ def test_a_model_with_its_tokenizer_gives_the_folder_that_its_folder_gives(attem
         assert (ours / name).read_bytes() == (theirs / name).read_bytes(), name
     assert report is not None and report.calibration.startswith("1 text of the caller, 8 windows of 64 tokens")
     assert optprune.load_model(ours).model.num_parameters() == model.num_parameters() < tiny_llama().num_parameters()
+
+
+@pytest.mark.parametrize("bars", [(True, True), (True, False), (False, True), (False, False)], ids=str)
+def test_saving_prints_nothing_and_leaves_the_progress_bars_as_they_were(
+    attempt: Attempt, bars: tuple[bool, bool]
+) -> None:
+    model, _ = opened(attempt)
+    of_transformers, of_hub = bars
+    before = logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
+    try:
+        set_bars(of_transformers, of_hub)
+        attempt.capsys.readouterr()
+        optprune.prune_model(model, "magnitude", calibration=batches(), output=attempt.output)
+        assert attempt.capsys.readouterr() == ("", "")
+        assert (logging.is_progress_bar_enabled(), not are_progress_bars_disabled()) == bars
+    finally:
+        set_bars(*before)
+
+
+def set_bars(of_transformers: bool, of_hub: bool) -> None:
+    logging.enable_progress_bar() if of_transformers else logging.disable_progress_bar()
+    enable_progress_bars() if of_hub else disable_progress_bars()
 
 
 def test_a_text_by_its_name_is_the_same_text(attempt: Attempt) -> None:

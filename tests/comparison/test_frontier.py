@@ -142,6 +142,8 @@ def test_other_options_are_refused(
     ("more", "sentence"),
     [
         ({"types": ["q3"]}, "the type 'q3' is unknown: give f32, f16"),
+        ({"types": ["f16", "q8_0", "f16"]}, "the types f16, q8_0, f16 repeat one: give each once"),
+        ({"pruned_types": ["f16", "f16"], "runtime": "transformers"}, "the types f16, f16 repeat one"),
         ({"runtime": "vllm"}, r"the runtime 'vllm' is unknown: give llama\.cpp or transformers"),
         ({"calibration": None}, "recipes need sparsities and a calibration text"),
         ({"sparsities": []}, "recipes need sparsities and a calibration text"),

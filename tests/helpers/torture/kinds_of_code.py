@@ -196,6 +196,8 @@ def own_objective(drawn: Drawn) -> Case:
         code = OBJECTIVE.format(line=line)
         recipe = "objective=own.objective, units='weights', sparsity=0.5"
         recipe += rng.choice(["", "", ", propagation='intra'", ", solver='wanda'", ", strict=True"])
+    # Out of the library a lack of memory comes as it is: only a command makes a sentence of it.
+    code = code.replace("raise MemoryError", "raise BufferError")
     (drawn.sandbox.inputs / "own.py").write_text(code)
     program = PRUNED.format(dtype=kind, recipe=recipe).replace("import torch, optprune, own, math", OWN)
     return drawn.program(program, named=(named,) if named else ())
@@ -234,7 +236,7 @@ def gates(mask):
     for token in range(tokens):
         places = [e for e in sorted(range(experts), key=lambda e: -order[token, e]) if mask[e]][:{chosen}]
         if correction is None:
-            top = max(one[token, e] for e in range(experts) if mask[e])
+            top = max((one[token, e] for e in range(experts) if mask[e]), default=0.0)
             total = sum(math.exp(one[token, e] - top) for e in range(experts) if mask[e])
             weights = {{e: math.exp(one[token, e] - top) / total for e in places}}
         else:
