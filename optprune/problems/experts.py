@@ -82,7 +82,12 @@ class ExpertChoice:
         keep: int,
         correction: Float[Tensor, "experts"] | None = None,
     ) -> "ExpertChoice":
-        """Return the problem from the output of every expert for every token, routed to it or not."""
+        """Return the problem from the output of every expert for every token, routed to it or not.
+
+        The products of outputs in half precision are in float32.
+        """
+        if answers.dtype in (torch.float16, torch.bfloat16):
+            answers = answers.float()
         return cls(logits, answers @ answers.mT, chosen, normalised, keep, correction)
 
     @property
@@ -107,9 +112,11 @@ class ExpertChoice:
     ) -> Float[Tensor, "tokens experts"]:
         """Return g(t, K): the softmax over the kept experts at the chosen ones, with sum one if `normalised`.
 
-        With a correction they are sigmoids in place of the softmax.
+        With a correction they are sigmoids in place of the softmax. Where no expert is kept all are 0.
         """
         logits = self.logits[tokens].double().where(kept, -torch.inf)
+        if not bool(kept.any()):
+            return torch.zeros_like(logits)
         places, shares = self.routed(kept, tokens), router_gates(logits, sigmoids=self.correction is not None)
         chosen = torch.zeros_like(logits).scatter_(1, places, shares.gather(1, places))
         return chosen / chosen.sum(1, keepdim=True) if self.normalised else chosen

@@ -61,12 +61,23 @@ def test_the_cost_is_that_of_the_mixture_without_the_experts(
     logits, answers = mixture(0, 5)
     problem = ExpertChoice.of(logits, answers, chosen, normalised, 3, correction)
     dense = answered(logits, answers, list(range(5)), chosen, normalised, correction)
-    for kept in map(list, combinations(range(5), 3)):
+    # Infeasible choices too: of fewer experts than are to be kept, or than the router chooses, and of none.
+    for kept in (list(each) for size in range(4) for each in combinations(range(5), size)):
         change = (answered(logits, answers, kept, chosen, normalised, correction) - dense).square().sum(1)
         assert problem.objective(mask(5, kept)) == pytest.approx(float(change.mean()) / 2, rel=1e-9)
         share = float(change.sum() / dense.square().sum())
         assert problem.relative_error(mask(5, kept)) == pytest.approx(share, rel=1e-9)
     assert problem.objective(torch.ones(5, dtype=torch.bool)) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_products_of_outputs_in_half_precision_are_not_rounded_to_it(dtype: torch.dtype) -> None:
+    logits, answers = mixture(0, 5)
+    given = answers.to(dtype)
+    problem = ExpertChoice.of(logits, given, 2, True, 3)
+    exact, sizes = given.double() @ given.double().mT, given.double().abs() @ given.double().abs().mT
+    # A product of two such numbers is exact in float32; a sum of WIDTH of them is rounded fewer than WIDTH times.
+    assert bool(((problem.products.double() - exact).abs() <= WIDTH * 2.0**-24 * sizes).all())
 
 
 @settings(max_examples=10, deadline=None)
