@@ -87,6 +87,12 @@ def orthonormal(columns: Tensor, *, whole: bool = False) -> Tensor:
     return torch.linalg.qr(columns, mode="complete" if whole else "reduced")[0]
 
 
+def qr(columns: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the reduced QR factors: orthonormal columns of the same span, and an upper triangular matrix."""
+    basis, factor = torch.linalg.qr(columns)
+    return basis, factor
+
+
 def upper_factor(columns: Tensor) -> Tensor:
     """Return an upper triangular R with R^T R = C^T C, which needs no product and has its precision."""
     return torch.linalg.qr(columns, mode="r").R

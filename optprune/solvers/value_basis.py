@@ -14,9 +14,8 @@ Reference: ours; for one head the activation-aware low-rank factorisation of V a
 al., SVD-LLM, 2024).
 """
 
-import math
-from itertools import product
-
+import numpy as np
+import scipy.optimize
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -31,16 +30,12 @@ ROUNDS = 4
 """rounds of the alternation; on the layers of a real model four are within 2 percent of a hundred"""
 STEPS = 8
 """conjugate gradient steps of a round"""
-MOST_TURNING = 1e7
-"""the most multiplications of one sweep of turns, about a tenth of a second"""
-ANGLES = 32
-"""the angles of a half turn that are tried first, and then around the best one"""
-ZOOMS = 6
-"""the times that the angles around the best one are tried, each closer by ANGLES / 4"""
+MOST_SEARCHED = 24
+"""the most entries of the kept directions for which BFGS is tried, about three tenths of a second"""
+STARTS = 8
+"""the starts of BFGS, the first at the directions of the alternation and the others random"""
 DEPENDENT = torch.finfo(torch.float64).eps ** (2 / 3)
 """the share of the largest diagonal entry of A up to which an eigenvalue counts as zero"""
-SWEEPS = 30
-"""the most sweeps of turns"""
 
 
 @full_precision()
@@ -54,19 +49,17 @@ def best_basis(loss: LayerLoss, channels: Channels, keep: int) -> Rotation:
     """Return a basis whose first `keep` directions in every slot lose no more than those of `nested_basis`.
 
     `keep` counts per slot. A round costs a Cholesky factor of the directions of all slots, and `STEPS` products with A.
-    Where the slots are small, every kept direction is then turned towards every other one of its slot, by the best of
-    all angles, until nothing gains: alternation is slow where inputs are nearly dependent, and ends at other directions
-    than the best.
+    Where the slots are small, BFGS then searches for better ones from there and from random directions: alternation is
+    slow where inputs are nearly dependent, and ends at a local optimum.
     """
     problem = _SlotProblem(loss, channels)
     basis = _leading(problem)
     directions = basis[..., :keep]
     for _ in range(ROUNDS):
         directions = linalg.orthonormal(problem.alternate(directions))
-    whole = linalg.orthonormal(directions, whole=True)
-    if 0 < keep < problem.size and problem.turning(keep) <= MOST_TURNING:
-        whole = _turned(problem, whole, keep)
-    return Rotation.of(whole.to(loss.weight.dtype), channels)
+    if 0 < keep < problem.size and problem.slots * problem.size * keep <= MOST_SEARCHED:
+        directions = _searched(problem, directions)
+    return Rotation.of(linalg.orthonormal(directions, whole=True).to(loss.weight.dtype), channels)
 
 
 def best_basis_work(outputs: int, inputs: int) -> Work:
@@ -125,22 +118,24 @@ class _SlotProblem:
         inverse = linalg.pinv(gram) if bool(failed) else torch.cholesky_inverse(factor)
         return (right @ inverse).reshape(-1, heads, kept)
 
-    def turning(self, keep: int) -> float:
-        """Return the multiplications of a sweep of turns."""
-        pairs, width = self.slots * keep * (self.size - keep), len(self.gram)
-        return pairs * (ZOOMS + 1) * ANGLES * (width * width + (self.slots * self.tied * keep) ** 3)
+    def gain(self, directions: Float[Tensor, "slots size r"]) -> tuple[Tensor, Float[Tensor, "slots size r"]]:
+        """Return by how much the best Z lowers the loss of V = 0, and the gradient of that; only spans matter.
 
-    def gains(self, directions: Float[Tensor, "trials slots size r"]) -> Float[Tensor, " trials"]:
-        """Return by how much the best Z for each of some directions lowers the loss of V = 0."""
-        heads, each = self.slots * self.tied, directions.repeat_interleave(self.tied, 1)
-        blocks = self.gram.reshape(heads, self.size, heads, self.size)
-        gram = torch.einsum("thik,hirj,trjl->thkrl", each, blocks, each).flatten(1, 2).flatten(2)
-        right = torch.einsum("ohi,thik->tohk", self.target.reshape(-1, heads, self.size), each).flatten(2)
-        values, vectors = linalg.eigh((gram + gram.mT) / 2)
-        # Directions almost without inputs count nothing: their weights would be huge.
+        By the envelope theorem the gradient is that of the loss for the best Z. Directions almost without inputs count
+        nothing: their weights would be huge.
+        """
+        basis, factor = linalg.qr(directions)
+        heads, kept = self.slots * self.tied, directions.shape[2]
+        each = basis.repeat_interleave(self.tied, 0)
+        spread = torch.block_diag(*each)
+        gram, right = spread.T @ self.gram @ spread, self.target @ spread
+        values, vectors = linalg.eigh((gram + gram.T) / 2)
         seen = values > DEPENDENT * self.gram.diagonal().max()
-        squares = (right @ vectors).square().sum(1)
-        return torch.where(seen, squares / torch.where(seen, values, 1.0), 0.0).sum(1) / 2
+        fitted = right @ vectors * torch.where(seen, 1 / torch.where(seen, values, 1.0), 0.0) @ vectors.T
+        residual = (self.target - fitted @ spread.T @ self.gram).reshape(-1, heads, self.size)
+        slope = torch.einsum("ohi,ohk->hik", residual, fitted.reshape(-1, heads, kept))
+        slope = slope.reshape(self.slots, self.tied, self.size, kept).sum(1)
+        return (right * fitted).sum() / 2, linalg.solve_upper(factor, slope.mT).mT
 
     def alternate(self, directions: Float[Tensor, "slots size r"]) -> Float[Tensor, "slots size r"]:
         """Return the directions after one round: fit Z, then conjugate gradients on W for that Z."""
@@ -167,43 +162,23 @@ class _SlotProblem:
         return at
 
 
-def _turned(problem: _SlotProblem, basis: Float[Tensor, "slots size size"], keep: int) -> Tensor:
-    """Return a basis after turns of single pairs of directions, one kept and one not, that each lower the loss most."""
-    least = torch.finfo(basis.dtype).eps * float(problem.gains(basis[None])[0]) * len(problem.gram)
-    gain = float(problem.gains(basis[None, ..., :keep])[0])
-    for _ in range(SWEEPS):
-        before = gain
-        for slot, kept, other in product(range(problem.slots), range(keep), range(keep, problem.size)):
-            basis, gain = _best_turn(problem, basis, keep, (slot, kept, other), gain + least)
-        if gain - before <= least:
-            break
-    return basis
+def _searched(problem: _SlotProblem, directions: Float[Tensor, "slots size r"]) -> Float[Tensor, "slots size r"]:
+    """Return the directions that gain most of the given ones and of those where a descent ends, from several starts."""
+    shape, scale = directions.shape, float(problem.gain(directions)[0]) or 1.0
+    generator = torch.Generator().manual_seed(0)
 
+    def lost(flat: np.ndarray) -> tuple[float, np.ndarray]:
+        gain, gradient = problem.gain(linalg.from_numpy(flat).to(directions).reshape(shape))
+        return -float(gain) / scale, -(gradient / scale).flatten().cpu().numpy()
 
-def _best_turn(
-    problem: _SlotProblem, basis: Float[Tensor, "slots size size"], keep: int, pair: tuple[int, int, int], least: float
-) -> tuple[Float[Tensor, "slots size size"], float]:
-    """Return the basis with a kept direction of a slot turned towards another, where it gains more than before."""
-    slot, kept, other = pair
-    one, two = basis[slot, :, kept], basis[slot, :, other]
-    middle, span, best = basis.new_zeros(()), math.pi, basis.new_zeros(())
-    gain = basis.new_full((), -math.inf)
-    steps = torch.arange(ANGLES, dtype=basis.dtype, device=basis.device) / ANGLES - 0.5
-    for _ in range(ZOOMS + 1):
-        angles = middle + span * steps
-        trials = basis[None, ..., :keep].repeat(ANGLES, 1, 1, 1)
-        trials[:, slot, :, kept] = torch.outer(angles.cos(), one) + torch.outer(angles.sin(), two)
-        gains = problem.gains(trials)
-        place = gains.argmax()
-        best = torch.where(gains[place] > gain, angles[place], best)
-        gain = torch.maximum(gain, gains[place])
-        middle, span = best, span * 4 / ANGLES
-    if not float(gain) > least:
-        return basis, least
-    turned = basis.clone()
-    turned[slot, :, kept] = best.cos() * one + best.sin() * two
-    turned[slot, :, other] = best.cos() * two - best.sin() * one
-    return turned, float(gain)
+    best, gain = directions, problem.gain(directions)[0]
+    for start in range(STARTS):
+        begun = directions if start == 0 else torch.randn(shape, generator=generator, dtype=torch.float64)
+        found = scipy.optimize.minimize(lost, begun.flatten().cpu().numpy(), jac=True, method="BFGS")
+        ended = linalg.orthonormal(linalg.from_numpy(found.x).to(directions).reshape(shape))
+        reached = problem.gain(ended)[0]
+        best, gain = torch.where(reached > gain, ended, best), torch.maximum(gain, reached)
+    return best
 
 
 def _leading(problem: _SlotProblem) -> Float[Tensor, "slots size size"]:

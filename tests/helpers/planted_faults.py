@@ -1015,11 +1015,25 @@ FAULTS = [
         "solvers/test_gridded.py",
     ),
     Fault(
-        "rotation: small slots are not turned",
+        "rotation: small slots are not searched",
         "solvers/value_basis.py",
-        "whole = _turned(problem, whole, keep)",
+        "directions = _searched(problem, directions)",
         "pass",
         "solvers/test_tiny_optima.py",
+    ),
+    Fault(
+        "rotation: the search has the gradient of other directions",
+        "solvers/value_basis.py",
+        "linalg.solve_upper(factor, slope.mT).mT",
+        "slope",
+        "solvers/test_value_basis.py",
+    ),
+    Fault(
+        "rotation: the last descent counts, not the best",
+        "solvers/value_basis.py",
+        "torch.where(reached > gain, ended, best)",
+        "ended",
+        "solvers/test_value_basis.py",
     ),
     Fault(
         "swaps: the gradient's other sign",

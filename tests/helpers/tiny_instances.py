@@ -1,10 +1,10 @@
 """Fixed instances of 2 to 8 weights with their optima by exhaustion, and how near to these the default solvers end.
 
-`python -m tests.helpers.tiny_instances [COUNT]` prints for each kind of problem how many of the instances the default
-solver ends at the optimum of, and the largest ratio to it.
+`python -m tests.helpers.tiny_instances` prints for each kind of problem how many of the instances the default solver
+ends at the optimum of, and the largest ratio to it.
 """
 
-import sys
+import argparse
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
@@ -129,18 +129,18 @@ PATTERNS: dict[str, Callable[[Draws, int, int], Pattern]] = {
 }
 
 
-def sparse_instances(pattern: str, count: int) -> Iterator[SparseLeastSquares]:
+def sparse_instances(pattern: str, count: int, first: int = 0) -> Iterator[SparseLeastSquares]:
     """Draw choices of single weights under a pattern, with each kind of metric in turn."""
-    for seed in range(count):
+    for seed in range(first, first + count):
         draws = Draws(seed)
         rows, width = SHAPES[draws.below(len(SHAPES))]
         drawn = PATTERNS[pattern](draws, rows, width)
         yield SparseLeastSquares(draws.loss(rows, width, METRICS[seed % 3]), drawn)
 
 
-def grid_instances(count: int) -> Iterator[GridLeastSquares]:
+def grid_instances(count: int, first: int = 0) -> Iterator[GridLeastSquares]:
     """Draw weights of two bits in one or two blocks of a row, with or without a mask, with each kind of metric."""
-    for seed in range(count):
+    for seed in range(first, first + count):
         draws, metric = Draws(seed), METRICS[seed % 3]
         block, blocks = ((1, 2), (2, 1), (2, 2), (3, 1), (4, 1), (3, 2), (2, 3))[
             draws.below(4 if metric == "full" else 6)
@@ -182,9 +182,9 @@ def ending(problem: SparseLeastSquares | GridLeastSquares) -> Ending:
     return Ending(solve(problem).objective, optimum, problem.loss.constant)
 
 
-def rotation_instances(count: int) -> Iterator[tuple[LayerLoss, Link, int]]:
-    """Draw value dimensions of one or two KV heads, each read by one or two query heads, and how many are kept."""
-    for seed in range(count):
+def rotation_instances(count: int, first: int = 0) -> Iterator[tuple[LayerLoss, Link, int]]:
+    """Draw value dimensions of one or two KV heads, each read by one to three query heads, and how many are kept."""
+    for seed in range(first, first + count):
         draws = Draws(seed)
         slots, size, tied = ((1, 2, 1), (1, 3, 1), (1, 4, 1), (2, 2, 1), (1, 2, 2), (1, 3, 2), (2, 2, 2), (1, 2, 3))[
             draws.below(8)
@@ -244,18 +244,24 @@ def rotated_ending(loss: LayerLoss, link: Link, keep: int) -> Ending:
 
 
 @cache
-def endings(kind: str, count: int) -> tuple[Ending, ...]:
-    """Return where the default ends on the instances of a kind: a pattern, "grid" or "rotation"."""
+def endings(kind: str, count: int, first: int = 0) -> tuple[Ending, ...]:
+    """Return where the default ends on instances from a first seed of a kind: a pattern, "grid" or "rotation"."""
     if kind == "rotation":
-        return tuple(rotated_ending(*instance) for instance in rotation_instances(count))
-    return tuple(map(ending, grid_instances(count) if kind == "grid" else sparse_instances(kind, count)))
+        return tuple(rotated_ending(*instance) for instance in rotation_instances(count, first))
+    drawn = grid_instances(count, first) if kind == "grid" else sparse_instances(kind, count, first)
+    return tuple(map(ending, drawn))
 
 
 KINDS = (*PATTERNS, "grid", "rotation")
 
 if __name__ == "__main__":
-    for kind in sys.argv[2:] or KINDS:
-        found = endings(kind, int(sys.argv[1]) if len(sys.argv) > 1 else 90)
+    parser = argparse.ArgumentParser(description="How near to the optima of tiny problems the default solvers end.")
+    parser.add_argument("--count", type=int, default=90, help="the instances of each kind")
+    parser.add_argument("--first", type=int, default=0, help="the first seed")
+    parser.add_argument("kinds", nargs="*", default=KINDS)
+    options = parser.parse_args()
+    for kind in options.kinds:
+        found = endings(kind, options.count, options.first)
         met = sum(each.met for each in found) / len(found)
         worst = max(range(len(found)), key=lambda i: found[i].ratio)
         twice = [i for i, each in enumerate(found) if each.ratio > 2]

@@ -7,6 +7,7 @@ import pytest
 import scipy.linalg
 import scipy.optimize
 import torch
+from scipy.optimize import OptimizeResult
 from torch import Tensor
 
 from optprune.metric import OutputMetric
@@ -92,7 +93,7 @@ def test_the_nested_basis_is_nested() -> None:
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_several_heads_lose_less_in_turns(seed: int) -> None:
+def test_several_heads_lose_less_by_alternation(seed: int) -> None:
     loss, link = heads(seed, rest=seed % 2)
     keep = 2
     begun = in_basis(loss, link, nested_basis(loss, link).matrices[:, :, :keep])
@@ -103,7 +104,7 @@ def test_several_heads_lose_less_in_turns(seed: int) -> None:
 
 @pytest.mark.e2e
 @pytest.mark.parametrize("seed", range(3))
-def test_turns_come_near_the_best_directions_there_are(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rounds_come_near_the_best_directions_there_are(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """One direction of three in one slot of two heads: all of them are tried, on a sphere."""
     loss, link = heads(seed, slots=1, size=3, tied=2)
 
@@ -115,6 +116,7 @@ def test_turns_come_near_the_best_directions_there_are(seed: int, monkeypatch: p
     starts = [(one, other) for one in np.linspace(0, np.pi, 5) for other in np.linspace(0, np.pi, 5)]
     best = min(scipy.optimize.minimize(lost, start, method="Nelder-Mead").fun for start in starts)
     baseline = by_coordinates(loss, link, 1)
+    monkeypatch.setattr(module, "MOST_SEARCHED", 0)
     for rounds, share in ((module.ROUNDS, 0.75), (200, 0.999)):
         monkeypatch.setattr(module, "ROUNDS", rounds)
         found = in_basis(loss, link, best_basis(loss, link, 1).matrices[:, :, :1])
@@ -122,7 +124,7 @@ def test_turns_come_near_the_best_directions_there_are(seed: int, monkeypatch: p
         assert baseline - found >= share * (baseline - best)
 
 
-def test_a_turn_with_steps_enough_solves_for_the_directions(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_round_with_steps_enough_solves_for_the_directions(monkeypatch: pytest.MonkeyPatch) -> None:
     """The normal equations of W for the Z that was fitted, by numpy: conjugate gradients have a step an unknown."""
     loss, link = heads(7, slots=2, size=3, tied=2)
     problem = module._SlotProblem(loss, link)
@@ -141,14 +143,43 @@ def test_a_turn_with_steps_enough_solves_for_the_directions(monkeypatch: pytest.
     torch.testing.assert_close(problem.alternate(directions), exact, rtol=1e-6, atol=1e-8)
 
 
-def test_no_turn_raises_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_round_raises_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     loss, link = heads(11, slots=3, size=5, tied=3)
+    monkeypatch.setattr(module, "MOST_SEARCHED", 0)
     losses = []
     for rounds in range(6):
         monkeypatch.setattr(module, "ROUNDS", rounds)
         losses.append(in_basis(loss, link, best_basis(loss, link, 2).matrices[:, :, :2]))
     assert all(after <= before * (1 + 1e-12) for before, after in pairwise(losses))
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("tied", [1, 2])
+def test_the_gradient_of_the_gain_is_that_of_finite_differences(tied: int) -> None:
+    """The gain, by NumPy from the definition, at directions that are not orthonormal."""
+    loss, link = heads(5, slots=2, size=4, tied=tied)
+    problem = module._SlotProblem(loss, link)
+    directions = draw(2, 4, 2, seed=3)
+    gain, gradient = problem.gain(directions)
+    assert float(gain) == pytest.approx(loss.constant / 2 - in_basis(loss, link, directions), rel=1e-9)
+    step = 1e-5
+    for place in np.ndindex(2, 4, 2):
+        change = torch.zeros_like(directions)
+        change[place] = step
+        rise = in_basis(loss, link, directions - change) - in_basis(loss, link, directions + change)
+        assert float(gradient[place]) == pytest.approx(rise / (2 * step), rel=1e-5, abs=1e-6 * loss.constant)
+
+
+def test_a_search_never_loses_what_alternation_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where every descent ends at once."""
+    monkeypatch.setattr(module.scipy.optimize, "minimize", lambda lost, begun, **_: OptimizeResult(x=begun))
+    for seed in range(4):
+        loss, link = heads(seed)
+        found = in_basis(loss, link, best_basis(loss, link, 2).matrices[:, :, :2])
+        with monkeypatch.context() as without:
+            without.setattr(module, "MOST_SEARCHED", 0)
+            alternated = in_basis(loss, link, best_basis(loss, link, 2).matrices[:, :, :2])
+        assert found <= alternated * (1 + 1e-9)
 
 
 @pytest.mark.parametrize("case", ["no inputs", "a slot without inputs", "few tokens", "no damping", "zero weight"])
