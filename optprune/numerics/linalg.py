@@ -1,5 +1,6 @@
 """Factorisations, norms and other functions of torch and scipy, with complete types."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -112,6 +113,27 @@ def assignment(gains: Tensor) -> Tensor:
     """Return the column of each row in the assignment with the largest sum of gains [n, n], on the CPU."""
     _, columns = scipy.optimize.linear_sum_assignment(gains.cpu().numpy(), maximize=True)
     return from_numpy(columns)
+
+
+def block_diagonal(blocks: Tensor) -> Tensor:
+    """Return the matrix with the blocks [n, a, b] on its diagonal, [n a, n b]."""
+    count, rows, columns = blocks.shape
+    matrix = blocks.new_zeros(count, rows, count, columns)
+    every = torch.arange(count, device=blocks.device)
+    matrix[every, :, every] = blocks
+    return matrix.reshape(count * rows, count * columns)
+
+
+def descended(loss: Callable[[Tensor], tuple[Tensor, Tensor]], start: Tensor) -> Tensor:
+    """Return where BFGS ends from a start, for a function that returns the loss and its gradient; in float64."""
+
+    def flat(values: "np.ndarray[Any, np.dtype[Any]]") -> tuple[float, Any]:
+        value, gradient = loss(from_numpy(values).to(start).reshape(start.shape))
+        return float(value), gradient.flatten().cpu().numpy()
+
+    minimize: Any = vars(scipy.optimize)["minimize"]
+    found = minimize(flat, start.flatten().cpu().numpy(), jac=True, method="BFGS")
+    return from_numpy(found.x).to(start).reshape(start.shape)
 
 
 def unique(values: Tensor) -> Tensor:

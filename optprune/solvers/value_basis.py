@@ -14,8 +14,6 @@ Reference: ours; for one head the activation-aware low-rank factorisation of V a
 al., SVD-LLM, 2024).
 """
 
-import numpy as np
-import scipy.optimize
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -127,7 +125,7 @@ class _SlotProblem:
         basis, factor = linalg.qr(directions)
         heads, kept = self.slots * self.tied, directions.shape[2]
         each = basis.repeat_interleave(self.tied, 0)
-        spread = torch.block_diag(*each)
+        spread = linalg.block_diagonal(each)
         gram, right = spread.T @ self.gram @ spread, self.target @ spread
         values, vectors = linalg.eigh((gram + gram.T) / 2)
         seen = values > DEPENDENT * self.gram.diagonal().max()
@@ -167,15 +165,14 @@ def _searched(problem: _SlotProblem, directions: Float[Tensor, "slots size r"]) 
     shape, scale = directions.shape, float(problem.gain(directions)[0]) or 1.0
     generator = torch.Generator().manual_seed(0)
 
-    def lost(flat: np.ndarray) -> tuple[float, np.ndarray]:
-        gain, gradient = problem.gain(linalg.from_numpy(flat).to(directions).reshape(shape))
-        return -float(gain) / scale, -(gradient / scale).flatten().cpu().numpy()
+    def lost(at: Tensor) -> tuple[Tensor, Tensor]:
+        gain, gradient = problem.gain(at)
+        return -gain / scale, -gradient / scale
 
     best, gain = directions, problem.gain(directions)[0]
     for start in range(STARTS):
         begun = directions if start == 0 else torch.randn(shape, generator=generator, dtype=torch.float64)
-        found = scipy.optimize.minimize(lost, begun.flatten().cpu().numpy(), jac=True, method="BFGS")
-        ended = linalg.orthonormal(linalg.from_numpy(found.x).to(directions).reshape(shape))
+        ended = linalg.orthonormal(linalg.descended(lost, begun.to(directions)))
         reached = problem.gain(ended)[0]
         best, gain = torch.where(reached > gain, ended, best), torch.maximum(gain, reached)
     return best
