@@ -59,7 +59,12 @@ Windows = Annotated[int | None, typer.Option("--windows", help="Number of window
 Seed = Annotated[int | None, typer.Option("--seed", help="Seed of all random draws. [default: the recipe's, or 0]")]
 Units = Annotated[
     str | None,
-    typer.Option("--units", help=f"Kind of units to remove: {either(choices.UNITS)}. [default: the recipe's]"),
+    typer.Option(
+        "--units",
+        help=f"Kind of units to remove: {either(choices.UNITS)}. mlp are hidden neurons of MLPs, "
+        "vo value dimensions of attention heads, qk rotary pairs; optprune recipes --fields explains all. "
+        "[default: the recipe's]",
+    ),
 ]
 Pattern = Annotated[
     str | None,
@@ -110,7 +115,8 @@ Workers = Annotated[
     int | None,
     typer.Option(
         "--workers",
-        help="Number of parallel workers: on blocks under dense or intra, else on the layers of a block. [default: 1]",
+        help="Number of parallel workers. With --propagation dense or intra each prunes whole blocks, "
+        "with another policy the layers of one block. [default: 1]",
     ),
 ]
 Settings = Annotated[
@@ -211,7 +217,8 @@ PartialSums = Annotated[
     typer.Option(
         "--partial-sums",
         "--lanes",
-        help="Number of partial sums over batches, which the processes of torchrun share. [default: one a process]",
+        help="Number of partial sums in which statistics are added up. Runs with the same number give the same bytes, "
+        "however many processes torchrun starts. [default: one for each process]",
         rich_help_panel=ADVANCED,
     ),
 ]

@@ -11,11 +11,13 @@ LIST, FIELDS = "the list", "the fields"
 LINE = 110
 """the largest number of characters in a line of the list"""
 LEGEND = """\
-x      the time of a run over that of its two calibration passes, on SmolLM2-135M with 8192 tokens; smaller with more
-       tokens, and - where it was not measured
-stock  AutoModelForCausalLM.from_pretrained(DIR) loads the folder
-code   the same call with trust_remote_code=True loads it, and so does optprune.load_model(DIR), which runs no code
-       from the folder; fasp with --units mlp is stock, and so is depth with --set allocation.parts=layers"""
+time   how long pruning takes, in units of its two calibration passes, on SmolLM2-135M with 8192 tokens; smaller with
+       more tokens, and - where it was not measured
+loads  which transformers call loads the pruned folder:
+  stock  AutoModelForCausalLM.from_pretrained(DIR)
+  code   the same call with trust_remote_code=True, which runs the code in the folder; optprune.load_model(DIR)
+         loads the folder without it; fasp with --units mlp is stock, and so is depth with
+         --set allocation.parts=layers"""
 
 
 def stored_text(name: str) -> str:
@@ -62,8 +64,9 @@ def _fields() -> str:
 def _list() -> str:
     from optprune.recipe.reference import COSTS, KINDS, loads_stock
 
-    groups, lines = {kind.title: kind.recipes() for kind in KINDS}, list[str]()
+    groups = {kind.title: kind.recipes() for kind in KINDS}
     width = max(len(recipe.name) for recipes in groups.values() for recipe in recipes)
+    lines = [f"  {'recipe':<{width}}  {'time':>5}  loads  what it does", ""]
     for title, recipes in groups.items():
         lines.append(f"{title}\n")
         for recipe in recipes:

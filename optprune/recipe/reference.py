@@ -148,7 +148,7 @@ class Kind:
 
 KINDS = (
     Kind(
-        "whole units: a smaller model, faster everywhere",
+        "whole units: the pruned model is smaller, and faster in every runtime that loads it",
         lambda recipe: bool(recipe.units.kinds) and recipe.vocabulary is None,
     ),
     Kind("vocabulary: rows of the embedding and the head", lambda recipe: recipe.vocabulary is not None),

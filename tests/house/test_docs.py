@@ -158,7 +158,8 @@ def test_every_option_and_recipe_field_in_a_text_exists() -> None:
     known = (
         set().union(*OPTIONS.values())
         | set(re.findall(r'"(--[a-z-]+)"', scripts))
-        | {"--no-cache", "--no-deps", "--strict", "--nproc-per-node"}  # of benchopt, pip, mkdocs and torchrun
+        | {"--no-cache", "--no-deps", "--index-url", "--strict"}  # of benchopt, pip and mkdocs
+        | {"--nproc-per-node"}  # of torchrun
     )
     for page, text in TEXTS.items():
         plain = " ".join(text.split())
