@@ -54,6 +54,9 @@ PROMISES = {
     ("docs/guide/large.md", "The bytes of the result are the same for all of them"): (
         "pruning/test_states.py::test_every_policy_gives_the_same_bytes_from_a_file[llama-cross]"
     ),
+    ("docs/reference/cli.md", "Runs with the same number give the same bytes"): (
+        "pruning/test_shared_batches.py::test_processes_give_the_bytes_of_one_process_with_as_many_partial_sums[fasp]"
+    ),
     ("docs/guide/large.md", "`--lanes 4` in one process gives the same bytes"): (
         "pruning/test_shared_batches.py::test_processes_give_the_bytes_of_one_process_with_as_many_partial_sums[fasp]"
     ),
