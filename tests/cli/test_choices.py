@@ -1,5 +1,6 @@
 """The names that options take: those of the tables, refused at once where they are mistyped, and told in the help."""
 
+import re
 import subprocess
 import sys
 
@@ -37,13 +38,16 @@ def test_the_copies_are_the_tables() -> None:
 
 def test_the_help_tells_names_and_defaults(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["prune", "--help"]) == 0
+    page = capsys.readouterr().out
     # A name may be broken at its hyphen.
-    told = " ".join(capsys.readouterr().out.split()).replace("- ", "-")
+    told = " ".join(page.split()).replace("- ", "-")
     for names in (choices.UNITS, choices.POLICIES, choices.RUNTIMES):
         assert either(names) in told
     assert f"the recipe's, {load_recipe('fasp').sparsity} for fasp" in told
-    usual, advanced = told.split("Advanced options:")
-    assert usual.count(" --") <= 24
+    usual = page.split("Advanced options:")[0]
+    # An option begins its line; a name of one inside a sentence is no option.
+    assert len(re.findall(r"^ +--[a-z]", usual, re.MULTILINE)) <= 24
+    advanced = told.split("Advanced options:")[1]
     assert all(name in advanced for name in ("--max-shard-size", "--partial-sums", "--lanes"))
 
 
