@@ -152,6 +152,7 @@ def test_a_reload_that_fails_for_want_of_file_descriptors(
         return start(*args, **options)
 
     monkeypatch.setattr(subprocess, "Popen", limited_start)
+    monkeypatch.setattr(subprocess, "_USE_POSIX_SPAWN", False)  # Python 3.13 starts a process without any pipe by it
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     held = descriptors()
     try:

@@ -79,6 +79,8 @@ def test_a_notebook_runs(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # The kernel is another process: it must find this tree, and not fight for the cores of a shared machine.
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    # Some versions of Jupyter's kernel warn on Python 3.13 when they start.
+    monkeypatch.setenv("PYTHONWARNINGS", "error,ignore:There is no current event loop:DeprecationWarning")
     notebook = nbformat.read(path, as_version=4)
     # CellExecutionError carries the cell and its traceback.
     NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}}).execute()

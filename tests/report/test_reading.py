@@ -32,9 +32,8 @@ def test_numbers_that_json_does_not_know_come_back_as_nan(tmp_path: Path) -> Non
     report = read_report(tmp_path)
     assert math.isnan(report.layers[0].relative_error) and math.isnan(report.layers[0].objective)
     assert math.isnan(report.floor_seconds)
-    assert report.layers[0] == replace(
-        bad, relative_error=report.layers[0].relative_error, objective=report.layers[0].objective
-    )
+    finite = {"relative_error": 0.0, "objective": 0.0}  # NaN equals nothing from Python 3.13 on
+    assert replace(report.layers[0], **finite) == replace(bad, **finite)
 
 
 def test_a_report_of_the_first_version_is_read(tmp_path: Path) -> None:

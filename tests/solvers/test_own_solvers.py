@@ -73,9 +73,7 @@ def in_torch(start: Tensor) -> Tensor:
     return start @ start
 
 
-@pytest.mark.parametrize(
-    ("of", "name"), [(fails, "KeyError: 'missing'"), (in_torch, "RuntimeError: mat1 and mat2 shapes")]
-)
+@pytest.mark.parametrize(("of", "name"), [(fails, "KeyError: 'missing'"), (in_torch, "RuntimeError: ")])
 def test_an_error_in_ones_own_code_is_a_sentence_with_its_place(
     problem: SparseLeastSquares, of: Callable[[Tensor], Tensor], name: str
 ) -> None:
