@@ -3,13 +3,14 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
-from functools import cached_property
+from functools import cache, cached_property
+from importlib import import_module
 from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from optprune.errors import InputError
 from optprune.models.recurrent import Recurrent
@@ -24,6 +25,16 @@ PART_FIELD = "optprune_part_of"
 """the config field, in memory only, that names the vision-language model that a text model is the language part of"""
 DENSE, SPARSE = "dense", "sparse"
 """the kinds of MLP in configs that list one for each block: for every token, or experts behind a router"""
+
+
+def pruned_type(model_type: str) -> str:
+    """Return the model_type of pruned models of a family whose blocks differ in shape."""
+    return f"pruned_{model_type}"
+
+
+def pruned_module(model_type: str) -> str:
+    """Return the name of the module with the pruned classes of a family."""
+    return f"optprune.models.pruned.modeling_{pruned_type(model_type)}"
 
 
 @dataclass(frozen=True)
@@ -124,12 +135,46 @@ class BlockAllocation:
 
 @dataclass(frozen=True)
 class Classes:
-    """The classes of a family that pruning exchanges. Stock and pruned ones have the same state; forward differs."""
+    """The classes of a family that pruning exchanges. Stock and pruned ones have the same state; forward differs.
 
-    config: type[PretrainedConfig]
-    model: type[PreTrainedModel]
-    block: type[nn.Module]
-    attention: type[nn.Module]
+    They are named here, and their module is imported when one of them is first used.
+    """
+
+    module: str
+    config_name: str
+    model_name: str
+    block_name: str = ""
+    attention_name: str = ""
+
+    @property
+    def config(self) -> type[PretrainedConfig]:
+        """The class of configs."""
+        return self._class(self.config_name)
+
+    @property
+    def model(self) -> type[PreTrainedModel]:
+        """The class of models with a head."""
+        return self._class(self.model_name)
+
+    @property
+    def block(self) -> type[nn.Module]:
+        """The class of decoder blocks."""
+        return self._class(self.block_name)
+
+    @property
+    def attention(self) -> type[nn.Module]:
+        """The class of attention in a block."""
+        return self._class(self.attention_name)
+
+    def _class(self, name: str) -> Any:
+        return getattr(import_module(self.module), name)
+
+
+@cache
+def register(classes: Classes, auto: Any) -> None:
+    """Let transformers find pruned classes in this process: by AutoConfig, and by `auto`, one of its Auto classes."""
+    AutoConfig.register(classes.config.model_type, classes.config, exist_ok=True)  # a second import may have done it
+    auto.register(classes.config, classes.model, exist_ok=True)
 
 
 class MlpKind(ABC):
@@ -602,7 +647,7 @@ class Architecture:
     @property
     def model_types(self) -> tuple[str, ...]:
         """The model_type that config.json has, of models as they are and of pruned ones."""
-        return (self.model_type,) if self.pruned is None else (self.model_type, self.pruned.config.model_type)
+        return (self.model_type,) if self.pruned is None else (self.model_type, pruned_type(self.model_type))
 
     @property
     def layers(self) -> tuple[str, ...]:

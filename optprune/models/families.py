@@ -1,49 +1,16 @@
 """The architectures that optprune knows, as one table of data; each takes over what it shares with an earlier one.
 
-A new architecture is one entry here, and a modelling file in `pruned/` whose blocks may differ in shape.
+A new architecture is one entry here, and a modelling file in `pruned/` whose blocks may differ in shape. Classes are
+named here only: their modules are imported when a model of the family is used.
 """
 
 from collections.abc import Callable
 from dataclasses import replace
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig
-from transformers.models.deepseek_v2 import modeling_deepseek_v2
-from transformers.models.deepseek_v3 import modeling_deepseek_v3
-from transformers.models.exaone4 import modeling_exaone4
-from transformers.models.falcon_h1 import modeling_falcon_h1
-from transformers.models.gemma2 import modeling_gemma2
-from transformers.models.gemma3 import modeling_gemma3
-from transformers.models.gemma4 import modeling_gemma4
-from transformers.models.glm4_moe import modeling_glm4_moe
-from transformers.models.glm4_moe_lite import modeling_glm4_moe_lite
-from transformers.models.gpt2 import modeling_gpt2
-from transformers.models.gpt_neox import modeling_gpt_neox
-from transformers.models.gpt_oss import modeling_gpt_oss
-from transformers.models.granite import modeling_granite
-from transformers.models.granitemoehybrid import modeling_granitemoehybrid
-from transformers.models.lfm2 import modeling_lfm2
-from transformers.models.llama import modeling_llama
-from transformers.models.ministral3 import modeling_ministral3
-from transformers.models.mistral import modeling_mistral
-from transformers.models.mixtral import modeling_mixtral
-from transformers.models.nemotron_h import modeling_nemotron_h
-from transformers.models.olmo2 import modeling_olmo2
-from transformers.models.olmoe import modeling_olmoe
-from transformers.models.opt import modeling_opt
-from transformers.models.phi3 import modeling_phi3
-from transformers.models.qwen2 import modeling_qwen2
-from transformers.models.qwen2_moe import modeling_qwen2_moe
-from transformers.models.qwen3 import modeling_qwen3
-from transformers.models.qwen3_5 import modeling_qwen3_5
-from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe
-from transformers.models.qwen3_moe import modeling_qwen3_moe
-from transformers.models.qwen3_next import modeling_qwen3_next
-from transformers.models.seed_oss import modeling_seed_oss
-from transformers.models.smollm3 import modeling_smollm3
 
 from optprune.models.architecture import (
     GATED,
@@ -55,41 +22,7 @@ from optprune.models.architecture import (
     Latent,
     Mixture,
     Shared,
-)
-from optprune.models.pruned import (
-    modeling_pruned_deepseek_v2,
-    modeling_pruned_deepseek_v3,
-    modeling_pruned_exaone4,
-    modeling_pruned_falcon_h1,
-    modeling_pruned_gemma2,
-    modeling_pruned_gemma3_text,
-    modeling_pruned_gemma4_text,
-    modeling_pruned_glm4_moe,
-    modeling_pruned_glm4_moe_lite,
-    modeling_pruned_gpt2,
-    modeling_pruned_gpt_neox,
-    modeling_pruned_gpt_oss,
-    modeling_pruned_granite,
-    modeling_pruned_granitemoehybrid,
-    modeling_pruned_lfm2,
-    modeling_pruned_llama,
-    modeling_pruned_ministral3,
-    modeling_pruned_mistral,
-    modeling_pruned_mixtral,
-    modeling_pruned_nemotron_h,
-    modeling_pruned_olmo2,
-    modeling_pruned_olmoe,
-    modeling_pruned_opt,
-    modeling_pruned_phi3,
-    modeling_pruned_qwen2,
-    modeling_pruned_qwen2_moe,
-    modeling_pruned_qwen3,
-    modeling_pruned_qwen3_5_moe_text,
-    modeling_pruned_qwen3_5_text,
-    modeling_pruned_qwen3_moe,
-    modeling_pruned_qwen3_next,
-    modeling_pruned_seed_oss,
-    modeling_pruned_smollm3,
+    pruned_module,
 )
 from optprune.models.recurrent import Recurrent
 
@@ -222,28 +155,32 @@ def mamba2(
 WHOLE_MIXER = "the block's recurrent mixer keeps all its heads"
 
 
-def classes(
+def named(
+    model_type: str,
     family: str,
-    stock: ModuleType,
-    pruned: ModuleType,
     *,
+    stock: str = "",
     model: str = "ForCausalLM",
     block: str = "DecoderLayer",
     attention: str = "Attention",
     config: str = "Config",
 ) -> dict[str, Any]:
-    """Return the stock and the pruned classes of a family; a class name is the family and an ending."""
-    stock_names = [f"{family}{ending}" for ending in (config, model, block, attention)]
-    pruned_names = [f"Pruned{family}{ending}" for ending in ("Config", model, block, attention)]
+    """Return the model_type, the stock and the pruned classes of a family; a class name is the family and an ending.
+
+    The stock modelling module is named after `stock` where that is not the model_type.
+    """
+    stock, endings = stock or model_type, (model, block, attention)
     return {
-        "stock": Classes(*(getattr(stock, name) for name in stock_names)),
-        "pruned": Classes(*(getattr(pruned, name) for name in pruned_names)),
+        "model_type": model_type,
+        "stock": Classes(
+            f"transformers.models.{stock}.modeling_{stock}", *(f"{family}{ending}" for ending in (config, *endings))
+        ),
+        "pruned": Classes(pruned_module(model_type), *(f"Pruned{family}{ending}" for ending in ("Config", *endings))),
     }
 
 
 # Llama 1 to 3.2, and models of its class such as SmolLM2.
 LLAMA = Architecture(
-    model_type="llama",
     blocks="model.layers",
     after_blocks=("model.norm",),
     stages=(
@@ -269,44 +206,40 @@ LLAMA = Architecture(
         ("mlp", ("mlp.up_proj", "mlp.down_proj")),
     ),
     buffers=(f"self_attn.{KEPT_PAIRS}",),
-    **classes("Llama", modeling_llama, modeling_pruned_llama),
+    **named("llama", "Llama"),
 )
 # A sliding window over every block where the config has one.
-MISTRAL = replace(LLAMA, model_type="mistral", **classes("Mistral", modeling_mistral, modeling_pruned_mistral))
+MISTRAL = replace(LLAMA, **named("mistral", "Mistral"))
 # Queries that are scaled by the positions of their tokens.
 MINISTRAL3 = replace(
     LLAMA,
-    model_type="ministral3",
     in_transformers_4=False,
-    **classes("Ministral3", modeling_ministral3, modeling_pruned_ministral3),
+    **named("ministral3", "Ministral3"),
 )
 # Biases on queries, keys and values, on other layers by option.
-SEED_OSS = replace(LLAMA, model_type="seed_oss", **classes("SeedOss", modeling_seed_oss, modeling_pruned_seed_oss))
+SEED_OSS = replace(LLAMA, **named("seed_oss", "SeedOss"))
 # Qwen2 and Qwen2.5: biases on queries, keys and values, and an optional sliding window.
-QWEN2 = replace(LLAMA, model_type="qwen2", **classes("Qwen2", modeling_qwen2, modeling_pruned_qwen2))
+QWEN2 = replace(LLAMA, **named("qwen2", "Qwen2"))
 # Norms of the queries and keys of each head, and sliding windows in some blocks.
-QWEN3 = replace(LLAMA, model_type="qwen3", **classes("Qwen3", modeling_qwen3, modeling_pruned_qwen3))
+QWEN3 = replace(LLAMA, **named("qwen3", "Qwen3"))
 # Four norms in a block, a sliding window in every other block, and soft caps of the logits.
 GEMMA2 = replace(
     LLAMA,
-    model_type="gemma2",
     attention_parts=("input_layernorm", "self_attn", "post_attention_layernorm"),
     mlp_parts=("pre_feedforward_layernorm", "mlp", "post_feedforward_layernorm"),
     off=("use_bidirectional_attention",),
     logits_cap="final_logit_softcapping",
-    **classes("Gemma2", modeling_gemma2, modeling_pruned_gemma2),
+    **named("gemma2", "Gemma2"),
 )
 # Text-only Gemma 3: Gemma 2's blocks, with norms of queries and keys, and two rotary embeddings.
 GEMMA3 = replace(
     GEMMA2,
-    model_type="gemma3_text",
-    **classes("Gemma3", modeling_gemma3, modeling_pruned_gemma3_text, config="TextConfig"),
+    **named("gemma3_text", "Gemma3", stock="gemma3", config="TextConfig"),
 )
 # Text-only Gemma 4: Gemma 3's blocks with a norm of values, an input of their own for each token, and a scalar; blocks
 # without a window have heads of another size and perhaps no values; the last ones may read those of earlier ones.
 GEMMA4 = replace(
     GEMMA3,
-    model_type="gemma4_text",
     stages=(*LLAMA.stages, ("per_layer_input_gate",), ("per_layer_projection",)),
     heads=heads_of_first_block,
     head_dim_is_free=False,
@@ -335,9 +268,9 @@ GEMMA4 = replace(
     off=(),
     by_config=fields_of_gemma4,
     in_transformers_4=False,
-    **classes(
-        *("Gemma4", modeling_gemma4, modeling_pruned_gemma4_text),
-        **{"config": "TextConfig", "block": "TextDecoderLayer", "attention": "TextAttention"},
+    **named(
+        *("gemma4_text", "Gemma4"),
+        **{"stock": "gemma4", "config": "TextConfig", "block": "TextDecoderLayer", "attention": "TextAttention"},
     ),
 )
 # Experts beside the MLP, behind a norm of their own, and a router with one without weights.
@@ -366,31 +299,27 @@ GEMMA4_EXPERTS: dict[str, Any] = {
 # Multipliers of the embeddings, the attention scores, the residual branches and the logits.
 GRANITE = replace(
     LLAMA,
-    model_type="granite",
     logits_divisor="logits_scaling",
-    **classes("Granite", modeling_granite, modeling_pruned_granite),
+    **named("granite", "Granite"),
 )
 # Norms behind both sub-blocks and none before them, and one norm over the queries (and keys) of all heads.
 OLMO2 = replace(
     LLAMA,
-    model_type="olmo2",
     attention_parts=("self_attn", "post_attention_layernorm"),
     mlp_parts=("mlp", "post_feedforward_layernorm"),
     indivisible={"kv_heads": "one norm goes over the queries of all heads, so removing a head changes the others"},
-    **classes("Olmo2", modeling_olmo2, modeling_pruned_olmo2),
+    **named("olmo2", "Olmo2"),
 )
 # Norms behind both sub-blocks, as in OLMo 2, and of each head, as in Qwen3; beside blocks with a sliding window those
 # without one have no rotary embeddings.
 EXAONE4 = replace(
     OLMO2,
-    model_type="exaone4",
     indivisible={},
-    **classes("Exaone4", modeling_exaone4, modeling_pruned_exaone4),
+    **named("exaone4", "Exaone4"),
 )
 # Phi-3 and 4: one layer for queries, keys and values, and one for both halves of the gated MLP.
 PHI3 = replace(
     LLAMA,
-    model_type="phi3",
     stages=(("self_attn.qkv_proj",), ("self_attn.o_proj",), ("mlp.gate_up_proj",), ("mlp.down_proj",)),
     mlp_producers=("mlp.gate_up_proj",),
     rows_of_unit=2,
@@ -402,14 +331,13 @@ PHI3 = replace(
     head_dim_is_free=False,
     # A sub-module is not affine in a layer that also makes the factors of its output.
     recoverable=(),
-    **classes("Phi3", modeling_phi3, modeling_pruned_phi3),
+    **named("phi3", "Phi3"),
 )
 # Some blocks have no rotary embeddings, and those may have a sliding window.
 SMOLLM3 = replace(
     LLAMA,
-    model_type="smollm3",
     by_block=("layer_types", "no_rope_layers"),
-    **classes("SmolLM3", modeling_smollm3, modeling_pruned_smollm3),
+    **named("smollm3", "SmolLM3"),
 )
 
 # Gated delta networks: keys and values pass through a short convolution, and each value head has a state.
@@ -435,12 +363,11 @@ DELTA_NET = Recurrent(
 # Text-only Qwen3.5: a gated delta network in most blocks, and gated attention in the others.
 QWEN3_5 = replace(
     LLAMA,
-    model_type="qwen3_5_text",
     stages=(*stages_of(DELTA_NET), *LLAMA.stages),
     heads=gated_heads,
     recurrent=DELTA_NET,
     in_transformers_4=False,
-    **classes("Qwen3_5", modeling_qwen3_5, modeling_pruned_qwen3_5_text, config="TextConfig"),
+    **named("qwen3_5_text", "Qwen3_5", stock="qwen3_5", config="TextConfig"),
 )
 
 # LFM2: short convolutions of gated channels in most blocks, and attention in the others.
@@ -455,7 +382,6 @@ SHORT_CONVOLUTION = Recurrent(
 )
 LFM2 = replace(
     LLAMA,
-    model_type="lfm2",
     after_blocks=("model.embedding_norm",),
     stages=(
         *(*stages_of(SHORT_CONVOLUTION), LLAMA.stages[0], ("self_attn.out_proj",)),
@@ -475,7 +401,7 @@ LFM2 = replace(
     ),
     numbers=("full_attn_idxs",),
     in_transformers_4=False,
-    **classes("Lfm2", modeling_lfm2, modeling_pruned_lfm2),
+    **named("lfm2", "Lfm2"),
 )
 
 # Granite 4: Mamba 2 in most blocks, and attention in the others, which may have no rotary embeddings.
@@ -486,7 +412,6 @@ MAMBA2 = mamba2(
 )
 GRANITE_HYBRID = replace(
     GRANITE,
-    model_type="granitemoehybrid",
     stages=(*stages_of(MAMBA2), *LLAMA.stages[:2], ("shared_mlp.input_linear",), ("shared_mlp.output_linear",)),
     mlp_producers=("shared_mlp.input_linear",),
     mlp_consumer="shared_mlp.output_linear",
@@ -499,7 +424,7 @@ GRANITE_HYBRID = replace(
     off=("output_router_logits",),
     by_config=lambda config: GRANITE_EXPERTS if config.num_local_experts else {},
     in_transformers_4=False,
-    **classes("GraniteMoeHybrid", modeling_granitemoehybrid, modeling_pruned_granitemoehybrid),
+    **named("granitemoehybrid", "GraniteMoeHybrid"),
 )
 # Experts beside that MLP, which is then one that every token goes through; a softmax over the chosen ones.
 GRANITE_EXPERTS: dict[str, Any] = {
@@ -534,7 +459,6 @@ FALCON_MAMBA2 = mamba2(
 )
 FALCON_H1 = replace(
     LLAMA,
-    model_type="falcon_h1",
     after_blocks=("model.final_layernorm",),
     stages=(
         *(*stages_of(FALCON_MAMBA2), *LLAMA.stages[:2]),
@@ -550,13 +474,12 @@ FALCON_H1 = replace(
     by_block=(),
     logits_factor="lm_head_multiplier",
     in_transformers_4=False,
-    **classes("FalconH1", modeling_falcon_h1, modeling_pruned_falcon_h1),
+    **named("falcon_h1", "FalconH1"),
 )
 
 # Qwen3's attention, and a router that chooses some of many gated MLPs for each token.
 QWEN3_MOE = replace(
     LLAMA,
-    model_type="qwen3_moe",
     stages=LLAMA.stages[:2],
     mlp_producers=(),
     mlp_consumer="",
@@ -567,20 +490,18 @@ QWEN3_MOE = replace(
     off=("mlp_only_layers", "output_router_logits"),
     fixed={"decoder_sparse_step": 1},
     older_names={"num_local_experts": "num_experts"},
-    **classes("Qwen3Moe", modeling_qwen3_moe, modeling_pruned_qwen3_moe),
+    **named("qwen3_moe", "Qwen3Moe"),
 )
 # Biases on queries, keys and values, and a shared expert that every token goes through.
 QWEN2_MOE_MIXTURE = Mixture(shared="mlp.shared_expert", shared_width="shared_expert_intermediate_size")
 QWEN2_MOE = replace(
     QWEN3_MOE,
-    model_type="qwen2_moe",
     mixture=QWEN2_MOE_MIXTURE,
-    **classes("Qwen2Moe", modeling_qwen2_moe, modeling_pruned_qwen2_moe),
+    **named("qwen2_moe", "Qwen2Moe"),
 )
 # Text-only Qwen3.5 with experts, and a shared one.
 QWEN3_5_MOE = replace(
     QWEN2_MOE,
-    model_type="qwen3_5_moe_text",
     stages=(*stages_of(DELTA_NET), *LLAMA.stages[:2]),
     heads=gated_heads,
     recurrent=DELTA_NET,
@@ -588,7 +509,7 @@ QWEN3_5_MOE = replace(
     in_transformers_4=False,
     off=("output_router_logits",),
     fixed={},
-    **classes("Qwen3_5Moe", modeling_qwen3_5_moe, modeling_pruned_qwen3_5_moe_text, config="TextConfig"),
+    **named("qwen3_5_moe_text", "Qwen3_5Moe", stock="qwen3_5_moe", config="TextConfig"),
 )
 # Blocks as those of Qwen3.5 with experts, in which one layer makes what two do there, key head by key head.
 JOINED_DELTA_NET = replace(
@@ -600,18 +521,16 @@ JOINED_DELTA_NET = replace(
 )
 QWEN3_NEXT = replace(
     QWEN3_5_MOE,
-    model_type="qwen3_next",
     stages=(*stages_of(JOINED_DELTA_NET), *LLAMA.stages[:2]),
     recurrent=JOINED_DELTA_NET,
     mixture=QWEN2_MOE_MIXTURE,
     off=QWEN2_MOE.off,
     fixed=QWEN2_MOE.fixed,
-    **classes("Qwen3Next", modeling_qwen3_next, modeling_pruned_qwen3_next),
+    **named("qwen3_next", "Qwen3Next"),
 )
 # Mistral's attention and eight experts, under names of their own in checkpoints.
 MIXTRAL = replace(
     QWEN3_MOE,
-    model_type="mixtral",
     mlp_width="intermediate_size",
     mixture=Mixture(
         width="intermediate_size",
@@ -624,12 +543,11 @@ MIXTRAL = replace(
     off=("output_router_logits",),
     fixed={},
     older_names={},
-    **classes("Mixtral", modeling_mixtral, modeling_pruned_mixtral),
+    **named("mixtral", "Mixtral"),
 )
 # One norm over the queries (and keys) of all heads, as in OLMo 2, and experts.
 OLMOE = replace(
     QWEN3_MOE,
-    model_type="olmoe",
     mlp_width="intermediate_size",
     mixture=Mixture(width="intermediate_size"),
     indivisible=OLMO2.indivisible,
@@ -637,7 +555,7 @@ OLMOE = replace(
     in_transformers_4=False,
     off=("output_router_logits", "clip_qkv"),
     fixed={},
-    **classes("Olmoe", modeling_olmoe, modeling_pruned_olmoe),
+    **named("olmoe", "Olmoe"),
 )
 # A dense MLP in the first blocks, and experts in the others: a router by sigmoids, which first chooses groups of
 # experts where there are several, and an expert that every token goes through, with a width in those of the others.
@@ -653,18 +571,16 @@ GLM4_MIXTURE = Mixture(
 )
 GLM4_MOE = replace(
     LLAMA,
-    model_type="glm4_moe",
     mixture=GLM4_MIXTURE,
     leading=("first_k_dense_replace",),
     float32=("mlp.gate.weight", "mlp.gate.e_score_correction_bias"),
     recoverable=LLAMA.recoverable[:1],
     off=("output_router_logits",),
-    **classes("Glm4Moe", modeling_glm4_moe, modeling_pruned_glm4_moe),
+    **named("glm4_moe", "Glm4Moe"),
 )
 # Latent attention, in blocks as those of GLM 4.5. Small models make the queries from the hidden states.
 DEEPSEEK_V3 = replace(
     GLM4_MOE,
-    model_type="deepseek_v3",
     stages=(
         *(("self_attn.q_a_proj",), ("self_attn.q_b_proj",)),
         *(("self_attn.kv_a_proj_with_mqa",), ("self_attn.kv_b_proj",), ("self_attn.o_proj",)),
@@ -687,30 +603,27 @@ DEEPSEEK_V3 = replace(
     recoverable=(),
     # Generation with a static cache is an error there.
     in_transformers_4=False,
-    **classes("DeepseekV3", modeling_deepseek_v3, modeling_pruned_deepseek_v3),
+    **named("deepseek_v3", "DeepseekV3"),
 )
 WHOLE_QUERIES = (("self_attn.q_proj",), *DEEPSEEK_V3.stages[2:])
 # A router by a softmax, whose weights never add up to one.
 DEEPSEEK_V2 = replace(
     DEEPSEEK_V3,
-    model_type="deepseek_v2",
     mixture=replace(GLM4_MIXTURE, correction="", fewest=1, normalised=lambda config: False),
     float32=("mlp.gate.weight",),
-    **classes("DeepseekV2", modeling_deepseek_v2, modeling_pruned_deepseek_v2),
+    **named("deepseek_v2", "DeepseekV2"),
 )
 # GLM 4.7 Flash: DeepSeek V3's blocks, of which a list says the kind of MLP.
 GLM4_MOE_LITE = replace(
     DEEPSEEK_V3,
-    model_type="glm4_moe_lite",
     leading=(),
     listed="mlp_layer_types",
     by_block=("layer_types", "mlp_layer_types"),
-    **classes("Glm4MoeLite", modeling_glm4_moe_lite, modeling_pruned_glm4_moe_lite),
+    **named("glm4_moe_lite", "Glm4MoeLite"),
 )
 # Biases everywhere, a sink for each query head, windows in every other block, and a softmax over the chosen experts.
 GPT_OSS = replace(
     QWEN3_MOE,
-    model_type="gpt_oss",
     mlp_width="intermediate_size",
     per_head=("self_attn.sinks",),
     mixture=Mixture(
@@ -726,7 +639,7 @@ GPT_OSS = replace(
     off=("output_router_logits",),
     fixed={},
     older_names={},
-    **classes("GptOss", modeling_gpt_oss, modeling_pruned_gpt_oss),
+    **named("gpt_oss", "GptOss"),
 )
 # Nemotron-H: a block is Mamba 2, or attention without positions, or a plain MLP, or a mixture of plain MLPs as its
 # experts, behind one norm; checkpoints hold the model under another name.
@@ -738,7 +651,6 @@ NEMOTRON_MAMBA2 = mamba2(
 )
 NEMOTRON_H = replace(
     LLAMA,
-    model_type="nemotron_h",
     after_blocks=("model.norm_f",),
     stages=(
         *(*stages_of(NEMOTRON_MAMBA2), ("mixer.q_proj", "mixer.k_proj", "mixer.v_proj"), ("mixer.o_proj",)),
@@ -771,12 +683,11 @@ NEMOTRON_H = replace(
     off=("output_router_logits", "moe_latent_size"),
     stored_root="backbone",
     in_transformers_4=False,
-    **classes("NemotronH", modeling_nemotron_h, modeling_pruned_nemotron_h, block="Block"),
+    **named("nemotron_h", "NemotronH", block="Block"),
 )
 
 # A plain MLP, learned positions, biases everywhere.
 OPT = Architecture(
-    model_type="opt",
     blocks="model.decoder.layers",
     after_blocks=("model.decoder.final_layer_norm", "model.decoder.project_out"),
     stages=(
@@ -800,11 +711,10 @@ OPT = Architecture(
     # The MLP is not affine in fc1, and restoration refits fc2.
     recoverable=(("self_attn", ("self_attn.v_proj", "self_attn.out_proj")),),
     ends_with_norm=lambda config: not config.do_layer_norm_before,
-    **classes("OPT", modeling_opt, modeling_pruned_opt),
+    **named("opt", "OPT"),
 )
 # Matrices stored transposed, one layer for queries, keys and values, learned positions, a plain MLP.
 GPT2 = Architecture(
-    model_type="gpt2",
     blocks="transformer.h",
     after_blocks=("transformer.ln_f",),
     stages=(("attn.c_attn",), ("attn.c_proj",), ("mlp.c_fc",), ("mlp.c_proj",)),
@@ -825,11 +735,10 @@ GPT2 = Architecture(
     recoverable=(),
     # Scores that depend on the number of the block would change when a block before it is removed.
     off=("add_cross_attention", "reorder_and_upcast_attn", "scale_attn_by_inverse_layer_idx"),
-    **classes("GPT2", modeling_gpt2, modeling_pruned_gpt2, model="LMHeadModel", block="Block"),
+    **named("gpt2", "GPT2", model="LMHeadModel", block="Block"),
 )
 # GPT-NeoX (Pythia): a plain MLP beside the attention, and one layer for queries, keys and values, head by head.
 GPT_NEOX = Architecture(
-    model_type="gpt_neox",
     blocks="gpt_neox.layers",
     after_blocks=("gpt_neox.final_layer_norm",),
     stages=(("attention.query_key_value",), ("attention.dense",), ("mlp.dense_h_to_4h",), ("mlp.dense_4h_to_h",)),
@@ -849,7 +758,7 @@ GPT_NEOX = Architecture(
     recoverable=(),
     stored_names={"lm_head.weight": "embed_out.weight"},
     older_names={"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"},
-    **classes("GPTNeoX", modeling_gpt_neox, modeling_pruned_gpt_neox, block="Layer"),
+    **named("gpt_neox", "GPTNeoX", block="Layer"),
 )
 
 ARCHITECTURES = {

@@ -216,6 +216,7 @@ def traceable_config(source: str | Path) -> PretrainedConfig:
 def load_shapes(source: str | Path, config: PretrainedConfig) -> Decoder:
     """Return a decoder of a config's model that holds shapes only; InputError where there is no such model."""
     with reading("config", str(source), str(source), {}), torch.device("meta"):
+        architecture_of(config)  # from here on transformers finds the class of pruned models
         return Decoder(AutoModelForCausalLM.from_config(config, trust_remote_code=False))
 
 

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from optprune.errors import InputError
-from optprune.models.architecture import PART_FIELD, Architecture
+from optprune.models.architecture import PART_FIELD, Architecture, register
 from optprune.models.draft import draft_in
 from optprune.models.families import ARCHITECTURES
 from optprune.models.vision import SHAPES, VISION_FAMILIES
@@ -31,15 +31,6 @@ REQUIRED = {"return_dict": True, "output_attentions": False, "output_hidden_stat
 """the values of the config fields that say what the forward pass returns"""
 MOST_NAMED = 6
 """the most modules that one error message names"""
-
-for _family in VISION_FAMILIES.values():
-    AutoConfig.register(_family.config.model_type, _family.config, exist_ok=True)
-    AutoModelForImageTextToText.register(_family.config, _family.model, exist_ok=True)
-for _architecture in ARCHITECTURES.values():
-    assert _architecture.pruned is not None
-    # So that transformers' own Auto classes find them, wherever optprune is imported; exist_ok for a second import.
-    AutoConfig.register(_architecture.pruned.config.model_type, _architecture.pruned.config, exist_ok=True)
-    AutoModelForCausalLM.register(_architecture.pruned.config, _architecture.pruned.model, exist_ok=True)
 
 
 def architecture_of(config: PretrainedConfig) -> Architecture:
@@ -88,7 +79,10 @@ def _known(model_type: object, config: PretrainedConfig | dict[str, object] | No
     draft = draft_in(config)
     if draft is not None:
         return draft.architecture()
-    return next((one for one in ARCHITECTURES.values() if model_type in one.model_types), None)
+    found = next((one for one in ARCHITECTURES.values() if model_type in one.model_types), None)
+    if found is not None and found.pruned is not None:
+        register(found.pruned, AutoModelForCausalLM)
+    return found
 
 
 # -- architectures that are not known

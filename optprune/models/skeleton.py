@@ -27,9 +27,9 @@ OLD_BUFFER = r"rotary_emb\.inv_freq"
 def skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """Return a model of a config whose weights have shapes only; its buffers have their values."""
     cls: Any = AutoModelForCausalLM
+    architecture = architecture_of(config)
     with init_empty_weights(include_buffers=False):
         model = cls.from_config(config, dtype=dtype, trust_remote_code=False)
-    architecture = architecture_of(config)
     for block in model.get_submodule(architecture.blocks):
         if architecture.mixture is not None:  # files hold experts one by one
             separate(block, architecture.mixture)

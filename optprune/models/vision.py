@@ -9,28 +9,25 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
+from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.dynamic_module_utils import get_relative_import_files
-from transformers.models.gemma3 import modeling_gemma3 as gemma3
-from transformers.models.gemma4 import modeling_gemma4 as gemma4
 
 from optprune.errors import InputError
-from optprune.models.architecture import PART_FIELD
+from optprune.models.architecture import PART_FIELD, Classes, pruned_module, pruned_type, register
 from optprune.models.checkpoint import ENDING, Checkpoint, is_plain, own_or_cached, stated
 from optprune.models.families import ARCHITECTURES
-from optprune.models.pruned import (
-    modeling_pruned_gemma3,
-    modeling_pruned_gemma4,
-    modeling_pruned_llava,
-    modeling_pruned_mistral3,
-    modeling_pruned_qwen3_vl,
-)
 from optprune.models.quantised import Quantisation
 from optprune.models.sources import NO_CODE
 from optprune.system.files import read_json
@@ -74,7 +71,7 @@ hidden] and whether a token is of an image to further arguments of the language 
 
 def _of_gemma3(model: PreTrainedModel, ids: Tensor, embeddings: Tensor, images: Tensor) -> dict[str, Any]:
     """Return the masks of Gemma 3 by the kind of block: the tokens of an image see each other."""
-    return _seen_together(gemma3, model, embeddings, images) if bool(images.any()) else {}
+    return _seen_together("gemma3", model, embeddings, images) if bool(images.any()) else {}
 
 
 def _of_gemma4(model: PreTrainedModel, ids: Tensor, embeddings: Tensor, images: Tensor) -> dict[str, Any]:
@@ -84,12 +81,13 @@ def _of_gemma4(model: PreTrainedModel, ids: Tensor, embeddings: Tensor, images: 
         inner: Any = model.model
         found["per_layer_inputs"] = inner.get_per_layer_inputs(ids.masked_fill(images, config.pad_token_id), embeddings)
     if config.use_bidirectional_attention == "vision" and bool(images.any()):
-        found |= _seen_together(gemma4, model, embeddings, images)
+        found |= _seen_together("gemma4", model, embeddings, images)
     return found
 
 
-def _seen_together(stock: ModuleType, model: PreTrainedModel, embeddings: Tensor, images: Tensor) -> dict[str, Any]:
+def _seen_together(family: str, model: PreTrainedModel, embeddings: Tensor, images: Tensor) -> dict[str, Any]:
     """Return the masks by which the tokens of an image see each other, as the stock class has them."""
+    stock: Any = import_module(f"transformers.models.{family}.modeling_{family}")
     spans = stock.get_block_sequence_ids_for_mask(images.long(), device=embeddings.device)
     given = {"config": model.config, "inputs_embeds": embeddings, "block_sequence_ids": spans}
     none = dict.fromkeys(("attention_mask", "cache", "position_ids"))
@@ -108,9 +106,8 @@ class VisionFamily:
     """the family that computes the same on text, where the language part has a class of its own"""
     dropped: tuple[str, ...] = ()
     """the entries of the rotary embeddings that make no difference on text, and that the other family does not know"""
-    config: type[PretrainedConfig]
-    model: type[PreTrainedModel]
-    """the classes of models whose language part has blocks that differ in shape"""
+    names: tuple[str, str]
+    """the names of the classes of configs and of models whose language part has blocks that differ in shape"""
     uneven: tuple[str, ...]
     """the families of the language part that these classes take"""
     scales: bool = False
@@ -122,6 +119,11 @@ class VisionFamily:
     deep: bool = False
     """whether tokens have positions in three dimensions, and features of images are added to outputs of blocks"""
 
+    @property
+    def classes(self) -> Classes:
+        """The classes of models whose language part has blocks that differ in shape."""
+        return Classes(pruned_module(self.model_type), *self.names)
+
 
 VISION_FAMILIES = {
     family.model_type: family
@@ -129,8 +131,7 @@ VISION_FAMILIES = {
         VisionFamily(
             model_type="gemma3",
             text="gemma3_text",
-            config=modeling_pruned_gemma3.PrunedGemma3VisionConfig,
-            model=modeling_pruned_gemma3.PrunedGemma3ForConditionalGeneration,
+            names=("PrunedGemma3VisionConfig", "PrunedGemma3ForConditionalGeneration"),
             uneven=("gemma3_text",),
             further=_of_gemma3,
         ),
@@ -138,22 +139,19 @@ VISION_FAMILIES = {
         VisionFamily(
             model_type="gemma4",
             text="gemma4_text",
-            config=modeling_pruned_gemma4.PrunedGemma4VisionConfig,
-            model=modeling_pruned_gemma4.PrunedGemma4ForConditionalGeneration,
+            names=("PrunedGemma4VisionConfig", "PrunedGemma4ForConditionalGeneration"),
             uneven=("gemma4_text",),
             scales=True,
             further=_of_gemma4,
         ),
         VisionFamily(
             model_type="llava",
-            config=modeling_pruned_llava.PrunedLlavaConfig,
-            model=modeling_pruned_llava.PrunedLlavaForConditionalGeneration,
+            names=("PrunedLlavaConfig", "PrunedLlavaForConditionalGeneration"),
             uneven=("llama", "mistral", "qwen2"),
         ),
         VisionFamily(
             model_type="mistral3",
-            config=modeling_pruned_mistral3.PrunedMistral3Config,
-            model=modeling_pruned_mistral3.PrunedMistral3ForConditionalGeneration,
+            names=("PrunedMistral3Config", "PrunedMistral3ForConditionalGeneration"),
             uneven=("mistral", "ministral3"),
         ),
         # Tokens of text have the same position in all three dimensions, so the sections of the angles are as in Qwen3.
@@ -162,8 +160,7 @@ VISION_FAMILIES = {
             text="qwen3_vl_text",
             read_as="qwen3",
             dropped=("mrope_section", "mrope_interleaved"),
-            config=modeling_pruned_qwen3_vl.PrunedQwen3VLConfig,
-            model=modeling_pruned_qwen3_vl.PrunedQwen3VLForConditionalGeneration,
+            names=("PrunedQwen3VLConfig", "PrunedQwen3VLForConditionalGeneration"),
             uneven=("qwen3",),
             ordered="the first blocks are those that features of the image are added to",
             deep=True,
@@ -193,8 +190,10 @@ class VisionFolder:
         `fields` are the contents of its config.json, where they were read already.
         """
         fields = PretrainedConfig.get_config_dict(where)[0] if fields is None else fields
-        if not isinstance(fields, dict) or _family(fields.get("model_type")) is None:
+        family = _family(fields.get("model_type")) if isinstance(fields, dict) else None
+        if family is None:
             return None
+        register(family.classes, AutoModelForImageTextToText)
         stored = read_json(Path(str(own_or_cached(where, "config.json"))).read_text(encoding="utf-8"), "config.json")
         return cls(source, where, stored, _text_config(AutoConfig.from_pretrained(where, **NO_CODE), source))
 
@@ -218,13 +217,13 @@ class VisionFolder:
             changed.pop(name, None)
         fields = {name: value for name, value in self.fields.items() if name not in (*OF_CODE, QUANTISED)}
         text = {name: value for name, value in fields.get(TEXT, {}).items() if name != SHAPES}
-        stock, uneven = self.family, after.get(SHAPES) is not None
-        classes = [stock.model.__name__.removeprefix(PRUNED)]
-        fields |= {"model_type": stock.model_type}
+        family, uneven = self.family, after.get(SHAPES) is not None
+        classes = [family.classes.model_name.removeprefix(PRUNED)]
+        fields |= {"model_type": family.model_type}
         if uneven:
-            module, classes = f"modeling_{stock.config.model_type}", [stock.model.__name__]
-            auto = {"AutoConfig": stock.config.__name__, AUTO: stock.model.__name__}
-            fields |= {"model_type": stock.config.model_type, "architectures": classes}
+            module, classes = pruned_module(family.model_type).rpartition(".")[2], [family.classes.model_name]
+            auto = {"AutoConfig": family.classes.config_name, AUTO: family.classes.model_name}
+            fields |= {"model_type": pruned_type(family.model_type), "architectures": classes}
             fields |= {"auto_map": {name: f"{module}.{cls}" for name, cls in auto.items()}}
             text[SHAPES] = after[SHAPES]
         elif before.get(SHAPES) is not None:
@@ -235,7 +234,7 @@ class VisionFolder:
         """Return the modelling files that a folder with the language part of this config needs."""
         if getattr(pruned, SHAPES, None) is None:
             return []
-        own = Path(str(inspect.getsourcefile(self.family.model)))
+        own = Path(str(inspect.getsourcefile(self.family.classes.model)))
         return [own, *map(Path, get_relative_import_files(own))]
 
     @property
@@ -319,7 +318,7 @@ def module_name(name: str) -> str:
 def _family(model_type: object) -> VisionFamily | None:
     """Return the family of a model_type in config.json, pruned or not; None for other models."""
     every = VISION_FAMILIES.values()
-    return next((one for one in every if model_type in (one.model_type, one.config.model_type)), None)
+    return next((one for one in every if model_type in (one.model_type, pruned_type(one.model_type))), None)
 
 
 def _known(model_type: str) -> VisionFamily:
@@ -360,7 +359,8 @@ def _text_config(whole: PretrainedConfig, source: str) -> PretrainedConfig:
         rotary = fields.get("rope_parameters") or {}
         fields["rope_parameters"] = {name: value for name, value in rotary.items() if name not in family.dropped}
         assert known.pruned is not None
-        kind_read = known.model_type if shapes is None else known.pruned.config.model_type
+        register(known.pruned, AutoModelForCausalLM)
+        kind_read = known.model_type if shapes is None else pruned_type(known.model_type)
         config = AutoConfig.for_model(**{**fields, "model_type": kind_read})
     scales = () if family.scales else (known.logits_divisor, known.logits_factor, known.logits_cap)
     for name in filter(None, scales):
