@@ -36,14 +36,13 @@ from optprune.moments import InputMoments
 from optprune.patterns import NM, Unstructured
 from optprune.penalties import L1
 from optprune.problems import (
-    ChannelGroups,
+    Channels,
     LayerLoss,
     PenalisedLeastSquares,
     Problem,
     SelectionProblem,
     SparseLeastSquares,
     StructuredLeastSquares,
-    StructuredProblem,
     load_problem,
     save_problem,
 )
@@ -75,7 +74,7 @@ def units(share: float) -> Callable[[LayerLoss], Problem]:
 
     def state(loss: LayerLoss) -> Problem:
         width = loss.weight.shape[1]
-        return StructuredLeastSquares(loss, ChannelGroups.of(width), width - round(share * width))
+        return StructuredLeastSquares(loss, Channels.of(width), width - round(share * width))
 
     return state
 
@@ -248,7 +247,7 @@ def proved(problem: Problem) -> tuple[float, str]:
         return best.optimum - best.rounding, "SCIP, to 1e-5 of its range"
     by: Solver[Any, Any] = Fista(tolerance=1e-6)
     if isinstance(problem, SelectionProblem):
-        by = RemovalBound() if isinstance(problem, StructuredProblem) else PerspectiveBound()
+        by = RemovalBound() if isinstance(problem, StructuredLeastSquares) else PerspectiveBound()
     certificate = solve(problem, by).certificate
     return (0.0, "a loss is not negative") if certificate is None else (certificate.lower_bound, certificate.proof)
 

@@ -13,7 +13,7 @@ from statistics import mean, median
 
 from benchmarks.common import write_table
 from benchmarks.layers import layers
-from optprune.problems import ChannelGroups, LayerLoss, StructuredLeastSquares
+from optprune.problems import Channels, LayerLoss, StructuredLeastSquares
 from optprune.recipe import load_recipe
 from optprune.solvers import Chain, FlapMetric, Magnitude, Random, RemovalBound, Restore, Solver, solve
 
@@ -52,7 +52,7 @@ def main() -> None:
         seen: dict[str, dict[str, list[float]]] = {name: defaultdict(list) for name in options.solvers}
         for _, weight, moments, apart in found:
             loss, width = LayerLoss.of(weight, moments, options.damping), weight.shape[1]
-            groups = ChannelGroups.of(width, device=loss.weight.device)
+            groups = Channels.of(width, device=loss.weight.device)
             problem = StructuredLeastSquares(loss, groups, round(width * (1 - removed)))
             bound = None
             if options.bound:

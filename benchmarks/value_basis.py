@@ -21,7 +21,7 @@ from optprune.calibration import calibrating, first_inputs
 from optprune.calibration.moments_pass import collect
 from optprune.models import Decoder, Values
 from optprune.moments import InputMoments
-from optprune.problems import LayerLoss, Link, LinkedLeastSquares, MaskedLeastSquares, Rotation
+from optprune.problems import Channels, LayerLoss, MaskedLeastSquares, Rotation, StructuredLeastSquares
 from optprune.solvers import Restore, best_basis, nested_basis, solve
 
 ON = ("calibration", "held out")
@@ -47,7 +47,7 @@ def main() -> None:
             if options.blocks is None or index in options.blocks:
                 [layers] = Values().layers(decoder, index)
                 loss = LayerLoss.of(decoder.layer(index, output).weight, seen.moments[output], 0.01)
-                rows.append(measured(index, loss, layers.link, seen.held_out[output], options.share))
+                rows.append(measured(index, loss, layers.channels, seen.held_out[output], options.share))
                 print(rows[-1], flush=True)
             stream = following
     keys = [key for key in rows[0] if key != "block"]
@@ -60,17 +60,17 @@ def main() -> None:
     print(write_table("value_basis", title, rows))
 
 
-def measured(block: int, loss: LayerLoss, link: Link, apart: InputMoments, share: float) -> dict[str, Any]:
+def measured(block: int, loss: LayerLoss, channels: Channels, apart: InputMoments, share: float) -> dict[str, Any]:
     """The errors of one layer, calibrated and held out."""
-    size = link.units // link.slot_count
+    size = channels.units // channels.slot_count
     keep = round((1 - share) * size)
     held_out = LayerLoss.of(loss.weight, apart)
     began = time.perf_counter()
-    by = {"coordinates": solve(LinkedLeastSquares(loss, link, keep * link.slot_count)).value}
+    by = {"coordinates": solve(StructuredLeastSquares(loss, channels, keep * channels.slot_count)).value}
     seconds = [time.perf_counter() - began]
     for name, basis in (("nested", nested_basis), ("turned", partial(best_basis, keep=keep))):
         began = time.perf_counter()
-        by[name] = kept(loss, link, basis(loss, link), keep)
+        by[name] = kept(loss, channels, basis(loss, channels), keep)
         seconds.append(time.perf_counter() - began)
     errors = {f"{name}, calibration": loss.relative_error(weight) for name, weight in by.items()}
     errors |= {f"{name}, held out": held_out.relative_error(weight) for name, weight in by.items()}
@@ -78,12 +78,12 @@ def measured(block: int, loss: LayerLoss, link: Link, apart: InputMoments, share
     return {"block": block, **errors, "coordinates, s": seconds[0], "turned, s": seconds[2], **ratios}
 
 
-def kept(loss: LayerLoss, link: Link, rotation: Rotation, keep: int) -> torch.Tensor:
+def kept(loss: LayerLoss, channels: Channels, rotation: Rotation, keep: int) -> torch.Tensor:
     """The refitted weight of the first directions of every slot, in the coordinates that there were."""
-    first = torch.zeros(link.units, dtype=torch.bool)
-    first[link.by_slot[:, :keep].reshape(-1)] = True
+    first = torch.zeros(channels.units, dtype=torch.bool)
+    first[channels.by_slot[:, :keep].reshape(-1)] = True
     turned = rotation.loss(loss)
-    problem = MaskedLeastSquares(turned, link.column_mask(first, loss.weight.shape[1]))
+    problem = MaskedLeastSquares(turned, channels.column_mask(first, loss.weight.shape[1]))
     return rotation.back(solve(problem, Restore()).value)
 
 

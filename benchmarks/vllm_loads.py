@@ -99,9 +99,9 @@ def narrowed(units: LinkedUnits, count: int, blocks: slice = slice(None)) -> Cut
         times = decoder.architecture.multiples(decoder.model.config, len(decoder.blocks))
         for block in range(len(decoder.blocks))[blocks]:
             for layers in units.layers(decoder, block):
-                link, kept = layers.link, count * (times[block] if isinstance(units, Mlp) else 1)
-                each = link.units // link.slot_count
-                decoder.keep_units(block, layers, torch.arange(link.units) % each < kept)
+                channels, kept = layers.channels, count * (times[block] if isinstance(units, Mlp) else 1)
+                each = channels.units // channels.slot_count
+                decoder.keep_units(block, layers, torch.arange(channels.units) % each < kept)
         return recorded(decoder)
 
     return cut

@@ -22,7 +22,7 @@ from optprune.measure.memory import memory_increase
 from optprune.metric import OutputMetric
 from optprune.moments import InputMoments
 from optprune.objectives import LayerContext
-from optprune.problems import LayerLoss, Link
+from optprune.problems import Channels, LayerLoss
 from optprune.solvers import solve
 from optprune.solvers.ridge import refit
 
@@ -113,8 +113,8 @@ def _whole_solve(
     family = recipe.units.family
     if family is None:
         units = torch.arange(width)
-        link = Link(units[:, None], torch.zeros_like(units))
-        context = LayerContext("layer", 0, loss, round((1 - recipe.sparsity) * width), link)
+        channels = Channels(units[:, None], torch.zeros_like(units))
+        context = LayerContext("layer", 0, loss, round((1 - recipe.sparsity) * width), channels)
     else:
         keep, pattern = family.keep(out, width, 1 - recipe.sparsity), family.of(out, width, 1 - recipe.sparsity)
         context = LayerContext("layer", 0, loss, keep, None, pattern)

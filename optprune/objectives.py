@@ -7,7 +7,7 @@ import torch
 
 from optprune.errors import InputError, check_kind
 from optprune.patterns import Pattern
-from optprune.problems import LayerLoss, Link, LinkedLeastSquares, Problem, SparseLeastSquares
+from optprune.problems import Channels, LayerLoss, Problem, SparseLeastSquares, StructuredLeastSquares
 from optprune.system.own_code import own_code
 
 
@@ -21,9 +21,8 @@ class LayerContext:
     loss: LayerLoss
     """the loss over the layer's weight [out, in], with the damping of the recipe"""
     keep: int
-    """the number of units (with a link) or weights (without) that the budget leaves; `link.columns` has the columns of
-    each unit, which may be several"""
-    link: Link | None
+    """the number of units (with channels) or weights (without) that the budget leaves"""
+    channels: Channels | None
     """the units that this layer shares with the layers before it, where the recipe prunes units; for every problem the
     units without an input in `Problem.inputs` of the answer are removed, equally many in every slot"""
     pattern: Pattern | None = None
@@ -33,11 +32,11 @@ class LayerContext:
 Objective = Callable[[LayerContext], Problem]
 
 
-def linked(context: LayerContext) -> LinkedLeastSquares:
-    """Keep the best `keep` units of a link: structured pruning."""
-    if context.link is None:
+def linked(context: LayerContext) -> StructuredLeastSquares:
+    """Keep the best `keep` units of a layer: structured pruning."""
+    if context.channels is None:
         raise InputError(f"{context.name} has no units: the objective 'linked' needs units mlp, vo, kv-groups or all")
-    return LinkedLeastSquares(context.loss, context.link, context.keep)
+    return StructuredLeastSquares(context.loss, context.channels, context.keep)
 
 
 def sparse(context: LayerContext) -> SparseLeastSquares:

@@ -143,5 +143,5 @@ def _without(decoder: Decoder, block: int, stream: Stream, kind: LinkedUnits) ->
 def _narrower(decoder: Decoder, block: int, stream: Stream, kind: LinkedUnits, count: int) -> float:
     with ExitStack() as narrowed:
         for layers in kind.layers(decoder, block):
-            narrowed.enter_context(decoder.narrowed(block, layers, layers.link.first(count)))
+            narrowed.enter_context(decoder.narrowed(block, layers, layers.channels.first(count)))
         return _seconds(decoder, block, stream)

@@ -16,7 +16,7 @@ from optprune.allocation.knapsack import Curve, fill_budget, share_budget
 from optprune.calibration import Change, DenseStatistics, Probe
 from optprune.errors import InputError
 from optprune.models import BlockAllocation, Decoder, LinkedUnits, Target, Units
-from optprune.problems import LayerLoss, LinkedLeastSquares, MaskedLeastSquares
+from optprune.problems import LayerLoss, MaskedLeastSquares, StructuredLeastSquares
 from optprune.report import Event, PhaseAdvanced
 from optprune.report.phases import BUDGET
 from optprune.solvers import Restore, nested_basis
@@ -250,12 +250,12 @@ class WidthCosts(Costs):
 
     def _layer(self, block: int, target: Target, kind: LinkedUnits, loss: LayerLoss) -> tuple[_Layer, tuple[str, ...]]:
         """Return the losses of one layer by greedy elimination of its units, a multiple at a time, with notes."""
-        shape, link = self.decoder.shape(block), kind.linked(self.decoder, block, target.path).link
-        there, slots, multiple = kind.there(shape), link.slot_count, kind.multiple(shape, self.budget.multiple)
-        rotation = nested_basis(loss, link) if kind.rotated else None
+        shape, channels = self.decoder.shape(block), kind.linked(self.decoder, block, target.path).channels
+        there, slots, multiple = kind.there(shape), channels.slot_count, kind.multiple(shape, self.budget.multiple)
+        rotation = nested_basis(loss, channels) if kind.rotated else None
         stated = loss if rotation is None else rotation.loss(loss)
         order, losses, notes = self.statistics.removal(
-            LinkedLeastSquares(stated.whitened(), link, link.units), multiple
+            StructuredLeastSquares(stated.whitened(), channels, channels.units), multiple
         )
         # Entry removed * slots - 1 is the loss after every slot has lost `removed` units.
         after = {there - removed: loss for removed, loss in enumerate(losses[slots - 1 :: slots].tolist(), start=1)}
@@ -265,9 +265,9 @@ class WidthCosts(Costs):
         between = [count for count in found if count]
         if self.probe is not None and between:
             count = min(between, key=lambda count: abs(count - (1 - self.budget.sparsity) * there))
-            kept = torch.ones(link.units, dtype=torch.bool, device=order.device)
+            kept = torch.ones(channels.units, dtype=torch.bool, device=order.device)
             kept[order[: (there - count) * slots]] = False
-            restored = MaskedLeastSquares(stated.plain, link.column_mask(kept, loss.weight.shape[1]))
+            restored = MaskedLeastSquares(stated.plain, channels.column_mask(kept, loss.weight.shape[1]))
             value = answer(restored, Restore(), restored.start())
             value = value if rotation is None else rotation.back(value)
             own = self.decoder.layer(block, target.path)

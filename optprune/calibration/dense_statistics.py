@@ -26,7 +26,7 @@ from optprune.metric import Metrics, MetricSums
 from optprune.models import Decoder
 from optprune.moments import InputMoments
 from optprune.numerics.fingerprint import fingerprint
-from optprune.problems import ExpertChoice, LayerLoss, LinkedLeastSquares
+from optprune.problems import ExpertChoice, LayerLoss, StructuredLeastSquares
 from optprune.solvers import removal_curve
 from optprune.solvers.experts import elimination
 
@@ -191,7 +191,7 @@ class DenseStatistics:
             partial_sums=partial_sums,
         )
 
-    def removal(self, problem: LinkedLeastSquares, batch: int) -> Removal:
+    def removal(self, problem: StructuredLeastSquares, batch: int) -> Removal:
         """Return the removal curve of a layer's units: see `removal_curve`."""
         return removal_curve(problem, batch=batch)
 
@@ -273,7 +273,7 @@ class Statistics(DenseStatistics):
             sums[name] = entry.value
         return Metrics(sums)
 
-    def removal(self, problem: LinkedLeastSquares, batch: int) -> Removal:
+    def removal(self, problem: StructuredLeastSquares, batch: int) -> Removal:
         device = problem.loss.weight.device
         key = ("removal", problem.fingerprint(), str(device), batch)
         return self._cached(key, CURVE, device, lambda: super(Statistics, self).removal(problem, batch))

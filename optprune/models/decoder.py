@@ -32,22 +32,33 @@ from optprune.models.surgery import (
     set_classes,
 )
 from optprune.models.vision import SHAPES
-from optprune.problems import Link
+from optprune.numerics.tensors import as_indices
+from optprune.problems import Channels
 
 
 @dataclass(frozen=True, eq=False)
 class LinkedLayers:
-    """Layers of one block that share a choice of units, with the `Link` between their columns and rows.
+    """Layers of one block that share a choice of units, with the columns and rows of each unit.
 
-    Where units are rows of all layers (`by_rows`), the link's columns are the rows of the first one, the consumer.
+    Where units are rows of all layers (`by_rows`), the columns are the rows of the first one, the consumer.
     """
 
     consumer: str
     producers: tuple[str, ...]
-    link: Link
+    channels: Channels
+    """the columns [units, n] of the consumer and the slot of each unit"""
+    rows: tuple[Tensor, ...]
+    """the rows [units, n] of each producer, with their biases, that go with the units"""
     vectors: Mapping[str, Tensor] = field(default_factory=dict)
     """the entries [units, n] of vectors that go with the units, by the names of these parameters in the block"""
     by_rows: bool = False
+
+    def __post_init__(self) -> None:
+        units = self.channels.units
+        for path, rows in zip(self.producers, self.rows, strict=True):
+            as_indices(f"the rows of units in {path}", rows, ("units", "rows"), self.channels.columns)
+            if len(rows) != units:
+                raise InputError(f"{units} units have {len(rows)} lists of rows in {path}: give one for each unit")
 
 
 class Decoder:
@@ -304,15 +315,15 @@ class Decoder:
     # -- units
 
     def keep_units(self, block: int, layers: LinkedLayers, choice: Tensor) -> None:
-        """Delete the columns and rows of all other units; `choice` is a bool mask over the link's units."""
-        link = layers.link
+        """Delete the columns and rows of all other units; `choice` is a bool mask over the units."""
+        channels = layers.channels
         consumer = self.layer(block, layers.consumer)
         if layers.by_rows:
             self._list_pairs(block)
-            keep_outputs(consumer, link.column_mask(choice, consumer.out_features)[0])
+            keep_outputs(consumer, channels.column_mask(choice, consumer.out_features)[0])
         else:
-            keep_inputs(consumer, link.column_mask(choice, consumer.in_features)[0])
-        for path, rows in zip(layers.producers, link.rows, strict=True):
+            keep_inputs(consumer, channels.column_mask(choice, consumer.in_features)[0])
+        for path, rows in zip(layers.producers, layers.rows, strict=True):
             producer = self.layer(block, path)
             mask = torch.ones(producer.out_features, dtype=torch.bool, device=rows.device)
             mask[rows[~choice].reshape(-1)] = False

@@ -22,7 +22,7 @@ from optprune.models.decoder import Decoder, LinkedLayers
 from optprune.models.recurrent import Runs
 from optprune.moments import InputMoments
 from optprune.patterns import ANYWHERE, Pattern, PatternFamily
-from optprune.problems import LayerLoss, Link, loss_of_rows
+from optprune.problems import Channels, LayerLoss, loss_of_rows
 from optprune.system.wording import counted
 from optprune.work import Work
 
@@ -287,8 +287,8 @@ class Mlp(LinkedUnits):
         layer, producers = decoder.layer(block, consumer), architecture.mlps[consumer]
         every = torch.arange(layer.in_features, device=_index_device(layer.weight))
         apart = torch.arange(architecture.rows_of(consumer), device=every.device) * len(every)
-        link = Link(every[:, None], torch.zeros_like(every), tuple(every[:, None] + apart for _ in producers))
-        return LinkedLayers(consumer, producers, link)
+        channels, rows = Channels.of(len(every), device=every.device), every[:, None] + apart
+        return LinkedLayers(consumer, producers, channels, (rows,) * len(producers))
 
     def multiple(self, shape: BlockShape, asked: int | None, alike: bool = False) -> int:
         if asked:
@@ -337,8 +337,8 @@ class Values(LinkedUnits):
         made = {architecture.value: rows.reshape(-1, 1)}
         if decoder.heads.gated:
             made[architecture.query] = rows_of_gates(decoder.heads, shape, device).flatten(0, 1)
-        link = Link(query_head * dim + (unit % dim)[:, None], slot, tuple(made.values()))
-        return LinkedLayers(consumer, tuple(made), link)
+        channels = Channels(query_head * dim + (unit % dim)[:, None], slot)
+        return LinkedLayers(consumer, tuple(made), channels, tuple(made.values()))
 
     def total(self, shape: BlockShape) -> int:
         return shape.value_dim * shape.kv_heads
@@ -387,9 +387,10 @@ class KvGroups(LinkedUnits):
         made: dict[str, list[torch.Tensor]] = {}
         for path, own in zip((architecture.query, architecture.key, architecture.value), rows, strict=True):
             made.setdefault(path, []).append(own)  # one layer may make them all
-        link = Link(columns, torch.zeros_like(unit), tuple(torch.cat(own, 1) for own in made.values()))
+        channels, every = Channels(columns, torch.zeros_like(unit)), tuple(torch.cat(own, 1) for own in made.values())
         queries = torch.arange(shape.kv_heads * heads.group, device=device).reshape(-1, heads.group)
-        return LinkedLayers(consumer, tuple(made), link, dict.fromkeys(architecture.per_head, queries) | vectors)
+        vectors |= dict.fromkeys(architecture.per_head, queries)
+        return LinkedLayers(consumer, tuple(made), channels, every, vectors)
 
     def multiple(self, shape: BlockShape, asked: int | None, alike: bool = False) -> int:
         return 1
@@ -445,9 +446,8 @@ class Pairs(LinkedUnits):
             return rows.unflatten(1, (-1, 2, pairs)).permute(0, 3, 1, 2).reshape(shape.kv_heads * pairs, -1)
 
         unit = torch.arange(shape.kv_heads * pairs, device=device)
-        link = Link(halves(query), unit // pairs, (halves(key),))
-        kept = {architecture.kept_pairs: unit[:, None]}
-        return LinkedLayers(consumer, (architecture.key,), link, kept, by_rows=True)
+        channels, kept = Channels(halves(query), unit // pairs), {architecture.kept_pairs: unit[:, None]}
+        return LinkedLayers(consumer, (architecture.key,), channels, (halves(key),), kept, by_rows=True)
 
     def there(self, shape: BlockShape) -> int:
         return (shape.pairs or self.every) if shape.kv_heads else 0
@@ -502,13 +502,9 @@ class RecurrentHeads(LinkedUnits):
         def rows_of(runs: Runs) -> torch.Tensor:
             return mixer.rows(config, runs, heads, device)
 
-        link = Link(
-            rows_of((mixer.width,)),
-            torch.zeros(heads, dtype=torch.long, device=device),
-            tuple(map(rows_of, mixer.reads.values())),
-        )
+        channels = Channels(rows_of((mixer.width,)), torch.zeros(heads, dtype=torch.long, device=device))
         vectors = {name: rows_of(runs) for name, runs in mixer.vectors.items() if name in there}
-        return LinkedLayers(consumer, tuple(mixer.reads), link, vectors)
+        return LinkedLayers(consumer, tuple(mixer.reads), channels, tuple(map(rows_of, mixer.reads.values())), vectors)
 
     def multiple(self, shape: BlockShape, asked: int | None, alike: bool = False) -> int:
         return 1
@@ -703,5 +699,5 @@ def reorderable(decoder: Decoder, block: int, path: str, size: int) -> LinkedLay
     for kind, paths in ((Values(), (architecture.output,)), (Mlp(), architecture.mlps)):
         if path in paths and kind.field not in architecture.indivisible:
             linked = kind.linked(decoder, block, path)
-            return linked if linked.link.units // linked.link.slot_count % size == 0 else None
+            return linked if linked.channels.units // linked.channels.slot_count % size == 0 else None
     return None

@@ -5,23 +5,19 @@ from optprune.problems.cvxpy_model import CvxpyModel, to_cvxpy
 from optprune.problems.experts import ExpertChoice
 from optprune.problems.files import load_problem, origin_of, save_problem
 from optprune.problems.gridded import GridLeastSquares
-from optprune.problems.linked import Link, LinkedLeastSquares, loss_of_rows
-from optprune.problems.loss import LayerLoss
+from optprune.problems.loss import LayerLoss, loss_of_rows
 from optprune.problems.masked import MaskedLeastSquares, SelectionProblem
 from optprune.problems.penalised import PenalisedLeastSquares
 from optprune.problems.rotation import Permutation, Rotation
 from optprune.problems.sparse import SparseLeastSquares
-from optprune.problems.structured import ChannelGroups, Channels, StructuredLeastSquares, StructuredProblem
+from optprune.problems.structured import Channels, StructuredLeastSquares
 
 __all__ = [
-    "ChannelGroups",
     "Channels",
     "CvxpyModel",
     "ExpertChoice",
     "GridLeastSquares",
     "LayerLoss",
-    "Link",
-    "LinkedLeastSquares",
     "MaskedLeastSquares",
     "Measurement",
     "PenalisedLeastSquares",
@@ -31,7 +27,6 @@ __all__ = [
     "SelectionProblem",
     "SparseLeastSquares",
     "StructuredLeastSquares",
-    "StructuredProblem",
     "load_problem",
     "loss_of_rows",
     "origin_of",

@@ -21,7 +21,7 @@ from optprune.problems.penalised import PenalisedLeastSquares
 from optprune.problems.program_file import set_variables, write_program
 from optprune.problems.quadratic import Array, Quadratic, array, roots
 from optprune.problems.sparse import SparseLeastSquares
-from optprune.problems.structured import StructuredProblem
+from optprune.problems.structured import StructuredLeastSquares
 from optprune.system.wording import install
 
 if TYPE_CHECKING:
@@ -156,7 +156,7 @@ def _choice(problem: SelectionProblem) -> "tuple[cvxpy.Variable, cvxpy.Expressio
     if isinstance(problem, SparseLeastSquares):
         choice = cvxpy.Variable(tuple(shape), boolean=True)
         return choice, choice, _limits(problem.pattern, choice)
-    if not isinstance(problem, StructuredProblem):
+    if not isinstance(problem, StructuredLeastSquares):
         raise InputError(NONE.format(problem.kind))
     channels = problem.channels
     choice = cvxpy.Variable(channels.units, boolean=True)

@@ -28,18 +28,17 @@ from optprune.penalties import L1, ColumnGroups, ElasticNet, WeightedL1
 from optprune.problems.base import Problem
 from optprune.problems.experts import ExpertChoice
 from optprune.problems.gridded import GridLeastSquares
-from optprune.problems.linked import Link, LinkedLeastSquares
 from optprune.problems.loss import LayerLoss
 from optprune.problems.masked import MaskedLeastSquares
 from optprune.problems.penalised import PenalisedLeastSquares
 from optprune.problems.rotation import Permutation, Rotation
 from optprune.problems.sparse import SparseLeastSquares
-from optprune.problems.structured import ChannelGroups, StructuredLeastSquares
+from optprune.problems.structured import Channels, StructuredLeastSquares
 from optprune.system.files import GENERATOR, MARK, digest_of, own_place, read_json, write_whole
 from optprune.system.wording import either, shown
 
-FORMAT = 1
-"""the version of the format"""
+FORMAT, EARLIER_FORMAT = 2, 1
+"""the version of the format, and an earlier one that is read"""
 HEADER, SOLUTION = "optprune", "optprune solution"
 """the entry of the metadata of a problem's file, and of a solution's"""
 Saved = Problem | ExpertChoice | Rotation | Permutation
@@ -49,7 +48,6 @@ KINDS: dict[str, type] = {
     "sparse": SparseLeastSquares,
     "penalised": PenalisedLeastSquares,
     "structured": StructuredLeastSquares,
-    "linked": LinkedLeastSquares,
     "grid": GridLeastSquares,
     "expert choice": ExpertChoice,
     "rotation": Rotation,
@@ -58,10 +56,12 @@ KINDS: dict[str, type] = {
 """the kinds by their names in files"""
 CLASSES: tuple[type, ...] = (
     LayerLoss, InputMoments, Drift, OutputMetric, Unstructured, RowWise, NM, RowLimits, PartlyFixed,
-    L1, WeightedL1, ElasticNet, ColumnGroups, Grid, Link, ChannelGroups,
+    L1, WeightedL1, ElasticNet, ColumnGroups, Grid, Channels,
 )  # fmt: skip
 PARTS = dict(zip(map(attrgetter("__name__"), CLASSES), CLASSES, strict=True))
 """the parts of problems by their names in files"""
+EARLIER_KINDS = {"structured": "groups", "linked": "link"}
+"""the kinds of the earlier format that are structured problems now, with their fields that held the channels"""
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 """the dtypes that a field may name"""
 BITS = {
@@ -118,7 +118,8 @@ def load_problem(path: str | Path) -> Any:
     """
     with _opened(Path(path)) as file:
         header = _header(Path(path), file.metadata())
-        kind = KINDS.get(header["kind"])
+        earlier = EARLIER_KINDS.get(header["kind"]) if header["format"] == EARLIER_FORMAT else None
+        kind = KINDS.get(header["kind"]) if earlier is None else StructuredLeastSquares
         if kind is None:
             raise InputError(f"{path} holds a problem of the kind {shown(header['kind'])}, which this optprune lacks")
         tensors = {name: cast(Tensor, file.get_tensor(name)) for name in sorted(file.keys())}
@@ -126,10 +127,11 @@ def load_problem(path: str | Path) -> Any:
     if fingerprint(list(tensors.items())) != header["tensors"]:
         raise InputError(f"{path} is damaged: its numbers were changed; save it again")
     try:
-        problem = _decoded_fields(kind, header["fields"], tensors)
+        fields = header["fields"] if earlier is None else _as_structured(header["fields"], earlier)
+        problem = _decoded_fields(kind, fields, tensors)
     except REFUSED as error:
         raise InputError(f"{path} is damaged: its fields make no {header['kind']} problem; save it again") from error
-    if fingerprint(problem) != header["fingerprint"]:
+    if earlier is None and fingerprint(problem) != header["fingerprint"]:
         raise InputError(f"{path} was written by another version of optprune: save it again")
     return problem
 
@@ -166,7 +168,7 @@ def _header(path: Path, metadata: Mapping[str, str] | None) -> Fields:
     read = read_json(text, f"the header of {path}")
     header = cast(Fields, read) if isinstance(read, dict) else {}
     version: Any = header.get("format")
-    if version != FORMAT:
+    if version not in (FORMAT, EARLIER_FORMAT):
         raise InputError(f"{path} is of the format {shown(version)}, and this optprune reads the format {FORMAT}")
     digest = header.pop("digest", None)
     known = {"kind", "fingerprint", "origin", "fields", "tensors"} <= header.keys()
@@ -207,6 +209,13 @@ def _encoded(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
         f"a problem with a {type(value).__name__} cannot be saved, because a file holds no code: state it with "
         f"{either(sorted(PARTS))}"
     )
+
+
+def _as_structured(fields: Fields, earlier: str) -> Fields:
+    """Return the fields of a structured problem from those of the earlier format, without rows of other layers."""
+    channels = {name: fields[earlier]["fields"][name] for name in ("columns", "slots")}
+    others = {name: value for name, value in fields.items() if name != earlier}
+    return others | {"channels": {"part": Channels.__name__, "fields": channels}}
 
 
 def _decoded_fields(kind: type, fields: Fields, tensors: Mapping[str, Tensor]) -> Any:

@@ -337,3 +337,36 @@ class LayerLoss:
     @cached_property
     def _measuring(self) -> ExactLoss:
         return self.exact.fast
+
+
+def loss_of_rows(
+    weight: Float[Tensor, "out in"],
+    bias: Float[Tensor, " out"] | None,
+    moments: InputMoments,
+    damping: float,
+    metric: OutputMetric | None,
+) -> LayerLoss:
+    """Return the loss of a layer as a function of its transposed weight [in, out], whose columns are its outputs.
+
+        f(V) = 1/2 tr(S (V - W) A (V - W)^T) = 1/2 tr(A (V - W)^T S (V - W))
+
+    so the metric S of the outputs takes the place of the Gram matrix and A, that of the inputs, takes the place of the
+    metric: problems whose units are columns, and their solvers, serve where units are rows. `damping` is that of A as a
+    share of its mean diagonal. A bias is one more column of W, of an input that is always 1, and so the last row of the
+    transposed weight. W is compared with itself on the inputs x* that the layer will get. Under a diagonal metric,
+    and without one, which gives outputs a weight of 1, no row makes up for another.
+    """
+    gram, own = moments.gram, weight.detach().to(moments.mean)
+    if bias is not None:
+        mean = moments.mean[:, None]
+        gram = torch.cat([torch.cat([gram, mean], 1), torch.cat([mean, torch.ones_like(mean[:1])]).T])
+        own = torch.cat([own, bias.detach().to(own)[:, None]], 1)
+    # Averages that were summed here need no check of definiteness, also with one more input.
+    summed = moments.proved is moments.covariance
+    inputs = OutputMetric(gram, torch.zeros_like(gram[0]), moments.tokens, gram if summed else None).damped(damping)
+    ones, zeros = own.new_ones(len(own)), own.new_zeros(len(own))
+    given = OutputMetric(ones, zeros, moments.tokens) if metric is None else metric.to(own.dtype).to(own.device)
+    outputs = given.average if given.full else torch.diag(given.average)
+    proved = outputs if given.proved is given.average else None
+    squares = InputMoments(outputs, zeros, given.tokens, proved=proved)
+    return LayerLoss(own.T.contiguous(), squares, given.damping, metric=inputs)

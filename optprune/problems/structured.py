@@ -1,6 +1,5 @@
 """Structured least squares: the choice of the groups of input channels to keep. Whole columns of the weight go."""
 
-from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import ClassVar, final
@@ -18,9 +17,15 @@ from optprune.problems.loss import LayerLoss
 from optprune.problems.masked import SelectionProblem
 
 
+@final
 @dataclass(frozen=True, eq=False)
-class Channels(ABC):
-    """Units of input channels: unit j stands for columns[j] of the weight, and every slot keeps equally many units."""
+class Channels:
+    """Units of input channels: unit j stands for columns[j] of the weight, and every slot keeps equally many units.
+
+    An MLP has one unit for each hidden neuron and one slot. Attention has one unit for each dimension of a KV head: its
+    columns are the same dimension of every query head that reads that KV head, and its slot is the KV head, because
+    every head must keep the same number of dimensions.
+    """
 
     columns: Int[Tensor, "units columns"]
     """the columns of each unit, equally many for all; a column of no unit stays"""
@@ -45,6 +50,26 @@ class Channels(ABC):
             least, most = (int(end) for end in torch.aminmax(counts))
             raise InputError(f"all slots must have the same number of units, not {least} to {most}")
 
+    @classmethod
+    def of(cls, width: int, size: int = 1, device: torch.device | None = None) -> "Channels":
+        """Return groups of `size` consecutive channels in one slot: single channels, or heads of `size` dimensions.
+
+        They must be on the device of the weight, by default the CPU.
+        """
+        check_count("the number of channels", width)
+        check_count("the size of a group", size)
+        if width == 0 or size == 0 or width % size:
+            raise InputError(
+                f"{width} channels cannot be cut into groups of {size}: take a size that divides their number"
+            )
+        device = torch.device("cpu") if device is None else device
+        columns = torch.arange(width, device=device).reshape(-1, size)
+        return cls(columns, torch.zeros(width // size, dtype=torch.long, device=device))
+
+    def to(self, device: torch.device) -> "Channels":
+        """Return the same units on another device."""
+        return self if device == self.slots.device else Channels(self.columns.to(device), self.slots.to(device))
+
     @property
     def units(self) -> int:
         return self.columns.shape[0]
@@ -64,6 +89,11 @@ class Channels(ABC):
         mask[self.columns] = units[:, None]
         return mask[None]
 
+    def first(self, keep: int) -> Bool[Tensor, " units"]:
+        """Return the mask of the first `keep` units of each slot."""
+        place = torch.arange(self.units, device=self.slots.device) % (self.units // self.slot_count)
+        return place < keep
+
     def units_reading(self, inputs: Bool[Tensor, " in"]) -> Bool[Tensor, " units"]:
         """Return the units with an input in the mask, and the first others, so that all slots keep equally many.
 
@@ -81,42 +111,27 @@ class Channels(ABC):
 
 @final
 @dataclass(frozen=True, eq=False)
-class ChannelGroups(Channels):
-    """Groups of the input channels of a single weight: single channels, dimensions tied over heads, or whole heads."""
+class StructuredLeastSquares(SelectionProblem):
+    """minimise f(V) over V and z subject to z_j = 1 or V_c = 0 for every column c of unit j (bilinear: (1 - z_j) V_c
+    = 0), z in {0, 1}^units, sum over each slot of z_j = keep / slots.
 
-    @classmethod
-    def of(cls, width: int, size: int = 1, device: torch.device | None = None) -> "ChannelGroups":
-        """Return groups of `size` consecutive channels in one slot: single channels, or heads of `size` dimensions.
+    V [out, in]; `keep` is the number of units to keep. Mixed-integer: not convex in z, convex in V once z is fixed
+    (`restrict`). f is the LayerLoss, in (output)^2 per token. Where a unit also stands for rows of the layers before
+    this one, they only lose rows whose outputs nothing reads any more, so they add nothing to f.
 
-        They must be on the device of the weight, by default the CPU.
-        """
-        check_count("the number of channels", width)
-        check_count("the size of a group", size)
-        if width == 0 or size == 0 or width % size:
-            raise InputError(
-                f"{width} channels cannot be cut into groups of {size}: take a size that divides their number"
-            )
-        device = torch.device("cpu") if device is None else device
-        columns = torch.arange(width, device=device).reshape(-1, size)
-        return cls(columns, torch.zeros(width // size, dtype=torch.long, device=device))
+    Reference: SPAP (arXiv 2505.03373), the mixed-integer model, reconstructed from its abstract; FASP (arXiv
+    2501.09412), section on the pruning structure, for units of several layers.
+    """
 
-
-class StructuredProblem(SelectionProblem):
-    """A choice of whole columns: a loss, units of columns, and the number of units that stay."""
-
-    kind: ClassVar[str] = "column selection"
+    kind: ClassVar[str] = "structured least squares"
 
     loss: LayerLoss
+    channels: Channels
     keep: int
-
-    @property
-    @abstractmethod
-    def channels(self) -> Channels:
-        """The units of columns to choose from."""
 
     def __post_init__(self) -> None:
         channels, width = self.channels, self.loss.weight.shape[1]
-        check_kind("the units to choose from", channels, Channels, "give ChannelGroups or a Link")
+        check_kind("the units to choose from", channels, Channels, "give Channels")
         check_count("the number of units to keep", self.keep)
         as_indices("the columns of units", channels.columns, ("units", "columns"), self.loss.weight)
         first, last = int(channels.columns.min()), int(channels.columns.max())
@@ -134,7 +149,7 @@ class StructuredProblem(SelectionProblem):
         """The admissible choices: equally many units of every slot."""
         return SlotWise(self.channels.slots, self.keep // self.channels.slot_count)
 
-    def in_output_basis(self) -> "tuple[StructuredProblem, OutputBasis | None]":
+    def in_output_basis(self) -> "tuple[StructuredLeastSquares, OutputBasis | None]":
         """Return the problem for S^(1/2) V, without a metric: the zero columns are those of V."""
         metric = self.loss.metric
         return (self, None) if metric is None else (replace(self, loss=self.loss.whitened()), metric.whitening)
@@ -180,26 +195,3 @@ class StructuredProblem(SelectionProblem):
 
     def _used(self, weight: Tensor) -> Tensor:
         return (weight != 0).any(0)[self.channels.columns].any(1)
-
-
-@final
-@dataclass(frozen=True, eq=False)
-class StructuredLeastSquares(StructuredProblem):
-    """minimise f(V) over V and z subject to z_j = 1 or V_c = 0 for every column c of group j (bilinear: (1 - z_j) V_c
-    = 0), z in {0, 1}^groups, sum over each slot of z_j = keep / slots.
-
-    V [out, in]; `keep` is the number of groups to keep. Mixed-integer: not convex in z, convex in V once z is fixed
-    (`restrict`). f is the LayerLoss, in (output)^2 per token.
-
-    Reference: SPAP (arXiv 2505.03373), the mixed-integer model, reconstructed from its abstract.
-    """
-
-    kind: ClassVar[str] = "structured least squares"
-
-    loss: LayerLoss
-    groups: ChannelGroups
-    keep: int
-
-    @property
-    def channels(self) -> ChannelGroups:
-        return self.groups

@@ -24,7 +24,7 @@ from optprune.models.places import OnDevice, States
 from optprune.moments import InputMoments
 from optprune.objectives import LayerContext, stated
 from optprune.patterns import ANYWHERE
-from optprune.problems import ChannelGroups, LayerLoss, Link, Problem
+from optprune.problems import Channels, LayerLoss, Problem
 from optprune.program.method import BlockProgram, Method, Request
 from optprune.recipe.groups import FisherMetric, Recovery
 from optprune.solvers import AnySolver, choose
@@ -148,8 +148,7 @@ class Program:
         moments = InputMoments.from_samples(torch.eye(inputs).to(weight))
         loss = LayerLoss.of(weight, moments, self.method.damping, metric=metric)
         if family is None:
-            groups = ChannelGroups.of(inputs)
-            context = LayerContext("", 0, loss, inputs // 2, Link(groups.columns, groups.slots))
+            context = LayerContext("", 0, loss, inputs // 2, Channels.of(inputs))
         else:
             context = LayerContext("", 0, loss, weight.numel() // 2, None, family.of(4, inputs, 0.5))
         return stated(self.method.objective, context)

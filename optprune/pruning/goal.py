@@ -303,7 +303,7 @@ def narrow_to(decoder: Decoder, program: Program) -> None:
         for kind in program.units.kinds:
             if kind.there(wanted) < kind.there(decoder.shape(index)):
                 for layers in kind.layers(decoder, index):
-                    decoder.keep_units(index, layers, layers.link.first(kind.there(wanted)))
+                    decoder.keep_units(index, layers, layers.channels.first(kind.there(wanted)))
 
 
 def find_sparsity(

@@ -37,7 +37,7 @@ from optprune.models.gguf import CONVERTED
 from optprune.models.store import ShardSink
 from optprune.numerics.fingerprint import fingerprint
 from optprune.numerics.tensors import write_tensors
-from optprune.problems import ExpertChoice, LayerLoss, LinkedLeastSquares
+from optprune.problems import ExpertChoice, LayerLoss, StructuredLeastSquares
 from optprune.pruning.block import BlockRecord, BlockResult
 from optprune.report import RemovedPart
 from optprune.system.folders import RunFolder
@@ -169,7 +169,7 @@ class JournalledStatistics(DenseStatistics):
     ) -> KnownMoments | None:
         return self._inner.known(decoder, batches, held_out, partial_sums)
 
-    def removal(self, problem: LinkedLeastSquares, batch: int) -> Removal:
+    def removal(self, problem: StructuredLeastSquares, batch: int) -> Removal:
         def measure() -> Measured:
             order, losses, notes = self._inner.removal(problem, batch)
             return Measured({"order": order, "losses": losses}, list(notes))

@@ -69,8 +69,10 @@ class LayerTask:
         metric = self.metrics.get(self.name)
         loss = self.target.loss(layer, moments, method.damping, fit_bias=method.fit_bias, metric=metric)
         sizes = layer.out_features, layer.in_features, self.wanted
-        link = None if units is None else units.link.to(moments.mean.device)
-        return LayerContext(self.name, self.block, loss, self.target.keep(*sizes), link, self.target.pattern(*sizes))
+        channels = None if units is None else units.channels.to(moments.mean.device)
+        return LayerContext(
+            self.name, self.block, loss, self.target.keep(*sizes), channels, self.target.pattern(*sizes)
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,7 +150,7 @@ def write_layer(task: LayerTask, solved: SolvedLayer) -> PrunedLayer:
         due = asked - rounding
         most = None if task.target.grid is not None else asked + rounding + before
     else:
-        choice = units.link.units_reading(solved.reads)
+        choice = units.channels.units_reading(solved.reads)
         _check_alike(task, int(choice.sum()))
         task.decoder.keep_units(task.block, units, choice)
         report = replace(report, kept=int(choice.sum()), units=choice.numel())
@@ -172,7 +174,7 @@ def _check_alike(task: LayerTask, kept: int) -> None:
 def _apply_basis(task: LayerTask, units: LinkedLayers, basis: Rotation | Permutation) -> None:
     """Rotate or permute the rows of the layers that make a layer's inputs, slot by slot where units have slots."""
     rounded = task.decoder.rounded
-    for path, rows in zip(units.producers, units.link.rows, strict=True):
+    for path, rows in zip(units.producers, units.rows, strict=True):
         layer, own = task.decoder.layer(task.block, path), rows.reshape(-1)
         for parameter in (layer.weight, layer.bias):
             if parameter is not None:
@@ -204,11 +206,11 @@ def _best_answer(
     """Return the layer's solution and the basis of its inputs, which is rotated only if that loses less."""
     if task.reordered is not None and isinstance(context.pattern, NM):
         return _in_order(task, context, held_out, task.reordered, context.pattern)
-    plain, kind, link = _answer(task, context, held_out), task.target.kind, context.link
-    if kind is None or link is None or not kind.rotated or not 0 < context.keep < link.units:
+    plain, kind, channels = _answer(task, context, held_out), task.target.kind, context.channels
+    if kind is None or channels is None or not kind.rotated or not 0 < context.keep < channels.units:
         return plain, None
     loss = context.loss
-    rotation = best_basis(loss, link, context.keep // link.slot_count)
+    rotation = best_basis(loss, channels, context.keep // channels.slot_count)
     apart = None if held_out is None else rotation.moments(held_out)
     rotated = _answer(task, replace(context, loss=rotation.loss(loss)), apart)
     # Both are compared by the stated loss, because a refit may have chosen another ridge.
@@ -221,7 +223,7 @@ def stated_problem(task: LayerTask, moments: InputMoments) -> Problem:
     """Return the problem of a layer from the moments of its inputs, as `solve_layer` gives it to the solver."""
     context = task.context(moments)
     if task.reordered is not None and isinstance(context.pattern, NM):
-        order = best_permutation(context.loss, task.reordered.link.to(context.loss.weight.device), context.pattern)
+        order = best_permutation(context.loss, task.reordered.channels.to(context.loss.weight.device), context.pattern)
         context = replace(context, loss=order.loss(context.loss))
     return stated(task.method.objective, context)
 
@@ -231,7 +233,7 @@ def _in_order(
 ) -> tuple[_Answer, Permutation]:
     """Return the layer's solution with its inputs in the best order for the pattern, and that order."""
     loss = context.loss
-    order = best_permutation(loss, units.link.to(loss.weight.device), pattern)
+    order = best_permutation(loss, units.channels.to(loss.weight.device), pattern)
     apart = None if held_out is None else order.moments(held_out)
     return _answer(task, replace(context, loss=order.loss(loss)), apart), order
 

@@ -147,14 +147,14 @@ def dead_units(decoder: Decoder, zeros: Mapping[str, Zeros]) -> tuple[DeadUnits,
 def _dead(
     decoder: Decoder, block: int, kind: LinkedUnits, layers: LinkedLayers, zeros: Mapping[str, Zeros]
 ) -> list[int]:
-    """Return the dead units of one link."""
-    link = layers.link
+    """Return the units that are dead in some linked layers."""
+    channels = layers.channels
     consumer = zeros.get(f"{decoder.name(block, layers.consumer)}.weight")
-    dead = torch.zeros(link.units, dtype=torch.bool)
-    if consumer is not None and int(link.columns.max()) < len(consumer.columns):
-        dead |= consumer.columns[link.columns].all(1)
+    dead = torch.zeros(channels.units, dtype=torch.bool)
+    if consumer is not None and int(channels.columns.max()) < len(consumer.columns):
+        dead |= consumer.columns[channels.columns].all(1)
     if isinstance(kind, Values) or _keeps_zero(decoder):
-        for path, rows in zip(layers.producers, link.rows, strict=True):
+        for path, rows in zip(layers.producers, layers.rows, strict=True):
             weight, bias = (zeros.get(f"{decoder.name(block, path)}.{part}") for part in ("weight", "bias"))
             if weight is not None and int(rows.max()) < len(weight.rows):
                 silent = weight.rows if bias is None else weight.rows & bias.rows

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from optprune.problems import StructuredProblem
+from optprune.problems import StructuredLeastSquares
 from optprune.solvers.base import Solver, Status, check_options, measuring, unfitted
 from optprune.solvers.inverse import EXCHANGE, InverseForm, Tableau, cost_rounding, tableau_flops
 from optprune.work import Work, factor, inverse, sweeps
@@ -43,7 +43,7 @@ class ChannelSwapsState:
 
 @final
 @dataclass(frozen=True)
-class ChannelSwaps(Solver[StructuredProblem, ChannelSwapsState]):
+class ChannelSwaps(Solver[StructuredLeastSquares, ChannelSwapsState]):
     r"""In every round make the best exchange of a kept unit p for a dropped unit q of its slot.
 
     With P the dropped columns, N = (A^-1_PP)^-1, Y = V0_P N, X = N A^-1_PK, H = (A_KK)^-1 and V the refitted weight,
@@ -55,14 +55,14 @@ class ChannelSwaps(Solver[StructuredProblem, ChannelSwapsState]):
     cheapest p and most gainful q of every slot. When none gains more than `tolerance` of the loss, up to `depth`
     exchanges are made all the same, the best first and each unit once, to see whether they lead below the best
     choice so far (Kernighan and Lin); if not, that choice is the answer. Monotone: begins with the units of its start.
-    Accepts structured and linked problems.
+    Accepts structured problems.
 
     A round reads from the device twice, and costs a few passes over [in, in] and [out, in] in float64; memory 2 in^2 +
     2 out in.
     Reference: the local search of OSSCAR (arXiv 2403.12983); exact gains by sweeping and the depth are ours.
     """
 
-    accepts = (StructuredProblem,)
+    accepts = (StructuredLeastSquares,)
 
     candidates: int = 32
     depth: int = 8
@@ -78,10 +78,10 @@ class ChannelSwaps(Solver[StructuredProblem, ChannelSwapsState]):
         flops += tableau_flops(outputs, inputs) + rounds * each
         return Work(flops, unfitted(outputs, inputs, coupled=coupled))
 
-    def monotone(self, problem: StructuredProblem) -> bool:
+    def monotone(self, problem: StructuredLeastSquares) -> bool:
         return True
 
-    def init(self, problem: StructuredProblem, start: Tensor) -> ChannelSwapsState:
+    def init(self, problem: StructuredLeastSquares, start: Tensor) -> ChannelSwapsState:
         form, choice = InverseForm.of(problem.loss), problem.support(start)
         tableau = Tableau.of(problem.channels, form.inverse, form.minimiser, choice)
         least = tableau.cost
@@ -90,7 +90,7 @@ class ChannelSwaps(Solver[StructuredProblem, ChannelSwapsState]):
         start = problem.within_support(start)
         return ChannelSwapsState(form, start, tableau, least, choice, least, gain, still, 0, 0, False)
 
-    def step(self, problem: StructuredProblem, state: ChannelSwapsState) -> ChannelSwapsState:
+    def step(self, problem: StructuredLeastSquares, state: ChannelSwapsState) -> ChannelSwapsState:
         found = state.tableau.best_exchange(self.candidates, state.moved)
         if found is None:
             return replace(state, finished=True)
@@ -108,10 +108,10 @@ class ChannelSwaps(Solver[StructuredProblem, ChannelSwapsState]):
             return replace(state, best=tableau.choice, least=cost, moved=torch.zeros_like(moved), away=0)
         return replace(state, moved=moved, away=state.away + 1)
 
-    def done(self, problem: StructuredProblem, state: ChannelSwapsState) -> Status | None:
+    def done(self, problem: StructuredLeastSquares, state: ChannelSwapsState) -> Status | None:
         return Status.CONVERGED if state.finished else None
 
-    def value(self, problem: StructuredProblem, state: ChannelSwapsState) -> Tensor:
+    def value(self, problem: StructuredLeastSquares, state: ChannelSwapsState) -> Tensor:
         weight = state.form.without(problem.channels.columns[~state.best].reshape(-1)).to(state.start)
         # Where A is singular, or nearly so, the refit is inexact.
         if state.form.notes and problem.objective(weight) > problem.objective(state.start):

@@ -11,7 +11,7 @@ from torch import Tensor
 from optprune.errors import NumericalError
 from optprune.numerics import linalg
 from optprune.numerics.tensors import places
-from optprune.problems import Channels, StructuredProblem
+from optprune.problems import Channels, StructuredLeastSquares
 from optprune.solvers.base import Answer, DirectSolver, check_options, measuring
 from optprune.solvers.inverse import InverseForm, half_trace, unit_blocks
 from optprune.work import DOUBLE, Work, factor, inverse, product, storage, sweeps
@@ -26,7 +26,7 @@ REMOVED = 0.3
 
 @final
 @dataclass(frozen=True)
-class GreedyObs(DirectSolver[StructuredProblem]):
+class GreedyObs(DirectSolver[StructuredLeastSquares]):
     r"""Remove the cheapest `batch` units, update A^-1 and V for the rest, and repeat until `keep` are left.
 
     With H the inverse of A on the remaining columns and V the best weight there, a unit g of k columns costs exactly
@@ -34,7 +34,7 @@ class GreedyObs(DirectSolver[StructuredProblem]):
         1/2 tr(V_g (H_gg)^-1 V_g^T);     V <- V - V_g (H_gg)^-1 H_g,   H <- H - H_:g (H_gg)^-1 H_g,
 
     a Schur complement of rank k. `batch` 1 is one at a time; a larger one is faster and ranks the units of a batch
-    as if they were alone. No slot loses more than its share. Accepts structured and linked problems; the start is
+    as if they were alone. No slot loses more than its share. Accepts structured problems; the start is
     not used. Not optimal: follow it with ChannelSwaps. The device is read once for every PENDING columns, to check
     that all costs were finite.
 
@@ -43,7 +43,7 @@ class GreedyObs(DirectSolver[StructuredProblem]):
     Reference: OSSCAR (arXiv 2403.12983), its greedy part, reconstructed from its abstract and the released code.
     """
 
-    accepts = (StructuredProblem,)
+    accepts = (StructuredLeastSquares,)
 
     batch: int = 1
 
@@ -53,7 +53,7 @@ class GreedyObs(DirectSolver[StructuredProblem]):
     def work(self, outputs: int, inputs: int, *, coupled: bool = False) -> Work:
         return _elimination_work(outputs, inputs, REMOVED, self.batch, coupled)
 
-    def answer(self, problem: StructuredProblem, start: Tensor) -> Answer:
+    def answer(self, problem: StructuredLeastSquares, start: Tensor) -> Answer:
         form, channels = InverseForm.of(problem.loss), problem.channels
         removed = [units for units, _ in _eliminate(form, channels, [problem.pattern.keep], self.batch)]
         columns = channels.columns[torch.cat(removed)].reshape(-1) if removed else channels.columns[:0, 0]
@@ -61,7 +61,7 @@ class GreedyObs(DirectSolver[StructuredProblem]):
 
 
 def removal_curve(
-    problem: StructuredProblem, batch: int = 1
+    problem: StructuredLeastSquares, batch: int = 1
 ) -> tuple[Int[Tensor, " units"], Float[Tensor, " units"], tuple[str, ...]]:
     """Return the order in which all units are removed, the refitted loss after each removal, and notes on a ridge.
 

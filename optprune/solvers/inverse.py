@@ -10,7 +10,7 @@ from torch import Tensor
 from optprune.errors import NumericalError
 from optprune.numerics import linalg
 from optprune.numerics.tensors import places
-from optprune.problems import Channels, LayerLoss, Link
+from optprune.problems import Channels, LayerLoss
 from optprune.solvers.spectrum import ScaledGram
 from optprune.work import DOUBLE, Work, factor, inverse, product, storage, sweeps
 
@@ -330,16 +330,16 @@ def entry_costs_work(outputs: int, inputs: int, *, coupled: bool = False) -> Wor
     return Work(flops + sweeps(10, outputs, inputs), storage(outputs, inputs, *form))
 
 
-def unit_costs(loss: LayerLoss, link: Link) -> Float[Tensor, " units"]:
+def unit_costs(loss: LayerLoss, channels: Channels) -> Float[Tensor, " units"]:
     r"""Return 1/2 tr(S V_C ((A^-1)_CC)^-1 V_C^T), V = B A^-1: the rise of f when a unit's columns C go.
 
     All other weights are refitted. Exact for every metric, as all rows lose the same columns. Zero where A is. Cost:
     in^3.
     """
     if loss.dead:
-        return torch.zeros_like(loss.weight[0, link.columns[:, 0]])
+        return torch.zeros_like(loss.weight[0, channels.columns[:, 0]])
     inverse, weight = inverse_gram(loss)
-    block = inverse[link.columns[:, :, None], link.columns[:, None, :]]
+    block = inverse[channels.columns[:, :, None], channels.columns[:, None, :]]
     # [units, columns, out], for the unit's own small system.
-    removed, weighed = (v.T[link.columns] for v in (weight, loss.weigh(weight)))
+    removed, weighed = (v.T[channels.columns] for v in (weight, loss.weigh(weight)))
     return ((linalg.solve(block, removed) * weighed).sum((1, 2)) / 2).to(loss.weight)

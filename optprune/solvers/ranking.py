@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from optprune.errors import InputError
-from optprune.problems import SelectionProblem, SparseLeastSquares, StructuredProblem
+from optprune.problems import SelectionProblem, SparseLeastSquares, StructuredLeastSquares
 from optprune.solvers.base import Answer, DirectSolver, measuring
 from optprune.system.wording import shown
 from optprune.work import Work, selection, storage, sweeps
@@ -99,10 +99,10 @@ class Wanda(Ranking[SparseLeastSquares]):
         return score.flip(1).argsort(dim=1, stable=True).argsort(dim=1).flip(1).to(score)
 
 
-class UnitRanking(Ranking[StructuredProblem]):
+class UnitRanking(Ranking[StructuredLeastSquares]):
     """A ranking of whole units."""
 
-    accepts = (StructuredProblem,)
+    accepts = (StructuredLeastSquares,)
 
     def work(self, outputs: int, inputs: int, *, coupled: bool = False) -> Work:
         # Few units are compared.
@@ -119,7 +119,7 @@ class FaspMetric(UnitRanking):
     the query heads of a KV group is ours.
     """
 
-    def scores(self, problem: StructuredProblem) -> Float[Tensor, "out in"]:
+    def scores(self, problem: StructuredLeastSquares) -> Float[Tensor, "out in"]:
         return problem.loss.weight.abs() * problem.loss.moments.mean_square.sqrt()
 
 
@@ -139,7 +139,7 @@ class FlapMetric(UnitRanking):
     Reference: FLAP (its released code); no weight is restored there either.
     """
 
-    def scores(self, problem: StructuredProblem) -> Float[Tensor, "out in"]:
+    def scores(self, problem: StructuredLeastSquares) -> Float[Tensor, "out in"]:
         fluctuation = problem.loss.weight.square() * problem.loss.moments.covariance.diagonal()
         if problem.channels.columns.shape[1] == 1:
             return fluctuation

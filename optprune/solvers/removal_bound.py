@@ -11,7 +11,7 @@ from torch import Tensor
 from optprune.numerics import linalg
 from optprune.numerics.rounding import OUTWARD, gamma
 from optprune.numerics.tensors import all_finite
-from optprune.problems import StructuredProblem
+from optprune.problems import StructuredLeastSquares
 from optprune.solvers.base import Answer, Certificate, DirectSolver, measuring, unfitted
 from optprune.solvers.verified import VerifiedLoss
 from optprune.work import DOUBLE, Work, eigenvectors, inverse, product
@@ -26,7 +26,7 @@ SPARE = 1e-8
 
 @final
 @dataclass(frozen=True)
-class RemovalBound(DirectSolver[StructuredProblem]):
+class RemovalBound(DirectSolver[StructuredLeastSquares]):
     r"""A lower bound on min f over the choices, from a relaxation; a feasible start is returned unchanged.
 
     Dropping the units P costs, by duality, the largest value over multipliers Y of
@@ -46,32 +46,32 @@ class RemovalBound(DirectSolver[StructuredProblem]):
     highest is taken. Columns of W that point in different directions make Q nearly diagonal even where inputs are
     correlated, so this bound is useful where a split of A is not. Where A cannot be told from a singular matrix it
     proves 0. Rounding errors of float64 are subtracted: A^-1 is replaced by a matrix K^T K that is proved to be no
-    less, and lambda is proved by a Cholesky factor. Accepts structured and linked problems. Cost: 3 in^3 + out in^2 +
+    less, and lambda is proved by a Cholesky factor. Accepts structured problems. Cost: 3 in^3 + out in^2 +
     steps units^3, in float64.
     """
 
     steps: int = 4
     """the steps in log y"""
 
-    accepts = (StructuredProblem,)
+    accepts = (StructuredLeastSquares,)
 
     def work(self, outputs: int, inputs: int, *, coupled: bool = False) -> Work:
         flops = measuring(outputs, inputs, coupled=coupled) + DOUBLE * (self.steps + 1) * eigenvectors(inputs)
         flops += 5 * inverse(inputs) + 25 * product(outputs, inputs, inputs)
         return Work(flops, unfitted(outputs, inputs, coupled=coupled))
 
-    def monotone(self, problem: StructuredProblem) -> bool:
+    def monotone(self, problem: StructuredLeastSquares) -> bool:
         return True
 
-    def answer(self, problem: StructuredProblem, start: Tensor) -> Answer:
+    def answer(self, problem: StructuredLeastSquares, start: Tensor) -> Answer:
         return Answer(problem.within_support(start))
 
-    def prove(self, problem: StructuredProblem, value: Tensor) -> Certificate | None:
+    def prove(self, problem: StructuredLeastSquares, value: Tensor) -> Certificate | None:
         bound = _bound(problem, self.steps)
         return Certificate(bound if 0 < bound < math.inf else 0.0, "dual of the removal of units, one multiplier each")
 
 
-def _bound(problem: StructuredProblem, steps: int) -> float:
+def _bound(problem: StructuredLeastSquares, steps: int) -> float:
     verified, channels = VerifiedLoss.of(problem.loss), problem.channels
     inverse = _inverse_root(verified)
     if inverse is None or not _nonnegative(verified):
@@ -194,7 +194,7 @@ def _largest(coupling: Tensor, share: Tensor, off: Tensor, terms: int) -> float:
     return math.inf
 
 
-def _share(problem: StructuredProblem, alone: Tensor, coupling: Tensor, steps: int) -> Float[Tensor, " units"]:
+def _share(problem: StructuredLeastSquares, alone: Tensor, coupling: Tensor, steps: int) -> Float[Tensor, " units"]:
     """Return the y with the highest sum over the cheapest P of y_g s_g / lambda, of those that are tried.
 
     `alone` [units] is s, and `coupling` [units, units] is Q of t = 1, scaled by 1 / sqrt(2 s_g 2 s_h).

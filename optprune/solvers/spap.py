@@ -11,7 +11,7 @@ from torch import Tensor
 
 from optprune.errors import InputError
 from optprune.numerics import linalg
-from optprune.problems import ChannelGroups, StructuredProblem
+from optprune.problems import Channels, StructuredLeastSquares
 from optprune.solvers.base import Solver, Status, check_options, measuring, unfitted
 from optprune.solvers.inverse import EXCHANGE, InverseForm, Tableau, cost_rounding, tableau_flops
 from optprune.work import Work, factor, inverse, product
@@ -55,7 +55,7 @@ class Core:
         units = torch.cat(few)
         index = torch.arange(len(units), device=units.device)
         columns = whole.columns(units)
-        channels = ChannelGroups(
+        channels = Channels(
             torch.arange(len(columns), device=units.device).reshape(len(units), -1), whole.channels.slots[units]
         )
         part = replace(
@@ -158,7 +158,7 @@ class SpapState:
 
 @final
 @dataclass(frozen=True)
-class Spap(Solver[StructuredProblem, SpapState]):
+class Spap(Solver[StructuredLeastSquares, SpapState]):
     r"""Alternating minimisation of the penalised problem in V and in the choice, with a growing penalty.
 
         F(V, z) = f(V) + rho / 2 sum_j (1 - z_j) sum_{c in unit j} omega_c |V_c|^2
@@ -182,7 +182,7 @@ class Spap(Solver[StructuredProblem, SpapState]):
 
     For rho -> 0 the best choice is the ranking by omega_c |V0_c|^2, for rho -> infinity F is the cost of removal.
     The scale selects the ranking: `inverse` omega = 1 / diag(A^-1), the score of Optimal Brain Surgeon, `gram`
-    omega = diag(A), `unit` omega = 1 (in units of the mean of diag(A)). Accepts structured and linked problems; the
+    omega = diag(A), `unit` omega = 1 (in units of the mean of diag(A)). Accepts structured problems; the
     start is not used. Follow it with a refit.
 
     A z-step reads from the device five times at most. A new penalty costs n^2 |P| + n |P| out, n the columns of units,
@@ -191,7 +191,7 @@ class Spap(Solver[StructuredProblem, SpapState]):
     scales and the search of the core are ours.
     """
 
-    accepts = (StructuredProblem,)
+    accepts = (StructuredLeastSquares,)
 
     scale: Scale = "inverse"
     first: float = 1.0
@@ -219,14 +219,14 @@ class Spap(Solver[StructuredProblem, SpapState]):
         flops += penalties * tableau_flops(outputs, inputs) + changes + searched
         return Work(flops, unfitted(outputs, inputs, coupled=coupled))
 
-    def init(self, problem: StructuredProblem, start: Tensor) -> SpapState:
+    def init(self, problem: StructuredLeastSquares, start: Tensor) -> SpapState:
         form = InverseForm.of(problem.loss)
         scale = self._column_scale(problem, form)
         size = problem.channels.sum_columns((scale * form.minimiser.square()).sum(0))
         tableau = _penalised(problem, form, self.first * scale, problem.pattern.project(size))
         return SpapState(form, scale, tableau, self.first, cost_rounding(problem.loss), False, False, 0)
 
-    def step(self, problem: StructuredProblem, state: SpapState) -> SpapState:
+    def step(self, problem: StructuredLeastSquares, state: SpapState) -> SpapState:
         """Make a step that lowers F, or a step of the schedule where no exchange lowers F."""
         if not state.settled:
             lower = self._lower(state.tableau, self._enough(state.tableau, state.gain))
@@ -242,17 +242,17 @@ class Spap(Solver[StructuredProblem, SpapState]):
             return replace(state, searched=True)
         return replace(state, tableau=lower, settled=False, changes=state.changes + 1)
 
-    def done(self, problem: StructuredProblem, state: SpapState) -> Status | None:
+    def done(self, problem: StructuredLeastSquares, state: SpapState) -> Status | None:
         return Status.CONVERGED if state.searched else None
 
-    def value(self, problem: StructuredProblem, state: SpapState) -> Tensor:
+    def value(self, problem: StructuredLeastSquares, state: SpapState) -> Tensor:
         mask = problem.mask(state.tableau.choice)
         return torch.where(mask, penalised_minimiser(state), 0.0).to(problem.loss.weight)
 
     def notes(self, state: SpapState) -> tuple[str, ...]:
         return state.form.notes
 
-    def _column_scale(self, problem: StructuredProblem, form: InverseForm) -> Float[Tensor, " in"]:
+    def _column_scale(self, problem: StructuredLeastSquares, form: InverseForm) -> Float[Tensor, " in"]:
         """Return omega, positive and in the unit of A, so that rho has no unit."""
         gram = problem.loss.gram.double().diagonal()
         # Never zero, because a dead input would have an infinite 1 / omega.
@@ -293,7 +293,7 @@ class Spap(Solver[StructuredProblem, SpapState]):
 
 
 def _penalised(
-    problem: StructuredProblem, form: InverseForm, strength: Float[Tensor, " in"], choice: Tensor
+    problem: StructuredLeastSquares, form: InverseForm, strength: Float[Tensor, " in"], choice: Tensor
 ) -> Tableau:
     """Return the tableau of a choice whose dropped columns c cost strength_c / 2 |V_c|^2."""
     return Tableau.of(problem.channels, form.inverse + torch.diag(1 / strength), form.minimiser, choice)

@@ -22,13 +22,11 @@ from optprune.patterns import NM, RowWise, Unstructured
 from optprune.penalties import L1, ColumnGroups, ElasticNet, Penalty, WeightedL1
 from optprune.problems import (
     GridLeastSquares,
-    LinkedLeastSquares,
     MaskedLeastSquares,
     PenalisedLeastSquares,
     Problem,
     SparseLeastSquares,
     StructuredLeastSquares,
-    StructuredProblem,
     to_cvxpy,
 )
 from optprune.problems.quadratic import Array, Quadratic, array, roots
@@ -206,8 +204,8 @@ def exhaustive_entries(problem: SparseLeastSquares) -> Reference:
     return of_weight(quadratic, np.array([answers[i][row] for row, i in enumerate(choice)]))
 
 
-def exhaustive(problem: StructuredProblem) -> Reference:
-    """Return the optimum of a structured or linked problem over every admissible choice of units, each restored."""
+def exhaustive(problem: StructuredLeastSquares) -> Reference:
+    """Return the optimum of a structured problem over every admissible choice of units, each restored."""
     quadratic = Quadratic.of(problem.loss)
     columns, slots = problem.channels.columns.cpu().numpy(), problem.channels.slots.cpu().numpy()
     names = np.unique(slots)
@@ -311,7 +309,7 @@ def _factor(direction: Array, wanted: Array, negligible: float) -> Array:
     return np.where(size > negligible**2, np.sum(direction * wanted, 1) / np.where(size > 0, size, 1.0), 0.0)
 
 
-def mixed_integer(problem: SparseLeastSquares | StructuredProblem) -> Reference:
+def mixed_integer(problem: SparseLeastSquares | StructuredLeastSquares) -> Reference:
     """Return the optimum of a small problem that chooses weights or units, by SCIP through cvxpy.
 
     A must be positive definite. About ten units take a second. The returned optimum is the loss of the choice restored
@@ -323,7 +321,7 @@ def mixed_integer(problem: SparseLeastSquares | StructuredProblem) -> Reference:
     if model.program.status != cvxpy.OPTIMAL:
         raise ArithmeticError(f"SCIP stopped with status {model.program.status}")
     kept = np.asarray(model.choice.value) > 0.5
-    structured = isinstance(problem, StructuredProblem)
+    structured = isinstance(problem, StructuredLeastSquares)
     mask = _mask_of(quadratic, problem.channels.columns.cpu().numpy(), kept) if structured else kept
     found = of_weight(quadratic, restored(quadratic, mask))
     return Reference(found.optimum, found.rounding + SCIP_ACCURACY * model.unit, found.weight)
@@ -339,7 +337,6 @@ def _mask_of(quadratic: Quadratic, columns: Array, kept: Array) -> Array:
 REFERENCES: dict[type[Problem], Callable[..., Reference]] = {
     GridLeastSquares: exhaustive_grid,
     MaskedLeastSquares: least_squares,
-    LinkedLeastSquares: exhaustive,
     PenalisedLeastSquares: penalised,
     SparseLeastSquares: exhaustive_entries,
     StructuredLeastSquares: exhaustive,

@@ -24,11 +24,9 @@ from optprune.moments import InputMoments
 from optprune.patterns import NM, PartlyFixed, Pattern, RowLimits, RowWise, SlotWise, Unstructured
 from optprune.penalties import L1, ColumnGroups, ElasticNet, Penalty, WeightedL1
 from optprune.problems import (
-    ChannelGroups,
+    Channels,
     GridLeastSquares,
     LayerLoss,
-    Link,
-    LinkedLeastSquares,
     MaskedLeastSquares,
     PenalisedLeastSquares,
     Problem,
@@ -291,21 +289,12 @@ def _units(draw: st.DrawFn, most: int, dtype: torch.dtype, generic: bool) -> tup
 
 
 @st.composite
-def linked(
-    draw: st.DrawFn, *, dtype: torch.dtype = torch.float64, generic: bool = False, most: int = 6
-) -> LinkedLeastSquares:
-    """Draw a choice among at most `most` units, each with a row of a layer before it."""
-    loss, columns, slots, keep = draw(_units(most, dtype, generic))
-    return LinkedLeastSquares(loss, Link(columns, slots, (to_chosen_device(torch.arange(len(slots)))[:, None],)), keep)
-
-
-@st.composite
 def structured(
     draw: st.DrawFn, *, dtype: torch.dtype = torch.float64, generic: bool = False, most: int = 6
 ) -> StructuredLeastSquares:
-    """Draw a choice among at most `most` groups of columns."""
+    """Draw a choice among at most `most` units of columns."""
     loss, columns, slots, keep = draw(_units(most, dtype, generic))
-    return StructuredLeastSquares(loss, ChannelGroups(columns, slots), keep)
+    return StructuredLeastSquares(loss, Channels(columns, slots), keep)
 
 
 STRENGTHS = (1e-4, 1e-2, 0.3, 1.5)
@@ -447,7 +436,6 @@ ENTRY_PATTERNS: tuple[type[Pattern], ...] = (Unstructured, RowWise, NM)
 STRATEGIES: dict[type[Problem], Callable[..., st.SearchStrategy]] = {
     GridLeastSquares: gridded,
     MaskedLeastSquares: masked,
-    LinkedLeastSquares: linked,
     PenalisedLeastSquares: penalised,
     SparseLeastSquares: sparse,
     StructuredLeastSquares: structured,
@@ -555,4 +543,4 @@ def choice_instance(
     moments = InputMoments.from_samples(inputs, dense)
     loss = LayerLoss.of(normal(outputs, units), moments, damping)
     removed = 2 * units // 7 + seed % 4
-    return StructuredLeastSquares(loss, ChannelGroups.of(units), units - removed)
+    return StructuredLeastSquares(loss, Channels.of(units), units - removed)

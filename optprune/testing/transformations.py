@@ -14,17 +14,14 @@ from optprune.moments import Drift, InputMoments
 from optprune.patterns import NM
 from optprune.penalties import L1, ColumnGroups, ElasticNet, Penalty, WeightedL1
 from optprune.problems import (
-    ChannelGroups,
+    Channels,
     GridLeastSquares,
     LayerLoss,
-    Link,
-    LinkedLeastSquares,
     MaskedLeastSquares,
     PenalisedLeastSquares,
     Problem,
     SparseLeastSquares,
     StructuredLeastSquares,
-    StructuredProblem,
 )
 
 
@@ -71,22 +68,10 @@ def _(problem: MaskedLeastSquares, inputs: Tensor, outputs: Tensor) -> Problem:
 
 
 @permuted.register
-def _(problem: LinkedLeastSquares, inputs: Tensor, outputs: Tensor) -> Problem:
-    link, units = problem.link, _other_order(problem)
-    rows = tuple(row[units] for row in link.rows)
-    renamed = Link(torch.argsort(inputs)[link.columns][units], link.slots[units], rows)
-    return LinkedLeastSquares(_permuted_loss(problem.loss, inputs, outputs), renamed, problem.keep)
-
-
-@permuted.register
 def _(problem: StructuredLeastSquares, inputs: Tensor, outputs: Tensor) -> Problem:
-    groups, units = problem.groups, _other_order(problem)
-    renamed = ChannelGroups(torch.argsort(inputs)[groups.columns][units], groups.slots[units])
+    channels, units = problem.channels, torch.arange(problem.channels.units).flip(0)
+    renamed = Channels(torch.argsort(inputs)[channels.columns][units], channels.slots[units])
     return StructuredLeastSquares(_permuted_loss(problem.loss, inputs, outputs), renamed, problem.keep)
-
-
-def _other_order(problem: StructuredProblem) -> Tensor:
-    return torch.arange(problem.channels.units).flip(0)
 
 
 @singledispatch
@@ -96,11 +81,8 @@ def scaled(problem: Problem, weight: float, inputs: float) -> Problem:
 
 
 @scaled.register(MaskedLeastSquares)
-@scaled.register(LinkedLeastSquares)
 @scaled.register(StructuredLeastSquares)
-def _(
-    problem: MaskedLeastSquares | LinkedLeastSquares | StructuredLeastSquares, weight: float, inputs: float
-) -> Problem:
+def _(problem: MaskedLeastSquares | StructuredLeastSquares, weight: float, inputs: float) -> Problem:
     return replace(problem, loss=_scaled_loss(problem.loss, weight, inputs))
 
 
@@ -120,9 +102,8 @@ def _(problem: MaskedLeastSquares, seed: int) -> Tensor:
     return _noise(problem, torch.Generator().manual_seed(seed)) * problem.mask
 
 
-@random_feasible.register(LinkedLeastSquares)
-@random_feasible.register(StructuredLeastSquares)
-def _(problem: StructuredProblem, seed: int) -> Tensor:
+@random_feasible.register
+def _(problem: StructuredLeastSquares, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     start, slots = _noise(problem, generator), problem.channels.slots
     each = problem.keep // int(slots.max() + 1)

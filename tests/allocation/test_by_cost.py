@@ -11,7 +11,7 @@ from optprune.calibration.moments_pass import collect
 from optprune.errors import InputError, NoSolver, NumericalError, StrictError
 from optprune.metric import OutputMetric
 from optprune.models import Decoder, Mlp
-from optprune.problems import LayerLoss, LinkedLeastSquares
+from optprune.problems import LayerLoss, StructuredLeastSquares
 from optprune.pruning import prune
 from optprune.recipe import Recipe, load_recipe
 from optprune.solvers import GreedyObs, solve
@@ -61,9 +61,9 @@ def losses(decoder: Decoder, metrics: dict[str, OutputMetric], counts: list[int]
             stream = following
             layer = decoder.layer(index, path)
             loss = LayerLoss.of(layer.weight, moments, 0.01, metric=metrics[decoder.name(index, path)])
-            link = Mlp().layers(decoder, index)[0].link
+            channels = Mlp().layers(decoder, index)[0].channels
             solver = GreedyObs(batch=16)
-            found.append({n: solve(LinkedLeastSquares(loss, link, n), solver).objective for n in counts})
+            found.append({n: solve(StructuredLeastSquares(loss, channels, n), solver).objective for n in counts})
     return found
 
 

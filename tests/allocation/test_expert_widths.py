@@ -79,7 +79,7 @@ def test_blocks_share_the_budget_and_experts_of_a_block_are_alike() -> None:
     left = Decoder(model)
     first, second = left.shapes()
     assert first.mlp_width < second.mlp_width
-    assert all(layers.link.units == first.mlp_width for layers in Mlp().layers(left, 0)) and report.layers
+    assert all(layers.channels.units == first.mlp_width for layers in Mlp().layers(left, 0)) and report.layers
     step = 4 * 3 * 64 * 8 / Decoder(ALL_MODELS["mixtral"]()).linear_weights()
     assert 0.25 <= report.sparsity_reached < 0.25 + step
 

@@ -10,7 +10,7 @@ from optprune import Statistics, layer_loss, load_recipe, prune
 from optprune.calibration import DenseStatistics
 from optprune.metric import Metrics
 from optprune.models import Decoder, Mlp
-from optprune.problems import LinkedLeastSquares
+from optprune.problems import StructuredLeastSquares
 from optprune.report import Report
 from tests.helpers.tiny_models import tiny_llama
 from tests.helpers.token_batches import batches
@@ -115,8 +115,8 @@ def test_a_run_after_another_recipe_is_as_it_is_alone(pair: str) -> None:
 def test_a_removal_curve_is_of_one_multiple() -> None:
     """Units that go some at a time go in another order."""
     model, name = tiny_llama(), "model.layers.0.mlp.down_proj"
-    link = Mlp().linked(Decoder(model), 0, "mlp.down_proj").link
-    problem = LinkedLeastSquares(layer_loss(model, batches(), name, "dense").whitened(), link, link.units)
+    channels = Mlp().linked(Decoder(model), 0, "mlp.down_proj").channels
+    problem = StructuredLeastSquares(layer_loss(model, batches(), name, "dense").whitened(), channels, channels.units)
     shared, orders = Statistics(), list[Tensor]()
     for batch in (1, 16, 1):
         order, losses, _ = shared.removal(problem, batch)

@@ -13,7 +13,7 @@ from optprune.moments import InputMoments
 from optprune.patterns import NM, RowWise, Unstructured
 from optprune.penalties import L1, ElasticNet
 from optprune.problems import (
-    ChannelGroups,
+    Channels,
     LayerLoss,
     MaskedLeastSquares,
     PenalisedLeastSquares,
@@ -54,9 +54,7 @@ def case(kind: str, seed: int) -> Problem:
         return MaskedLeastSquares(loss, torch.from_numpy(mask))
     if kind == "removal":
         each = 2 if width % 2 == 0 and generator.random() < 0.5 else 1
-        return StructuredLeastSquares(
-            loss, ChannelGroups.of(width, each), int(generator.integers(1, width // each + 1))
-        )
+        return StructuredLeastSquares(loss, Channels.of(width, each), int(generator.integers(1, width // each + 1)))
     if kind == "sparse":
         patterns = (NM(2, 4), RowWise(int(generator.integers(0, width + 1))))
         pattern = patterns[int(generator.integers(2))]
@@ -122,8 +120,8 @@ def good_points(problem: Problem) -> Iterator[torch.Tensor]:
     elif isinstance(problem, MaskedLeastSquares):
         yield from _restored(exact)
     elif isinstance(problem, StructuredLeastSquares):
-        for kept in combinations(range(problem.groups.units), problem.keep):
-            choice = torch.zeros(problem.groups.units, dtype=torch.bool)
+        for kept in combinations(range(problem.channels.units), problem.keep):
+            choice = torch.zeros(problem.channels.units, dtype=torch.bool)
             choice[list(kept)] = True
             yield from _restored(exact.restrict(choice))
     elif isinstance(problem, SparseLeastSquares):

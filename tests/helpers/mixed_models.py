@@ -50,20 +50,20 @@ def mixed(model: PreTrainedModel) -> PreTrainedModel:
     decoder.remove(first, decoder.shape(first).parts[0])
     if "kv_heads" not in stays:
         [groups] = KvGroups().layers(decoder, second)
-        decoder.keep_units(second, groups, torch.arange(groups.link.units) >= 1)
+        decoder.keep_units(second, groups, torch.arange(groups.channels.units) >= 1)
     if "value_dim" not in stays:
         [values] = Values().layers(decoder, second)
-        decoder.keep_units(second, values, torch.arange(values.link.units) % 16 < 5)
+        decoder.keep_units(second, values, torch.arange(values.channels.units) % 16 < 5)
     if decoder.architecture.pairs_kept_by_head:
         [pairs] = Pairs().within(decoder).layers(decoder, second)
-        decoder.keep_units(second, pairs, (torch.arange(pairs.link.units) + pairs.link.slots) % 8 < 5)
+        decoder.keep_units(second, pairs, (torch.arange(pairs.channels.units) + pairs.channels.slots) % 8 < 5)
     recurrent = [index for index, shape in enumerate(decoder.shapes()) if shape.recurrent > 1]
     if recurrent and "recurrent" not in stays:
         [heads] = RecurrentHeads().layers(decoder, recurrent[-1])
-        decoder.keep_units(recurrent[-1], heads, torch.arange(heads.link.units) >= 1)
+        decoder.keep_units(recurrent[-1], heads, torch.arange(heads.channels.units) >= 1)
     mixture = decoder.architecture.mixture is not None
     for mlp in Mlp().layers(decoder, mlps[1]):
-        decoder.keep_units(mlps[1], mlp, torch.arange(mlp.link.units) < (40 if mixture else 50))
+        decoder.keep_units(mlps[1], mlp, torch.arange(mlp.channels.units) < (40 if mixture else 50))
     if mixture:
         decoder.keep_experts(mlps[1], torch.tensor([True, False, True, True]))
     decoder.remove(mlps[2], "mlp")
@@ -103,8 +103,8 @@ def check_uneven_folder(
 def narrow(decoder: Decoder, block: int, units: LinkedUnits, count: int) -> None:
     """Leave the first so many units of every slot in each layer of a block whose columns they are."""
     for layers in units.layers(decoder, block):
-        link = layers.link
-        place = torch.arange(link.units) % (link.units // link.slot_count)
+        channels = layers.channels
+        place = torch.arange(channels.units) % (channels.units // channels.slot_count)
         decoder.keep_units(block, layers, place < count)
 
 

@@ -389,14 +389,14 @@ FAULTS = [
     ),
     Fault(
         "pairs: outputs have weight 1 in the problem",
-        "problems/linked.py",
+        "problems/loss.py",
         "outputs = given.average if given.full else torch.diag(given.average)",
         "outputs = torch.eye(len(own)).to(own)",
         "models/test_rotary_pairs.py",
     ),
     Fault(
         "pairs: the mean of the inputs is left out of the column of the bias",
-        "problems/linked.py",
+        "problems/loss.py",
         "mean = moments.mean[:, None]",
         "mean = 0 * moments.mean[:, None]",
         "models/test_rotary_pairs.py",

@@ -14,7 +14,7 @@ def layer(block: int, path: str, **fields: Any) -> LayerReport:
     number = 10 * block + len(path)
     made = LayerReport(
         name=f"model.layers.{block}.{path}",
-        kind="linked least squares",
+        kind="structured least squares",
         solver="Wanda > Restore",
         relative_error=0.001 * number,
         held_out_error=None,

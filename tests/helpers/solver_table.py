@@ -67,8 +67,7 @@ ACCEPTED = {
         for name in ("RoundToNearest", "Gptq", "GridBeam", "GridDescent", "Gptq > GridDescent")
     ),
     *(
-        (kind, solver)
-        for kind in ("LinkedLeastSquares", "StructuredLeastSquares")
+        ("StructuredLeastSquares", solver)
         for solver in (
             "ChannelSwaps",
             "FaspMetric",
@@ -86,7 +85,7 @@ ACCEPTED = {
     ("MaskedLeastSquares", "ConjugateGradients"),
     *(
         (kind, solver)
-        for kind in ("LinkedLeastSquares", "SparseLeastSquares", "StructuredLeastSquares")
+        for kind in ("SparseLeastSquares", "StructuredLeastSquares")
         for solver in (
             "Admm",
             "ConjugateGradients",

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from optprune.moments import InputMoments
-from optprune.problems import ChannelGroups, LayerLoss, Link, LinkedLeastSquares, StructuredLeastSquares
+from optprune.problems import Channels, LayerLoss, StructuredLeastSquares
 from optprune.testing.strategies import to_chosen_device
 
 KINDS = ("independent", "mixed", "low rank")
@@ -33,7 +33,7 @@ def structured_loss(seed, rows, width, kind="mixed", *, damping=0.01, fit_bias=F
 def channels(seed, kind, units=12, keep=6):
     """A choice among single channels."""
     loss = structured_loss(seed, 4, units, kind, fit_bias=seed % 4 < 2)
-    return StructuredLeastSquares(loss, ChannelGroups.of(units, device=loss.weight.device), keep)
+    return StructuredLeastSquares(loss, Channels.of(units, device=loss.weight.device), keep)
 
 
 def grouped_query(seed, kind, keep=4):
@@ -41,7 +41,7 @@ def grouped_query(seed, kind, keep=4):
     loss = structured_loss(seed, 4, 16, kind, fit_bias=seed % 4 < 2)
     unit = to_chosen_device(torch.arange(8))
     columns = torch.stack([unit // 4 * 8 + unit % 4, unit // 4 * 8 + 4 + unit % 4], 1)
-    return LinkedLeastSquares(loss, Link(columns, unit // 4, (unit[:, None],)), keep)
+    return StructuredLeastSquares(loss, Channels(columns, unit // 4), keep)
 
 
 def tiny(kind, count=18):

@@ -17,7 +17,7 @@ from optprune.grids import Grid
 from optprune.metric import OutputMetric
 from optprune.moments import InputMoments
 from optprune.patterns import NM, PartlyFixed, Pattern, RowLimits, RowWise, Unstructured
-from optprune.problems import Channels, GridLeastSquares, LayerLoss, Link, SparseLeastSquares
+from optprune.problems import Channels, GridLeastSquares, LayerLoss, SparseLeastSquares
 from optprune.solvers import best_basis, solve
 from optprune.testing import reference
 
@@ -182,7 +182,7 @@ def ending(problem: SparseLeastSquares | GridLeastSquares) -> Ending:
     return Ending(solve(problem).objective, optimum, problem.loss.constant)
 
 
-def rotation_instances(count: int, first: int = 0) -> Iterator[tuple[LayerLoss, Link, int]]:
+def rotation_instances(count: int, first: int = 0) -> Iterator[tuple[LayerLoss, Channels, int]]:
     """Draw value dimensions of one or two KV heads, each read by one to three query heads, and how many are kept."""
     for seed in range(first, first + count):
         draws = Draws(seed)
@@ -194,7 +194,7 @@ def rotation_instances(count: int, first: int = 0) -> Iterator[tuple[LayerLoss, 
         unit = torch.arange(slots * size)
         slot = unit // size
         columns = (slot[:, None] * tied + torch.arange(tied)) * size + (unit % size)[:, None]
-        yield loss, Link(columns, slot, (unit[:, None],)), draws.between(1, size - 1)
+        yield loss, Channels(columns, slot), draws.between(1, size - 1)
 
 
 class Spans:
@@ -236,10 +236,10 @@ class Spans:
         return min(each.fun for each in found) * self.constant
 
 
-def rotated_ending(loss: LayerLoss, link: Link, keep: int) -> Ending:
+def rotated_ending(loss: LayerLoss, channels: Channels, keep: int) -> Ending:
     """Return where the directions of `best_basis` end."""
-    spans = Spans(loss, link, keep)
-    found = best_basis(loss, link, keep).matrices[:, :, :keep].double().numpy()
+    spans = Spans(loss, channels, keep)
+    found = best_basis(loss, channels, keep).matrices[:, :, :keep].double().numpy()
     return Ending(spans.loss(found), spans.best(), loss.constant)
 
 

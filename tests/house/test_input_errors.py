@@ -18,17 +18,15 @@ from optprune.moments import DenseMoments, Drift, InputMoments
 from optprune.patterns import NM, PartlyFixed, RowLimits, RowWise, Unstructured
 from optprune.penalties import L1, WeightedL1
 from optprune.problems import (
-    ChannelGroups,
+    Channels,
     ExpertChoice,
     LayerLoss,
-    LinkedLeastSquares,
     MaskedLeastSquares,
     PenalisedLeastSquares,
     Problem,
     SparseLeastSquares,
     StructuredLeastSquares,
 )
-from optprune.problems.linked import Link
 from optprune.recipe import Recipe, load_recipe
 from optprune.solvers import (
     Answer,
@@ -200,18 +198,17 @@ MISTAKES: dict[str, Callable[[], Any]] = {
     "the number of experts that the router chooses cannot be -1": lambda: chosen_experts(chosen=-1),
     "2 of 3 experts cannot be kept: the router chooses 0": lambda: chosen_experts(chosen=0),
     # Units
-    "units to keep cannot be 4.0": lambda: StructuredLeastSquares(LOSS, ChannelGroups.of(8), 4.0),
-    "0 channels cannot be cut": lambda: ChannelGroups.of(0),
-    "number of channels cannot be 8.0": lambda: ChannelGroups.of(8.0),
-    "slots of units must be whole numbers, not torch.float32": lambda: ChannelGroups(EVERY, NONE.float()),
-    "a slot of 8 units cannot be -1: number them from 0": lambda: ChannelGroups(EVERY, NONE - 1),
-    "a slot of 8 units cannot be 8: number them from 0": lambda: ChannelGroups(EVERY, NONE + 8),
-    "same number of units, not 1 to 7": lambda: ChannelGroups(EVERY, (EVERY[:, 0] == 0).long()),
-    r"must be \[units, columns\], not \[8\]": lambda: ChannelGroups(EVERY[:, 0], NONE),
-    r"must be \[units, columns\], not \[0, 1\]": lambda: ChannelGroups(EVERY[:0], NONE[:0]),
-    "rows of units must be whole numbers": lambda: Link(EVERY, NONE, (EVERY.float(),)),
-    "columns 0 to 7, but the layer has 5": lambda: LinkedLeastSquares(
-        LayerLoss.of(WEIGHT[:, :5], InputMoments.from_samples(SAMPLES[:, :5])), Link(EVERY, NONE, (EVERY,)), 4
+    "units to keep cannot be 4.0": lambda: StructuredLeastSquares(LOSS, Channels.of(8), 4.0),
+    "0 channels cannot be cut": lambda: Channels.of(0),
+    "number of channels cannot be 8.0": lambda: Channels.of(8.0),
+    "slots of units must be whole numbers, not torch.float32": lambda: Channels(EVERY, NONE.float()),
+    "a slot of 8 units cannot be -1: number them from 0": lambda: Channels(EVERY, NONE - 1),
+    "a slot of 8 units cannot be 8: number them from 0": lambda: Channels(EVERY, NONE + 8),
+    "same number of units, not 1 to 7": lambda: Channels(EVERY, (EVERY[:, 0] == 0).long()),
+    r"must be \[units, columns\], not \[8\]": lambda: Channels(EVERY[:, 0], NONE),
+    r"must be \[units, columns\], not \[0, 1\]": lambda: Channels(EVERY[:0], NONE[:0]),
+    "columns 0 to 7, but the layer has 5": lambda: StructuredLeastSquares(
+        LayerLoss.of(WEIGHT[:, :5], InputMoments.from_samples(SAMPLES[:, :5])), Channels(EVERY, NONE), 4
     ),
     # Solvers
     r"solver cannot be 'wanda': give an instance, e\.g\. SparseGpt\(\)": lambda: solve(ROWS, "wanda"),

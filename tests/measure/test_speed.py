@@ -27,7 +27,7 @@ def narrow_values() -> PreTrainedModel:
     decoder = Decoder(model)
     for block in range(len(decoder.blocks)):
         for units in (*Values().layers(decoder, block), *Mlp().layers(decoder, block)):
-            decoder.keep_units(block, units, torch.arange(units.link.units) % 2 == 0)
+            decoder.keep_units(block, units, torch.arange(units.channels.units) % 2 == 0)
     decoder.record_shapes()
     return model
 

@@ -67,13 +67,13 @@ def tokens(batch: int = 2, length: int = 24) -> torch.Tensor:
 def halve(decoder: Decoder, block: int, kind: str, generator: torch.Generator, cut: bool) -> None:
     """Give the consumers random weights on a random half of each slot's units (rounded up), and remove the others."""
     for layers in {"mlp": Mlp(), "vo": Values(), "kv": KvGroups()}[kind].layers(decoder, block):
-        link = layers.link
-        size = link.units // link.slot_count
+        channels = layers.channels
+        size = channels.units // channels.slot_count
         choice = torch.cat(
-            [torch.randperm(size, generator=generator) < (size + 1) // 2 for _ in range(link.slot_count)]
+            [torch.randperm(size, generator=generator) < (size + 1) // 2 for _ in range(channels.slot_count)]
         )  # slots are contiguous
         consumer = decoder.layer(block, layers.consumer)
-        mask = link.column_mask(choice, consumer.in_features)
+        mask = channels.column_mask(choice, consumer.in_features)
         weight = torch.randn(consumer.weight.shape, generator=generator) / 8 * mask
         bias = None if consumer.bias is None else torch.randn(consumer.bias.shape, generator=generator) / 8
         write(consumer, weight, bias)

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from optprune.models import LinkedUnits, Mlp
-from optprune.problems import Link
+from optprune.problems import Channels
 from optprune.work import Work
 
 
@@ -32,9 +32,9 @@ class Quads(LinkedUnits):
 
     def linked(self, decoder, block, consumer):
         single = Mlp().linked(decoder, block, consumer)
-        columns = single.link.columns.reshape(-1, self.size)
+        columns = single.channels.columns.reshape(-1, self.size)
         slots = torch.zeros(len(columns), dtype=torch.long, device=columns.device)
-        return replace(single, link=Link(columns, slots, (columns,) * len(single.producers)))
+        return replace(single, channels=Channels(columns, slots), rows=(columns,) * len(single.producers))
 
     def there(self, shape):
         return shape.mlp_width // self.size

@@ -108,7 +108,7 @@ def test_units_that_are_gone_equal_columns_of_zeros(name: str, every: bool, tmp_
     for block in blocks:
         [layers] = RecurrentHeads().layers(decoder, block)
         with torch.no_grad():
-            other.layer(block, layers.consumer).weight[:, layers.link.columns[~KEPT].flatten()] = 0
+            other.layer(block, layers.consumer).weight[:, layers.channels.columns[~KEPT].flatten()] = 0
         whole = logits(model)
         with decoder.narrowed(block, layers, KEPT):
             inside = logits(model)

@@ -16,7 +16,7 @@ from optprune.export import GgufFile, export, save_model
 from optprune.metric import OutputMetric
 from optprune.models import UNITS, BlockAllocation, Decoder, KvGroups, Pairs, load_model, open_model
 from optprune.moments import InputMoments
-from optprune.problems import LinkedLeastSquares, loss_of_rows
+from optprune.problems import StructuredLeastSquares, loss_of_rows
 from optprune.program import RUNTIMES
 from optprune.report import original_from_report
 from optprune.report.block_values import widths
@@ -193,7 +193,7 @@ def test_the_cheapest_pair_goes_and_the_rows_that_stay_are_those_of_least_square
         fitted[stay] = dense[stay] + torch.linalg.solve(matrix[stay][:, stay], matrix[stay][:, gone] @ dense[gone])
         found.append((loss.value(fitted.T), fitted))
     best = min(found, key=lambda each: each[0])
-    answer = solve(LinkedLeastSquares(loss, layers.link, 3), Recipe(solver=["greedy_obs", "restore"]).solver)
+    answer = solve(StructuredLeastSquares(loss, layers.channels, 3), Recipe(solver=["greedy_obs", "restore"]).solver)
     torch.testing.assert_close(answer.value.T, best[1], rtol=1e-6, atol=1e-8)
 
 

@@ -292,7 +292,7 @@ def keep_heads(model: PreTrainedModel, count: int) -> PreTrainedModel:
     decoder = Decoder(model)
     for block in range(len(decoder.blocks)):
         for units in KvGroups().layers(decoder, block):
-            decoder.keep_units(block, units, torch.arange(units.link.units) < count)
+            decoder.keep_units(block, units, torch.arange(units.channels.units) < count)
     decoder.record_shapes()
     return model
 
@@ -332,7 +332,7 @@ def test_shapes_that_become_even_again_are_stock_again(tmp_path: Path) -> None:
     for block in range(2):
         decoder = Decoder(model)
         [units] = Mlp().layers(decoder, block)
-        decoder.keep_units(block, units, torch.arange(units.link.units) < 64)
+        decoder.keep_units(block, units, torch.arange(units.channels.units) < 64)
         decoder.record_shapes()
         save_model(model, tmp_path / f"{block}")
     assert not (tmp_path / "1" / "modeling_pruned_llama.py").exists()

@@ -151,11 +151,11 @@ def test_an_uneven_folder_answers_as_the_stock_class_with_zeros(tmp_path: Path) 
     decoder, other = Decoder(model), Decoder(zeroed)
     for block, units, count in ((2, Values(), 10), (1, Mlp(), 100), (3, Mlp(), 40)):
         for layers in units.layers(other, block):
-            link = layers.link
-            place = torch.arange(link.units) % (link.units // link.slot_count)
+            channels = layers.channels
+            place = torch.arange(channels.units) % (channels.units // channels.slot_count)
             layer = other.layer(block, layers.consumer)
             with torch.no_grad():
-                layer.weight.mul_(link.column_mask(place < count, layer.in_features))
+                layer.weight.mul_(channels.column_mask(place < count, layer.in_features))
         narrow(decoder, block, units, count)
     decoder.record_shapes()
     assert not save_model(model, tmp_path / "out").stock

@@ -21,7 +21,7 @@ from optprune.models import (
     Weights,
 )
 from optprune.patterns import Pattern, PatternFamily, largest, pattern_family
-from optprune.problems import Link
+from optprune.problems import Channels
 from optprune.work import Work
 from tests.helpers.sub_blocks import block_with
 from tests.helpers.tiny_models import ALL_MODELS, tiny_llama
@@ -47,9 +47,9 @@ def test_a_block_keeps_the_units_of_its_shape(name: str, units: LinkedUnits) -> 
     assert len(every) == (before.experts or 1 if isinstance(units, Mlp) else 1)
     fewer = units.with_count(before, units.there(before) - 1)
     for layers in every:
-        assert units.total(before) == layers.link.units == units.there(before) * layers.link.slot_count
-        first = torch.zeros(layers.link.units, dtype=torch.bool)
-        first[[int((layers.link.slots == slot).nonzero()[0]) for slot in range(layers.link.slot_count)]] = True
+        assert units.total(before) == layers.channels.units == units.there(before) * layers.channels.slot_count
+        first = torch.zeros(layers.channels.units, dtype=torch.bool)
+        first[[int((layers.channels.slots == slot).nonzero()[0]) for slot in range(layers.channels.slot_count)]] = True
         decoder.keep_units(block, layers, ~first)
     assert decoder.shape(block) == fewer
     assert total - decoder.linear_weights() == decoder.weights_of(before) - decoder.weights_of(fewer)
@@ -69,9 +69,9 @@ class Pairs(LinkedUnits):
 
     def linked(self, decoder: Decoder, block: int, consumer: str) -> LinkedLayers:
         single = Mlp().linked(decoder, block, consumer)
-        pairs = single.link.columns.reshape(-1, 2)
-        link = Link(pairs, torch.zeros(len(pairs), dtype=torch.long), (pairs,) * len(single.producers))
-        return replace(single, link=link)
+        pairs = single.channels.columns.reshape(-1, 2)
+        channels = Channels(pairs, torch.zeros(len(pairs), dtype=torch.long))
+        return replace(single, channels=channels, rows=(pairs,) * len(single.producers))
 
     def there(self, shape: BlockShape) -> int:
         return shape.mlp_width // 2
@@ -90,7 +90,7 @@ def test_a_kv_head_with_fewer_value_dimensions_goes_with_its_own_columns(name: s
     decoder, ids = Decoder(model), batches()[0]
     architecture, group = decoder.architecture, decoder.heads.group
     [values] = Values().layers(decoder, 0)
-    decoder.keep_units(0, values, torch.arange(values.link.units) % decoder.shape(0).value_dim < 5)
+    decoder.keep_units(0, values, torch.arange(values.channels.units) % decoder.shape(0).value_dim < 5)
     heads = decoder.shape(0).kv_heads
     gone = torch.arange(5 * group) + 5 * group  # those of the second KV head
     weight = decoder.layer(0, architecture.output).weight

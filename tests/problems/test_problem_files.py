@@ -27,24 +27,24 @@ from optprune.numerics.fingerprint import fingerprint
 from optprune.patterns import NM, Pattern, RowLimits, RowWise
 from optprune.penalties import L1
 from optprune.problems import (
-    ChannelGroups,
+    Channels,
     ExpertChoice,
     GridLeastSquares,
     LayerLoss,
-    Link,
-    LinkedLeastSquares,
     PenalisedLeastSquares,
     Permutation,
     Problem,
     Rotation,
     SparseLeastSquares,
+    StructuredLeastSquares,
 )
 from optprune.problems.files import FORMAT, HEADER, KINDS, load_problem, origin_of, save_problem
 from optprune.testing.strategies import STRATEGIES
 from tests.helpers.sparse_cases import correlated
 
 WIDTH = 12
-LINK = Link(torch.arange(WIDTH)[:, None], torch.zeros(WIDTH, dtype=torch.long), (torch.arange(WIDTH)[:, None],))
+EARLIER = Path(__file__).parent / "earlier_format"
+LINK = Channels(torch.arange(WIDTH)[:, None], torch.zeros(WIDTH, dtype=torch.long))
 
 
 def loss(seed: int = 0, dtype: torch.dtype = torch.float32) -> LayerLoss:
@@ -70,7 +70,7 @@ def test_a_problem_is_the_same_in_its_file(kind, dtype, tmp_path_factory, data: 
 
 def others() -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
-    groups = ChannelGroups.of(WIDTH, 3)
+    groups = Channels.of(WIDTH, 3)
     matrices = torch.linalg.qr(torch.randn(1, 4, 4, generator=generator))[0]
     answers = torch.randn(5, 4, 6, generator=generator)
     return {
@@ -90,6 +90,18 @@ def test_what_is_no_layer_problem_is_the_same_in_its_file(kind: str, tmp_path: P
 
 def test_every_kind_has_a_file() -> None:
     assert set(KINDS.values()) == {*STRATEGIES, Rotation, Permutation, ExpertChoice}
+
+
+@pytest.mark.parametrize("kind", ["structured", "linked"])
+def test_a_structured_problem_of_the_earlier_format_is_read(kind: str, tmp_path: Path) -> None:
+    # Written before problems of one layer and of several were one kind: six inputs, three units of two columns.
+    old = load_problem(EARLIER / f"{kind}.safetensors")
+    assert type(old) is StructuredLeastSquares and old.keep == 2 and old.loss.weight.shape == (2, 6)
+    assert old.channels.columns.tolist() == [[4, 5], [2, 3], [0, 1]] and old.channels.slots.tolist() == [0, 0, 0]
+    assert old.loss.weight[0, 0] == 1.3946317434310913 and old.loss.moments.tokens == 20
+    assert origin_of(EARLIER / f"{kind}.safetensors") == {"layer": "mlp.down_proj"}
+    save_problem(old, tmp_path / "file")
+    assert load_problem(tmp_path / "file").fingerprint() == old.fingerprint()
 
 
 def test_another_process_with_other_threads_finds_the_same_problem(tmp_path: Path) -> None:
@@ -171,7 +183,7 @@ def damaged_content(file: Path, how: str, rng: random.Random) -> None:
     if how == "field":
         content["fields"][rng.choice(list(content["fields"]))] = rng.choice([None, "x", -1, [], {"tensor": "x"}, {}])
     elif how == "kind":
-        content["kind"] = rng.choice([*KINDS, "other", None, 3])
+        content["kind"] = rng.choice([*(kind for kind in KINDS if kind != content["kind"]), "other", None, 3])
     elif how == "nan":
         tensors[name].view(-1)[0] = rng.choice([float("nan"), float("inf"), -1e30])
     elif how == "width":
@@ -195,7 +207,7 @@ def test_damaged_files_are_sentences(part: int, tmp_path: Path, as_users_run: No
     problems = [
         correlated(0, 8, WIDTH, "2:4", dtype=torch.float32),
         correlated(1, 8, WIDTH, "unstructured"),
-        LinkedLeastSquares(loss(2), LINK, 6),
+        StructuredLeastSquares(loss(2), LINK, 6),
         others()["expert choice"],
     ]
     rng, seen = random.Random(part), set[str]()
@@ -247,10 +259,10 @@ def test_other_files_are_sentences(header: str | None, sentence: str, tmp_path: 
 
 @pytest.mark.parametrize("index", [-1, 2**40])
 def test_an_index_that_asks_for_all_memory_is_a_sentence(index: int, tmp_path: Path, as_users_run: None) -> None:
-    problem = LinkedLeastSquares(loss(2), replace(LINK), 6)
-    object.__setattr__(problem.link, "slots", problem.link.slots.index_fill(0, torch.tensor([3]), index))
+    problem = StructuredLeastSquares(loss(2), replace(LINK), 6)
+    object.__setattr__(problem.channels, "slots", problem.channels.slots.index_fill(0, torch.tensor([3]), index))
     save_problem(problem, tmp_path / "file")
-    with pytest.raises(InputError, match="its fields make no linked problem"):
+    with pytest.raises(InputError, match="its fields make no structured problem"):
         load_problem(tmp_path / "file")
 
 
@@ -277,8 +289,8 @@ def forged(problem: Any, file: Path, **fields: Any) -> None:
 HUGE = 10**4000
 FORGED: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "slots with a gap": (
-        lambda: LinkedLeastSquares(loss(2), replace(LINK), 6),
-        {"link__slots": LINK.slots.index_fill(0, torch.tensor([3]), 2**24)},
+        lambda: StructuredLeastSquares(loss(2), replace(LINK), 6),
+        {"channels__slots": LINK.slots.index_fill(0, torch.tensor([3]), 2**24)},
     ),
     "a group of millions": (lambda: SparseLeastSquares(loss(), NM(2, 4)), {"pattern__m": HUGE}),
     "as many to keep": (lambda: SparseLeastSquares(loss(), RowWise(4)), {"pattern__keep": HUGE}),
@@ -286,7 +298,7 @@ FORGED: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "a block of a grid": (lambda: GridLeastSquares(loss(), Grid(4, 4)), {"grid__block": HUGE}),
     "bits of a grid": (lambda: GridLeastSquares(loss(), Grid(4, 4)), {"grid__bits": HUGE}),
     "tokens": (lambda: SparseLeastSquares(loss(), NM(2, 4)), {"loss__moments__tokens": HUGE}),
-    "units to keep": (lambda: LinkedLeastSquares(loss(2), replace(LINK), 6), {"keep": HUGE}),
+    "units to keep": (lambda: StructuredLeastSquares(loss(2), replace(LINK), 6), {"keep": HUGE}),
     "experts without tokens": (
         lambda: others()["expert choice"],
         {"logits": torch.zeros(0, 2**40), "products": torch.zeros(0, 2**40, 2**20), "chosen": 1, "keep": 1},

@@ -11,7 +11,7 @@ from optprune.errors import InputError
 from optprune.patterns import NM
 from optprune.penalties import L1
 from optprune.problems import (
-    ChannelGroups,
+    Channels,
     MaskedLeastSquares,
     PenalisedLeastSquares,
     Problem,
@@ -25,7 +25,7 @@ from tests.helpers.structured_cases import structured_loss
 LOSS = structured_loss(0, 2, 4, "correlated", damping=0.05)
 PROBLEMS: dict[str, Problem] = {
     "sparse": SparseLeastSquares(LOSS, NM(2, 4)),
-    "structured": StructuredLeastSquares(LOSS, ChannelGroups.of(4), 2),
+    "structured": StructuredLeastSquares(LOSS, Channels.of(4), 2),
     "penalised": PenalisedLeastSquares(LOSS, L1(0.2)),
     "masked": MaskedLeastSquares(LOSS, torch.tensor([[True, False, True, True]])),
 }

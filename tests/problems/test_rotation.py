@@ -8,7 +8,7 @@ from torch import Tensor
 
 from optprune.errors import InputError
 from optprune.moments import InputMoments
-from optprune.problems import LayerLoss, Link, Rotation
+from optprune.problems import Channels, LayerLoss, Rotation
 
 SLOTS, SIZE, TIED, REST = 2, 3, 2, 1
 WIDTH = SLOTS * SIZE * TIED + REST
@@ -18,10 +18,10 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def link() -> Link:
+def link() -> Channels:
     """Units of two slots, each with two columns, in no order; the first column belongs to none."""
     columns = torch.randperm(WIDTH - REST, generator=torch.Generator().manual_seed(5)).reshape(-1, TIED) + REST
-    return Link(columns, torch.arange(SLOTS * SIZE) % SLOTS, (torch.arange(SLOTS * SIZE)[:, None],))
+    return Channels(columns, torch.arange(SLOTS * SIZE) % SLOTS)
 
 
 def rotation() -> Rotation:

@@ -13,11 +13,9 @@ from optprune.moments import InputMoments
 from optprune.patterns import NM, Pattern, RowWise, Unstructured, largest
 from optprune.problems import (
     LayerLoss,
-    LinkedLeastSquares,
     SelectionProblem,
     SparseLeastSquares,
     StructuredLeastSquares,
-    StructuredProblem,
 )
 from optprune.solvers import (
     Admm,
@@ -36,7 +34,7 @@ from optprune.solvers import (
     solve,
 )
 from optprune.testing import reference
-from optprune.testing.strategies import linked, sparse
+from optprune.testing.strategies import sparse, structured
 from optprune.testing.transformations import random_feasible
 from tests.helpers.sparse_cases import PATTERN_NAMES, correlated, correlated_loss
 
@@ -124,7 +122,7 @@ def test_violation_is_zero_exactly_on_what_a_mask_of_the_pattern_holds(problem, 
         assert problem.violation(one_more) == 1
 
 
-@given(st.one_of(sparse(), linked()), st.integers(0, 100))
+@given(st.one_of(sparse(), structured()), st.integers(0, 100))
 def test_support_holds_what_is_used_and_restrict_is_its_restoration(problem, seed):
     assert isinstance(problem, SelectionProblem)
     weight = random_feasible(problem, seed)
@@ -144,7 +142,7 @@ def test_support_of_zero_is_the_largest_original_weights(problem):
     assert torch.equal(support, problem.pattern.project(problem.loss.weight.abs()))
 
 
-@given(st.one_of(sparse(), linked()), st.integers(0, 100))
+@given(st.one_of(sparse(), structured()), st.integers(0, 100))
 def test_projection_is_the_best_choice(problem, seed):
     generator = torch.Generator().manual_seed(seed)
     score = torch.rand(problem.loss.weight.shape, generator=generator, dtype=torch.float64)
@@ -192,8 +190,7 @@ def test_a_pattern_of_the_users_own_gets_more_than_magnitude():
 
 
 def test_a_selection_problem_of_every_kind_was_met():
-    assert set(SelectionProblem.__subclasses__()) == {SparseLeastSquares, StructuredProblem}
-    assert set(StructuredProblem.__subclasses__()) == {StructuredLeastSquares, LinkedLeastSquares}
+    assert set(SelectionProblem.__subclasses__()) == {SparseLeastSquares, StructuredLeastSquares}
 
 
 def test_the_support_counts_weights_of_dead_inputs_as_all_others() -> None:

@@ -16,7 +16,7 @@ from optprune.errors import InputError, StrictError
 from optprune.export import save_model
 from optprune.models import ARCHITECTURES, BlockAllocation, Decoder
 from optprune.objectives import LayerContext
-from optprune.problems import LinkedLeastSquares
+from optprune.problems import StructuredLeastSquares
 from optprune.pruning import layer_loss, prune
 from optprune.recipe import Recipe, load_recipe
 from tests.helpers.expert_tokens import (
@@ -205,10 +205,10 @@ def assert_near(found: Tensor, expected: Tensor) -> None:
     assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
-def one_fewer(context: LayerContext) -> LinkedLeastSquares:
+def one_fewer(context: LayerContext) -> StructuredLeastSquares:
     """An objective of one's own that keeps a unit less than the budget says of the second expert."""
-    assert context.link is not None
-    return LinkedLeastSquares(context.loss, context.link, context.keep - ("experts.1." in context.name))
+    assert context.channels is not None
+    return StructuredLeastSquares(context.loss, context.channels, context.keep - ("experts.1." in context.name))
 
 
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {

@@ -15,7 +15,7 @@ from optprune import LayerContext, Recipe, load_recipe
 from optprune.calibration.dense_statistics import DenseStatistics, Removal
 from optprune.errors import InputError
 from optprune.models import Decoder, open_model
-from optprune.problems import LinkedLeastSquares, MaskedLeastSquares
+from optprune.problems import MaskedLeastSquares, StructuredLeastSquares
 from optprune.pruning import journal as journal_module
 from optprune.pruning import prune
 from optprune.pruning.journal import Journal, Measured, digest_of_model
@@ -352,7 +352,7 @@ class CountedCosts(DenseStatistics):
 
     times = 0
 
-    def removal(self, problem: LinkedLeastSquares, batch: int) -> Removal:
+    def removal(self, problem: StructuredLeastSquares, batch: int) -> Removal:
         self.times += 1
         return torch.tensor([2, 0, 1]), torch.tensor([0.0, self.times, batch]), ("a note", f"of {batch}")
 

@@ -18,7 +18,7 @@ from optprune.errors import InputError, NoSolver, NumericalError, OwnCodeError, 
 from optprune.models import UNITS, Decoder, Mlp
 from optprune.moments import InputMoments
 from optprune.objectives import LayerContext, Objective, linked
-from optprune.problems import LayerLoss, LinkedLeastSquares, MaskedLeastSquares, Problem
+from optprune.problems import LayerLoss, MaskedLeastSquares, Problem, StructuredLeastSquares
 from optprune.pruning import prune
 from optprune.recipe import Recipe, load_recipe
 from optprune.report import BlockFinished, BlockStarted, Event, LayerSolved, PhaseFinished, PhaseStarted
@@ -96,7 +96,7 @@ def test_the_report_tells_what_the_model_is(name: str, units: str) -> None:
         assert layer.solver == "FaspMetric > Restore"
     assert report.model == "tiny"
     assert 0 < report.floor_seconds <= report.seconds
-    assert getattr(model.config, decoder.architecture.mlp_width) == Mlp().layers(decoder, 0)[0].link.units
+    assert getattr(model.config, decoder.architecture.mlp_width) == Mlp().layers(decoder, 0)[0].channels.units
 
 
 def test_relative_error_is_that_of_the_written_layer_on_the_calibration_text() -> None:
@@ -329,7 +329,9 @@ def test_a_solver_that_refuses_the_problem_says_why() -> None:
     def masked(context: LayerContext) -> Problem:
         return MaskedLeastSquares(context.loss, torch.ones(1, context.loss.weight.shape[1], dtype=torch.bool))
 
-    with pytest.raises(NoSolver, match="accepts column selection problems, and this is a masked least squares problem"):
+    with pytest.raises(
+        NoSolver, match="accepts structured least squares problems, and this is a masked least squares problem"
+    ):
         prune(tiny_llama(), batches(), Recipe(objective=masked, solver=FaspMetric()))
 
 
@@ -337,7 +339,7 @@ def test_a_linked_objective_needs_units() -> None:
     with pytest.raises(InputError, match="'linked' removes whole units"):
         load_recipe("fasp", {"units": "weights"})
 
-    def wrapped(context: LayerContext) -> LinkedLeastSquares:
+    def wrapped(context: LayerContext) -> StructuredLeastSquares:
         return linked(context)
 
     with pytest.raises(InputError, match="has no units"):
@@ -388,17 +390,16 @@ def test_uniform_allocation_meets_the_budget_as_nearly_as_rounding_can(
 def test_a_linked_problem_reaches_the_objective_with_its_link() -> None:
     contexts: list[LayerContext] = []
 
-    def objective(context: LayerContext) -> LinkedLeastSquares:
+    def objective(context: LayerContext) -> StructuredLeastSquares:
         contexts.append(context)
         return linked(context)
 
     prune(tiny_llama(), batches(), Recipe(objective=objective, units="all", sparsity=0.3))
     output, down = contexts[:2]
-    assert output.link is not None and output.link.columns.shape == (32, 2) and output.link.slot_count == 2
+    assert output.channels is not None and output.channels.columns.shape == (32, 2) and output.channels.slot_count == 2
     # Unit 17 is dimension 1 of KV head 1, which the query heads 2 and 3 read.
-    assert output.link.columns[17].tolist() == [2 * 16 + 1, 3 * 16 + 1]
-    assert output.link.rows[0][17].tolist() == [17]
-    assert down.link is not None and down.link.columns.shape == (128, 1) and len(down.link.rows) == 2
+    assert output.channels.columns[17].tolist() == [2 * 16 + 1, 3 * 16 + 1]
+    assert down.channels is not None and down.channels.columns.shape == (128, 1)
 
 
 def test_a_last_stage_that_did_not_end_is_told_of() -> None:

@@ -103,12 +103,12 @@ def test_blocks_that_a_penalty_left_unlike_are_saved_and_loaded(tmp_path: Path) 
 
 def test_every_head_keeps_as_many_value_dimensions_and_every_block_a_unit() -> None:
     def uneven(context: LayerContext) -> MaskedLeastSquares:
-        link = context.link
-        assert link is not None
-        stays = torch.zeros(link.units, dtype=torch.bool)
-        if link.slot_count > 1:
+        channels = context.channels
+        assert channels is not None
+        stays = torch.zeros(channels.units, dtype=torch.bool)
+        if channels.slot_count > 1:
             stays[[0, 5, 16, 17, 18]] = True  # two of KV head 0, three of KV head 1
-        return MaskedLeastSquares(context.loss, link.column_mask(stays, context.loss.weight.shape[1]))
+        return MaskedLeastSquares(context.loss, channels.column_mask(stays, context.loss.weight.shape[1]))
 
     dense = tiny_llama()
     model = copy.deepcopy(dense)

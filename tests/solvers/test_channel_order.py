@@ -12,7 +12,7 @@ from optprune.errors import InputError
 from optprune.metric import OutputMetric
 from optprune.moments import InputMoments
 from optprune.patterns import NM
-from optprune.problems import ChannelGroups, LayerLoss, Link
+from optprune.problems import Channels, LayerLoss
 from optprune.solvers import best_permutation, channel_order
 from optprune.solvers.channel_order import TOGETHER
 
@@ -127,7 +127,7 @@ def test_a_width_of_no_whole_groups_is_refused() -> None:
 # -- of a layer
 
 
-def heads(seed: int, slots: int = 2, size: int = 8, tied: int = 2) -> tuple[LayerLoss, Link]:
+def heads(seed: int, slots: int = 2, size: int = 8, tied: int = 2) -> tuple[LayerLoss, Channels]:
     """Value dimensions of `slots` KV heads that `tied` query heads read, whose inputs differ in size."""
     width = slots * size * tied
     inputs = draw(80, width, seed=seed) * (1 + draw(width, seed=seed + 1).abs())
@@ -136,7 +136,7 @@ def heads(seed: int, slots: int = 2, size: int = 8, tied: int = 2) -> tuple[Laye
     unit = torch.arange(slots * size)
     slot = unit // size
     columns = (slot[:, None] * tied + torch.arange(tied)) * size + (unit % size)[:, None]
-    return loss, Link(columns, slot, (unit[:, None],))
+    return loss, Channels(columns, slot)
 
 
 def lost(loss: LayerLoss, order: list[int]) -> float:
@@ -150,9 +150,9 @@ def lost(loss: LayerLoss, order: list[int]) -> float:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_value_dimensions_stay_in_their_head_and_move_alike_in_all_that_read_them(seed: int) -> None:
-    loss, link = heads(seed)
-    found = best_permutation(loss, link, NM(2, 4))
-    assert torch.equal(link.slots[found.units], link.slots)
+    loss, channels = heads(seed)
+    found = best_permutation(loss, channels, NM(2, 4))
+    assert torch.equal(channels.slots[found.units], channels.slots)
     place = found.inputs.reshape(2, 2, 8)
     for slot in range(2):
         within = [(place[slot, tied] - (slot * 2 + tied) * 8).tolist() for tied in range(2)]
@@ -169,7 +169,7 @@ def test_an_output_counts_by_the_metric() -> None:
     weights = torch.tensor([1e3, 1, 1, 1, 1], dtype=torch.float64)
     metric = OutputMetric.from_samples(torch.diag(weights.sqrt()), full=False)
     alike, weighed = (
-        best_permutation(LayerLoss.of(weight, moments, metric=each), ChannelGroups.of(4), NM(1, 2)).units.tolist()
+        best_permutation(LayerLoss.of(weight, moments, metric=each), Channels.of(4), NM(1, 2)).units.tolist()
         for each in (None, metric)
     )
     assert alike == [0, 1, 2, 3] and weighed != alike
@@ -179,14 +179,14 @@ def test_an_input_counts_by_its_size() -> None:
     size = torch.ones(8, dtype=torch.float64)
     size[4:] = 1e3
     loss = LayerLoss.of(torch.ones(1, 8, dtype=torch.float64), InputMoments.from_samples(torch.diag(size)))
-    order = best_permutation(loss, ChannelGroups.of(8), NM(2, 4)).units.tolist()
+    order = best_permutation(loss, Channels.of(8), NM(2, 4)).units.tolist()
     assert sum(channel < 4 for channel in order[:4]) == 2
 
 
 def test_units_that_are_no_whole_groups_are_refused() -> None:
-    loss, link = heads(0, size=6)
+    loss, channels = heads(0, size=6)
     with pytest.raises(InputError, match="6 units of a slot do not form whole groups of a 2:4 pattern"):
-        best_permutation(loss, link, NM(2, 4))
-    shifted = Link(link.columns.roll(1, 0), link.slots)
+        best_permutation(loss, channels, NM(2, 4))
+    shifted = Channels(channels.columns.roll(1, 0), channels.slots)
     with pytest.raises(InputError, match="do not form whole groups"):
         best_permutation(loss, shifted, NM(1, 2))

@@ -10,7 +10,7 @@ import torch
 from optprune.errors import InputError, NoSolver
 from optprune.moments import InputMoments
 from optprune.patterns import RowWise
-from optprune.problems import LayerLoss, Link, LinkedLeastSquares, MaskedLeastSquares, Problem
+from optprune.problems import Channels, LayerLoss, MaskedLeastSquares, Problem, StructuredLeastSquares
 from optprune.solvers import (
     Answer,
     Certificate,
@@ -42,8 +42,8 @@ def masked():
 
 @pytest.fixture
 def linked(masked):
-    link = Link(torch.tensor([[0], [1]]), torch.zeros(2, dtype=torch.long))
-    return LinkedLeastSquares(masked.loss, link, 1)
+    channels = Channels(torch.tensor([[0], [1]]), torch.zeros(2, dtype=torch.long))
+    return StructuredLeastSquares(masked.loss, channels, 1)
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def test_a_refusal_is_no_solver_with_the_reason(masked):
         solve(masked, FaspMetric())
     assert FaspMetric().refusal(masked) in str(caught.value)
     assert "FaspMetric" in str(caught.value)
-    assert "column selection problems" in str(caught.value)
+    assert "structured least squares problems" in str(caught.value)
     assert masked.kind in str(caught.value)
 
 

@@ -10,7 +10,7 @@ from optprune.moments import InputMoments
 from optprune.patterns import NM, RowWise
 from optprune.penalties import L1, ColumnGroups, ElasticNet
 from optprune.problems import (
-    ChannelGroups,
+    Channels,
     LayerLoss,
     MaskedLeastSquares,
     PenalisedLeastSquares,
@@ -94,7 +94,7 @@ def test_weights_below_the_normal_numbers_of_float32_are_solved(scale):
     assert 0 < float(loss.weight.abs().max()) < torch.finfo(torch.float32).tiny
     for problem in (
         SparseLeastSquares(loss, NM(2, 4)),
-        StructuredLeastSquares(loss, ChannelGroups.of(8), 4),
+        StructuredLeastSquares(loss, Channels.of(8), 4),
         MaskedLeastSquares(loss, torch.arange(8)[None] < 4),
     ):
         found = solve(problem)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from optprune.moments import InputMoments
-from optprune.problems import ChannelGroups, Channels, LayerLoss, StructuredLeastSquares
+from optprune.problems import Channels, LayerLoss, StructuredLeastSquares
 from optprune.solvers import (
     FaspMetric,
     FlapMetric,
@@ -23,7 +23,7 @@ def test_flap_ranks_by_variance_and_a_bias_replaces_the_means():
     weight = torch.tensor([[1.0, 2.0]], dtype=torch.float64)
     for fit_bias, error in ((True, 0.0), (False, 18.0**2 / 2)):
         loss = LayerLoss.of(weight, InputMoments.from_samples(inputs), fit_bias=fit_bias)
-        problem = StructuredLeastSquares(loss, ChannelGroups.of(2), 1)
+        problem = StructuredLeastSquares(loss, Channels.of(2), 1)
         solution = solve(problem, FlapMetric())
         assert solution.value.tolist() == [[1.0, 0.0]]
         assert solution.objective == pytest.approx(error)
@@ -43,7 +43,7 @@ def test_flap_squares_the_columns_of_a_head_before_it_adds_them_up():
     # Two heads whose columns fluctuate by 3 and 3, and by 5 and 0: 6 > 5, but 9 + 9 < 25 + 0.
     moments = InputMoments(torch.eye(4), torch.zeros(4), 50)
     weight = torch.tensor([[3.0, 3.0, 5.0, 0.0]]).sqrt()
-    problem = StructuredLeastSquares(LayerLoss.of(weight, moments), ChannelGroups.of(4, 2), 1)
+    problem = StructuredLeastSquares(LayerLoss.of(weight, moments), Channels.of(4, 2), 1)
     assert solve(problem, FlapMetric()).value.nonzero()[:, 1].tolist() == [2]
 
 
@@ -54,7 +54,7 @@ def test_flap_ranks_by_variance_where_means_are_large(dtype):
     weight = torch.randn(4, 12, generator=generator)
     literal = weight.double().square().sum(0) * inputs.double().var(0)
     loss = LayerLoss.of(weight, InputMoments.from_samples(inputs.to(dtype)), 0.01, fit_bias=True)
-    problem = StructuredLeastSquares(loss, ChannelGroups.of(12), 6)
+    problem = StructuredLeastSquares(loss, Channels.of(12), 6)
     found = problem.support(solve(problem, FlapMetric()).value)
     assert found.nonzero()[:, 0].tolist() == literal.topk(6).indices.sort().values.tolist()
     assert solve(problem, GreedyObs()).violation == 0

@@ -7,14 +7,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from optprune.problems import ChannelGroups, StructuredLeastSquares
+from optprune.problems import Channels, StructuredLeastSquares
 from optprune.solvers import (
     GreedyObs,
     removal_curve,
     solve,
 )
 from optprune.solvers.inverse import InverseForm
-from optprune.testing.strategies import linked, structured
+from optprune.testing.strategies import structured
 from tests.helpers.faults import not_refitted, noticed
 from tests.helpers.structured_cases import (
     by_kind,
@@ -66,7 +66,7 @@ def test_the_removal_curve_is_the_loss_refitted_after_every_removal(make, seed):
 @pytest.mark.parametrize("size", [1, 3])
 def test_the_curve_stays_exact_when_pending_updates_are_carried_out(size):
     width = 180
-    problem = StructuredLeastSquares(structured_loss(3, 5, width), ChannelGroups.of(width, size), 1)
+    problem = StructuredLeastSquares(structured_loss(3, 5, width), Channels.of(width, size), 1)
     order, cost, _ = removal_curve(problem)
     for removed in (1, 20, width // size // 2, width // size - 2):
         choice = torch.ones(width // size, dtype=torch.bool)
@@ -81,7 +81,7 @@ def test_one_slot_is_removed_in_the_order_of_its_curve():
     assert sorted(order[:6].tolist()) == (~kept).nonzero()[:, 0].tolist()
 
 
-@given(st.one_of(linked(), structured()), st.integers(1, 5))
+@given(structured(), st.integers(1, 5))
 def test_batches_keep_the_counts(problem, batch):
     solution = solve(problem, GreedyObs(batch))
     assert solution.violation == 0

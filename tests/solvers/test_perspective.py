@@ -15,13 +15,13 @@ from optprune.solvers import Admm, Chain, ConjugateGradients, PerspectiveBound, 
 from optprune.solvers.perspective import split_off
 from optprune.testing import reference
 from optprune.testing.quadratic import exact_objective
-from optprune.testing.strategies import linked, losses, sparse
+from optprune.testing.strategies import losses, sparse, structured
 from optprune.testing.transformations import random_feasible
 from tests.helpers.sparse_cases import by_pattern, correlated
 
 
 @settings(max_examples=max(settings().max_examples // 2, 1))
-@given(st.one_of(sparse(), linked()), st.integers(0, 100))
+@given(st.one_of(sparse(), structured()), st.integers(0, 100))
 def test_no_perspective_bound_exceeds_the_exhaustive_optimum(problem, seed):
     best = exact_objective(problem, reference(problem).weight)
     for start in (problem.start(), random_feasible(problem, seed)):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from optprune.errors import NumericalError
 from optprune.metric import OutputMetric
 from optprune.moments import InputMoments
-from optprune.problems import LayerLoss, Link, MaskedLeastSquares
+from optprune.problems import Channels, LayerLoss, MaskedLeastSquares
 from optprune.solvers import Restore, solve
 from optprune.solvers.inverse import entry_costs, unit_costs
 from optprune.testing.strategies import METRIC_KINDS, losses, metrics
@@ -53,8 +53,8 @@ def test_under_couplings_the_cost_of_an_entry_is_that_of_its_row_alone(loss):
 @given(regular_losses(), st.permutations(range(4)))
 def test_the_cost_of_a_unit_is_the_rise_with_everything_refitted(loss, order):
     columns = torch.tensor(order).reshape(2, 2)
-    link = Link(columns, torch.zeros(2, dtype=torch.long))
-    least, costs = optimum(loss, torch.ones(1, 4, dtype=torch.bool)), unit_costs(loss, link)
+    channels = Channels(columns, torch.zeros(2, dtype=torch.long))
+    least, costs = optimum(loss, torch.ones(1, 4, dtype=torch.bool)), unit_costs(loss, channels)
     for unit in range(2):
         mask = torch.ones(1, 4, dtype=torch.bool)
         mask[:, columns[unit]] = False

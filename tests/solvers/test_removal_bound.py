@@ -8,7 +8,7 @@ import torch
 
 from optprune.moments import InputMoments
 from optprune.numerics import linalg
-from optprune.problems import ChannelGroups, LayerLoss, StructuredLeastSquares
+from optprune.problems import Channels, LayerLoss, StructuredLeastSquares
 from optprune.solvers import GreedyObs, RemovalBound, solve
 from optprune.solvers.inverse import InverseForm
 from optprune.testing.quadratic import exact_objective
@@ -25,7 +25,7 @@ def nearly_dependent(seed, noise):
     inputs[:, 4] = inputs[:, 0] + noise * inputs[:, 4]
     weight = torch.linalg.qr(torch.randn(WIDTH, WIDTH, generator=generator, dtype=torch.float64))[0]
     loss = LayerLoss.of(weight, InputMoments.from_samples(inputs))
-    return StructuredLeastSquares(loss, ChannelGroups.of(WIDTH), 4)
+    return StructuredLeastSquares(loss, Channels.of(WIDTH), 4)
 
 
 def best_choice(problem):
@@ -61,7 +61,7 @@ def test_the_bound_depends_neither_on_the_order_of_the_columns_nor_on_their_unit
 
         def bound(columns, unit, inputs=inputs, weight=weight, slot=slot):
             loss = LayerLoss.of(weight[:, columns], InputMoments.from_samples(inputs[:, columns] * unit), 0.01)
-            groups = ChannelGroups(torch.arange(24)[:, None], slot[columns])
+            groups = Channels(torch.arange(24)[:, None], slot[columns])
             found = solve(StructuredLeastSquares(loss, groups, 14), RemovalBound())
             return found.certificate.lower_bound / unit**2
 
@@ -98,7 +98,7 @@ def test_damping_below_the_rounding_of_the_moments_is_no_error(damping):
         generator = torch.Generator().manual_seed(seed)
         inputs = torch.randn(20, 40, generator=generator) @ torch.randn(40, 40, generator=generator)
         loss = LayerLoss.of(torch.randn(4, 40, generator=generator), InputMoments.from_samples(inputs), damping)
-        problem = StructuredLeastSquares(loss, ChannelGroups.of(40), 30)
+        problem = StructuredLeastSquares(loss, Channels.of(40), 30)
         assert solve(problem, RemovalBound()).certificate.lower_bound >= 0
         form = InverseForm.of(loss)
         assert len(form.notes) == 1

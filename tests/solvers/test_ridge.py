@@ -16,7 +16,7 @@ from optprune.moments import InputMoments
 from optprune.patterns import Unstructured
 from optprune.penalties import L1
 from optprune.problems import (
-    ChannelGroups,
+    Channels,
     LayerLoss,
     PenalisedLeastSquares,
     Problem,
@@ -67,7 +67,7 @@ def case(kind: str, seed: int) -> Case:
     metric = OutputMetric.from_samples(normal(20, OUT)).damped(0.1) if "matrix" in kind else None
     loss = LayerLoss.of(weight, InputMoments.from_samples(actual, dense), 0.01, metric=metric)
     if kind == "columns":
-        problem: Problem = StructuredLeastSquares(loss, ChannelGroups.of(IN), 6)
+        problem: Problem = StructuredLeastSquares(loss, Channels.of(IN), 6)
         solver = Chain((FaspMetric(), Restore()))
     else:
         problem, solver = SparseLeastSquares(loss, Unstructured(24)), Chain((Wanda(), ConjugateGradients(1e-12)))

@@ -10,10 +10,9 @@ from optprune.grids import Grid
 from optprune.moments import DenseMoments, InputMoments
 from optprune.patterns import NM, RowWise, Unstructured
 from optprune.problems import (
-    ChannelGroups,
+    Channels,
     GridLeastSquares,
     LayerLoss,
-    Link,
     MaskedLeastSquares,
     SparseLeastSquares,
     StructuredLeastSquares,
@@ -35,7 +34,7 @@ KINDS = {
     "unstructured": lambda loss: SparseLeastSquares(loss, Unstructured(64)),
     "rows": lambda loss: SparseLeastSquares(loss, RowWise(8)),
     "2:4": lambda loss: SparseLeastSquares(loss, NM(2, 4)),
-    "structured": lambda loss: StructuredLeastSquares(loss, ChannelGroups.of(16, 2), 4),
+    "structured": lambda loss: StructuredLeastSquares(loss, Channels.of(16, 2), 4),
     # Scales in bfloat16 have the range of float32, so that no unit is out of reach.
     "grid": lambda loss: GridLeastSquares(loss, Grid(4, 8, scale_dtype=torch.bfloat16)),
 }
@@ -110,8 +109,8 @@ def test_where_no_input_has_any_size_every_solver_says_so_and_is_done(name):
 def test_removals_cost_nothing_where_no_input_has_any_size():
     loss = LayerLoss.of(_random(8, 16, 1), InputMoments.from_samples(torch.zeros(9, 16)), 0.01)
     assert not entry_costs(loss).any()
-    link = Link(torch.arange(16).reshape(8, 2), torch.zeros(8, dtype=torch.long))
-    assert unit_costs(loss, link).tolist() == [0.0] * 8
+    channels = Channels(torch.arange(16).reshape(8, 2), torch.zeros(8, dtype=torch.long))
+    assert unit_costs(loss, channels).tolist() == [0.0] * 8
 
 
 def test_inputs_whose_squares_have_no_digits_count_as_zeros():

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from optprune.moments import InputMoments
-from optprune.problems import ChannelGroups, LayerLoss, StructuredLeastSquares
+from optprune.problems import Channels, LayerLoss, StructuredLeastSquares
 from optprune.recipe import load_recipe
 from optprune.solvers import Chain, FaspMetric, GreedyObs, Magnitude, Restore, Spap, solve
 from optprune.solvers.inverse import InverseForm, Tableau
@@ -217,7 +217,7 @@ def test_the_choice_changes_in_most_instances(kind):
 
 def test_many_units_change_places_in_one_step():
     loss = structured_loss(0, 8, 60)
-    problem = StructuredLeastSquares(loss, ChannelGroups.of(60), 30)
+    problem = StructuredLeastSquares(loss, Channels.of(60), 30)
     choices = [state.tableau.choice for state in walk(BARE, problem)]
     moved = [int((one ^ other).sum()) for one, other in pairwise(choices)]
     # A single exchange moves two.
@@ -252,7 +252,7 @@ def nearly_equal_inputs():
     inputs[:, 0] = inputs[:, 1] + 0.1 * inputs[:, 0]
     weight = torch.randn(2, 8, generator=generator, dtype=torch.float64)
     loss = LayerLoss.of(weight, InputMoments.from_samples(inputs), 0.01)
-    return StructuredLeastSquares(loss, ChannelGroups.of(8), 6)
+    return StructuredLeastSquares(loss, Channels.of(8), 6)
 
 
 def test_many_exchanges_amplify_no_rounding():

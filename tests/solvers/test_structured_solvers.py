@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from optprune.moments import InputMoments
-from optprune.problems import ChannelGroups, LayerLoss, LinkedLeastSquares, StructuredLeastSquares
+from optprune.problems import Channels, LayerLoss, StructuredLeastSquares
 from optprune.solvers import (
     Chain,
     ChannelSwaps,
@@ -23,7 +23,7 @@ from optprune.solvers import (
 )
 from optprune.testing import reference
 from optprune.testing.quadratic import rounding
-from optprune.testing.strategies import linked, structured
+from optprune.testing.strategies import structured
 from optprune.testing.transformations import random_feasible
 from tests.helpers.faults import noticed
 from tests.helpers.structured_cases import (
@@ -52,7 +52,7 @@ def mean_excess(solver, kind):
     """The mean of objective / optimum - 1; no answer may be below the optimum."""
     shares = [solve(problem, solver).objective / best - 1 for problem, best in optima(kind)]
     assert min(shares) >= -1e-9
-    assert any(isinstance(problem, LinkedLeastSquares) for problem, _ in optima(kind))
+    assert any(isinstance(problem, StructuredLeastSquares) for problem, _ in optima(kind))
     return sum(shares) / len(shares)
 
 
@@ -110,7 +110,7 @@ def test_steps_raise_the_bound(monkeypatch):
     assert left(4) > 0.99 * left(0)
 
 
-@given(st.one_of(linked(), structured()), st.integers(0, 10))
+@given(structured(), st.integers(0, 10))
 def test_the_bound_of_every_choice_is_below_its_refitted_loss(problem, seed):
     bound = solve(problem, RemovalBound()).certificate.lower_bound
     solution = solve(problem, Restore(), start=random_feasible(problem, seed))
@@ -120,7 +120,7 @@ def test_the_bound_of_every_choice_is_below_its_refitted_loss(problem, seed):
 def test_the_bound_is_the_optimum_where_inputs_are_independent():
     moments = InputMoments(torch.diag(torch.tensor([1.0, 4.0, 9.0, 1.0])).double(), torch.zeros(4).double(), 50)
     loss = LayerLoss.of(torch.tensor([[3.0, 1.0, 1.0, 0.5]]).double(), moments)
-    solution = solve(StructuredLeastSquares(loss, ChannelGroups.of(4), 2), RemovalBound())
+    solution = solve(StructuredLeastSquares(loss, Channels.of(4), 2), RemovalBound())
     # The two cheapest: 4 x 1 and 1 x 0.25, halved.
     assert solution.certificate.lower_bound == pytest.approx(4.25 / 2, rel=1e-9)
 
@@ -131,7 +131,7 @@ def test_the_bound_does_not_suffer_from_couplings_of_units_that_stay():
     gram[2, 3] = gram[3, 2] = 0.9
     moments = InputMoments(gram, torch.zeros(4).double(), 50)
     loss = LayerLoss.of(torch.tensor([[1.0, 1.0, 100.0, -100.0]]).double(), moments)
-    problem = StructuredLeastSquares(loss, ChannelGroups.of(4), 2)
+    problem = StructuredLeastSquares(loss, Channels.of(4), 2)
     optimum = reference(problem).optimum
     assert optimum == pytest.approx(1.0, rel=1e-9)
     # The eigenvalue of all couplings alone is 1.9, which would leave no more than 0.53.
@@ -144,7 +144,7 @@ def test_hypothesis_draws_are_solved_to_the_stated_shares():
     excess = {name: [] for name in CHAINS}
 
     @settings(max_examples=60)
-    @given(st.one_of(linked(generic=True, most=12), structured(generic=True, most=12)))
+    @given(structured(generic=True, most=12))
     def check(problem):
         best = reference(problem)
         for name, solver in CHAINS.items():

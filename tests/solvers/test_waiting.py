@@ -12,7 +12,7 @@ from optprune.numerics.tensors import kth_largest, median_among, places
 from optprune.patterns import NM, RowWise, Unstructured
 from optprune.penalties import L1, ColumnGroups
 from optprune.problems import (
-    ChannelGroups,
+    Channels,
     GridLeastSquares,
     LayerLoss,
     MaskedLeastSquares,
@@ -56,14 +56,14 @@ def loss(out, width):
 def problems(out, width):
     """One of each kind and pattern, on the device."""
     layer = loss(out, width)
-    pairs = ChannelGroups(torch.arange(width).reshape(-1, 2), torch.arange(width // 2) // (width // 4))
+    pairs = Channels(torch.arange(width).reshape(-1, 2), torch.arange(width // 2) // (width // 4))
     largest = float(layer.linear.abs().max())
     kinds = {
         "unstructured": SparseLeastSquares(layer, Unstructured(out * width // 2)),
         "rows": SparseLeastSquares(layer, RowWise(width // 2)),
         "2:4": SparseLeastSquares(layer, NM(2, 4)),
         "mask": MaskedLeastSquares(layer, layer.weight.abs() > 0.5),
-        "channels": StructuredLeastSquares(layer, ChannelGroups.of(width), width // 2),
+        "channels": StructuredLeastSquares(layer, Channels.of(width), width // 2),
         "pairs of two heads": StructuredLeastSquares(layer, pairs, width // 4),
         "l1": PenalisedLeastSquares(layer, L1(0.3 * largest)),
         "groups": PenalisedLeastSquares(layer, ColumnGroups(0.3 * largest)),

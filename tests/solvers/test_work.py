@@ -10,13 +10,13 @@ from optprune.moments import InputMoments
 from optprune.patterns import Unstructured
 from optprune.penalties import L1
 from optprune.problems import (
+    Channels,
     GridLeastSquares,
     LayerLoss,
-    Link,
-    LinkedLeastSquares,
     MaskedLeastSquares,
     PenalisedLeastSquares,
     SparseLeastSquares,
+    StructuredLeastSquares,
 )
 from optprune.recipe import load_recipe
 from optprune.solvers import (
@@ -131,7 +131,7 @@ def test_no_more_products_are_made_than_declared(solver):
     units = torch.arange(width)
     problems = (
         SparseLeastSquares(loss, Unstructured(out * width // 2)),
-        LinkedLeastSquares(loss, Link(units[:, None], torch.zeros_like(units)), 3 * width // 4),
+        StructuredLeastSquares(loss, Channels(units[:, None], torch.zeros_like(units)), 3 * width // 4),
         MaskedLeastSquares(loss, torch.rand(1, width, generator=generator) < 0.75),
         PenalisedLeastSquares(loss, L1(0.1)),
         GridLeastSquares(loss, Grid(4, 32), torch.rand(out, width, generator=generator) < 0.75),

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from optprune.problems import LinkedLeastSquares, MaskedLeastSquares
+from optprune.problems import MaskedLeastSquares, StructuredLeastSquares
 from optprune.solvers import (
     Answer,
     Certificate,
@@ -168,7 +168,11 @@ class ChangesTheStart(Broken):
 
 class ReturnsTheWeight(Broken):
     def unsupported(self, problem):
-        return None if isinstance(problem, LinkedLeastSquares) and problem.keep == problem.link.units else "not all"
+        return (
+            None
+            if isinstance(problem, StructuredLeastSquares) and problem.keep == problem.channels.units
+            else "not all"
+        )
 
     def answer(self, problem, start):
         return Answer(problem.loss.weight)

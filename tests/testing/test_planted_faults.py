@@ -11,7 +11,7 @@ from optprune import moments as moments_module
 from optprune.errors import OwnCodeError
 from optprune.moments import InputMoments
 from optprune.patterns import SlotWise
-from optprune.problems import LayerLoss, LinkedLeastSquares, MaskedLeastSquares
+from optprune.problems import LayerLoss, MaskedLeastSquares, StructuredLeastSquares
 from optprune.problems.exact import ExactLoss
 from optprune.solvers import Certificate, FaspMetric, Restore, solve
 from optprune.solvers.spectrum import ScaledGram
@@ -27,7 +27,7 @@ restore_module = importlib.import_module("optprune.solvers.restore")
 newton_step = restore_module._newton_step
 certificate = restore_module.restored_bound
 restore = Restore._restore
-mask = LinkedLeastSquares.mask
+mask = StructuredLeastSquares.mask
 project = SlotWise.project
 merge = InputMoments.merge
 
@@ -200,7 +200,7 @@ CORE_FAULTS = {
     "the gradient without the drift of the inputs": (LayerLoss, "residual", gradient_without_pull, Restore()),
     "the loss halved": (ExactLoss, "_terms", half_value, Restore()),
     "the loss without damping": (ExactLoss, "_terms", value_without_damping, Restore()),
-    "the chosen units removed in place of the others": (LinkedLeastSquares, "mask", complement, FaspMetric()),
+    "the chosen units removed in place of the others": (StructuredLeastSquares, "mask", complement, FaspMetric()),
     "one unit too many": (
         SlotWise,
         "project",

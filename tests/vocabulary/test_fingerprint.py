@@ -17,7 +17,7 @@ from optprune.moments import InputMoments
 from optprune.numerics.fingerprint import code_fingerprint, fingerprint
 from optprune.problems import LayerLoss, MaskedLeastSquares, Problem
 from optprune.testing import STRATEGIES
-from optprune.testing.strategies import linked, masked
+from optprune.testing.strategies import masked, structured
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def tensors(value, path=()):
             yield from tensors(getattr(value, field.name), (*path, field.name))
 
 
-@given(st.one_of(masked(), linked()), st.data())
+@given(st.one_of(masked(), structured()), st.data())
 def test_one_changed_number_changes_the_fingerprint(problem, data):
     problem = copied(problem)
     before = problem.fingerprint()

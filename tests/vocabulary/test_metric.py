@@ -13,7 +13,7 @@ from optprune.errors import InputError, NumericalError
 from optprune.metric import MetricSums, OutputMetric, clipped
 from optprune.moments import InputMoments
 from optprune.patterns import RowWise, Unstructured
-from optprune.problems import ChannelGroups, LayerLoss, MaskedLeastSquares, SparseLeastSquares, StructuredLeastSquares
+from optprune.problems import Channels, LayerLoss, MaskedLeastSquares, SparseLeastSquares, StructuredLeastSquares
 from optprune.solvers import Admm, ConjugateGradients, Magnitude, Restore, Wanda, choose, solve
 from optprune.testing.quadratic import rounding
 from optprune.testing.strategies import losses, metrics, samples, weights
@@ -320,7 +320,7 @@ def test_a_wide_metric_takes_nothing_from_what_is_kept(spike):
     weight, inputs = torch.randn(512, 8, generator=generator), torch.randn(64, 8, generator=generator)
     for damped in (metric, metric.damped(0.01)):
         loss = LayerLoss.of(weight, InputMoments.from_samples(inputs), 0.01, metric=damped)
-        problem = StructuredLeastSquares(loss, ChannelGroups.of(8), 8)
+        problem = StructuredLeastSquares(loss, Channels.of(8), 8)
         for solver in (Restore(), Magnitude(), choose(problem)):
             # R and its inverse in float32, with up to 1 / sqrt(eps) between their largest and least values.
             assert loss.relative_error(solve(problem, solver).value) < 1e-5

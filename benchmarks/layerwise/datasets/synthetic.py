@@ -9,7 +9,7 @@ from optprune.moments import InputMoments
 from optprune.patterns import NM, Unstructured
 from optprune.penalties import L1
 from optprune.problems import (
-    ChannelGroups,
+    Channels,
     LayerLoss,
     PenalisedLeastSquares,
     SparseLeastSquares,
@@ -33,8 +33,8 @@ class Dataset(BaseDataset):
         weight = torch.randn(rows, width, generator=generator, dtype=torch.float64)
         loss = LayerLoss.of(weight, InputMoments.from_samples(inputs), damping=0.01)
         problem = {
-            "tiny": lambda: StructuredLeastSquares(loss, ChannelGroups.of(8), 4),
-            "channels": lambda: StructuredLeastSquares(loss, ChannelGroups.of(32), 16),
+            "tiny": lambda: StructuredLeastSquares(loss, Channels.of(8), 4),
+            "channels": lambda: StructuredLeastSquares(loss, Channels.of(32), 16),
             "unstructured": lambda: SparseLeastSquares(loss, Unstructured(256)),
             "2:4": lambda: SparseLeastSquares(loss, NM(2, 4)),
             "l1": lambda: PenalisedLeastSquares(loss, L1(0.2 * float(loss.target.abs().max()))),

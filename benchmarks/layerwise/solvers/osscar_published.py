@@ -5,7 +5,7 @@ from benchmark_utils.published import arguments, plain, published
 from benchopt import BaseSolver
 from torch import Tensor
 
-from optprune.problems import Problem, StructuredProblem
+from optprune.problems import Problem, StructuredLeastSquares
 
 PRUNE = published("pruning/osscar/utils/osscar_sparsify.py").sparsify_weight
 
@@ -20,11 +20,11 @@ class Solver(BaseSolver):
 
     def skip(self, problem: Problem) -> tuple[bool, str | None]:
         """Return whether the problem is of another kind."""
-        fits = isinstance(problem, StructuredProblem) and problem.channels.slot_count == 1 and plain(problem.loss)
+        fits = isinstance(problem, StructuredLeastSquares) and problem.channels.slot_count == 1 and plain(problem.loss)
         ordered = fits and torch.equal(problem.channels.columns.reshape(-1), torch.arange(problem.loss.weight.shape[1]))
         return not ordered, "it takes channels in one slot and in their order, without metric and drift"
 
-    def set_objective(self, problem: StructuredProblem) -> None:
+    def set_objective(self, problem: StructuredLeastSquares) -> None:
         """Take the problem."""
         self.problem = problem
 

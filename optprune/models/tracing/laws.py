@@ -105,9 +105,9 @@ def holds(kind: LinkedUnits, config: PretrainedConfig) -> bool:
     try:
         for block in range(len(cut.blocks)):
             for layers in kind.layers(cut, block):
-                choice = torch.arange(layers.link.units) % 2 == 0
+                choice = torch.arange(layers.channels.units) % 2 == 0
                 consumer = zeroed.layer(block, layers.consumer)
-                mask = layers.link.column_mask(choice, consumer.in_features)
+                mask = layers.channels.column_mask(choice, consumer.in_features)
                 write(consumer, consumer.weight * mask)
                 cut.keep_units(block, layers, choice)
         expected = _model_logits(zeroed.model)

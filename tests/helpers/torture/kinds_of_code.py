@@ -334,10 +334,10 @@ PROBLEMS = [
     ("SparseLeastSquares(loss, Unstructured(96))", 0),
     ("SparseLeastSquares(loss, Unstructured(0))", 96), ("SparseLeastSquares(loss, RowLimits(40, 2, 9))", 56),
     ("SparseLeastSquares(loss, PartlyFixed(Unstructured(40), none, none))", 56),
-    ("StructuredLeastSquares(loss, ChannelGroups(units[:, None], every), 6)", 48),
-    ("LinkedLeastSquares(loss, Link(units[:, None], every, ()), 6)", 48),
-    ("LinkedLeastSquares(loss, Link(units[:, None], units % 2, ()), 4)", 32),
-    ("LinkedLeastSquares(loss, Link(units[:, None], torch.tensor([0, 2**24] * 6), ()), 4)", 0),
+    ("StructuredLeastSquares(loss, Channels(units[:, None], every), 6)", 48),
+    ("StructuredLeastSquares(loss, Channels(units[:, None], every), 6)", 48),
+    ("StructuredLeastSquares(loss, Channels(units[:, None], units % 2), 4)", 32),
+    ("StructuredLeastSquares(loss, Channels(units[:, None], torch.tensor([0, 2**24] * 6)), 4)", 0),
     ("SparseLeastSquares(loss, SlotWise(units % 2, 3))", 0),
 ]  # fmt: skip
 
