@@ -18,7 +18,7 @@ from optprune.calibration.divergence import probe_block_work, probe_end_work
 from optprune.calibration.stream import forward_work
 from optprune.errors import InputError
 from optprune.measure.memory import release
-from optprune.models import BlockAllocation, Decoder, Experts, Target
+from optprune.models import BlockAllocation, Decoder, Target, Units
 from optprune.problems import ExpertChoice
 from optprune.report import PhaseAdvanced
 from optprune.report.phases import BUDGET
@@ -59,7 +59,7 @@ class ExpertBudget(MeasuredBudget):
     and a pass of the probe's tokens from each block on.
     """
 
-    units: Experts
+    units: Units
     sparsity: float
     least: float
     """the least share of its experts that a block keeps; it never keeps fewer than its router chooses"""
@@ -73,7 +73,7 @@ class ExpertBudget(MeasuredBudget):
         return 1  # all experts of a block are removed together
 
     def check(self, decoder: Decoder) -> None:
-        removed, least = removed_by_experts(decoder, self.units.least(decoder)), self._fewest(decoder)
+        removed, least = removed_by_experts(decoder, self.units.least_experts(decoder)), self._fewest(decoder)
         if self.sparsity > removed[least]:
             raise InputError(
                 f"a sparsity of {self.sparsity:g} is out of reach with units {self.units.name!r} and allocation.least "
@@ -136,7 +136,7 @@ class ExpertBudget(MeasuredBudget):
 
     def _fewest(self, decoder: Decoder) -> int:
         most = max(shape.experts for shape in decoder.shapes())
-        return max(self.units.least(decoder), math.ceil(self.least * most))
+        return max(self.units.least_experts(decoder), math.ceil(self.least * most))
 
     def _aim(self, decoder: Decoder) -> int:
         """Return the number of experts in every block that is closest to the budget, with at least one removed."""

@@ -7,7 +7,7 @@ from typing import final
 from optprune.allocation.allocation import Allocation, everything
 from optprune.allocation.base import Allocator, DenseModel, Division
 from optprune.errors import InputError
-from optprune.models import BlockAllocation, BlockShape, Decoder, Experts, LinkedUnits, Mlp, Units, Weights
+from optprune.models import BlockAllocation, BlockShape, Decoder, LinkedUnits, Mlp, Units
 from optprune.system.wording import counted
 from optprune.work import Work
 
@@ -35,8 +35,8 @@ class Uniform(Allocator):
 
     def step(self, shapes: Decoder) -> float:
         # All blocks are rounded alike, by half a step at most.
-        if isinstance(self.units, Experts):
-            removed = removed_by_experts(shapes, self.units.least(shapes)).values()
+        if self.units.experts:
+            removed = removed_by_experts(shapes, self.units.least_experts(shapes)).values()
             return 0.5 * shapes.linear_weights() * max((more - less for more, less in pairwise(removed)), default=0.0)
         if not self.units.kinds:
             return 1.0
@@ -97,7 +97,7 @@ def uniform(decoder: Decoder, sparsity: float, units: Units, width_multiple: int
     remove whole sub-blocks, not shares: everything is kept here (see depth.py).
     """
     shapes, total = decoder.shapes(), decoder.linear_weights()
-    if isinstance(units, Weights):
+    if units.family is not None:
         return Allocation.of(
             decoder,
             (
@@ -105,7 +105,7 @@ def uniform(decoder: Decoder, sparsity: float, units: Units, width_multiple: int
                 for index, shape in enumerate(shapes)
             ),
         )
-    if isinstance(units, Experts):
+    if units.experts:
         return _fewer_experts(decoder, sparsity, units)
     if not units.kinds:
         return everything(decoder)
@@ -135,9 +135,9 @@ def uniform(decoder: Decoder, sparsity: float, units: Units, width_multiple: int
     return Allocation.of(decoder, map(BlockAllocation, kept))
 
 
-def _fewer_experts(decoder: Decoder, sparsity: float, units: Experts) -> Allocation:
+def _fewer_experts(decoder: Decoder, sparsity: float, units: Units) -> Allocation:
     """Return the number of experts in every block that is closest to a sparsity over all linear weights."""
-    least = units.least(decoder)
+    least = units.least_experts(decoder)
     removed = removed_by_experts(decoder, least)
     most = max(removed)
     if sparsity > removed[least] + 0.5 * (removed[least] - removed.get(least + 1, 0.0)):
@@ -182,7 +182,7 @@ def _check_reach(decoder: Decoder, sparsity: float, units: Units) -> dict[Linked
 def _unpruned_expert(decoder: Decoder, units: Units) -> str:
     """Return in words that the shared expert is never pruned, if there is one."""
     mixture = decoder.architecture.mixture
-    stays = mixture is not None and mixture.shared and any(isinstance(kind, Mlp) for kind in units.kinds)
+    stays = mixture is not None and mixture.shared and Mlp() in units.kinds
     return " (the expert that every token goes through stays as it is)" if stays else ""
 
 

@@ -135,11 +135,10 @@ class Options:
         if self.experts is None:
             return recipe
         from optprune.allocation.uniform import removed_by_experts
-        from optprune.models import Experts
 
-        if not isinstance(recipe.units, Experts) or recipe.given is not None:
+        if not recipe.units.experts or recipe.given is not None:
             raise InputError("--experts is for recipes whose units are experts: choose --recipe experts_best")
-        removed = removed_by_experts(shapes, recipe.units.least(shapes))
+        removed = removed_by_experts(shapes, recipe.units.least_experts(shapes))
         counts = sorted(removed)[:-1]
         if self.experts not in counts:
             raise InputError(

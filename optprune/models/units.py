@@ -123,18 +123,35 @@ class Units(ABC):
     """the name of the default objective of a recipe"""
     family: PatternFamily | None = None
     """the family of the layers' patterns, where single weights are removed"""
+    grid: Grid | None = None
+    """the grid of the weights that stay, of all layers whose rows are whole blocks"""
+    experts: bool = False
+    """whether whole experts are removed"""
+    sub_blocks: bool = False
+    """whether whole sub-blocks are removed"""
 
     @property
     @abstractmethod
     def kinds(self) -> "tuple[LinkedUnits, ...]":
         """The kinds of units that are removed, empty if no layer is narrowed; the last one fills up a budget."""
 
-    @abstractmethod
     def work(self, outputs: int, inputs: int) -> Work:
-        """Return the work of choosing units in a layer [outputs, inputs], Work() for none.
+        """Return the work of choosing units in a layer [outputs, inputs]; by default none.
 
         The solver, and the search for a basis of `rotated` units, declare their own.
         """
+        return Work()
+
+    def on_grid(self, grid: Grid) -> "Units":
+        """Return the units whose weights that stay are on a grid; themselves where no single weights are removed."""
+        return self
+
+    def least_experts(self, decoder: Decoder) -> int:
+        """Return the number of experts that a block must keep, 0 where no experts are removed.
+
+        InputError where experts are removed and the model has none, or its router needs all of them.
+        """
+        return 0
 
     def within(self, decoder: Decoder, *, coupled: bool = True) -> Self:
         """Return the units that a model allows: coordinates in place of directions where its heads are gated.
@@ -171,7 +188,7 @@ class Units(ABC):
         if wanted.shares:
             raise InputError(f"the allocation removes single weights in block {block}: use a recipe with units weights")
         fewer = wanted.shape.kv_heads and wanted.shape.pairs != decoder.shape(block).pairs
-        if fewer and not any(isinstance(kind, Pairs) for kind in self.kinds):
+        if fewer and not any(kind.field == "pairs" for kind in self.kinds):
             raise InputError(
                 f"the allocation removes pairs of queries and keys in block {block}: use a recipe with units qk or "
                 "rotated-all-qk, and a full metric"
@@ -217,6 +234,10 @@ class LinkedUnits(Units):
     """whether they are directions, taken from a rotated basis of each slot, and not coordinates"""
     by_rows: bool = False
     """whether a unit is rows of all of its layers, and not columns of the last one"""
+    of_heads: bool = False
+    """whether heads get fewer dimensions, of values or of queries and keys"""
+    affine: bool = False
+    """whether the columns read an affine function of what the rows make, so that zero rows leave them at zero"""
     size: int = 1
     """the dimensions of a head that a unit has, which multiples of counts are multiples of"""
 
@@ -297,9 +318,6 @@ class Mlp(LinkedUnits):
             return WIDE_MULTIPLE
         return MULTIPLE if shape.mlp_width >= NARROW else LEAST_MULTIPLE
 
-    def work(self, outputs: int, inputs: int) -> Work:
-        return Work()
-
 
 @final
 @dataclass(frozen=True)
@@ -308,6 +326,8 @@ class Values(LinkedUnits):
 
     rotated: bool = False
     field = "value_dim"
+    of_heads = True
+    affine = True
     part = "attention"
 
     @property
@@ -347,9 +367,6 @@ class Values(LinkedUnits):
         asked = asked or _multiple_of_heads(shape.value_dim)
         coarse = shape.value_dim % asked == 0 and (not alike or shape.value_dim >= STEPS * asked)
         return asked if coarse else 1
-
-    def work(self, outputs: int, inputs: int) -> Work:
-        return Work()  # the search for a rotated basis declares its own, in solvers/value_basis.py
 
 
 def _multiple_of_heads(value_dim: int) -> int:
@@ -395,9 +412,6 @@ class KvGroups(LinkedUnits):
     def multiple(self, shape: BlockShape, asked: int | None, alike: bool = False) -> int:
         return 1
 
-    def work(self, outputs: int, inputs: int) -> Work:
-        return Work()
-
 
 @final
 @dataclass(frozen=True)
@@ -414,6 +428,7 @@ class Pairs(LinkedUnits):
     name = "qk"
     description = "rotary pairs of queries and keys"
     field = "pairs"
+    of_heads = True
     part = "attention"
     by_rows = True
     size = 2
@@ -466,9 +481,6 @@ class Pairs(LinkedUnits):
         coarse = asked % 2 == 0 and dim % asked == 0 and (not alike or dim >= STEPS * asked)
         return asked // 2 if coarse else 1
 
-    def work(self, outputs: int, inputs: int) -> Work:
-        return Work()
-
 
 @final
 @dataclass(frozen=True)
@@ -509,9 +521,6 @@ class RecurrentHeads(LinkedUnits):
     def multiple(self, shape: BlockShape, asked: int | None, alike: bool = False) -> int:
         return 1
 
-    def work(self, outputs: int, inputs: int) -> Work:
-        return Work()
-
 
 def _in_order(decoder: Decoder, shape: BlockShape, consumers: Iterable[tuple[str, LinkedUnits]]) -> list[Target]:
     """Return the targets among these layers that a block of a shape has."""
@@ -543,7 +552,7 @@ class Composite(Units):
 
     def within(self, decoder: Decoder, *, coupled: bool = True) -> Self:
         possible = coupled and decoder.architecture.pairs_kept_by_head
-        of = [kind.within(decoder) for kind in self.of if possible or not isinstance(kind, Pairs)]
+        of = [kind.within(decoder) for kind in self.of if possible or kind.field != "pairs"]
         return replace(self, of=tuple(of))
 
     def work(self, outputs: int, inputs: int) -> Work:
@@ -557,7 +566,6 @@ class Weights(Units):
 
     family: PatternFamily = ANYWHERE
     grid: Grid | None = None
-    """the grid of the weights that stay, of all layers whose rows are whole blocks"""
     name = "weights"
     description = "single weights of all linear layers, anywhere or in a pattern such as 2:4"
     objective = "sparse"
@@ -572,6 +580,9 @@ class Weights(Units):
             Target(path, taps[path], family=self.family, grid=self._grid(decoder.layer(block, path).in_features))
             for path in decoder.paths(block)
         ]
+
+    def on_grid(self, grid: Grid) -> Units:
+        return replace(self, grid=grid)
 
     def _grid(self, inputs: int) -> Grid | None:
         """Return the grid of rows of so many weights; None where they are not whole blocks."""
@@ -592,9 +603,6 @@ class Weights(Units):
     def whole_metric(self, architecture: Architecture) -> tuple[str, ...]:
         return architecture.layers
 
-    def work(self, outputs: int, inputs: int) -> Work:
-        return Work()
-
 
 @final
 @dataclass(frozen=True)
@@ -606,12 +614,13 @@ class Experts(Units):
 
     name = "experts"
     description = "whole experts of a mixture"
+    experts = True
 
     @property
     def kinds(self) -> tuple[LinkedUnits, ...]:
         return ()
 
-    def least(self, decoder: Decoder) -> int:
+    def least_experts(self, decoder: Decoder) -> int:
         """Return the number of experts that a router chooses for a token; InputError where there is no router."""
         if decoder.architecture.mixture is None:
             raise InputError(
@@ -635,14 +644,11 @@ class Experts(Units):
 
     def check(self, decoder: Decoder, block: int, wanted: BlockAllocation) -> None:
         super().check(decoder, block, wanted)
-        least, kept = self.least(decoder), wanted.shape.experts
+        least, kept = self.least_experts(decoder), wanted.shape.experts
         if 0 < kept < least:
             chosen = f"the router chooses {least} for each token"
             reason = chosen if least == decoder.experts_for_a_token else f"the stock router works with {least} or more"
             raise InputError(f"the allocation keeps {counted(kept, 'expert')} in block {block}, where {reason}")
-
-    def work(self, outputs: int, inputs: int) -> Work:
-        return Work()  # experts are chosen by their outputs, in a pass of the calibration, and not layer by layer
 
 
 @final
@@ -652,13 +658,11 @@ class Blocks(Units):
 
     name = "blocks"
     description = "whole attention and MLP sub-blocks"
+    sub_blocks = True
 
     @property
     def kinds(self) -> tuple[LinkedUnits, ...]:
         return ()
-
-    def work(self, outputs: int, inputs: int) -> Work:
-        return Work()
 
 
 UNITS: dict[str, Units] = {

@@ -10,7 +10,7 @@ from transformers import PretrainedConfig
 
 from optprune.allocation import Allocation, Depth
 from optprune.errors import InputError, StrictError
-from optprune.models import Blocks, Decoder, Experts, ImageFeatures, Weights, reorderable
+from optprune.models import Decoder, ImageFeatures, reorderable
 from optprune.moments import InputMoments
 from optprune.objectives import OBJECTIVES
 from optprune.patterns import ANYWHERE
@@ -58,7 +58,7 @@ def check(program: Program) -> tuple[str, ...]:
                 f"units {kind.name} need a full output metric, by which rows make up for others: set metric to full"
             )
     program.allocator.check(decoder)
-    if isinstance(program.units, Experts):
+    if program.units.experts:
         refusal = method.expert_solver.refusal([shape.experts for shape in decoder.shapes()])
         if refusal is not None:
             raise InputError(refusal)
@@ -87,8 +87,7 @@ def check(program: Program) -> tuple[str, ...]:
 
 def _check_grid(program: Program) -> tuple[str, ...]:
     """Return a note on layers whose rows are not whole blocks of the grid. NoSolver where the grid is not solved."""
-    grid = program.units.grid if isinstance(program.units, Weights) else None
-    solver = program.method.grid_solver
+    grid, solver = program.units.grid, program.method.grid_solver
     if grid is None or solver is None:
         return ()
     moments = InputMoments.from_samples(torch.eye(grid.block, dtype=torch.float64))
@@ -110,12 +109,12 @@ def check_parts(decoder: Decoder, recipe: Recipe, allocation: Allocation | None)
         block.shape.parts != shape.parts for block, shape in zip(allocation.blocks, decoder.shapes(), strict=False)
     )
     architecture = decoder.architecture
-    if architecture.pruned is None and (isinstance(recipe.units, Blocks) or emptied):
+    if architecture.pruned is None and (recipe.units.sub_blocks or emptied):
         raise InputError(
             f"no sub-block of a {architecture.model_type} model can be removed {architecture.alike}: prune units mlp "
             "or weights"
         )
-    if architecture.ordered and (isinstance(recipe.units, Blocks) or emptied):
+    if architecture.ordered and (recipe.units.sub_blocks or emptied):
         raise InputError(
             f"no block of the language part of a {architecture.part_of} model can be removed, because "
             f"{architecture.ordered}: prune units mlp or weights"
@@ -150,7 +149,7 @@ def _idle_recovery(program: Program, pruned: Layers) -> tuple[str, ...]:
     """Return a note where recovery finds no sub-module whose output is affine in its layers one at a time."""
     decoder = program.decoder
     parts = [part for part, _ in decoder.architecture.recoverable]
-    if program.method.recovery is None or isinstance(program.units, Experts):
+    if program.method.recovery is None or program.units.experts:
         return ()
     if any(path.startswith(f"{part}.") for index, path in pruned for part in decoder.recoverable(index)):
         return ()

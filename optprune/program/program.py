@@ -19,7 +19,7 @@ from optprune.calibration import Propagation, Stream
 from optprune.calibration.calls import expert_choice_work
 from optprune.calibration.stream import TOKENS_PER_BATCH, head_work, stream_width
 from optprune.metric import OutputMetric
-from optprune.models import BlockAllocation, Decoder, Experts, Target, Units
+from optprune.models import BlockAllocation, Decoder, Target, Units
 from optprune.models.places import OnDevice, States
 from optprune.moments import InputMoments
 from optprune.objectives import LayerContext, stated
@@ -256,7 +256,7 @@ class Program:
 
         Of equal ones it is one after the first few, which often differ.
         """
-        experts = isinstance(self.units, Experts)
+        experts = self.units.experts
         having = [
             index
             for index, shape in enumerate(self.decoder.shapes())
@@ -424,7 +424,7 @@ class Program:
 
     def expert_work(self, index: int, tokens: int) -> Work:
         """Return the work of choosing the experts of a block by so many tokens, where they are the units."""
-        return expert_choice_work(self.decoder, index, tokens) if isinstance(self.units, Experts) else Work()
+        return expert_choice_work(self.decoder, index, tokens) if self.units.experts else Work()
 
     @property
     def expert_bytes(self) -> int:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from optprune.calibration import POLICIES
-from optprune.models import Decoder, Weights, stored_dtype, vision_folder
+from optprune.models import Decoder, stored_dtype, vision_folder
 from optprune.objectives import OBJECTIVES
 from optprune.program.check import check
 from optprune.program.method import Method, Request
@@ -40,8 +40,8 @@ def resolve(shapes: Decoder, request: Request) -> Program:
         strict=recipe.strict,
     )
     units = recipe.units
-    if recipe.bits is not None and isinstance(units, Weights):
-        units = replace(units, grid=recipe.bits.grid.within(request.dtype))
+    if recipe.bits is not None:
+        units = units.on_grid(recipe.bits.grid.within(request.dtype))
     program = Program(
         request=replace(request, allocation=allocation),
         decoder=shapes,

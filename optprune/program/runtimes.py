@@ -13,11 +13,7 @@ from optprune.models import (
     ARCHITECTURES,
     BlockShape,
     Decoder,
-    Experts,
     Mlp,
-    Pairs,
-    Values,
-    Weights,
     is_stock,
     load_config,
     load_shapes,
@@ -118,9 +114,9 @@ class Runtime:
         wrong = self.refuses(decoder, _expected(recipe, decoder, allocation))
         if wrong:
             raise InputError(f"the target {self.name} does not take {wrong}")
-        if any(isinstance(kind, Values | Pairs) for kind in recipe.units.kinds) and self.of_values:
+        if any(kind.of_heads for kind in recipe.units.kinds) and self.of_values:
             notes.append(self.of_values)
-        if isinstance(recipe.units, Weights) and self.of_zeros:
+        if recipe.units.family is not None and self.of_zeros:
             notes.append(self.of_zeros)
         return recipe, tuple(notes)
 
@@ -227,12 +223,12 @@ class Runtime:
             raise InputError(
                 f"the target {self.name} does not take blocks without attention or without an MLP: {LAYERS}"
             )
-        if not isinstance(asked, GlobalBudget) or not (recipe.units.kinds or isinstance(recipe.units, Experts)):
+        if not isinstance(asked, GlobalBudget) or not (recipe.units.kinds or recipe.units.experts):
             return recipe
         wrong = (
             f"the target {self.name} does not take blocks of different shapes, as the recipe {recipe.name} makes them"
         )
-        if any(isinstance(kind, Values | Pairs) for kind in recipe.units.kinds):
+        if any(kind.of_heads for kind in recipe.units.kinds):
             raise InputError(f"{wrong}: {NARROW_MLPS}")
         if asked.currency != "parameters":
             raise InputError(f"{wrong} for a budget of {asked.currency}: {ALIKE}")
@@ -242,17 +238,13 @@ class Runtime:
     def _aligned(self, recipe: Recipe, decoder: Decoder, notes: list[str]) -> Recipe:
         """Return the recipe with the multiple of MLP widths of the runtime, where the recipe sets none."""
         asked, kinds = recipe.allocation, recipe.units.kinds
-        if (
-            isinstance(asked, DepthSearch | GivenBlocks)
-            or not any(isinstance(kind, Mlp) for kind in kinds)
-            or asked.multiple
-        ):
+        if isinstance(asked, DepthSearch | GivenBlocks) or Mlp() not in kinds or asked.multiple:
             return recipe
         having = [shape for shape in decoder.shapes() if shape.mlp_width]
         if all(Mlp().multiple(shape, None) % self.multiple == 0 for shape in having):
             return recipe
         # The same number would be asked of value dimensions, of which a head has few.
-        if any(isinstance(kind, Values) for kind in kinds):
+        if any(kind.of_heads for kind in kinds):
             return recipe
         notes.append(f"MLP widths are multiples of {self.multiple}")
         return recipe.model_copy(update={"allocation": asked.model_copy(update={"multiple": self.multiple})})

@@ -26,7 +26,7 @@ from optprune.calibration.moments_pass import gram_work
 from optprune.calibration.stream import SLOW, block_pass, head_work
 from optprune.errors import OptpruneError
 from optprune.measure.memory import clock
-from optprune.models import Decoder, Experts
+from optprune.models import Decoder
 from optprune.program.memory import RELOADING
 from optprune.program.program import VOCABULARY_TOKENS, Program
 from optprune.report.phases import (
@@ -193,7 +193,7 @@ def block_solves(program: Program, index: int, tokens: int) -> Work:
 def block_refinement(program: Program, index: int) -> Work:
     """Return the work of recovering the sub-modules of a block."""
     method, once, total = program.method, block_pass(program.decoder, index), Work()
-    if method.recovery is not None and isinstance(program.units, Experts):
+    if method.recovery is not None and program.units.experts:
         total += (
             _expert_recovery(program.decoder, index, program.fitted_tokens(method.recovery)) * method.recovery.rounds
         )

@@ -16,7 +16,7 @@ from optprune.calibration import Statistics
 from optprune.errors import InputError
 from optprune.measure import SpeedWorkload, measure_speed, perplexity
 from optprune.measure.memory import release
-from optprune.models import Decoder, Weights
+from optprune.models import Decoder
 from optprune.program import Program, Request, check_batches, resolve
 from optprune.pruning.collecting import collect
 from optprune.pruning.pipeline import run_program
@@ -82,7 +82,7 @@ class Goal(ABC):
 
     def check_shapes(self, recipe: Recipe, what: str) -> None:
         """Raise InputError where a recipe leaves the shapes of the model as they are."""
-        if isinstance(recipe.units, Weights):
+        if recipe.units.family is not None:
             raise InputError(
                 f"zeros do not change the {what} of a folder, so the goal {self.asked} needs units that are removed: "
                 "choose a recipe such as fasp"

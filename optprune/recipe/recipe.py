@@ -23,7 +23,7 @@ from optprune.allocation.weight_costs import WeightBudget
 from optprune.allocation.width_costs import WidthBudget
 from optprune.calibration import POLICIES, Propagation
 from optprune.errors import InputError, check_kind
-from optprune.models import UNITS, Decoder, Experts, Units
+from optprune.models import UNITS, Decoder, Units
 from optprune.numerics.fingerprint import code_fingerprint
 from optprune.objectives import OBJECTIVES, LayerContext, Objective, stated
 from optprune.patterns import InGroups
@@ -151,7 +151,7 @@ class Recipe(Displayed, BaseModel):
             raise ValueError("the objective 'linked' removes whole units, so units cannot be weights")
         if self.objective is OBJECTIVES["sparse"] and not single:
             raise ValueError("the objective 'sparse' removes single weights, so units must be weights")
-        experts = isinstance(self.units, Experts)
+        experts = self.units.experts
         if self.solver is not None and isinstance(self.solver, ExpertSolver) != experts:
             raise ValueError(
                 f"{self.solver.label} does not solve the problems of units {self.units.name}: use expert_elimination, "
@@ -428,7 +428,7 @@ def allocator_of(recipe: Recipe, allocation: Allocation | None = None) -> Alloca
     match recipe.allocation:
         case DepthSearch() as depth:
             return Depth(recipe.sparsity, depth.parts, depth.score, depth.score_tokens)
-        case GlobalBudget() as group if isinstance(recipe.units, Experts):
+        case GlobalBudget() as group if recipe.units.experts:
             return ExpertBudget(recipe.units, recipe.sparsity, group.least, group.probe_tokens)
         case GlobalBudget() if recipe.divides:
             return by_cost(recipe)

@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from optprune.errors import InputError
-from optprune.models import UNITS, Blocks, Units, Weights
+from optprune.models import UNITS, Units, Weights
 from optprune.patterns import ANYWHERE
 from optprune.recipe.groups import GROUPS, NONE, DepthSearch, Group
 from optprune.recipe.names import read_pattern, read_units, sentence
@@ -132,7 +132,7 @@ class Settings:
         """Return the units; the later of units and allocation decides whether whole sub-blocks are removed."""
         units, kind = self._units_and_pattern(), self.given.get("allocation.kind")
         chosen, depth = self.given.get("units"), kind is not None and kind.read(GROUPS["allocation"].of) is DepthSearch
-        if isinstance(units, Blocks) == depth or chosen is None:
+        if (units is not None and units.sub_blocks) == depth or chosen is None:
             return UNITS["blocks"] if depth else units
         if kind is None or chosen.layer > kind.layer:
             self.given["allocation.kind"] = Given("uniform" if depth else "depth", "units", chosen.layer)
@@ -151,7 +151,7 @@ class Settings:
         if pattern is None:
             return units
         family, age = pattern.read(read_pattern), -1 if chosen is None else chosen.layer - pattern.layer
-        if not isinstance(units, Weights):
+        if units is None or units.family is None:
             if family == ANYWHERE or age > 0:
                 return units
             raise InputError(

@@ -153,7 +153,7 @@ def _dead(
     dead = torch.zeros(channels.units, dtype=torch.bool)
     if consumer is not None and int(channels.columns.max()) < len(consumer.columns):
         dead |= consumer.columns[channels.columns].all(1)
-    if isinstance(kind, Values) or _keeps_zero(decoder):
+    if kind.affine or _keeps_zero(decoder):
         for path, rows in zip(layers.producers, layers.rows, strict=True):
             weight, bias = (zeros.get(f"{decoder.name(block, path)}.{part}") for part in ("weight", "bias"))
             if weight is not None and int(rows.max()) < len(weight.rows):
