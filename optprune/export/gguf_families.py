@@ -16,6 +16,7 @@ from optprune.models import BlockShape, Decoder
 from optprune.models.architecture import DENSE
 from optprune.models.families import DELTA_NET, value_heads_of_delta_net, values_of_delta_net
 from optprune.models.recurrent import Count, Runs
+from optprune.models.uneven import Uneven, uneven
 from optprune.program import RUNTIMES
 
 TANH = ("gelu_pytorch_tanh", "gelu_new", "gelu_fast")
@@ -760,13 +761,11 @@ def _refused_shapes(decoder: Decoder, family: Family) -> str | None:
     if family.single:  # which has no lists of numbers and widths of experts
         alike = len(heads_left) == 1 and len({each for each in kinds if each[1]}) < 2
     alike = alike and len({shape.recurrent for shape in shapes if shape.recurrent}) < 2
-    if not alike or (not family.single and any(shape.parts not in decoder.architecture.whole for shape in shapes)):
+    reasons = uneven(decoder.architecture, decoder.model.config, shapes)
+    if not alike or (not family.single and Uneven.PARTS in reasons):
         return f"blocks of a {family.name} model that differ in shape"
-    mixture = decoder.architecture.mixture
-    if mixture is not None and not all(
-        mixture.stock_holds(decoder.model.config, shape) for shape in shapes if shape.experts
-    ):
-        return f"experts of a {family.name} model of another width than the one that every token goes through"
+    if Uneven.EXPERTS in reasons:
+        return f"{Uneven.EXPERTS.value} in a {family.name} model"
     if max(heads_left) * heads.group * heads.dim == hidden:
         return None
     free = decoder.architecture.model_type in LLAMA_CPP.fewer_heads

@@ -31,6 +31,7 @@ from optprune.models.surgery import (
     put_parameters,
     set_classes,
 )
+from optprune.models.uneven import uneven
 from optprune.models.vision import SHAPES
 from optprune.numerics.tensors import as_indices
 from optprune.problems import Channels
@@ -451,7 +452,7 @@ class Decoder:
             if widths or len(architecture.mlp_kinds) == 1:
                 kind.record_widths(config, widths)
         self._record_experts(shapes)
-        stock = self._stock_can_hold(shapes)
+        stock = not uneven(architecture, config, shapes)
         for block in range(len(self.blocks)):
             self.take_classes(architecture.stock if stock else architecture.pruned, block)
         if stock:
@@ -501,24 +502,6 @@ class Decoder:
         if mixture is not None and most:
             setattr(self.model.config, mixture.count, most)
             vars(self.model)["num_experts"] = most
-
-    def _stock_can_hold(self, shapes: Sequence[BlockShape]) -> bool:
-        heads, first = self.heads, next(shape for shape in shapes if shape.kv_heads)
-        for kind in self.architecture.mlp_kinds:
-            own = [shape for shape in shapes if kind.describes(shape)]
-            if not all(kind.stock_holds(self.model.config, shape) for shape in own):
-                return False
-        attention = {(shape.kv_heads, shape.value_dim, shape.pairs) for shape in shapes if shape.kv_heads}
-        alike = self.architecture.alike_beside_attention(self.model.config, shapes)
-        whole = all(shape.parts in self.architecture.whole for shape in shapes)
-        if heads.by_block:
-            return alike and whole
-        alike = len(attention) == 1 and alike
-        if not alike or not whole or first.value_dim != heads.value_dim or first.pairs:
-            return False
-        # The stock configs require heads that divide the hidden size, though head_dim gives their width.
-        divides = first.kv_heads > 0 and self.model.config.hidden_size % (first.kv_heads * heads.group) == 0
-        return first.kv_heads == heads.kv or (self.architecture.head_dim_is_free and divides)
 
     def take_classes(self, classes: Classes | None, block: int) -> None:
         """Give a block these classes: their state is the same, only forward differs."""

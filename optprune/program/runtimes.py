@@ -19,6 +19,7 @@ from optprune.models import (
     load_shapes,
 )
 from optprune.models.architecture import DENSE, rope_types
+from optprune.models.uneven import Uneven, uneven
 from optprune.recipe.groups import DepthSearch, GivenBlocks, GlobalBudget, UniformShares
 from optprune.recipe.recipe import Recipe, allocator_of
 
@@ -26,6 +27,14 @@ NARROW_MLPS = "prune with --units mlp, as --recipe structured_uniform_best does"
 LAYERS = "remove whole layers, --recipe depth --set allocation.parts=layers"
 MLPS_ALONE = "remove MLPs alone, --set allocation.parts=mlp"
 ALIKE = "let all blocks keep the same, --allocation uniform"
+REMEDIES = {
+    Uneven.PARTS: LAYERS,
+    Uneven.PAIRS: NARROW_MLPS,
+    Uneven.VALUES: NARROW_MLPS,
+    Uneven.SIZES: ALIKE,
+    Uneven.EXPERTS: "prune with --units experts or weights",
+}
+"""what to do instead, by the reason why a class with equal blocks cannot hold some shapes"""
 FIXED = ("default", "linear", "llama3", "yarn")
 """the scalings of rotary embeddings whose angles do not go by the length of the text"""
 
@@ -142,20 +151,11 @@ class Runtime:
 
     def _refuses_shapes(self, before: Decoder, left: Sequence[BlockShape]) -> str | None:
         """Return the property of blocks that a class with equal blocks cannot hold; None where there is none."""
-        if any(shape.parts not in before.architecture.whole for shape in left):
-            return f"blocks without attention or without an MLP: {LAYERS}"
+        for reason in uneven(before.architecture, before.model.config, left):
+            if reason in REMEDIES:
+                return f"{reason.value}: {REMEDIES[reason]}"
         having = [shape for shape in left if shape.kv_heads]
-        by_block = before.heads.by_block
-        if any(shape.pairs for shape in having):
-            return f"heads with fewer dimensions of queries and keys: {NARROW_MLPS}"
-        if not by_block and any(shape.value_dim != before.heads.value_dim for shape in having):
-            return f"heads with fewer value dimensions than key dimensions: {NARROW_MLPS}"
-        several = not by_block and len({shape.kv_heads for shape in having}) > 1
-        if several or not before.architecture.alike_beside_attention(before.model.config, left):
-            return f"blocks of different shapes: {ALIKE}"
-        if by_block:
-            return None
-        return self._refuses_heads(before, having[0].kv_heads) if having else None
+        return None if before.heads.by_block or not having else self._refuses_heads(before, having[0].kv_heads)
 
     def check_folder(self, before: Decoder, folder: Path) -> None:
         """Raise OptpruneError when what is in a folder, of the model `before`, is not what the runtime takes."""
