@@ -172,6 +172,17 @@ def test_results_are_not_written_over_the_text(column: str, folder: Path, attemp
     assert text.read_bytes() == before
 
 
+def test_a_folder_of_others_is_not_overwritten(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], no_weights: None
+) -> None:
+    foreign = save_tiny(tiny_llama(), tmp_path / "foreign")
+    (foreign / "README.md").write_text("weeks of work")
+    before = {path.name: path.read_bytes() for path in foreign.iterdir()}
+    assert main(words(folder, foreign, "--overwrite")) == 2
+    assert "has no record of what optprune wrote there" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in foreign.iterdir()} == before
+
+
 def test_a_teacher_of_other_tokens_is_refused(folder: Path, attempt: Attempt, no_weights: None) -> None:
     teacher = save_tiny(tiny_llama(vocab_size=600), folder / "wider")
     sentence = attempt.fails(words(folder, attempt.output, teacher=teacher))
