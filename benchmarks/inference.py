@@ -97,7 +97,7 @@ def narrowed(dense: PreTrainedModel, sparsity: float, multiple: int) -> PreTrain
     decoder = Decoder(model)
     for block in range(len(decoder.blocks)):
         for units in Mlp().layers(decoder, block):
-            decoder.keep_units(block, units, torch.arange(units.channels.units, device=model.device) < width)
+            decoder.keep_units(block, units, units.channels.first(width))
     return model
 
 

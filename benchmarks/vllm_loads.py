@@ -99,9 +99,8 @@ def narrowed(units: LinkedUnits, count: int, blocks: slice = slice(None)) -> Cut
         times = decoder.architecture.multiples(decoder.model.config, len(decoder.blocks))
         for block in range(len(decoder.blocks))[blocks]:
             for layers in units.layers(decoder, block):
-                channels, kept = layers.channels, count * (times[block] if isinstance(units, Mlp) else 1)
-                each = channels.units // channels.slot_count
-                decoder.keep_units(block, layers, torch.arange(channels.units) % each < kept)
+                kept = count * (times[block] if isinstance(units, Mlp) else 1)
+                decoder.keep_units(block, layers, layers.channels.first(kept))
         return recorded(decoder)
 
     return cut

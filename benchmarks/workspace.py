@@ -112,9 +112,7 @@ def _whole_solve(
     loss = LayerLoss.of(weight, moments, recipe.damping, metric=metric)
     family = recipe.units.family
     if family is None:
-        units = torch.arange(width)
-        channels = Channels(units[:, None], torch.zeros_like(units))
-        context = LayerContext("layer", 0, loss, round((1 - recipe.sparsity) * width), channels)
+        context = LayerContext("layer", 0, loss, round((1 - recipe.sparsity) * width), Channels.of(width))
     else:
         keep, pattern = family.keep(out, width, 1 - recipe.sparsity), family.of(out, width, 1 - recipe.sparsity)
         context = LayerContext("layer", 0, loss, keep, None, pattern)

@@ -172,7 +172,7 @@ class Classes:
 
 @cache
 def register(classes: Classes, auto: Any) -> None:
-    """Let transformers find pruned classes in this process: by AutoConfig, and by `auto`, one of its Auto classes."""
+    """Register pruned classes with AutoConfig and with `auto`, another Auto class of transformers, for this process."""
     AutoConfig.register(classes.config.model_type, classes.config, exist_ok=True)  # a second import may have done it
     auto.register(classes.config, classes.model, exist_ok=True)
 

@@ -55,11 +55,15 @@ class LinkedLayers:
     by_rows: bool = False
 
     def __post_init__(self) -> None:
-        units = self.channels.units
-        for path, rows in zip(self.producers, self.rows, strict=True):
-            as_indices(f"the rows of units in {path}", rows, ("units", "rows"), self.channels.columns)
-            if len(rows) != units:
-                raise InputError(f"{units} units have {len(rows)} lists of rows in {path}: give one for each unit")
+        every = tuple(
+            as_indices("the rows of units", rows, ("units", "rows"), self.channels.columns) for rows in self.rows
+        )
+        object.__setattr__(self, "rows", every)
+        if len(every) != len(self.producers):
+            raise InputError(f"{len(self.producers)} layers have rows of {len(every)}: give those of each layer")
+        for path, rows in zip(self.producers, every, strict=True):
+            if len(rows) != self.channels.units:
+                raise InputError(f"{self.channels.units} units have {len(rows)} rows in {path}: give one for each unit")
 
 
 class Decoder:

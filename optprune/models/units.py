@@ -392,10 +392,7 @@ class KvGroups(LinkedUnits):
         self.check_possible(decoder)
         architecture, heads, shape = decoder.architecture, decoder.heads, decoder.shape(block)
         device = _index_device(decoder.layer(block, consumer).weight)
-        unit = torch.arange(shape.kv_heads, device=device)
-
         width = heads.group * shape.value_dim
-        columns = unit[:, None] * width + torch.arange(width, device=device)
         rows = rows_of_heads(architecture.joined, heads, shape, device)
         vectors = dict[str, Tensor]()
         if shape.pairs:
@@ -404,7 +401,8 @@ class KvGroups(LinkedUnits):
         made: dict[str, list[torch.Tensor]] = {}
         for path, own in zip((architecture.query, architecture.key, architecture.value), rows, strict=True):
             made.setdefault(path, []).append(own)  # one layer may make them all
-        channels, every = Channels(columns, torch.zeros_like(unit)), tuple(torch.cat(own, 1) for own in made.values())
+        channels = Channels.of(shape.kv_heads * width, width, device)
+        every = tuple(torch.cat(own, 1) for own in made.values())
         queries = torch.arange(shape.kv_heads * heads.group, device=device).reshape(-1, heads.group)
         vectors |= dict.fromkeys(architecture.per_head, queries)
         return LinkedLayers(consumer, tuple(made), channels, every, vectors)

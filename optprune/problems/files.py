@@ -131,6 +131,7 @@ def load_problem(path: str | Path) -> Any:
         problem = _decoded_fields(kind, fields, tensors)
     except REFUSED as error:
         raise InputError(f"{path} is damaged: its fields make no {header['kind']} problem; save it again") from error
+    # The fingerprint of an earlier kind is that of classes which are gone; header and numbers were checked above.
     if earlier is None and fingerprint(problem) != header["fingerprint"]:
         raise InputError(f"{path} was written by another version of optprune: save it again")
     return problem

@@ -256,11 +256,10 @@ class Program:
 
         Of equal ones it is one after the first few, which often differ.
         """
-        experts = self.units.experts
         having = [
             index
             for index, shape in enumerate(self.decoder.shapes())
-            if (experts and shape.experts) or self.units.candidates(self.decoder, index)
+            if (self.units.experts and shape.experts) or self.units.candidates(self.decoder, index)
         ]
         blocks = having or range(self.block_count)
         return max(blocks, key=lambda index: (self.block_numbers[index], -abs(index - FIRST_FEW)))

@@ -156,8 +156,8 @@ KINDS = (
         "single weights: zeros in a folder of the same size, faster where a runtime has a kernel for them",
         lambda recipe: recipe.units.family is not None,
     ),
-    Kind("experts: whole ones, with their rows of the router", lambda recipe: recipe.units.name == "experts"),
-    Kind("depth: whole attention and MLP sub-blocks", lambda recipe: recipe.units.name == "blocks"),
+    Kind("experts: whole ones, with their rows of the router", lambda recipe: recipe.units.experts),
+    Kind("depth: whole attention and MLP sub-blocks", lambda recipe: recipe.units.sub_blocks),
 )
 """kinds of recipes; every shipped recipe is in one"""
 

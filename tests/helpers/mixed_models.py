@@ -103,9 +103,7 @@ def check_uneven_folder(
 def narrow(decoder: Decoder, block: int, units: LinkedUnits, count: int) -> None:
     """Leave the first so many units of every slot in each layer of a block whose columns they are."""
     for layers in units.layers(decoder, block):
-        channels = layers.channels
-        place = torch.arange(channels.units) % (channels.units // channels.slot_count)
-        decoder.keep_units(block, layers, place < count)
+        decoder.keep_units(block, layers, layers.channels.first(count))
 
 
 def generated(model: PreTrainedModel, *, use_cache: bool = True) -> list[int]:

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from optprune.errors import InputError
-from optprune.models import UNITS, Decoder, LinkedUnits
+from optprune.models import UNITS, BlockShape, Decoder, LinkedUnits
 from optprune.models.uneven import Uneven, uneven
 from tests.helpers.tiny_models import ALL_MODELS
 
@@ -57,8 +57,8 @@ def test_the_reasons_are_those_of_the_shapes() -> None:
     first, *rest = decoder.shapes()
     heads, config = decoder.heads, decoder.model.config
 
-    def reasons(*shapes: object) -> tuple[Uneven, ...]:
-        return uneven(decoder.architecture, config, shapes)  # type: ignore[arg-type]
+    def reasons(*shapes: BlockShape) -> tuple[Uneven, ...]:
+        return uneven(decoder.architecture, config, shapes)
 
     assert reasons(first.without("mlp"), *rest) == (Uneven.PARTS,)
     assert reasons(replace(first, pairs=3), *rest) == (Uneven.PAIRS,)

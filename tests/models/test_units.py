@@ -188,3 +188,24 @@ def test_single_weights_have_the_pattern_of_the_recipe(pattern: str) -> None:
     for units in (recipe.units, {"weights": pattern}, "weights"):
         more = {"units.weights": pattern} if units == "weights" else {}
         assert Recipe({"units": units, "sparsity": 0.5, **more}) == recipe
+
+
+@pytest.mark.usefixtures("as_users_run")
+def test_linked_layers_have_rows_of_every_layer_for_every_unit() -> None:
+    channels, rows = Channels.of(4), torch.arange(4)[:, None]
+    with pytest.raises(InputError, match=r"4 units have 3 rows in up: give one for each unit"):
+        LinkedLayers("down", ("gate", "up"), channels, (rows, rows[:3]))
+    with pytest.raises(InputError, match=r"2 layers have rows of 1: give those of each layer"):
+        LinkedLayers("down", ("gate", "up"), channels, (rows,))
+    with pytest.raises(InputError, match="rows of units must be whole numbers"):
+        LinkedLayers("down", ("up",), channels, (rows.float(),))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int16, torch.int32, torch.uint8], ids=str)
+def test_rows_may_be_whole_numbers_of_any_size(dtype: torch.dtype, as_users_run: None) -> None:
+    decoder, choice = Decoder(tiny_llama()), torch.arange(128) % 3 == 0
+    [layers] = Mlp().layers(decoder, 0)
+    weight = decoder.layer(0, "mlp.up_proj").weight.detach().clone()
+    small = Channels(layers.channels.columns.to(dtype), layers.channels.slots.to(dtype))
+    decoder.keep_units(0, replace(layers, channels=small, rows=tuple(rows.to(dtype) for rows in layers.rows)), choice)
+    assert torch.equal(decoder.layer(0, "mlp.up_proj").weight, weight[choice])

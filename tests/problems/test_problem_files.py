@@ -44,7 +44,7 @@ from tests.helpers.sparse_cases import correlated
 
 WIDTH = 12
 EARLIER = Path(__file__).parent / "earlier_format"
-LINK = Channels(torch.arange(WIDTH)[:, None], torch.zeros(WIDTH, dtype=torch.long))
+CHANNELS = Channels.of(WIDTH)
 
 
 def loss(seed: int = 0, dtype: torch.dtype = torch.float32) -> LayerLoss:
@@ -207,7 +207,7 @@ def test_damaged_files_are_sentences(part: int, tmp_path: Path, as_users_run: No
     problems = [
         correlated(0, 8, WIDTH, "2:4", dtype=torch.float32),
         correlated(1, 8, WIDTH, "unstructured"),
-        StructuredLeastSquares(loss(2), LINK, 6),
+        StructuredLeastSquares(loss(2), CHANNELS, 6),
         others()["expert choice"],
     ]
     rng, seen = random.Random(part), set[str]()
@@ -259,7 +259,7 @@ def test_other_files_are_sentences(header: str | None, sentence: str, tmp_path: 
 
 @pytest.mark.parametrize("index", [-1, 2**40])
 def test_an_index_that_asks_for_all_memory_is_a_sentence(index: int, tmp_path: Path, as_users_run: None) -> None:
-    problem = StructuredLeastSquares(loss(2), replace(LINK), 6)
+    problem = StructuredLeastSquares(loss(2), replace(CHANNELS), 6)
     object.__setattr__(problem.channels, "slots", problem.channels.slots.index_fill(0, torch.tensor([3]), index))
     save_problem(problem, tmp_path / "file")
     with pytest.raises(InputError, match="its fields make no structured problem"):
@@ -289,8 +289,8 @@ def forged(problem: Any, file: Path, **fields: Any) -> None:
 HUGE = 10**4000
 FORGED: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "slots with a gap": (
-        lambda: StructuredLeastSquares(loss(2), replace(LINK), 6),
-        {"channels__slots": LINK.slots.index_fill(0, torch.tensor([3]), 2**24)},
+        lambda: StructuredLeastSquares(loss(2), replace(CHANNELS), 6),
+        {"channels__slots": CHANNELS.slots.index_fill(0, torch.tensor([3]), 2**24)},
     ),
     "a group of millions": (lambda: SparseLeastSquares(loss(), NM(2, 4)), {"pattern__m": HUGE}),
     "as many to keep": (lambda: SparseLeastSquares(loss(), RowWise(4)), {"pattern__keep": HUGE}),
@@ -298,7 +298,7 @@ FORGED: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "a block of a grid": (lambda: GridLeastSquares(loss(), Grid(4, 4)), {"grid__block": HUGE}),
     "bits of a grid": (lambda: GridLeastSquares(loss(), Grid(4, 4)), {"grid__bits": HUGE}),
     "tokens": (lambda: SparseLeastSquares(loss(), NM(2, 4)), {"loss__moments__tokens": HUGE}),
-    "units to keep": (lambda: StructuredLeastSquares(loss(2), replace(LINK), 6), {"keep": HUGE}),
+    "units to keep": (lambda: StructuredLeastSquares(loss(2), replace(CHANNELS), 6), {"keep": HUGE}),
     "experts without tokens": (
         lambda: others()["expert choice"],
         {"logits": torch.zeros(0, 2**40), "products": torch.zeros(0, 2**40, 2**20), "chosen": 1, "keep": 1},
